@@ -1,0 +1,27 @@
+"""Batch normalization for NumPy arrays, with the semantics of torch.nn.BatchNorm2d."""
+
+from fastbn import functional
+from fastbn._cpu import get_num_threads, set_num_threads, show_config
+from fastbn._version import __version__
+from fastbn.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "__version__",
+    "functional",
+    "get_num_threads",
+    "set_num_threads",
+    "show_config",
+]

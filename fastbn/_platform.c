@@ -1,0 +1,79 @@
+#define _GNU_SOURCE /* dladdr */
+#include "_platform.h"
+
+#include <stdio.h>
+#if defined(_OPENMP)
+#  include <omp.h>
+#  if !defined(_WIN32)
+#    include <dlfcn.h>
+#  endif
+#endif
+#if defined(_MSC_VER)
+#  include <windows.h>
+#endif
+
+/* FASTBN_ISAS is setup.py's list: X(name, what the machine must have). */
+#if defined(__GNUC__)
+#  define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#elif defined(_MSC_VER)
+#  define HAS(feature) (IsProcessorFeaturePresent(feature) != 0)
+#endif
+
+#define X(name, supported) extern const fastbn_isa fastbn_isa_##name;
+FASTBN_ISAS
+#undef X
+
+int fastbn_supported_isas(const fastbn_isa *isas[], int room)
+{
+    int count = 0;
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+    __builtin_cpu_init();
+#endif
+#define X(name, supported) \
+    if (count < room && (supported)) \
+        isas[count++] = &fastbn_isa_##name;
+    FASTBN_ISAS
+#undef X
+    return count;
+}
+
+int fastbn_omp_max_threads(void)
+{
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+const char *fastbn_compiler(void)
+{
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#elif defined(__GNUC__)
+    return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+    static char name[32];
+    snprintf(name, sizeof name, "MSVC %d", _MSC_VER);
+    return name;
+#else
+    return "unknown";
+#endif
+}
+
+const char *fastbn_openmp(void)
+{
+#if defined(_OPENMP)
+    static char name[512];
+    const char *library = "unknown";
+#  if !defined(_WIN32)
+    Dl_info info;
+    if (dladdr((void *)omp_get_max_threads, &info) && info.dli_fname)
+        library = info.dli_fname;
+#  endif
+    snprintf(name, sizeof name, "%d (%s)", _OPENMP, library);
+    return name;
+#else
+    return "none";
+#endif
+}

@@ -1,0 +1,19 @@
+/* What this build has, and what the machine under it has. */
+#ifndef FASTBN_PLATFORM_H
+#define FASTBN_PLATFORM_H
+
+#include "_kernels.h"
+
+/* The instruction sets that both have, the best one last. Returns their number. */
+int fastbn_supported_isas(const fastbn_isa *isas[], int room);
+
+/* The threads that OpenMP would start; 1 in a build without OpenMP. */
+int fastbn_omp_max_threads(void);
+
+const char *fastbn_compiler(void);
+
+/* The date of the OpenMP specification, and the file of the library in use where the system tells;
+ * "none" in a build without OpenMP. */
+const char *fastbn_openmp(void);
+
+#endif

@@ -1,0 +1,628 @@
+"""Batch normalization as functions: check the arguments, then let the backend of x's array run.
+
+`batch_norm` has the signature of ``torch.nn.functional.batch_norm``. The primitives under it are
+what synchronized, masked or otherwise composed batch normalization is made of; `batch_norm_forward`
+and `batch_norm_backward` fuse them and give the same bits.
+
+Arrays have the shape (N, C, ...): N samples of C channels, and any number of further axes. They are
+float32, float64, float16 or ml_dtypes' bfloat16, of any strides; a C-contiguous one is read as it
+lies. Arithmetic is done in float32 (float64 for float64 arrays), sums in float64. Every result has
+the same bits whatever the number of threads.
+
+All functions check everything before they write anything.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import _cpu as backend
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_elemt",
+    "batch_norm_forward",
+    "batch_norm_stats",
+]
+
+Array = NDArray[Any]
+Statistics = NDArray[np.float64]
+
+
+def batch_norm(
+    input: ArrayLike,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Normalize each channel of a batch, as ``torch.nn.functional.batch_norm`` does.
+
+    ``y = (input - mean) / sqrt(var + eps) * weight + bias``, where mean and var are those of the
+    batch in training (Ioffe and Szegedy 2015, algorithm 1) and the running ones otherwise.
+
+    Parameters
+    ----------
+    input : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16.
+    running_mean, running_var : ndarray of shape (C,) or None
+        In training they are updated in place, unless they are None:
+        ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance
+        (over n - 1) of the batch. They may be views of one array, of any float dtype.
+    weight, bias : array_like of shape (C,), optional
+        Of any float dtype. None stands for ones and for zeros.
+    training : bool, default False
+        Whether to normalize by the statistics of the batch.
+    momentum : float, default 0.1
+        The factor of the batch in the running statistics.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
+        elements, or does not overlap it.
+
+    Returns
+    -------
+    ndarray of shape (N, C, ...)
+        `out`, or a new array of input's dtype and memory layout.
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, a training batch has a single value per channel, running statistics are
+        needed and not there, or `out` cannot be written or overlaps `input` in part.
+    TypeError
+        If a dtype is not one of the four, or `out` has another than `input`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> mean, var = np.zeros(2), np.ones(2)
+    >>> batch_norm(x, mean, var, training=True, eps=1e-12).round(6)
+    array([[-1.,  0.],
+           [ 1.,  0.]])
+    >>> mean, var
+    (array([0.2, 0.5]), array([1.1, 0.9]))
+    """
+    x = as_input(input)
+    if training:
+        factor = as_real(momentum, "momentum")
+        return forward_by_batch(x, running_mean, running_var, weight, bias, factor, eps, out=out)[0]
+    return forward_by_running(x, running_mean, running_var, weight, bias, eps, out=out)[0]
+
+
+def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
+    """Count, mean and m2 of each channel.
+
+    m2 is the sum of the squared deviations from the mean: ``m2 / count`` is the biased variance,
+    ``m2 / (count - 1)`` the unbiased one. Blocks of the batch are summed around a pivot and merge
+    by the formula of Chan, Golub and LeVeque (1983), in float64.
+
+    Parameters
+    ----------
+    x : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16.
+
+    Returns
+    -------
+    count : int
+        The number of values of a channel.
+    mean, m2 : ndarray of shape (C,), float64
+        Zeros for an empty batch.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If x has fewer than two axes, or another dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_stats
+    >>> batch_norm_stats(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    (2, array([2., 5.]), array([2., 0.]))
+    """
+    x = as_input(x)
+    mean, m2 = backend.stats(x)
+    return values_per_channel(x), mean, m2
+
+
+def batch_norm_elemt(
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Normalize by given statistics: ``(x - mean) * invstd * weight + bias``.
+
+    Parameters
+    ----------
+    x : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16.
+    mean, invstd : array_like of shape (C,)
+        The mean and ``1 / sqrt(var + eps)``, of any float dtype.
+    weight, bias : array_like of shape (C,), optional
+        Of any float dtype. None stands for ones and for zeros.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result: `x`, a view of exactly its elements, or an array that does not
+        overlap it, of x's dtype.
+
+    Returns
+    -------
+    ndarray of shape (N, C, ...)
+        `out`, or a new array of x's dtype and memory layout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape or a dtype is wrong, or `out` cannot serve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_elemt
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> batch_norm_elemt(x, mean=[2.0, 4.0], invstd=[1.0, 2.0])
+    array([[-1.,  2.],
+           [ 1.,  2.]])
+    """
+    x = as_input(x)
+    c = x.shape[1]
+    return backend.elemt(
+        x,
+        as_vector(mean, "mean", c),
+        as_vector(invstd, "invstd", c),
+        as_optional_vector(weight, "weight", c),
+        as_optional_vector(bias, "bias", c),
+        check_out(out, x),
+    )
+
+
+def batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the statistics of the batch itself.
+
+    `batch_norm_stats` and `batch_norm_elemt` with ``invstd = 1 / sqrt(m2 / count + eps)``, but
+    with a channel finished while it is in the cache.
+
+    Parameters
+    ----------
+    x : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16. A single value per channel is not an error here.
+    weight, bias : array_like of shape (C,), optional
+        Of any float dtype. None stands for ones and for zeros.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result: `x`, a view of exactly its elements, or an array that does not
+        overlap it, of x's dtype.
+
+    Returns
+    -------
+    y : ndarray of shape (N, C, ...)
+        `out`, or a new array of x's dtype and memory layout.
+    mean, invstd : ndarray of shape (C,), float64
+        What `batch_norm_backward` needs.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape or a dtype is wrong, or `out` cannot serve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_forward
+    >>> x = np.array([[1.0, 5.0], [3.0, 9.0]])
+    >>> y, mean, invstd = batch_norm_forward(x, eps=1e-12, out=x)
+    >>> y is x, x.round(6), mean, invstd.round(6)
+    (True, array([[-1., -1.],
+           [ 1.,  1.]]), array([2., 7.]), array([1. , 0.5]))
+    """
+    x = as_input(x)
+    c = x.shape[1]
+    y, mean, _, invstd = backend.forward(
+        x,
+        as_optional_vector(weight, "weight", c),
+        as_optional_vector(bias, "bias", c),
+        as_eps(eps),
+        check_out(out, x),
+    )
+    return y, mean, invstd
+
+
+def batch_norm_backward_reduce(
+    dy: ArrayLike, x: ArrayLike, mean: ArrayLike, invstd: ArrayLike
+) -> tuple[Statistics, Statistics]:
+    """The two sums of a backward: the gradients of bias and of weight.
+
+    Parameters
+    ----------
+    dy : array_like of shape (N, C, ...)
+        The gradient of the output. Of another float dtype than x it is converted.
+    x : array_like of shape (N, C, ...)
+        What was normalized: float32, float64, float16 or bfloat16.
+    mean, invstd : array_like of shape (C,)
+        The statistics by which it was normalized.
+
+    Returns
+    -------
+    sum_dy, sum_dy_xhat : ndarray of shape (C,), float64
+        The sums of ``dy`` and of ``dy * xhat``, with ``xhat = (x - mean) * invstd``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape or a dtype is wrong.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_backward_reduce
+    >>> x = np.array([[1.0], [3.0]])
+    >>> batch_norm_backward_reduce(np.array([[1.0], [5.0]]), x, mean=[2.0], invstd=[1.0])
+    (array([6.]), array([4.]))
+    """
+    x = as_input(x)
+    c = x.shape[1]
+    return backend.backward_reduce(
+        as_gradient(dy, x), x, as_vector(mean, "mean", c), as_vector(invstd, "invstd", c)
+    )
+
+
+def batch_norm_backward_elemt(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None,
+    sum_dy: ArrayLike,
+    sum_dy_xhat: ArrayLike,
+    count: float,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """The gradient of x, from the two sums of `batch_norm_backward_reduce`.
+
+    ``dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight``, with
+    ``xhat = (x - mean) * invstd`` (Ioffe and Szegedy 2015, section 3, simplified).
+
+    Parameters
+    ----------
+    dy : array_like of shape (N, C, ...)
+        The gradient of the output. Of another float dtype than x it is converted.
+    x : array_like of shape (N, C, ...)
+        What was normalized: float32, float64, float16 or bfloat16.
+    mean, invstd : array_like of shape (C,)
+        The statistics by which it was normalized.
+    weight : array_like of shape (C,) or None
+        None stands for ones.
+    sum_dy, sum_dy_xhat : array_like of shape (C,)
+        The two sums, over all of the batch that the statistics are of.
+    count : int
+        The number of values per channel that the statistics are of.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result: `dy`, `x`, a view of exactly the elements of one of them, or an
+        array that overlaps neither, of x's dtype.
+
+    Returns
+    -------
+    ndarray of shape (N, C, ...)
+        `out`, or a new array of x's dtype and memory layout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape or a dtype is wrong, or `out` cannot serve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_backward_elemt
+    >>> x, dy = np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [0.0], [0.0]])
+    >>> batch_norm_backward_elemt(dy, x, [2.0], [1.0], None, [1.0], [-1.0], 3).round(6)
+    array([[ 0.333333],
+           [-0.333333],
+           [ 0.      ]])
+    """
+    x = as_input(x)
+    dy = as_gradient(dy, x)
+    c = x.shape[1]
+    return backend.backward_elemt(
+        dy,
+        x,
+        as_vector(mean, "mean", c),
+        as_vector(invstd, "invstd", c),
+        as_optional_vector(weight, "weight", c),
+        as_vector(sum_dy, "sum_dy", c),
+        as_vector(sum_dy_xhat, "sum_dy_xhat", c),
+        as_real(count, "count"),
+        check_out(out, x, dy),
+    )
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    weight: ArrayLike | None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of `batch_norm_forward`.
+
+    `batch_norm_backward_reduce` and `batch_norm_backward_elemt`, but with a channel finished while
+    it is in the cache.
+
+    Parameters
+    ----------
+    dy : array_like of shape (N, C, ...)
+        The gradient of the output. Of another float dtype than x it is converted.
+    x : array_like of shape (N, C, ...)
+        What was normalized: float32, float64, float16 or bfloat16.
+    weight : array_like of shape (C,) or None
+        None stands for ones.
+    mean, invstd : array_like of shape (C,)
+        What `batch_norm_forward` returned.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write dx: `dy`, `x`, a view of exactly the elements of one of them, or an array
+        that overlaps neither, of x's dtype.
+
+    Returns
+    -------
+    dx : ndarray of shape (N, C, ...)
+        `out`, or a new array of x's dtype and memory layout.
+    dweight, dbias : ndarray of shape (C,), float64
+        The gradients of weight and bias, also where there are none.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape or a dtype is wrong, or `out` cannot serve.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import batch_norm_backward, batch_norm_forward
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, mean, invstd = batch_norm_forward(x)
+    >>> dx, dweight, dbias = batch_norm_backward(y, x, None, mean, invstd)
+    >>> dbias.round(6), dweight.round(4)
+    (array([0.]), array([3.]))
+    """
+    x = as_input(x)
+    dy = as_gradient(dy, x)
+    c = x.shape[1]
+    dx, sum_dy, sum_dy_xhat = backend.backward(
+        dy,
+        x,
+        as_optional_vector(weight, "weight", c),
+        as_vector(mean, "mean", c),
+        as_vector(invstd, "invstd", c),
+        check_out(out, x, dy),
+    )
+    return dx, sum_dy_xhat, sum_dy
+
+
+# What `batch_norm` and the layers share. They return the statistics for the backward.
+
+
+def forward_by_batch(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    factor: float,
+    eps: float,
+    *,
+    out: Array | None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the statistics of the batch, then move the running ones towards them."""
+    c, count = x.shape[1], values_per_channel(x)
+    check_running(running_mean, running_var, c, writeable=True)
+    if count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+    y, mean, m2, invstd = backend.forward(
+        x,
+        as_optional_vector(weight, "weight", c),
+        as_optional_vector(bias, "bias", c),
+        as_eps(eps),
+        check_out(out, x),
+    )
+    if count and running_mean is not None and running_var is not None:
+        # Not before: they may share memory with weight and bias.
+        move_towards(running_mean, mean, factor)
+        move_towards(running_var, m2 / (count - 1), factor)
+    return y, mean, invstd
+
+
+def forward_by_running(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    *,
+    out: Array | None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the running statistics."""
+    c = x.shape[1]
+    check_running(running_mean, running_var, c, writeable=False)
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var are needed outside training, got None")
+    mean = running_mean.astype(np.float64)
+    with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
+        invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + as_eps(eps))
+    y = backend.elemt(
+        x,
+        mean,
+        invstd,
+        as_optional_vector(weight, "weight", c),
+        as_optional_vector(bias, "bias", c),
+        check_out(out, x),
+    )
+    return y, mean, invstd
+
+
+def move_towards(running: Array, batch: Statistics, factor: float) -> None:
+    """Set ``running`` to ``(1 - factor) * running + factor * batch``, computed in float64."""
+    with np.errstate(all="ignore"):  # What the buffer's dtype cannot hold is inf there.
+        running[...] = (1.0 - factor) * running.astype(np.float64) + factor * batch
+
+
+def values_per_channel(x: Array) -> int:
+    """The number of values of x that a channel has."""
+    return math.prod(x.shape[:1] + x.shape[2:])
+
+
+# The checks. None of them writes.
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Tell whether it is one of the four dtypes, in any byte order."""
+    return dtype.char in "efd" or dtype.name == "bfloat16"
+
+
+def as_array(value: Any, name: str) -> Array:
+    """An array-like or DLPack object as an ndarray of one of the four dtypes."""
+    if type(value) is not np.ndarray:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array, whose mask would be lost")
+        if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+            value = np.from_dlpack(value)
+        value = np.asarray(value)
+    if not is_float(value.dtype):
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
+    return value  # type: ignore[no-any-return]
+
+
+def as_input(x: Any) -> Array:
+    """x as an ndarray of shape (N, C, ...)."""
+    x = as_array(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x must have the shape (N, C, ...), got {x.shape}")
+    return x  # type: ignore[no-any-return]
+
+
+def as_gradient(dy: Any, x: Array) -> Array:
+    """dy as an ndarray of x's shape."""
+    dy = as_array(dy, "dy")
+    if dy.shape != x.shape:
+        raise ValueError(f"dy must have x's shape {x.shape}, got {dy.shape}")
+    return dy  # type: ignore[no-any-return]
+
+
+def as_vector(value: Any, name: str, c: int) -> Array:
+    """One value per channel, as an ndarray."""
+    value = as_array(value, name)
+    if value.shape != (c,):
+        raise ValueError(
+            f"{name} must have the shape ({c},), one value per channel of x, got {value.shape}"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def as_optional_vector(value: Any, name: str, c: int) -> Array | None:
+    """One value per channel, as an ndarray, or None."""
+    return None if value is None else as_vector(value, name, c)
+
+
+def check_running(
+    running_mean: Array | None, running_var: Array | None, c: int, *, writeable: bool
+) -> None:
+    """Refuse running statistics that cannot be read, or updated in place."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or both be None")
+    for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
+        if value is None:
+            continue
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
+        as_vector(value, name, c)
+        if writeable and not value.flags.writeable:
+            raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
+def as_real(value: Any, name: str) -> float:
+    """A real number, which a bool is not, as a float."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    return float(value)
+
+
+def as_eps(eps: Any) -> float:
+    """A real number greater than 0."""
+    eps = as_real(eps, "eps")
+    if not eps > 0.0:
+        raise ValueError(f"eps must be greater than 0, got {eps}")
+    return float(eps)
+
+
+def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
+    """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
+    if out.dtype != x.dtype.newbyteorder("="):
+        raise TypeError(f"out must have x's dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
+    for name, array in (("x", x), ("dy", dy)):
+        if array is None or same_elements(out, array):
+            continue
+        if share_memory(out, array):
+            raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
+    return out
+
+
+def share_memory(a: Array, b: Array) -> bool:
+    """Tell whether two arrays have memory in common; where that is too hard to tell, yes."""
+    try:
+        return a is b or np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def same_elements(a: Array, b: Array) -> bool:
+    """Tell whether two arrays of one shape have each element at the same place."""
+    return a is b or (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.itemsize == b.itemsize
+        and all(
+            s == t for s, t, size in zip(a.strides, b.strides, a.shape, strict=True) if size > 1
+        )
+    )

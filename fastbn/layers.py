@@ -1,0 +1,763 @@
+"""Batch normalization as layers: parameters, buffers, modes, momentum, lazy initialization, state.
+
+The semantics are those of ``torch.nn.BatchNorm1d`` to ``BatchNorm3d`` and their lazy forms, on
+NumPy arrays.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastbn import functional as F
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+Array = NDArray[Any]
+
+# The backward of a forward in place recovers the normalized input from the output, as
+# (y - bias) / weight. Where |bias| exceeds this many times |weight|, too many digits are lost.
+RECOVERABLE = 16.0
+
+
+class Aside(NamedTuple):
+    """The normalized input of the channels that cannot be recovered from the output."""
+
+    channels: NDArray[np.intp]
+    xhat: Array
+
+
+class Memory(NamedTuple):
+    """What a forward leaves for its backward."""
+
+    x: Array  # the input or, where the output took its place, the output
+    mean: F.Statistics
+    invstd: F.Statistics
+    frozen: bool
+    in_place: bool
+    aside: Aside | None
+
+
+class View(NamedTuple):
+    """What was normalized, as a backward sees it: ``xhat = (x - mean) * invstd``."""
+
+    x: Array
+    mean: F.Statistics
+    invstd: F.Statistics
+    weight: F.Statistics  # such that weight * invstd is the factor of dx
+    scale: F.Statistics  # that factor
+
+
+class _BatchNorm:
+    """What the layers have in common; they differ in the ranks of input that they take."""
+
+    _ranks: ClassVar[tuple[int, ...]]
+    _state_names: ClassVar[tuple[str, ...]] = (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    )
+
+    num_features: int
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: NDArray[np.int64] | None
+    weight_grad: Array | None
+    bias_grad: Array | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        self._set_options(eps, momentum, affine, track_running_stats, device, dtype, bias)
+        self._allocate(_as_num_features(num_features))
+
+    def _set_options(
+        self,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: str | None,
+        dtype: DTypeLike | None,
+        bias: bool,
+    ) -> None:
+        """Check and keep everything but the number of channels."""
+        self.eps = F.as_eps(eps)
+        self.momentum = None if momentum is None else F.as_real(momentum, "momentum")
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        if device not in (None, "cpu"):
+            raise ValueError(
+                f"device must be None or 'cpu', got {device!r}: this version has no GPU path yet"
+            )
+        self._dtype = _as_dtype(dtype)
+        self._has_bias = self.affine and bool(bias)
+        self.training = True
+        self.frozen = False
+        self.num_features = 0
+        self.num_batches_tracked = np.zeros((), np.int64) if self.track_running_stats else None
+        self.weight_grad = self.bias_grad = None
+        self._memory: Memory | None = None
+
+    def _allocate(self, num_features: int) -> None:
+        """Make the arrays, now that the number of channels is known."""
+        self.num_features = num_features
+        self.weight = np.empty(num_features, self._dtype) if self.affine else None
+        self.bias = np.empty(num_features, self._dtype) if self._has_bias else None
+        tracked = self.track_running_stats
+        self.running_mean = np.empty(num_features, self._dtype) if tracked else None
+        self.running_var = np.empty(num_features, self._dtype) if tracked else None
+        self.reset_parameters()
+
+    # Initial values.
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to zeros, running_var to ones, num_batches_tracked to 0, in place."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            array = getattr(self, name, None)
+            if array is not None:
+                array[...] = value
+
+    def reset_parameters(self) -> None:
+        """Set weight to ones, bias to zeros and the running statistics to their initial values."""
+        self.reset_running_stats()
+        for name, value in (("weight", 1), ("bias", 0)):
+            array = getattr(self, name, None)
+            if array is not None:
+                array[...] = value
+
+    # Modes.
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or with ``mode=False`` evaluation mode; return the layer."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode is expected to be boolean, got {mode!r}")
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode: normalize by the running statistics; return the layer."""
+        return self.train(False)
+
+    def freeze(self) -> Self:
+        """Normalize by the running statistics in training mode too; return the layer.
+
+        The statistics are not updated any more, and the backward takes them for constants, while
+        weight and bias still get gradients. The usual choice for fine-tuning with small batches.
+        Lasts until `unfreeze`, through `train` and `eval`.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+        """
+        if not self.track_running_stats and getattr(self, "running_mean", None) is None:
+            raise RuntimeError("freeze() needs running statistics, and this layer tracks none")
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`; return the layer."""
+        self.frozen = False
+        return self
+
+    # Forward.
+
+    def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+        """Do what `forward` does."""
+        return self.forward(x, out=out)
+
+    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+        """Normalize a batch.
+
+        In training mode by its own statistics, towards which the running ones then move; what the
+        backward needs is kept, by reference. In evaluation mode, and in training mode if frozen,
+        by the running statistics. An empty batch changes nothing.
+
+        Parameters
+        ----------
+        x : array_like of shape (N, C, ...)
+            float32, float64, float16 or bfloat16, whatever the dtype of the layer.
+        out : ndarray of shape (N, C, ...), optional
+            Where to write the result: `x`, a view of exactly its elements, or an array that does
+            not overlap it, of x's dtype. With ``out=x`` a training step allocates nothing of x's
+            size; the backward then needs the output, weight and bias as they are now.
+
+        Returns
+        -------
+        ndarray of shape (N, C, ...)
+            `out`, or a new array of x's dtype and memory layout.
+
+        Raises
+        ------
+        ValueError
+            If x has a wrong rank or number of channels, a single value per channel in training,
+            or `out` cannot serve. Nothing has been changed then.
+        TypeError
+            If the dtype of x is not one of the four, or `out` has another.
+        """
+        x = self._checked(x)
+        if not self.training:
+            y = self._forward_eval(x, out)
+            self._memory = None
+            return y
+        out = F.check_out(out, x)
+        in_place = out is not None and F.share_memory(out, x)
+        aside = self._set_aside(x) if in_place else None
+        if self.frozen:
+            y, mean, invstd = F.forward_by_running(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, out=out
+            )
+        else:
+            y, mean, invstd = self._forward_train(x, out)
+        if aside is not None:
+            # Its own copy of x: normalized by the statistics that are known only now.
+            c = aside.channels
+            F.batch_norm_elemt(aside.xhat, mean[c], invstd[c], out=aside.xhat)
+        self._memory = Memory(y if in_place else x, mean, invstd, self.frozen, in_place, aside)
+        return y
+
+    def _checked(self, x: ArrayLike) -> Array:
+        """x as an array of a rank and a number of channels that fit."""
+        x = self._of_rank(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"x has {x.shape[1]} channels (shape {x.shape}), this layer {self.num_features}"
+            )
+        return x
+
+    def _of_rank(self, x: ArrayLike) -> Array:
+        """x as an array of a rank that fits."""
+        x = F.as_array(x, "x")
+        if x.ndim not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {expected} input, got {x.ndim}D input of shape {x.shape}")
+        return x
+
+    def _forward_eval(self, x: Array, out: Array | None) -> Array:
+        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        if mean is None and var is None:
+            return F.forward_by_batch(x, None, None, weight, bias, 0.0, self.eps, out=out)[0]
+        return F.forward_by_running(x, mean, var, weight, bias, self.eps, out=out)[0]
+
+    def _forward_train(
+        self, x: Array, out: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        tracks = self.track_running_stats
+        counter = self.num_batches_tracked if tracks else None
+        if self.momentum is not None:
+            factor = self.momentum
+        elif counter is not None:
+            factor = 1.0 / (int(counter) + 1)
+        else:
+            factor = 0.0
+        result = F.forward_by_batch(
+            x,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.weight,
+            self.bias,
+            factor,
+            self.eps,
+            out=out,
+        )
+        if counter is not None and F.values_per_channel(x):
+            counter += 1
+        return result
+
+    def _set_aside(self, x: Array) -> Aside | None:
+        """A copy of the channels of x that could not be recovered from the output."""
+        if self.weight is None:
+            return None
+        weight = np.abs(self.weight.astype(np.float64))
+        bias = 0.0 if self.bias is None else np.abs(self.bias.astype(np.float64))
+        tiny = np.finfo(x.dtype if x.dtype.kind == "f" else np.float32).smallest_normal
+        recoverable = (weight >= tiny) & np.isfinite(weight) & (bias <= RECOVERABLE * weight)
+        channels = np.flatnonzero(~recoverable)
+        return Aside(channels, x[:, channels]) if channels.size else None
+
+    # Backward.
+
+    def zero_grad(self) -> Self:
+        """Set weight_grad and bias_grad to None; return the layer."""
+        self.weight_grad = self.bias_grad = None
+        return self
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+        """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
+
+        Uses up what the forward in training mode left. The gradient is wrong if, since then, the
+        input was changed or, after a forward in place, the output, weight or bias.
+
+        Parameters
+        ----------
+        dy : array_like of the input's shape
+            The gradient of the output. Of another float dtype than the input it is converted.
+        out : ndarray of the input's shape, optional
+            Where to write the result: `dy`, the remembered array, a view of exactly the elements
+            of one of them, or an array that overlaps neither, of the input's dtype.
+
+        Returns
+        -------
+        ndarray of the input's shape
+            `out`, or a new array of the input's dtype and memory layout.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward in training mode since the last backward.
+        ValueError, TypeError
+            If `dy` or `out` cannot serve. The backward can then be tried again.
+        """
+        memory = self._memory
+        if memory is None:
+            raise RuntimeError(
+                "backward() needs a forward in training mode before it, and each serves once"
+            )
+        dy = F.as_gradient(dy, memory.x)
+        out = F.check_out(out, memory.x, dy)
+        aside = None if memory.aside is None else (memory.aside, dy[:, memory.aside.channels])
+        dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
+        if aside is not None:
+            (channels, xhat), dy = aside
+            view = self._view_aside(memory, channels, xhat)
+            dx[:, channels], dweight[channels], dbias[channels] = _gradients(
+                dy, view, memory.frozen, None
+            )
+        self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
+        self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
+        self._memory = None
+        return dx
+
+    def _view(self, memory: Memory) -> View:
+        """How the backward sees what was remembered."""
+        weight = _float64(self.weight, memory.invstd.shape, 1.0)
+        if not memory.in_place:
+            return View(memory.x, memory.mean, memory.invstd, weight, memory.invstd * weight)
+        bias = _float64(self.bias, memory.invstd.shape, 0.0)
+        scale = memory.invstd * weight
+        if memory.aside is not None:  # These get their gradients from what was set aside.
+            weight[memory.aside.channels], bias[memory.aside.channels] = 1.0, 0.0
+        # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
+        return View(memory.x, bias, 1.0 / weight, scale * weight, scale)
+
+    def _view_aside(self, memory: Memory, channels: NDArray[np.intp], xhat: Array) -> View:
+        """How the backward sees the channels that were set aside: normalized already."""
+        scale = (memory.invstd * _float64(self.weight, memory.invstd.shape, 1.0))[channels]
+        return View(xhat, np.zeros(scale.shape), np.ones(scale.shape), scale, scale)
+
+    # State.
+
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """Return copies of the parameters and buffers under torch's names.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            What the names begin with, such as ``"layer1.0.bn1."``.
+
+        Returns
+        -------
+        dict of str to ndarray
+            weight, bias, running_mean, running_var and num_batches_tracked, those that there are.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer is lazy and has not seen its first input.
+        """
+        return {prefix + name: array.copy() for name, array in self._state().items()}
+
+    def _state(self) -> dict[str, Array]:
+        """The arrays that make up the state."""
+        state = {name: getattr(self, name) for name in self._state_names}
+        return {name: array for name, array in state.items() if array is not None}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+    ) -> tuple[list[str], list[str]]:
+        """Copy parameters and buffers into the arrays that are there; all or nothing.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            A `state_dict`, one of torch's (tensors), or what ``np.load`` or
+            ``safetensors.numpy.load_file`` returns. num_batches_tracked may be absent.
+        strict : bool, default True
+            Whether a missing or an unexpected name is an error.
+        prefix : str, default ""
+            What the names begin with. If not empty, other names are ignored.
+
+        Returns
+        -------
+        missing_keys, unexpected_keys : list of str
+            Names with their prefix.
+
+        Raises
+        ------
+        RuntimeError
+            If a shape does not fit or, with `strict`, a name is missing or unexpected.
+        TypeError
+            If an entry does not hold real numbers.
+        """
+        own = self._state()
+        given = [key for key in state if key.startswith(prefix)]
+        unexpected = [key for key in given if key[len(prefix) :] not in own]
+        missing = [
+            prefix + name
+            for name in own
+            if prefix + name not in state and name != "num_batches_tracked"
+        ]
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"state does not fit {type(self).__name__}: "
+                f"missing keys {missing}, unexpected keys {unexpected}"
+            )
+        entries = {
+            name: _as_entry(state[prefix + name], prefix + name, array)
+            for name, array in own.items()
+            if prefix + name in state
+        }
+        for name, entry in entries.items():
+            with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
+                own[name][...] = entry
+        return missing, unexpected
+
+    def has_uninitialized_params(self) -> bool:
+        """Tell whether the first input is still to decide the arrays of this layer."""
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward left for its backward is as large as a batch, and of no use elsewhere.
+        return {**self.__dict__, "_memory": None}
+
+    def extra_repr(self) -> str:
+        """Return the arguments as `repr` shows them."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self._has_bias}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class _LazyBatchNorm(_BatchNorm):
+    """A layer that takes its number of channels from the first input, or the first state."""
+
+    _becomes: ClassVar[type[_BatchNorm]]
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        self._set_options(eps, momentum, affine, track_running_stats, device, dtype, bias)
+        if not self.affine:
+            self.weight = None
+        if not self._has_bias:
+            self.bias = None
+        if not self.track_running_stats:
+            self.running_mean = self.running_var = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there: the arrays whose shape is not known yet.
+        if name in self._state_names:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} yet: the first input decides num_features"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def has_uninitialized_params(self) -> bool:
+        """Tell whether the first input is still to decide the arrays of this layer."""
+        return any(not hasattr(self, name) for name in self._state_names)
+
+    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+        """Take the number of channels from x, then do what the layer that this becomes does."""
+        x = self._of_rank(x)
+        y: Array = self._initialized(x.shape[1], "forward", x, out=out)
+        return y
+
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """Raise RuntimeError: the arrays are not there before the first input."""
+        if self.has_uninitialized_params():
+            raise RuntimeError(
+                f"{type(self).__name__} has no state yet: the first input decides num_features"
+            )
+        return super().state_dict(prefix)
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+    ) -> tuple[list[str], list[str]]:
+        """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
+        for name in self._state_names:
+            shape = np.shape(state.get(prefix + name, 0))
+            if len(shape) == 1:
+                keys: tuple[list[str], list[str]] = self._initialized(
+                    shape[0], "load_state_dict", state, strict, prefix
+                )
+                return keys
+        missing = [prefix + name for name in self._state_names if not hasattr(self, name)]
+        if strict and missing:
+            raise RuntimeError(
+                f"nothing in state tells the number of channels of {type(self).__name__}: "
+                f"expected one of {missing} with the shape (C,), got the keys {list(state)}"
+            )
+        known = {prefix + name for name in self._state_names}
+        return missing, [key for key in state if key.startswith(prefix) and key not in known]
+
+    def _initialized(self, num_features: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Become the class of `_becomes`, and call its method; if that fails, be lazy again."""
+        lazy_class, lazy_attributes = type(self), dict(self.__dict__)
+        self.__class__ = self._becomes  # type: ignore[assignment]
+        try:
+            self._allocate(num_features)
+            return getattr(self, method)(*args, **kwargs)
+        except BaseException:
+            self.__class__ = lazy_class
+            self.__dict__ = lazy_attributes
+            raise
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalization of (N, C, H, W) arrays, with the semantics of torch.nn.BatchNorm2d.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, channel by channel. In training mode, the
+    mode of a new layer, mean and var are those of the batch, and the running ones move towards
+    them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
+    evaluation mode they are the running ones.
+
+    Parameters
+    ----------
+    num_features : int
+        The number of channels C, at least 0.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    momentum : float or None, default 0.1
+        The factor of the batch in the running statistics. None is the cumulative average: the
+        factor is ``1 / num_batches_tracked``.
+    affine : bool, default True
+        Whether there are a weight and a bias.
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without them, evaluation mode uses the statistics of
+        the batch as well.
+    device : None or "cpu", optional
+        Where the arrays are.
+    dtype : dtype, default float32
+        That of the parameters and buffers: float32, float64, float16 or ml_dtypes' bfloat16. The
+        dtype of the input may be another, and is the dtype of the output.
+    bias : bool, default True
+        Whether an affine layer has a bias.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        The parameters: ones and zeros at first. Plain arrays, to be changed in place or replaced.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        To what `backward` adds, in the parameter's dtype. None before the first one.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Zeros and ones at first.
+    num_batches_tracked : ndarray of shape (), int64, or None
+        The number of batches that the running statistics have seen.
+    training, frozen : bool
+        What `train` and `eval`, and `freeze` and `unfreeze`, set.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of its range or of a wrong kind.
+
+    Notes
+    -----
+    Several threads may share a layer in evaluation mode. A layer in training mode belongs to one
+    thread at a time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm2d(3)
+    >>> x = np.random.default_rng(0).normal(5.0, 2.0, (8, 3, 4, 4)).astype(np.float32)
+    >>> y = bn(x)
+    >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-3)
+    (True, True)
+    >>> dx = bn.backward(np.ones_like(y))
+    >>> bn.bias_grad
+    array([128., 128., 128.], dtype=float32)
+    >>> y = bn.eval()(x, out=x)
+    >>> y is x
+    True
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalization of (N, C) and (N, C, L) arrays; otherwise a `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm1d(2, affine=False, eps=1e-12)
+    >>> bn(np.array([[1.0, 5.0], [3.0, 9.0]])).round(6)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm3d(_BatchNorm):
+    """Batch normalization of (N, C, D, H, W) arrays; otherwise a `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> fastbn.BatchNorm3d(2)(np.zeros((1, 2, 3, 4, 5), np.float32)).shape
+    (1, 2, 3, 4, 5)
+    """
+
+    _ranks = (5,)
+
+
+class LazyBatchNorm2d(_LazyBatchNorm):
+    """A `BatchNorm2d` that takes num_features from the first input, ``x.shape[1]``.
+
+    Its other parameters are those of `BatchNorm2d`. It becomes a `BatchNorm2d`, class and all, at
+    the first forward, or at the first `load_state_dict` that tells the number of channels. Until
+    then its arrays are not there: reading one raises AttributeError.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.LazyBatchNorm2d(momentum=None)
+    >>> bn.has_uninitialized_params()
+    True
+    >>> y = bn(np.zeros((2, 5, 4, 4), np.float32))
+    >>> bn
+    BatchNorm2d(5, eps=1e-05, momentum=None, affine=True, bias=True, track_running_stats=True)
+    """
+
+    _ranks = BatchNorm2d._ranks
+    _becomes = BatchNorm2d
+
+
+class LazyBatchNorm1d(_LazyBatchNorm):
+    """A `BatchNorm1d` that takes num_features from the first input; see `LazyBatchNorm2d`."""
+
+    _ranks = BatchNorm1d._ranks
+    _becomes = BatchNorm1d
+
+
+class LazyBatchNorm3d(_LazyBatchNorm):
+    """A `BatchNorm3d` that takes num_features from the first input; see `LazyBatchNorm2d`."""
+
+    _ranks = BatchNorm3d._ranks
+    _becomes = BatchNorm3d
+
+
+def _gradients(
+    dy: Array, view: View, frozen: bool, out: Array | None
+) -> tuple[Array, F.Statistics, F.Statistics]:
+    """The gradients of input, weight and bias."""
+    x, mean, invstd, weight, scale = view
+    if not frozen:
+        return F.batch_norm_backward(dy, x, weight, mean, invstd, out=out)
+    # The statistics are constants: dx = dy * weight * invstd.
+    dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd)
+    if out is None:
+        out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
+    with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
+        dy = dy.astype(x.dtype, copy=False)
+    return F.batch_norm_elemt(dy, np.zeros(scale.shape), scale, out=out), dweight, dbias
+
+
+def _accumulated(
+    gradient: Array | None, parameter: Array | None, added: F.Statistics
+) -> Array | None:
+    """The gradient of a parameter after adding to it, in place if it is there."""
+    if parameter is None:
+        return None
+    if gradient is None:
+        gradient = np.zeros_like(parameter)
+    with np.errstate(all="ignore"):  # What the gradient's dtype cannot hold is inf there.
+        gradient[...] = gradient.astype(np.float64) + added
+    return gradient
+
+
+def _float64(vector: Array | None, shape: tuple[int, ...], default: float) -> F.Statistics:
+    """A float64 copy of a vector, or one filled with the default."""
+    return np.full(shape, default) if vector is None else vector.astype(np.float64)
+
+
+def _as_num_features(value: Any) -> int:
+    """A non-negative integer, which a bool is not."""
+    if isinstance(value, bool):
+        raise TypeError("num_features must be an integer, got a bool")
+    try:
+        num_features = operator.index(value)
+    except TypeError:
+        raise TypeError(f"num_features must be an integer, got {type(value).__name__}") from None
+    if num_features < 0:
+        raise ValueError(f"num_features must not be negative, got {num_features}")
+    return num_features
+
+
+def _as_dtype(value: Any) -> np.dtype[Any]:
+    """One of the four dtypes; float32 for None."""
+    dtype = np.dtype(np.float32 if value is None else value)
+    if not F.is_float(dtype) or not dtype.isnative:
+        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+    return dtype
+
+
+def _as_entry(value: Any, key: str, array: Array) -> Array:
+    """An entry of a state dict as an array that can be copied into the given one."""
+    if hasattr(value, "detach"):  # a torch tensor, Parameter or not
+        value = value.detach().cpu()
+        try:
+            value = np.asarray(value)
+        except TypeError:  # NumPy does not know torch's bfloat16
+            value = np.asarray(value.float())
+    entry = np.asarray(value)
+    if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
+        raise TypeError(f"{key} must hold integers, got {entry.dtype}")
+    if entry.dtype.kind not in "iu" and not F.is_float(entry.dtype):
+        raise TypeError(f"{key} must hold real numbers, got {entry.dtype}")
+    if entry.shape != array.shape:
+        raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}")
+    return entry

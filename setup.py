@@ -1,0 +1,128 @@
+"""Build fastbn._core: OpenMP where the compiler has it, the kernels once per instruction set."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+# Instruction set: (compiler flags, what the machine must have). The last one that a machine has is
+# the one in use. A set whose flags the compiler refuses is left out of the build.
+ISAS = {
+    "base": ([], "1"),
+    "avx2": (["-mavx2", "-mfma"], 'HAS("avx2") && HAS("fma")'),
+    "avx512": (
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+        'HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")',
+    ),
+}
+ISAS_MSVC = {
+    "base": ([], "1"),
+    "avx2": (["/arch:AVX2"], "HAS(PF_AVX2_INSTRUCTIONS_AVAILABLE)"),
+}
+
+# Every instruction set gives the same bits only where no compiler fuses or reorders a sum.
+FLAGS = ["-O3", "-ffp-contract=off"]
+FLAGS_MSVC = ["/O2", "/fp:precise"]
+
+OPENMP_PROBE = """
+#include <omp.h>
+int main(void)
+{
+    int threads = 0;
+#pragma omp parallel num_threads(2) reduction(+ : threads)
+    threads += omp_get_num_threads();
+    return threads == 0;
+}
+"""
+
+
+def openmp_candidates(msvc):
+    """Pairs of compiler and linker flags that may switch OpenMP on."""
+    if msvc:
+        return [(["/openmp"], [])]
+    candidates = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
+    try:  # Homebrew's libomp lies where Apple's clang does not look.
+        brew = subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True)
+    except OSError:
+        return candidates
+    prefix = Path(brew.stdout.strip())
+    return [
+        *candidates,
+        (
+            ["-Xpreprocessor", "-fopenmp", f"-I{prefix / 'include'}"],
+            [f"-L{prefix / 'lib'}", "-lomp"],
+        ),
+    ]
+
+
+class BuildExt(build_ext):
+    """build_ext that asks the compiler what it can do."""
+
+    def build_extension(self, ext):
+        msvc = self.compiler.compiler_type == "msvc"
+        flags = FLAGS_MSVC if msvc else FLAGS
+        openmp_flags, link_flags = next(
+            (c for c in openmp_candidates(msvc) if self.builds(OPENMP_PROBE, *c)), ([], [])
+        )
+        if not openmp_flags:
+            self.warn("no OpenMP: fastbn will run on one thread")
+        isas = {
+            name: isa
+            for name, isa in (ISAS_MSVC if msvc else ISAS).items()
+            if self.builds("int main(void) { return 0; }", isa[0], [])
+        }
+        table = " ".join(f"X({name}, {supported})" for name, (_, supported) in isas.items())
+        ext.define_macros = [*ext.define_macros, ("FASTBN_ISAS", table)]
+        ext.extra_compile_args = [*flags, *openmp_flags]
+        ext.extra_link_args = link_flags
+        ext.extra_objects = [
+            self.kernels(ext, name, [*flags, *isa_flags]) for name, (isa_flags, _) in isas.items()
+        ]
+        super().build_extension(ext)
+
+    def kernels(self, ext, isa, flags):
+        """Compile the kernels for an instruction set; return the object file."""
+        (path,) = self.compiler.compile(
+            ["fastbn/_kernels.c"],
+            output_dir=os.path.join(self.build_temp, isa),
+            macros=[("ISA", isa)],
+            extra_postargs=flags,
+            depends=ext.depends,
+        )
+        return path
+
+    def builds(self, source, compile_flags, link_flags):
+        """Tell whether a program compiles and links with these flags."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "probe.c")
+            path.write_text(source)
+            try:
+                objects = self.compiler.compile(
+                    [str(path)], output_dir=folder, extra_postargs=compile_flags
+                )
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=link_flags
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+core = Extension(
+    "fastbn._core",
+    sources=["fastbn/_core.pyx", "fastbn/_platform.c"],
+    depends=[
+        "fastbn/_kernels.c",
+        "fastbn/_kernels.h",
+        "fastbn/_kernels_rows.h",
+        "fastbn/_platform.h",
+    ],
+    include_dirs=["fastbn"],
+)
+
+setup(ext_modules=cythonize([core], build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
