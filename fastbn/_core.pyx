@@ -1,5 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, freethreading_compatible=True
+# cython: language_level=3, cdivision=True, freethreading_compatible=True
 """The loops over channels: how the work is cut, who does which piece, and how pieces merge.
 
 An array is seen as (n, c, s): n samples of c channels of s elements each, C-contiguous. What a
@@ -75,32 +74,34 @@ cdef extern from *:
 cdef const Isa *isa_in_use
 
 
+isa_names = []
+
+
 cdef void choose_isa() except *:
     """Take the best instruction set there is, or the one that FASTBN_ISA names."""
     global isa_in_use
     cdef const Isa *isas[8]
     cdef int count = fastbn_supported_isas(isas, 8)
-    isa_in_use = isas[count - 1]
-    wanted = os.environ.get("FASTBN_ISA")
-    if wanted is None:
-        return
     for i in range(count):
-        if isas[i].name.decode() == wanted:
-            isa_in_use = isas[i]
-            return
-    names = ", ".join([isas[i].name.decode() for i in range(count)])
-    raise ImportError(f"FASTBN_ISA is {wanted!r}, but this build on this machine has {names}")
+        isa_names.append(isas[i].name.decode())
+    wanted = os.environ.get("FASTBN_ISA", isa_names[-1])
+    if wanted not in isa_names:
+        raise ImportError(
+            f"FASTBN_ISA is {wanted!r}, but this build on this machine has {', '.join(isa_names)}"
+        )
+    isa_in_use = isas[<int>isa_names.index(wanted)]
 
 
 choose_isa()
 
 
 def platform():
-    """The compiler, the OpenMP runtime and the instruction set in use, for show_config."""
+    """The compiler, the OpenMP runtime and the instruction sets, for show_config."""
     return {
         "compiler": fastbn_compiler().decode(),
         "openmp": fastbn_openmp().decode(),
         "isa": isa_in_use.name.decode(),
+        "isas": tuple(isa_names),
     }
 
 

@@ -299,5 +299,5 @@ def show_config() -> None:
     print(f"fastbn {__version__}")
     print(f"compiler: {config['compiler']}")
     print(f"OpenMP: {config['openmp']}")
-    print(f"instruction set: {config['isa']}")
+    print(f"instruction set: {config['isa']} (of {', '.join(config['isas'])})")
     print(f"threads: {get_num_threads()}")

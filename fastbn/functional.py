@@ -512,10 +512,15 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype.char in "efd" or dtype.name == "bfloat16"
 
 
+def is_masked(value: Any) -> bool:
+    """Tell whether it is a masked array; np.ma is slow to import, so the others are not asked."""
+    return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
+
+
 def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is not np.ndarray:
-        if isinstance(value, np.ma.MaskedArray):
+        if is_masked(value):
             raise TypeError(f"{name} is a masked array, whose mask would be lost")
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
             value = np.from_dlpack(value)
@@ -563,13 +568,17 @@ def check_running(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or both be None")
     for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
-        if value is None:
-            continue
-        if not isinstance(value, np.ndarray):
-            raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
-        as_vector(value, name, c)
-        if writeable and not value.flags.writeable:
-            raise ValueError(f"{name} must be writeable, got a read-only array")
+        if value is not None:
+            as_vector(value, name, c)
+            check_ndarray(value, name, writeable=writeable)
+
+
+def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
+    """Refuse what cannot be updated in place."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
+    if writeable and not value.flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
 def as_real(value: Any, name: str) -> float:
@@ -591,7 +600,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
     """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading."""
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray) or is_masked(out):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
@@ -599,7 +608,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
         raise TypeError(f"out must have x's dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+    if out.size and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
     for name, array in (("x", x), ("dy", dy)):
         if array is None or same_elements(out, array):

@@ -6,6 +6,7 @@ NumPy arrays.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
@@ -27,8 +28,10 @@ __all__ = [
 Array = NDArray[Any]
 
 # The backward of a forward in place recovers the normalized input from the output, as
-# (y - bias) / weight. Where |bias| exceeds this many times |weight|, too many digits are lost.
+# (y - bias) / weight. Where |bias| exceeds this many times |weight|, too many digits are lost;
+# bfloat16 has fewer of them to lose.
 RECOVERABLE = 16.0
+RECOVERABLE_BFLOAT16 = 4.0
 
 
 class Aside(NamedTuple):
@@ -126,12 +129,11 @@ class _BatchNorm:
     def _allocate(self, num_features: int) -> None:
         """Make the arrays, now that the number of channels is known."""
         self.num_features = num_features
-        self.weight = np.empty(num_features, self._dtype) if self.affine else None
-        self.bias = np.empty(num_features, self._dtype) if self._has_bias else None
+        self.weight = np.ones(num_features, self._dtype) if self.affine else None
+        self.bias = np.zeros(num_features, self._dtype) if self._has_bias else None
         tracked = self.track_running_stats
-        self.running_mean = np.empty(num_features, self._dtype) if tracked else None
-        self.running_var = np.empty(num_features, self._dtype) if tracked else None
-        self.reset_parameters()
+        self.running_mean = np.zeros(num_features, self._dtype) if tracked else None
+        self.running_var = np.ones(num_features, self._dtype) if tracked else None
 
     # Initial values.
 
@@ -269,8 +271,10 @@ class _BatchNorm:
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         tracks = self.track_running_stats
         counter = self.num_batches_tracked if tracks else None
+        if counter is not None:
+            F.check_ndarray(counter, "num_batches_tracked", writeable=True)
         if self.momentum is not None:
-            factor = self.momentum
+            factor = F.as_real(self.momentum, "momentum")
         elif counter is not None:
             factor = 1.0 / (int(counter) + 1)
         else:
@@ -293,12 +297,21 @@ class _BatchNorm:
         """A copy of the channels of x that could not be recovered from the output."""
         if self.weight is None:
             return None
-        weight = np.abs(self.weight.astype(np.float64))
-        bias = 0.0 if self.bias is None else np.abs(self.bias.astype(np.float64))
-        tiny = np.finfo(x.dtype if x.dtype.kind == "f" else np.float32).smallest_normal
-        recoverable = (weight >= tiny) & np.isfinite(weight) & (bias <= RECOVERABLE * weight)
+        weight = np.abs(self._vector("weight", 1.0))
+        bias = np.abs(self._vector("bias", 0.0))
+        bfloat16 = x.dtype.kind != "f"
+        limit = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
+        tiny = np.finfo(np.float32 if bfloat16 else x.dtype).smallest_normal
+        recoverable = (weight >= tiny) & np.isfinite(weight) & (bias <= limit * weight)
         channels = np.flatnonzero(~recoverable)
         return Aside(channels, x[:, channels]) if channels.size else None
+
+    def _vector(self, name: str, default: float) -> F.Statistics:
+        """A float64 copy of weight or bias, or what stands for None."""
+        vector = F.as_optional_vector(getattr(self, name), name, self.num_features)
+        if vector is None:
+            return np.full(self.num_features, default)
+        return vector.astype(np.float64)
 
     # Backward.
 
@@ -340,6 +353,7 @@ class _BatchNorm:
             )
         dy = F.as_gradient(dy, memory.x)
         out = F.check_out(out, memory.x, dy)
+        self._check_gradients()
         aside = None if memory.aside is None else (memory.aside, dy[:, memory.aside.channels])
         dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
         if aside is not None:
@@ -353,12 +367,20 @@ class _BatchNorm:
         self._memory = None
         return dx
 
+    def _check_gradients(self) -> None:
+        """Refuse gradients that cannot be added to."""
+        for name in ("weight_grad", "bias_grad"):
+            gradient = getattr(self, name)
+            if gradient is not None:
+                F.as_vector(gradient, name, self.num_features)
+                F.check_ndarray(gradient, name, writeable=True)
+
     def _view(self, memory: Memory) -> View:
         """How the backward sees what was remembered."""
-        weight = _float64(self.weight, memory.invstd.shape, 1.0)
+        weight = self._vector("weight", 1.0)
         if not memory.in_place:
             return View(memory.x, memory.mean, memory.invstd, weight, memory.invstd * weight)
-        bias = _float64(self.bias, memory.invstd.shape, 0.0)
+        bias = self._vector("bias", 0.0)
         scale = memory.invstd * weight
         if memory.aside is not None:  # These get their gradients from what was set aside.
             weight[memory.aside.channels], bias[memory.aside.channels] = 1.0, 0.0
@@ -367,7 +389,7 @@ class _BatchNorm:
 
     def _view_aside(self, memory: Memory, channels: NDArray[np.intp], xhat: Array) -> View:
         """How the backward sees the channels that were set aside: normalized already."""
-        scale = (memory.invstd * _float64(self.weight, memory.invstd.shape, 1.0))[channels]
+        scale = (memory.invstd * self._vector("weight", 1.0))[channels]
         return View(xhat, np.zeros(scale.shape), np.ones(scale.shape), scale, scale)
 
     # State.
@@ -390,12 +412,24 @@ class _BatchNorm:
         RuntimeError
             If the layer is lazy and has not seen its first input.
         """
+        if self.has_uninitialized_params():
+            raise RuntimeError(
+                f"{type(self).__name__} has no state yet: the first input decides num_features"
+            )
         return {prefix + name: array.copy() for name, array in self._state().items()}
 
     def _state(self) -> dict[str, Array]:
-        """The arrays that make up the state."""
-        state = {name: getattr(self, name) for name in self._state_names}
+        """The arrays that make up the state, those that are there."""
+        state = {name: getattr(self, name, None) for name in self._state_names}
         return {name: array for name, array in state.items() if array is not None}
+
+    def _uninitialized(self) -> list[str]:
+        """The names of the arrays whose shape is not known yet."""
+        return [name for name in self._state_names if not hasattr(self, name)]
+
+    def has_uninitialized_params(self) -> bool:
+        """Tell whether the first input is still to decide the arrays of this layer."""
+        return bool(self._uninitialized())
 
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
@@ -422,16 +456,15 @@ class _BatchNorm:
         RuntimeError
             If a shape does not fit or, with `strict`, a name is missing or unexpected.
         TypeError
-            If an entry does not hold real numbers.
+            If state is no mapping, or an entry does not hold real numbers.
         """
-        own = self._state()
-        given = [key for key in state if key.startswith(prefix)]
-        unexpected = [key for key in given if key[len(prefix) :] not in own]
-        missing = [
-            prefix + name
-            for name in own
-            if prefix + name not in state and name != "num_batches_tracked"
-        ]
+        _check_state(state)
+        own, waiting = self._state(), self._uninitialized()
+        expected = [prefix + name for name in self._state_names if name in own or name in waiting]
+        unexpected = [key for key in state if key.startswith(prefix) and key not in expected]
+        missing = [key for key in expected if key not in state]
+        with contextlib.suppress(ValueError):  # torch before 1.0 had no counter
+            missing.remove(prefix + "num_batches_tracked")
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
@@ -442,14 +475,14 @@ class _BatchNorm:
             for name, array in own.items()
             if prefix + name in state
         }
+        for name in waiting:
+            if prefix + name in state:
+                shape = np.shape(state[prefix + name])
+                raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
         for name, entry in entries.items():
             with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
                 own[name][...] = entry
         return missing, unexpected
-
-    def has_uninitialized_params(self) -> bool:
-        """Tell whether the first input is still to decide the arrays of this layer."""
-        return False
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left for its backward is as large as a batch, and of no use elsewhere.
@@ -499,28 +532,17 @@ class _LazyBatchNorm(_BatchNorm):
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def has_uninitialized_params(self) -> bool:
-        """Tell whether the first input is still to decide the arrays of this layer."""
-        return any(not hasattr(self, name) for name in self._state_names)
-
     def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
         """Take the number of channels from x, then do what the layer that this becomes does."""
         x = self._of_rank(x)
         y: Array = self._initialized(x.shape[1], "forward", x, out=out)
         return y
 
-    def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """Raise RuntimeError: the arrays are not there before the first input."""
-        if self.has_uninitialized_params():
-            raise RuntimeError(
-                f"{type(self).__name__} has no state yet: the first input decides num_features"
-            )
-        return super().state_dict(prefix)
-
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
     ) -> tuple[list[str], list[str]]:
         """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
+        _check_state(state)
         for name in self._state_names:
             shape = np.shape(state.get(prefix + name, 0))
             if len(shape) == 1:
@@ -528,14 +550,7 @@ class _LazyBatchNorm(_BatchNorm):
                     shape[0], "load_state_dict", state, strict, prefix
                 )
                 return keys
-        missing = [prefix + name for name in self._state_names if not hasattr(self, name)]
-        if strict and missing:
-            raise RuntimeError(
-                f"nothing in state tells the number of channels of {type(self).__name__}: "
-                f"expected one of {missing} with the shape (C,), got the keys {list(state)}"
-            )
-        known = {prefix + name for name in self._state_names}
-        return missing, [key for key in state if key.startswith(prefix) and key not in known]
+        return super().load_state_dict(state, strict, prefix)
 
     def _initialized(self, num_features: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Become the class of `_becomes`, and call its method; if that fails, be lazy again."""
@@ -719,11 +734,6 @@ def _accumulated(
     return gradient
 
 
-def _float64(vector: Array | None, shape: tuple[int, ...], default: float) -> F.Statistics:
-    """A float64 copy of a vector, or one filled with the default."""
-    return np.full(shape, default) if vector is None else vector.astype(np.float64)
-
-
 def _as_num_features(value: Any) -> int:
     """A non-negative integer, which a bool is not."""
     if isinstance(value, bool):
@@ -743,6 +753,12 @@ def _as_dtype(value: Any) -> np.dtype[Any]:
     if not F.is_float(dtype) or not dtype.isnative:
         raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
     return dtype
+
+
+def _check_state(state: Any) -> None:
+    """Refuse what is not a mapping from names."""
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
 
 
 def _as_entry(value: Any, key: str, array: Array) -> Array:
