@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 # The backward of a forward in place recovers the normalized input from the output, as
 # (y - bias) / weight. Where |bias| exceeds this many times |weight|, too many digits are lost;
-# bfloat16 has fewer of them to lose.
+# bfloat16 has fewer of them to lose. Nor may the output underflow or overflow.
 RECOVERABLE = 16.0
 RECOVERABLE_BFLOAT16 = 4.0
 
@@ -300,9 +300,15 @@ class _BatchNorm:
         weight = np.abs(self._vector("weight", 1.0))
         bias = np.abs(self._vector("bias", 0.0))
         bfloat16 = x.dtype.kind != "f"
-        limit = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
-        tiny = np.finfo(np.float32 if bfloat16 else x.dtype).smallest_normal
-        recoverable = (weight >= tiny) & np.isfinite(weight) & (bias <= limit * weight)
+        limits = np.finfo(np.float32 if bfloat16 else x.dtype)
+        far = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
+        # No normalized value of n exceeds sqrt(n).
+        largest = weight * (F.values_per_channel(x) ** 0.5 + far)
+        recoverable = (
+            (weight >= float(limits.smallest_normal))
+            & (largest <= float(limits.max))
+            & (bias <= far * weight)
+        )
         channels = np.flatnonzero(~recoverable)
         return Aside(channels, x[:, channels]) if channels.size else None
 

@@ -1,0 +1,178 @@
+"""What several test files share: memory layouts, comparisons, fresh interpreters."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import reference
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+THREADS = [1, 2, 3, 4, 7]
+LAYER_ARRAYS = [
+    "weight",
+    "bias",
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "weight_grad",
+    "bias_grad",
+]
+
+
+def dtype_of(name):
+    """The dtype called `name`; skips the test where bfloat16 is not to be had."""
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+def some(rng, shape, dtype=np.float32, mean=0.5, std=2.0):
+    """Normally distributed numbers, rounded to `dtype`."""
+    return (mean + std * rng.standard_normal(shape)).astype(dtype)
+
+
+def parameters(channels, dtype=np.float32):
+    """A weight and a bias of both signs, the same for every call."""
+    weight = np.linspace(-1.5, 2.0, channels) + 0.1
+    bias = np.linspace(1.0, -0.5, channels)
+    return weight.astype(dtype), bias.astype(dtype)
+
+
+# Each of these returns an array of the same values as `a`, laid out differently in new memory.
+
+
+def contiguous(a):
+    return a.copy(order="C")
+
+
+def channels_last(a):
+    return np.moveaxis(np.moveaxis(a, 1, -1).copy(order="C"), -1, 1)
+
+
+def sliced(a):
+    buffer = np.zeros([2 * n + 1 for n in a.shape], a.dtype)
+    view = buffer[tuple(slice(1, None, 2) for _ in a.shape)]
+    view[...] = a
+    return view
+
+
+def negative_strides(a):
+    reverse = (slice(None, None, -1),) * a.ndim
+    return a[reverse].copy(order="C")[reverse]
+
+
+def fortran(a):
+    return a.copy(order="F")
+
+
+def unaligned(a):
+    view = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
+
+
+def batch_slice(a):
+    """Some channels of a wider array: rows are contiguous, samples lie further apart."""
+    buffer = np.zeros((a.shape[0], a.shape[1] + 2, *a.shape[2:]), a.dtype)
+    buffer[:, 1:-1] = a
+    return buffer[:, 1:-1]
+
+
+WRITEABLE_LAYOUTS = [
+    contiguous,
+    channels_last,
+    sliced,
+    negative_strides,
+    fortran,
+    unaligned,
+    batch_slice,
+]
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def byte_swapped(a):
+    return a.astype(a.dtype.newbyteorder())
+
+
+def same_bits(a, b):
+    """Whether two arrays agree in dtype, shape and every bit, NaNs and signed zeros included."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def assert_within(actual, expected, bound):
+    """Asserts |actual - expected| <= bound everywhere, in wide arithmetic."""
+    actual, expected = reference.wide(actual), reference.wide(expected)
+    assert actual.shape == expected.shape
+    error = np.abs(actual - expected)
+    # Not `error > bound`, which a NaN would pass.
+    wrong = ~(error <= bound)
+    if wrong.any():
+        bound = np.broadcast_to(bound, wrong.shape)
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{wrong.sum()} of {wrong.size} are too far off, the first at {where}: "
+            f"{float(actual[where])!r} instead of {float(expected[where])!r}, "
+            f"which is {float(error[where] / bound[where]):.3g} times the bound"
+        )
+
+
+def assert_close(actual, expected, relative):
+    """Asserts agreement relative to the largest expected magnitude of the array."""
+    expected = reference.wide(expected)
+    assert_within(actual, expected, relative * np.abs(expected).max(initial=0))
+
+
+@contextmanager
+def untouched(*things):
+    """Asserts that arrays, and all arrays of layers, keep every bit through the block."""
+
+    def bits():
+        for thing in things:
+            if isinstance(thing, np.ndarray):
+                yield thing.tobytes()
+            else:
+                for name in LAYER_ARRAYS:
+                    value = getattr(thing, name)
+                    yield name, None if value is None else value.tobytes()
+
+    before = list(bits())
+    yield
+    assert list(bits()) == before
+
+
+@contextmanager
+def refused(exception, *names, intact=()):
+    """Asserts the exception, that its message has every name, and that nothing was written."""
+    with untouched(*intact), pytest.raises(exception) as caught:
+        yield
+    for name in names:
+        assert str(name) in str(caught.value)
+
+
+def run_python(code, cwd, **environment):
+    """Runs `code` in a fresh interpreter; a variable that is None is taken out of the environment.
+
+    Thread counts and the instruction set of the calling environment do not leak in.
+    """
+    variables = {"OMP_NUM_THREADS": None, "FASTBN_ISA": None, **environment}
+    env = {k: v for k, v in os.environ.items() if k not in variables}
+    env |= {k: v for k, v in variables.items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def output_of(code, cwd, **environment):
+    """What `code` prints in a fresh interpreter; fails the test if it fails."""
+    done = run_python(code, cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
