@@ -14,9 +14,12 @@ from setuptools.errors import CompileError, LinkError
 # the one in use. A set whose flags the compiler refuses is left out of the build.
 ISAS = {
     "base": ([], "1"),
-    "avx2": (["-mavx2", "-mfma"], 'HAS("avx2") && HAS("fma")'),
+    "avx2": (["-mavx2", "-mf16c"], 'HAS("avx2") && HAS("f16c")'),
     "avx512": (
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+        [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+            "-mprefer-vector-width=512",
+        ],
         'HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")',
     ),
 }
@@ -119,7 +122,8 @@ core = Extension(
     depends=[
         "fastbn/_kernels.c",
         "fastbn/_kernels.h",
-        "fastbn/_kernels_rows.h",
+        "fastbn/_kernels_dtype.h",
+        "fastbn/_kernels_registers.h",
         "fastbn/_platform.h",
     ],
     include_dirs=["fastbn"],

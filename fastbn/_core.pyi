@@ -7,12 +7,17 @@ Shape = tuple[int, int, int]
 
 def platform() -> dict[str, Any]: ...
 def omp_max_threads() -> int: ...
-def stats(x: Array, shape: Shape, mean: Array, m2: Array, threads: int) -> None: ...
+def stats(
+    x: Array, shape: Shape, channels_last: bool, mean: Array, m2: Array, threads: int
+) -> None: ...
 def elemt(
     x: Array,
     shape: Shape,
+    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
+    var: Array | None,
+    eps: float,
     weight: Array | None,
     bias: Array | None,
     out: Array,
@@ -21,6 +26,7 @@ def elemt(
 def forward(
     x: Array,
     shape: Shape,
+    channels_last: bool,
     weight: Array | None,
     bias: Array | None,
     eps: float,
@@ -34,6 +40,7 @@ def backward_reduce(
     dy: Array,
     x: Array,
     shape: Shape,
+    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
     sum_dy: Array,
@@ -44,6 +51,7 @@ def backward_elemt(
     dy: Array,
     x: Array,
     shape: Shape,
+    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
     weight: Array | None,
@@ -57,6 +65,7 @@ def backward(
     dy: Array,
     x: Array,
     shape: Shape,
+    channels_last: bool,
     weight: Array | None,
     mean: Array | None,
     invstd: Array | None,

@@ -1,9 +1,8 @@
 # cython: language_level=3, cdivision=True, freethreading_compatible=True
 """The loops over channels: how the work is cut, who does which piece, and how pieces merge.
 
-An array is seen as (n, c, s): n samples of c channels of s elements each, C-contiguous. What a
-piece is depends on the shape alone, and pieces merge in a fixed order, so the result has the same
-bits for every number of threads.
+What a piece is depends on the shape alone, and pieces merge in a fixed order, so the result has the
+same bits for every number of threads.
 
 The functions trust their caller: arrays have the right shapes, dtypes and layouts.
 """
@@ -14,11 +13,13 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 
 cdef extern from "_kernels.h" nogil:
     enum:
         LANES "FASTBN_LANES"
+        COLUMNS "FASTBN_COLUMNS"
 
     ctypedef struct Sums "fastbn_sums":
         double first[LANES]
@@ -31,19 +32,31 @@ cdef extern from "_kernels.h" nogil:
         double dy_mean, x_mean, slope, scale
 
     ctypedef struct Kernels "fastbn_kernels":
-        void (*pivots)(const void *x, Py_ssize_t rows, Py_ssize_t len, double *pivot) noexcept nogil
+        double (*element)(const void *x, Py_ssize_t i) noexcept nogil
         void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, const double *pivot,
                         Sums *sums) noexcept nogil
         void (*products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t len,
                          const double *mean, Sums *sums) noexcept nogil
         void (*normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t len,
-                          const Affine *affine) noexcept nogil
+                          const Affine *affine, int stream) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows, Py_ssize_t len,
-                         const Gradient *gradient) noexcept nogil
+                         const Gradient *gradient, int stream) noexcept nogil
+        void (*column_moments)(const void *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len,
+                               const double *pivot, double *first,
+                               double *second) noexcept nogil
+        void (*column_products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t stride,
+                                Py_ssize_t len, const double *mean, double *first,
+                                double *second) noexcept nogil
+        void (*column_normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t stride,
+                                 Py_ssize_t len, const Affine *affine, int stream) noexcept nogil
+        void (*column_gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows,
+                                Py_ssize_t stride, Py_ssize_t len, const Gradient *gradient,
+                                int stream) noexcept nogil
+        void (*end_streaming)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":
         const char *name
-        Kernels float32, float64
+        Kernels float32, float64, float16, bfloat16
 
 
 cdef extern from "_platform.h" nogil:
@@ -55,18 +68,40 @@ cdef extern from "_platform.h" nogil:
 
 cdef extern from *:
     """
+    #include <string.h>
+
     /* The array interface protocol of NumPy, version 3: its C side. */
     typedef struct {
         int two, nd;
         char typekind;
         int itemsize, flags;
         Py_intptr_t *shape, *strides;
-        void *data;
+        char *data;
         PyObject *descr;
     } fastbn_array_struct;
+
+    static inline double fastbn_read_float(const char *p)
+    {
+        float value;
+        memcpy(&value, p, sizeof value);
+        return value;
+    }
+
+    static inline double fastbn_read_double(const char *p)
+    {
+        double value;
+        memcpy(&value, p, sizeof value);
+        return value;
+    }
     """
     ctypedef struct ArrayStruct "fastbn_array_struct":
-        void *data
+        char typekind
+        int itemsize
+        Py_ssize_t *strides
+        char *data
+
+    double read_float "fastbn_read_float"(const char *p) noexcept nogil
+    double read_double "fastbn_read_double"(const char *p) noexcept nogil
 
 
 # ------------------------------------------------------------------ the instruction set in use
@@ -111,55 +146,116 @@ def omp_max_threads():
 
 
 # ------------------------------------------------------------------ how the work is cut
+#
+# An array is n samples of c channels of s elements each, in one of two layouts.
+#
+# Rows: a channel of a sample is one run of memory. Short runs of neighbouring channels are walked
+# together, as a group.
+#
+# Columns: memory is seen as a matrix whose columns belong to a channel each: s neighbouring ones
+# to the first channel, s to the next, and so on. Channels-last arrays are such matrices, of one
+# column per channel, and so are NCHW arrays of few elements per channel and sample. If the matrix
+# is narrow, a few of its rows are folded into one. Columns are walked in strips, as a group.
 
 cdef enum:
-    # Elements of a channel that are summed before they merge: few enough for the sums to be
-    # exact to a few units of the last place of a double, enough for the merge to cost nothing.
-    BLOCK = 32768
-    # Where a channel's run is short, neighbours are walked together: as many as make up a page.
+    # Elements of a channel that are summed before they merge: few enough for the rounding of the
+    # sums not to matter in float64, enough for the merge to cost nothing.
+    ROW_BLOCK = 32768
+    # Rows of a matrix that are summed before they merge; more where there are many.
+    COLUMN_BLOCK = 512
+    COLUMN_BLOCKS_MAX = 256
+    # Where a channel's run is short, as many neighbours are walked as make up a page.
     GROUP_BYTES = 4096
     GROUP_MAX = 16
+    # Shorter runs are taken for columns.
+    ROW_MIN = 16
+    # Rows of less than LANES columns are folded, this many into one.
+    FOLD = 16
+    # From so many bytes on an output is stored around the cache, if its runs are so many long.
+    STREAM_BYTES = 33554432
+    STREAM_RUN_BYTES = 1024
     # Below this many bytes a thread costs more than it brings.
     BYTES_PER_THREAD = 65536
 
 
 cdef struct Cut:
+    bint columns
     Py_ssize_t n, c, s
-    Py_ssize_t group, groups      # neighbouring channels walked together, and how many times
-    Py_ssize_t rows, length       # a block of a channel: so many samples of so many elements
-    Py_ssize_t pieces, blocks     # blocks along s, and blocks of a channel in all
+    Py_ssize_t group, groups      # channels that are walked together, and how many times
+    Py_ssize_t rows, blocks       # samples, or rows of the matrix, of a block; blocks of a channel
+    Py_ssize_t length, pieces     # rows: elements of a run in a block; blocks along s
+    Py_ssize_t fold               # columns: rows of the matrix in a folded one
+    Py_ssize_t width              # columns: of a folded row
+    Py_ssize_t rest               # columns: rows that are left over, in the last block
 
 
 cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, Py_ssize_t itemsize) noexcept nogil:
-    cdef Cut cut
-    cut.n, cut.c, cut.s = n, c, s
+cdef void cut_rows(Cut *cut, Py_ssize_t itemsize) noexcept nogil:
+    cdef Py_ssize_t s = cut.s
+    cut.fold = 1
     cut.group = min(max(GROUP_BYTES // max(s * itemsize, 1), 1), GROUP_MAX)
-    cut.groups = ceil_div(c, cut.group)
-    cut.rows = max(BLOCK // max(s, 1), 1)
+    cut.rows = max(ROW_BLOCK // max(s, 1), 1)
     # Pieces of whole steps, of nearly the same length.
-    cut.length = max(ceil_div(ceil_div(s, max(ceil_div(s, BLOCK), 1)), LANES) * LANES, LANES)
+    cut.length = max(ceil_div(ceil_div(s, max(ceil_div(s, ROW_BLOCK), 1)), LANES) * LANES, LANES)
     cut.pieces = ceil_div(s, cut.length)
-    cut.blocks = ceil_div(n, cut.rows) * cut.pieces
+    cut.blocks = ceil_div(cut.n, cut.rows) * cut.pieces
+
+
+cdef void cut_columns(Cut *cut) noexcept nogil:
+    cdef Py_ssize_t width = cut.c * cut.s, height, strips
+    cut.columns = True
+    cut.fold = 1 if width >= LANES else FOLD
+    cut.width = width * cut.fold
+    height = cut.n // cut.fold
+    cut.rest = cut.n % cut.fold
+    # Strips of nearly the same width, in whole steps.
+    strips = max(ceil_div(width, COLUMNS), 1)
+    cut.group = min(ceil_div(ceil_div(cut.c, strips), LANES) * LANES, COLUMNS // max(cut.s, 1))
+    cut.group = max(cut.group, 1)
+    cut.rows = max(COLUMN_BLOCK, ceil_div(height, COLUMN_BLOCKS_MAX))
+    cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.rows), 1)
+    cut.length = cut.s
+    cut.pieces = 1
+
+
+cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last,
+                  Py_ssize_t itemsize) noexcept nogil:
+    cdef Cut cut
+    memset(&cut, 0, sizeof(Cut))
+    if channels_last:
+        n, s = n * s, 1
+    cut.n, cut.c, cut.s = n, c, s
+    if channels_last or s < ROW_MIN:
+        cut_columns(&cut)
+    else:
+        cut_rows(&cut, itemsize)
+    cut.groups = ceil_div(c, cut.group)
     return cut
 
 
-# A block of a group: the samples [n0, n1), the channels [c0, c1), the elements [s0, s0 + length).
+# A block of a group: the channels [c0, c1) of the samples, or folded rows, [n0, n1); of them the
+# elements [s0, s0 + length), or all columns and `rest` more rows of the matrix.
 cdef struct Block:
-    Py_ssize_t n0, n1, c0, c1, s0, length
+    Py_ssize_t n0, n1, c0, c1, s0, length, rest
+    double count                  # the elements of a channel
 
 
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block
-    block.n0 = b // cut.pieces * cut.rows
-    block.n1 = min(block.n0 + cut.rows, cut.n)
+    cdef Py_ssize_t last
     block.c0 = g * cut.group
     block.c1 = min(block.c0 + cut.group, cut.c)
+    block.n0 = b // cut.pieces * cut.rows
+    block.n1 = min(block.n0 + cut.rows, cut.n // cut.fold)
     block.s0 = b % cut.pieces * cut.length
     block.length = min(cut.length, cut.s - block.s0)
+    block.rest = 0
+    if cut.columns and b == cut.blocks - 1:
+        block.rest = cut.rest
+    block.count = <double>(((block.n1 - block.n0) * cut.fold + block.rest) * block.length)
     return block
 
 
@@ -174,142 +270,120 @@ ctypedef void (*ChannelStep)(const Job *job, Py_ssize_t c) noexcept nogil
 cdef struct Pair:
     double first, second
 
+# How the layout's kernels are called: sums of a block around a centre for each channel, and the
+# element-wise kernel of a block.
+ctypedef void (*BlockSum)(const Job *job, const Block *block, double *centre,
+                          Pair *sums) noexcept nogil
+ctypedef void (*BlockWrite)(const Job *job, const Block *block) noexcept nogil
+
+# One value per channel, of any of the four dtypes, alignments and strides.
+cdef struct Vector:
+    const char *data              # NULL stands for a vector of one and the same value
+    Py_ssize_t stride, itemsize
+    const Kernels *kernels
+    double value
+
 cdef struct Job:
     Cut cut
     Py_ssize_t itemsize
     const Kernels *kernels
     BlockStep reduce
     ChannelStep merge
-    BlockStep apply
+    BlockWrite apply
+    BlockSum sum
+    bint refine                   # whether a pivot must be near the mean
+    bint stream                   # whether to store around the cache
     Pair *partial                 # of (c, blocks)
     const char *dy
     const char *x
     char *out
-    const double *weight          # NULL stands for ones
-    const double *bias            # NULL stands for zeros
-    double *mean
-    double *m2
-    double *invstd
-    double *sum_dy
-    double *sum_dy_xhat
+    Vector weight, bias, mean, invstd
+    Vector var                    # instead of invstd, if it has data
+    Vector sum_dy, sum_dy_xhat
+    double *mean_out
+    double *m2_out
+    double *invstd_out
+    double *sum_dy_out
+    double *sum_dy_xhat_out
     double eps
     double count
 
 
-cdef Py_ssize_t offset(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
-    """The bytes before the block's part of sample n."""
-    return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
+cdef double at(const Vector *vector, Py_ssize_t c) noexcept nogil:
+    """The value of a channel."""
+    cdef const char *p = vector.data + c * vector.stride
+    if vector.data == NULL:
+        return vector.value
+    if vector.itemsize == 8:
+        return read_double(p)
+    if vector.itemsize == 4:
+        return read_float(p)
+    return vector.kernels.element(p, 0)
 
 
-cdef double collapse(double *lanes) noexcept nogil:
-    """The sum over the lanes, by halves."""
-    cdef int half = LANES // 2, i
-    while half:
-        for i in range(half):
-            lanes[i] += lanes[i + half]
-        half //= 2
-    return lanes[0]
-
-
-cdef void clear(Sums *sums, Py_ssize_t count) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef int i
-    for c in range(count):
-        for i in range(LANES):
-            sums[c].first[i] = sums[c].second[i] = 0.0
-
-
-cdef void sum_deviations(const Job *job, const Block *block, const double *pivot, Sums *sums,
-                         Pair *result) noexcept nogil:
-    """The sums over a block of x - pivot and of its square, channel by channel."""
-    cdef Py_ssize_t n, c, channels = block.c1 - block.c0
-    clear(sums, channels)
-    for n in range(block.n0, block.n1):
-        job.kernels.moments(job.x + offset(job, block, n), channels, block.length, pivot, sums)
-    for c in range(channels):
-        result[c].first = collapse(sums[c].first)
-        result[c].second = collapse(sums[c].second)
+cdef double invstd_of(const Job *job, Py_ssize_t c) noexcept nogil:
+    if job.var.data != NULL:
+        return 1.0 / sqrt(at(&job.var, c) + job.eps)
+    return at(&job.invstd, c)
 
 
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
-    """Mean and m2 of a block: the corrected two-pass sums around a pivot.
+    """Mean and m2 of a block: sums of deviations from a pivot, and of their squares.
 
     With any element h of the block as the pivot, (h - mean)^2 <= m2, so that subtracting
     (sum of deviations)^2 / count loses no more than a factor of count of the precision. Of a
     double's 53 bits enough remain for a narrower x; for float64 the first round finds a pivot
-    near the mean, and a second one sums around that.
+    near the mean, and a second one sums around that: the corrected two-pass algorithm.
     """
-    cdef Sums sums[GROUP_MAX]
-    cdef Pair result[GROUP_MAX]
-    cdef double pivot[GROUP_MAX]
+    cdef Pair sums[COLUMNS]
+    cdef double pivot[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
     cdef Py_ssize_t c, channels = block.c1 - block.c0
-    cdef double count = <double>((block.n1 - block.n0) * block.length)
     cdef Pair *partial
     cdef double mean_deviation
-    cdef const char *x = job.x + offset(job, &block, block.n0)
-    job.kernels.pivots(x, channels, block.length, pivot)
-    sum_deviations(job, &block, pivot, sums, result)
-    if job.itemsize == sizeof(double):
+    for c in range(channels):
+        pivot[c] = job.kernels.element(job.x, first_element(job, &block, c))
+    job.sum(job, &block, pivot, sums)
+    if job.refine:
         for c in range(channels):
-            pivot[c] += result[c].first / count
-        sum_deviations(job, &block, pivot, sums, result)
+            pivot[c] += sums[c].first / block.count
+        job.sum(job, &block, pivot, sums)
     for c in range(channels):
         partial = job.partial + (block.c0 + c) * job.cut.blocks + b
-        mean_deviation = result[c].first / count
+        mean_deviation = sums[c].first / block.count
         partial.first = pivot[c] + mean_deviation
         # Rounding can take a variance of nearly zero below it.
-        partial.second = max(result[c].second - result[c].first * mean_deviation, 0.0)
+        partial.second = max(sums[c].second - sums[c].first * mean_deviation, 0.0)
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t c) noexcept nogil:
     """Merge the blocks of a channel in their order, by Chan's formula."""
     cdef const Pair *partial = job.partial + c * job.cut.blocks
-    cdef Block block
     cdef Py_ssize_t b
     cdef double count = 0.0, mean = 0.0, m2 = 0.0, added, delta
     for b in range(job.cut.blocks):
-        block = block_of(&job.cut, 0, b)
-        added = <double>((block.n1 - block.n0) * block.length)
+        added = block_of(&job.cut, 0, b).count
         delta = partial[b].first - mean
         m2 += partial[b].second + delta * delta * (count * added / (count + added))
         mean += delta * (added / (count + added))
         count += added
-    job.mean[c] = mean
-    job.m2[c] = m2
-    if job.invstd != NULL:
-        job.invstd[c] = 1.0 / sqrt(m2 / max(job.count, 1.0) + job.eps)
-
-
-cdef void apply_normalize(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
-    """y = (x - mean) * invstd * weight + bias, from the last sample back to the first."""
-    cdef Affine affine[GROUP_MAX]
-    cdef Block block = block_of(&job.cut, g, b)
-    cdef Py_ssize_t n, c, at
-    for c in range(block.c0, block.c1):
-        affine[c - block.c0].centre = job.mean[c]
-        affine[c - block.c0].scale = job.invstd[c] * (1.0 if job.weight == NULL else job.weight[c])
-        affine[c - block.c0].shift = 0.0 if job.bias == NULL else job.bias[c]
-    for n in range(block.n1 - 1, block.n0 - 1, -1):
-        at = offset(job, &block, n)
-        job.kernels.normalize(job.x + at, job.out + at, block.c1 - block.c0, block.length, affine)
+    job.mean_out[c] = mean
+    job.m2_out[c] = m2
+    if job.invstd_out != NULL:
+        job.invstd_out[c] = 1.0 / sqrt(m2 / max(job.count, 1.0) + job.eps)
 
 
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
-    cdef Sums sums[GROUP_MAX]
+    cdef Pair sums[COLUMNS]
+    cdef double mean[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
-    cdef Py_ssize_t n, c, at
-    cdef Pair *partial
-    clear(sums, block.c1 - block.c0)
-    for n in range(block.n0, block.n1):
-        at = offset(job, &block, n)
-        job.kernels.products(job.dy + at, job.x + at, block.c1 - block.c0, block.length,
-                             job.mean + block.c0, sums)
-    for c in range(block.c1 - block.c0):
-        partial = job.partial + (block.c0 + c) * job.cut.blocks + b
-        partial.first = collapse(sums[c].first)
-        partial.second = collapse(sums[c].second)
+    cdef Py_ssize_t c
+    for c in range(block.c0, block.c1):
+        mean[c - block.c0] = at(&job.mean, c)
+    job.sum(job, &block, mean, sums)
+    for c in range(block.c0, block.c1):
+        job.partial[c * job.cut.blocks + b] = sums[c - block.c0]
 
 
 cdef void merge_products(const Job *job, Py_ssize_t c) noexcept nogil:
@@ -319,26 +393,174 @@ cdef void merge_products(const Job *job, Py_ssize_t c) noexcept nogil:
     for b in range(job.cut.blocks):
         first += partial[b].first
         second += partial[b].second
-    job.sum_dy[c] = first
-    job.sum_dy_xhat[c] = second * job.invstd[c]
+    job.sum_dy_out[c] = first
+    job.sum_dy_xhat_out[c] = second * at(&job.invstd, c)
 
 
-cdef void apply_gradient(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+cdef Affine affine_of(const Job *job, Py_ssize_t c) noexcept nogil:
+    """y = (x - mean) * invstd * weight + bias."""
+    cdef Affine affine
+    affine.centre = at(&job.mean, c)
+    affine.scale = invstd_of(job, c) * at(&job.weight, c)
+    affine.shift = at(&job.bias, c)
+    return affine
+
+
+cdef Gradient gradient_of(const Job *job, Py_ssize_t c) noexcept nogil:
     """dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight."""
-    cdef Gradient gradient[GROUP_MAX]
-    cdef Block block = block_of(&job.cut, g, b)
-    cdef Gradient *one
-    cdef Py_ssize_t n, c, at
-    for c in range(block.c0, block.c1):
-        one = gradient + (c - block.c0)
-        one.dy_mean = job.sum_dy[c] / job.count
-        one.x_mean = job.mean[c]
-        one.slope = job.invstd[c] * (job.sum_dy_xhat[c] / job.count)
-        one.scale = job.invstd[c] * (1.0 if job.weight == NULL else job.weight[c])
+    cdef Gradient gradient
+    gradient.dy_mean = at(&job.sum_dy, c) / job.count
+    gradient.x_mean = at(&job.mean, c)
+    gradient.slope = at(&job.invstd, c) * (at(&job.sum_dy_xhat, c) / job.count)
+    gradient.scale = at(&job.invstd, c) * at(&job.weight, c)
+    return gradient
+
+
+# ------------------------------------------------------------------ the layout of rows
+
+cdef Py_ssize_t row_offset(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
+    """The bytes before the block's part of sample n."""
+    return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
+
+
+cdef Pair collapse(Sums *sums) noexcept nogil:
+    """The sums over the lanes, by halves."""
+    cdef int half = LANES // 2, i
+    cdef Pair result
+    while half:
+        for i in range(half):
+            sums.first[i] += sums.first[i + half]
+            sums.second[i] += sums.second[i + half]
+        half //= 2
+    result.first, result.second = sums.first[0], sums.second[0]
+    return result
+
+
+cdef void sum_rows(const Job *job, const Block *block, double *centre,
+                   Pair *result) noexcept nogil:
+    """The sums of a block, of moments or, with a dy, of products."""
+    cdef Sums sums[GROUP_MAX]
+    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
+    memset(sums, 0, channels * sizeof(Sums))
+    for n in range(block.n0, block.n1):
+        at = row_offset(job, block, n)
+        if job.dy == NULL:
+            job.kernels.moments(job.x + at, channels, block.length, centre, sums)
+        else:
+            job.kernels.products(job.dy + at, job.x + at, channels, block.length, centre, sums)
+    for c in range(channels):
+        result[c] = collapse(sums + c)
+
+
+cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:
+    cdef Affine affine[GROUP_MAX]
+    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
+    for c in range(channels):
+        affine[c] = affine_of(job, block.c0 + c)
     for n in range(block.n1 - 1, block.n0 - 1, -1):
-        at = offset(job, &block, n)
-        job.kernels.gradient(job.dy + at, job.x + at, job.out + at, block.c1 - block.c0,
-                             block.length, gradient)
+        at = row_offset(job, block, n)
+        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, affine, job.stream)
+
+
+cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
+    cdef Gradient gradient[GROUP_MAX]
+    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
+    for c in range(channels):
+        gradient[c] = gradient_of(job, block.c0 + c)
+    for n in range(block.n1 - 1, block.n0 - 1, -1):
+        at = row_offset(job, block, n)
+        job.kernels.gradient(job.dy + at, job.x + at, job.out + at, channels, block.length,
+                             gradient, job.stream)
+
+
+# ------------------------------------------------------------------ the layout of columns
+
+cdef Py_ssize_t column_offset(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
+    """The bytes before the block's columns of folded row n."""
+    return (n * job.cut.width + block.c0 * job.cut.s) * job.itemsize
+
+
+cdef Py_ssize_t columns_of(const Job *job, const Block *block) noexcept nogil:
+    """The columns of a block; a folded row is one strip."""
+    return (block.c1 - block.c0) * job.cut.s * job.cut.fold
+
+
+cdef Py_ssize_t rest_of(const Job *job, const Block *block) noexcept nogil:
+    """The columns of the rows that are left over after the last folded one."""
+    return (block.c1 - block.c0) * job.cut.s * block.rest
+
+
+cdef Py_ssize_t channel_of(const Job *job, const Block *block, Py_ssize_t column) noexcept nogil:
+    """The channel, within the block, to which a column belongs."""
+    return column // job.cut.s % (block.c1 - block.c0)
+
+
+cdef void sum_columns(const Job *job, const Block *block, double *centre,
+                      Pair *result) noexcept nogil:
+    """The sums of a block, of moments or, with a dy, of products."""
+    cdef double first[LANES + COLUMNS]
+    cdef double second[LANES + COLUMNS]
+    cdef double centres[LANES + COLUMNS]
+    cdef Py_ssize_t i, c, columns = columns_of(job, block)
+    memset(first, 0, (LANES + columns) * sizeof(double))
+    memset(second, 0, (LANES + columns) * sizeof(double))
+    memset(centres, 0, LANES * sizeof(double))
+    for i in range(columns):
+        centres[LANES + i] = centre[channel_of(job, block, i)]
+    add_columns(job, block, block.n0, block.n1 - block.n0, columns, centres, first, second)
+    add_columns(job, block, block.n1, 1, rest_of(job, block), centres, first, second)
+    memset(result, 0, (block.c1 - block.c0) * sizeof(Pair))
+    for i in range(columns):
+        c = channel_of(job, block, i)
+        result[c].first += first[LANES + i]
+        result[c].second += second[LANES + i]
+
+
+cdef void add_columns(const Job *job, const Block *block, Py_ssize_t n, Py_ssize_t rows,
+                      Py_ssize_t columns, const double *centres, double *first,
+                      double *second) noexcept nogil:
+    cdef Py_ssize_t at = column_offset(job, block, n), stride = job.cut.width
+    if columns == 0:
+        return
+    if job.dy == NULL:
+        job.kernels.column_moments(job.x + at, rows, stride, columns, centres + LANES,
+                                   first + LANES, second + LANES)
+    else:
+        job.kernels.column_products(job.dy + at, job.x + at, rows, stride, columns,
+                                    centres + LANES, first + LANES, second + LANES)
+
+
+cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
+    cdef Affine affine[COLUMNS]
+    cdef Py_ssize_t i, columns = columns_of(job, block), stride = job.cut.width
+    cdef Py_ssize_t at = column_offset(job, block, block.n0)
+    cdef Py_ssize_t end = column_offset(job, block, block.n1)
+    for i in range(columns):
+        affine[i] = affine_of(job, block.c0 + channel_of(job, block, i))
+    job.kernels.column_normalize(job.x + end, job.out + end, 1, stride,
+                                 rest_of(job, block), affine, False)
+    job.kernels.column_normalize(job.x + at, job.out + at, block.n1 - block.n0, stride, columns,
+                                 affine, job.stream)
+
+
+cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
+    cdef Gradient gradient[COLUMNS]
+    cdef Py_ssize_t i, columns = columns_of(job, block), stride = job.cut.width
+    cdef Py_ssize_t at = column_offset(job, block, block.n0)
+    cdef Py_ssize_t end = column_offset(job, block, block.n1)
+    for i in range(columns):
+        gradient[i] = gradient_of(job, block.c0 + channel_of(job, block, i))
+    job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, 1, stride,
+                                rest_of(job, block), gradient, False)
+    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, block.n1 - block.n0,
+                                stride, columns, gradient, job.stream)
+
+
+cdef Py_ssize_t first_element(const Job *job, const Block *block, Py_ssize_t c) noexcept nogil:
+    """The index of the first element of a channel in a block."""
+    if job.cut.columns:
+        return column_offset(job, block, block.n0) // job.itemsize + c * job.cut.s
+    return row_offset(job, block, block.n0) // job.itemsize + c * job.cut.s
 
 
 # ------------------------------------------------------------------ who does what
@@ -347,6 +569,13 @@ cdef void merge_group(const Job *job, Py_ssize_t g) noexcept nogil:
     cdef Py_ssize_t c
     for c in range(g * job.cut.group, min((g + 1) * job.cut.group, job.cut.c)):
         job.merge(job, c)
+
+
+cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(&job.cut, g, b)
+    job.apply(job, &block)
+    if job.stream:
+        job.kernels.end_streaming()
 
 
 cdef void finish_group(const Job *job, Py_ssize_t g) noexcept nogil:
@@ -358,7 +587,7 @@ cdef void finish_group(const Job *job, Py_ssize_t g) noexcept nogil:
         merge_group(job, g)
     if job.apply != NULL:
         for b in range(job.cut.blocks - 1, -1, -1):
-            job.apply(job, g, b)
+            apply_block(job, g, b)
 
 
 cdef void run_groups(const Job *job, int threads) noexcept nogil:
@@ -371,15 +600,15 @@ cdef void run_groups(const Job *job, int threads) noexcept nogil:
 
 cdef void run_blocks(const Job *job, int threads) noexcept nogil:
     """Too few groups for the threads: they share the blocks, one step after the other."""
-    cdef Py_ssize_t t, g, blocks = job.cut.blocks, tasks = job.cut.groups * job.cut.blocks
+    cdef Py_ssize_t t, g, groups = job.cut.groups, tasks = job.cut.groups * job.cut.blocks
     if job.reduce != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            job.reduce(job, t // blocks, t % blocks)
-        for g in range(job.cut.groups):
+            job.reduce(job, t % groups, t // groups)
+        for g in range(groups):
             merge_group(job, g)
     if job.apply != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            job.apply(job, (tasks - 1 - t) // blocks, (tasks - 1 - t) % blocks)
+            apply_block(job, (tasks - 1 - t) % groups, (tasks - 1 - t) // groups)
 
 
 cdef int run(Job *job, int threads) except -1:
@@ -400,95 +629,144 @@ cdef int run(Job *job, int threads) except -1:
 
 
 # ------------------------------------------------------------------ the jobs
+#
+# `shape` is (n, c, s): samples, channels, elements of a channel in a sample. Arrays of x's shape
+# are C-contiguous as (n, c, s) or, if `channels_last`, as (n, s, c).
 
-cdef char *data(object array) except? NULL:
-    """The address of an array's data."""
+cdef ArrayStruct describe(object array) except *:
+    """Address, kind and size of the elements of an array; its strides are not to be read."""
     capsule = array.__array_struct__  # owns what it points to
-    return <char *>(<ArrayStruct *>PyCapsule_GetPointer(capsule, NULL)).data
+    return (<ArrayStruct *>PyCapsule_GetPointer(capsule, NULL))[0]
 
 
-cdef double *doubles(object array) except? NULL:
-    """The data of a float64 array, or NULL for None."""
-    return NULL if array is None else <double *>data(array)
+cdef const Kernels *kernels_of(ArrayStruct x) noexcept:
+    if x.itemsize == 8:
+        return &isa_in_use.float64
+    if x.itemsize == 4:
+        return &isa_in_use.float32
+    return &isa_in_use.float16 if x.typekind == b"f" else &isa_in_use.bfloat16
 
 
-cdef Job new_job(object x, shape) except *:
-    """A job on x, an array that is C-contiguous in the given shape (n, c, s)."""
+cdef Vector vector_of(object array, double default) except *:
+    """An array of one value per channel; the default for None."""
+    cdef Vector vector
+    cdef ArrayStruct described
+    memset(&vector, 0, sizeof(Vector))
+    vector.value = default
+    if array is not None:
+        capsule = array.__array_struct__
+        described = (<ArrayStruct *>PyCapsule_GetPointer(capsule, NULL))[0]
+        vector.data = described.data
+        vector.stride = described.strides[0]
+        vector.itemsize = described.itemsize
+        vector.kernels = kernels_of(described)
+    return vector
+
+
+cdef double *written(object array, Vector *vector) except NULL:
+    """The data of a new float64 array, which the job's later steps read as the vector."""
+    vector[0] = vector_of(array, 0.0)
+    return <double *>vector.data
+
+
+cdef Job new_job(object x, shape, bint channels_last) except *:
+    """A job on x that has no steps yet."""
     cdef Job job
+    cdef ArrayStruct array = describe(x)
     cdef Py_ssize_t n, c, s
     n, c, s = shape
-    job.itemsize = x.itemsize
-    job.cut = cut_work(n, c, s, job.itemsize)
-    job.kernels = &isa_in_use.float64 if job.itemsize == sizeof(double) else &isa_in_use.float32
+    memset(&job, 0, sizeof(Job))
+    job.x = array.data
+    job.itemsize = array.itemsize
+    job.refine = array.itemsize == sizeof(double)
+    job.kernels = kernels_of(array)
+    job.cut = cut_work(n, c, s, channels_last, job.itemsize)
     job.count = <double>(n * s)
-    job.x = data(x)
-    job.reduce = job.apply = NULL
-    job.merge = NULL
-    job.partial = NULL
-    job.weight = job.bias = NULL
-    job.invstd = NULL
+    job.sum = sum_columns if job.cut.columns else sum_rows
     return job
 
 
-def stats(x, shape, mean, m2, int threads):
+cdef int write_to(Job *job, object out, BlockWrite rows, BlockWrite columns) except -1:
+    """Let the job apply its outcome to out."""
+    cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
+    cdef Py_ssize_t run = (job.cut.group * job.cut.s * job.cut.fold if job.cut.columns
+                           else job.cut.length) * job.itemsize
+    job.out = describe(out).data
+    job.apply = columns if job.cut.columns else rows
+    job.stream = (size >= STREAM_BYTES and run >= STREAM_RUN_BYTES
+                  and job.out != job.x and job.out != job.dy)
+    return 0
+
+
+def stats(x, shape, bint channels_last, mean, m2, int threads):
     """Write the mean and m2 of every channel of x."""
-    cdef Job job = new_job(x, shape)
-    job.mean, job.m2 = doubles(mean), doubles(m2)
+    cdef Job job = new_job(x, shape, channels_last)
+    cdef Vector unread
+    job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
     job.reduce, job.merge = reduce_moments, merge_moments
     run(&job, threads)
 
 
-def elemt(x, shape, mean, invstd, weight, bias, out, int threads):
-    """Write x, normalized by the given statistics, into out."""
-    cdef Job job = new_job(x, shape)
-    job.mean, job.invstd = doubles(mean), doubles(invstd)
-    job.weight, job.bias = doubles(weight), doubles(bias)
-    job.out = data(out)
-    job.apply = apply_normalize
-    run(&job, threads)
-
-
-def forward(x, shape, weight, bias, double eps, out, mean, m2, invstd, int threads):
-    """Write x, normalized by its own statistics, into out, and those statistics."""
-    cdef Job job = new_job(x, shape)
-    job.mean, job.m2, job.invstd = doubles(mean), doubles(m2), doubles(invstd)
-    job.weight, job.bias = doubles(weight), doubles(bias)
+def elemt(x, shape, bint channels_last, mean, invstd, var, double eps, weight, bias, out,
+          int threads):
+    """Write x, normalized by mean and either invstd or var and eps, into out."""
+    cdef Job job = new_job(x, shape, channels_last)
+    job.mean, job.invstd, job.var = vector_of(mean, 0), vector_of(invstd, 1), vector_of(var, 1)
+    job.weight, job.bias = vector_of(weight, 1.0), vector_of(bias, 0.0)
     job.eps = eps
-    job.out = data(out)
-    job.reduce, job.merge, job.apply = reduce_moments, merge_moments, apply_normalize
+    write_to(&job, out, normalize_rows, normalize_columns)
     run(&job, threads)
 
 
-cdef Job new_backward_job(dy, x, shape, mean, invstd, sum_dy, sum_dy_xhat) except *:
-    cdef Job job = new_job(x, shape)
-    job.dy = data(dy)
-    job.mean, job.invstd = doubles(mean), doubles(invstd)
-    job.sum_dy, job.sum_dy_xhat = doubles(sum_dy), doubles(sum_dy_xhat)
+def forward(x, shape, bint channels_last, weight, bias, double eps, out, mean, m2, invstd,
+            int threads):
+    """Write x, normalized by its own statistics, into out, and those statistics."""
+    cdef Job job = new_job(x, shape, channels_last)
+    cdef Vector unread
+    job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
+    job.invstd_out = written(invstd, &job.invstd)
+    job.weight, job.bias = vector_of(weight, 1.0), vector_of(bias, 0.0)
+    job.eps = eps
+    job.reduce, job.merge = reduce_moments, merge_moments
+    write_to(&job, out, normalize_rows, normalize_columns)
+    run(&job, threads)
+
+
+cdef Job new_backward_job(dy, x, shape, bint channels_last, mean, invstd) except *:
+    cdef Job job = new_job(x, shape, channels_last)
+    job.dy = describe(dy).data
+    job.mean, job.invstd = vector_of(mean, 0.0), vector_of(invstd, 1.0)
     return job
 
 
-def backward_reduce(dy, x, shape, mean, invstd, sum_dy, sum_dy_xhat, int threads):
+def backward_reduce(dy, x, shape, bint channels_last, mean, invstd, sum_dy, sum_dy_xhat,
+                    int threads):
     """Write the sums of dy and of dy * xhat of every channel."""
-    cdef Job job = new_backward_job(dy, x, shape, mean, invstd, sum_dy, sum_dy_xhat)
+    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    job.sum_dy_out = written(sum_dy, &job.sum_dy)
+    job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
     job.reduce, job.merge = reduce_products, merge_products
     run(&job, threads)
 
 
-def backward_elemt(dy, x, shape, mean, invstd, weight, sum_dy, sum_dy_xhat, double count, out,
-                   int threads):
+def backward_elemt(dy, x, shape, bint channels_last, mean, invstd, weight, sum_dy, sum_dy_xhat,
+                   double count, out, int threads):
     """Write the gradient of x into out, by the given sums over count elements."""
-    cdef Job job = new_backward_job(dy, x, shape, mean, invstd, sum_dy, sum_dy_xhat)
-    job.weight = doubles(weight)
+    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    job.sum_dy, job.sum_dy_xhat = vector_of(sum_dy, 0.0), vector_of(sum_dy_xhat, 0.0)
+    job.weight = vector_of(weight, 1.0)
     job.count = count
-    job.out = data(out)
-    job.apply = apply_gradient
+    write_to(&job, out, gradient_rows, gradient_columns)
     run(&job, threads)
 
 
-def backward(dy, x, shape, weight, mean, invstd, out, sum_dy, sum_dy_xhat, int threads):
+def backward(dy, x, shape, bint channels_last, weight, mean, invstd, out, sum_dy, sum_dy_xhat,
+             int threads):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat."""
-    cdef Job job = new_backward_job(dy, x, shape, mean, invstd, sum_dy, sum_dy_xhat)
-    job.weight = doubles(weight)
-    job.out = data(out)
-    job.reduce, job.merge, job.apply = reduce_products, merge_products, apply_gradient
+    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    job.sum_dy_out = written(sum_dy, &job.sum_dy)
+    job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
+    job.weight = vector_of(weight, 1.0)
+    job.reduce, job.merge = reduce_products, merge_products
+    write_to(&job, out, gradient_rows, gradient_columns)
     run(&job, threads)

@@ -1,7 +1,7 @@
-"""The CPU backend: brings arrays into the layout and dtype that the core takes, and picks threads.
+"""The CPU backend: brings arrays into a layout that the core takes, and picks threads.
 
-The functions expect checked arguments. `x` and `dy` have the shape (N, C, ...), vectors (C,); all
-may have any strides, alignment, byte order and any of the four dtypes.
+The functions expect checked arguments. `x` and `dy` have the shape (N, C, ...), any strides,
+alignment and byte order; vectors have the shape (C,) and native byte order.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ Statistics = NDArray[np.float64]
 
 def stats(x: Array) -> tuple[Statistics, Statistics]:
     """Mean and m2 of each channel."""
+    shape, last = layout_of(x)
     mean, m2 = vectors(x, 2)
-    _core.stats(packed(x), shape_of(x), mean, m2, get_num_threads())
+    _core.stats(packed(x, x, last), shape, last, mean, m2, get_num_threads())
     return mean, m2
 
 
 def elemt(
     x: Array,
     mean: Array,
-    invstd: Array,
+    invstd: Array | None,
     weight: Array | None,
     bias: Array | None,
     out: Array | None,
+    *,
+    var: Array | None = None,
+    eps: float = 0.0,
 ) -> Array:
-    """Normalize by given statistics."""
-    source = packed(x)
-    target, out = output(x, source, out)
+    """Normalize by given statistics: mean and invstd, or mean, var and eps."""
+    shape, last = layout_of(x)
+    source = packed(x, x, last)
+    target, out = output(x, source, out, last)
     _core.elemt(
-        source,
-        shape_of(x),
-        doubles(mean),
-        doubles(invstd),
-        doubles(weight),
-        doubles(bias),
-        target,
-        get_num_threads(),
+        source, shape, last, mean, invstd, var, eps, weight, bias, target, get_num_threads()
     )
-    return unpacked(target, out)
+    return unpacked(target, out, last)
 
 
 def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
 ) -> tuple[Array, Statistics, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean, m2 and invstd."""
-    source = packed(x)
-    target, out = output(x, source, out)
+    shape, last = layout_of(x)
+    source = packed(x, x, last)
+    target, out = output(x, source, out, last)
     mean, m2, invstd = vectors(x, 3)
     _core.forward(
         source,
-        shape_of(x),
-        doubles(weight),
-        doubles(bias),
+        shape,
+        last,
+        weight,
+        bias,
         eps,
         target,
         mean,
@@ -70,20 +70,22 @@ def forward(
         invstd,
         get_num_threads(),
     )
-    return unpacked(target, out), mean, m2, invstd
+    return unpacked(target, out, last), mean, m2, invstd
 
 
 def backward_reduce(
     dy: Array, x: Array, mean: Array, invstd: Array
 ) -> tuple[Statistics, Statistics]:
     """The sums of dy and of dy * xhat."""
+    shape, last = layout_of(x)
     sum_dy, sum_dy_xhat = vectors(x, 2)
     _core.backward_reduce(
-        packed(dy, like=x),
-        packed(x),
-        shape_of(x),
-        doubles(mean),
-        doubles(invstd),
+        packed(dy, x, last),
+        packed(x, x, last),
+        shape,
+        last,
+        mean,
+        invstd,
         sum_dy,
         sum_dy_xhat,
         get_num_threads(),
@@ -103,22 +105,24 @@ def backward_elemt(
     out: Array | None,
 ) -> Array:
     """The gradient of x, from the two sums."""
-    source = packed(x)
-    target, out = output(x, source, out)
+    shape, last = layout_of(x)
+    source = packed(x, x, last)
+    target, out = output(x, source, out, last)
     _core.backward_elemt(
-        packed(dy, like=x),
+        packed(dy, x, last),
         source,
-        shape_of(x),
-        doubles(mean),
-        doubles(invstd),
-        doubles(weight),
-        doubles(sum_dy),
-        doubles(sum_dy_xhat),
+        shape,
+        last,
+        mean,
+        invstd,
+        weight,
+        sum_dy,
+        sum_dy_xhat,
         count,
         target,
         get_num_threads(),
     )
-    return unpacked(target, out)
+    return unpacked(target, out, last)
 
 
 def backward(
@@ -130,66 +134,73 @@ def backward(
     out: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradient of x, and the sums of dy and of dy * xhat."""
-    source = packed(x)
-    target, out = output(x, source, out)
+    shape, last = layout_of(x)
+    source = packed(x, x, last)
+    target, out = output(x, source, out, last)
     sum_dy, sum_dy_xhat = vectors(x, 2)
     _core.backward(
-        packed(dy, like=x),
+        packed(dy, x, last),
         source,
-        shape_of(x),
-        doubles(weight),
-        doubles(mean),
-        doubles(invstd),
+        shape,
+        last,
+        weight,
+        mean,
+        invstd,
         target,
         sum_dy,
         sum_dy_xhat,
         get_num_threads(),
     )
-    return unpacked(target, out), sum_dy, sum_dy_xhat
+    return unpacked(target, out, last), sum_dy, sum_dy_xhat
 
 
-# Layouts and dtypes.
+# Layouts. The core takes C-contiguous (N, C, ...) arrays and, with `last`, C-contiguous (N, ..., C)
+# ones. Which of them a call uses is decided by x; what lies otherwise is copied.
 
 
-def shape_of(x: Array) -> tuple[int, int, int]:
-    """How the core sees x: samples, channels, elements of a channel in a sample."""
-    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+def layout_of(x: Array) -> tuple[tuple[int, int, int], bool]:
+    """Samples, channels and elements of a channel in a sample, and whether channels come last."""
+    n, c, *rest = x.shape
+    last = not x.flags.c_contiguous and permuted(x, True).flags.c_contiguous
+    return (n, c, math.prod(rest)), last
 
 
-def core_dtype(x: Array) -> type[np.floating[Any]]:
-    """The dtype in which the core computes on x."""
-    return np.float64 if x.itemsize == 8 else np.float32
+def permuted(array: Array, last: bool) -> Array:
+    """A view of the array with the channels where the layout has them."""
+    return array.transpose(0, *range(2, array.ndim), 1) if last else array
 
 
-def packed(x: Array, like: Array | None = None) -> Array:
-    """The array as the core takes it: itself, or a copy."""
-    if like is not None and x.dtype != like.dtype:
-        with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
-            x = x.astype(like.dtype)
-    return np.require(x, core_dtype(x), ["C_CONTIGUOUS", "ALIGNED"])
+def fits(array: Array) -> bool:
+    """Tell whether the core can take an array as it is."""
+    flags = array.flags
+    return flags.c_contiguous and flags.aligned and array.dtype.isnative
 
 
-def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
+def packed(array: Array, x: Array, last: bool) -> Array:
+    """The array as the core takes it, in x's dtype: a view or a copy."""
+    array = permuted(array, last)
+    if fits(array) and array.dtype == x.dtype:
+        return array
+    with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
+        return np.require(array, x.dtype.newbyteorder("="), ["C_CONTIGUOUS", "ALIGNED"])
+
+
+def output(x: Array, source: Array, out: Array | None, last: bool) -> tuple[Array, Array]:
     """Where the core shall write, and where the result shall be in the end."""
     if out is None:
-        out = np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
-    if out.dtype == source.dtype and out.flags.c_contiguous and out.flags.aligned:
-        return out, out
+        out = np.empty_like(x, dtype=source.dtype, subok=False)
+    target = permuted(out, last)
+    if fits(target):
+        return target, out
     # A source that is a copy can be overwritten.
     return (source if not np.may_share_memory(source, x) else np.empty_like(source)), out
 
 
-def unpacked(target: Array, out: Array) -> Array:
+def unpacked(target: Array, out: Array, last: bool) -> Array:
     """The result where it shall be."""
-    if target is not out:
-        with np.errstate(all="ignore"):  # What out's dtype cannot hold is inf there.
-            out[...] = target
+    if target is not out and not np.may_share_memory(target, out):
+        permuted(out, last)[...] = target
     return out
-
-
-def doubles(vector: Array | None) -> Statistics | None:
-    """A vector as the core takes it."""
-    return None if vector is None else np.require(vector, np.float64, ["C", "A"])
 
 
 def vectors(x: Array, count: int) -> NDArray[np.float64]:
@@ -228,7 +239,7 @@ def cgroup_quota() -> int:
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
-_cpus = available_cpus()
+_cpus = 2**31 - 1 if "OMP_NUM_THREADS" in os.environ else available_cpus()
 _num_threads: int | None = None
 
 
@@ -249,8 +260,7 @@ def get_num_threads() -> int:
     """
     if _num_threads is not None:
         return _num_threads
-    threads: int = _core.omp_max_threads()
-    return threads if "OMP_NUM_THREADS" in os.environ else min(threads, _cpus)
+    return min(_core.omp_max_threads(), _cpus)
 
 
 def set_num_threads(n: int | None) -> None:

@@ -1,18 +1,27 @@
 /* The inner loops: what is done to runs of memory, for every dtype and instruction set.
  *
- * A kernel walks `rows` runs of `len` elements that lie one behind the other, each with sums or
- * coefficients of its own. It knows neither channels nor threads, takes any alignment and allocates
- * nothing. Every instruction set gives the same bits.
+ * A kernel knows neither channels nor threads, takes any alignment and allocates nothing. Every
+ * instruction set gives the same bits.
+ *
+ * Row kernels walk `rows` runs of `len` elements that lie one behind the other; each run has sums
+ * or coefficients of its own. Column kernels walk `rows` runs that begin `stride` elements apart,
+ * of at most FASTBN_COLUMNS elements; each column has sums or coefficients of its own.
+ *
+ * Outputs may be one of the inputs. `stream` asks for stores around the cache, into another array
+ * whose elements are aligned.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
 
 #include <stddef.h>
 
-/* Element i of a run is added to lane i modulo this, whatever the width of a register is. */
-enum { FASTBN_LANES = 16 };
+enum {
+    /* Element i of a run is added to lane i modulo this, whatever the width of a register is. */
+    FASTBN_LANES = 16,
+    FASTBN_COLUMNS = 256,
+};
 
-/* Two running sums. They are in double: float elements then leave 29 bits for the carry. */
+/* The two sums of a run, lane by lane. In double, which has 29 bits to spare for floats. */
 typedef struct {
     double first[FASTBN_LANES];
     double second[FASTBN_LANES];
@@ -29,25 +38,39 @@ typedef struct {
 } fastbn_gradient;
 
 typedef struct {
-    /* pivot = the first element of each run */
-    void (*pivots)(const void *x, ptrdiff_t rows, ptrdiff_t len, double *pivot);
+    /* x[i] */
+    double (*element)(const void *x, ptrdiff_t i);
+
     /* first += x - pivot, second += (x - pivot)^2 */
     void (*moments)(const void *x, ptrdiff_t rows, ptrdiff_t len, const double *pivot,
                     fastbn_sums *sums);
     /* first += dy, second += dy * (x - mean) */
     void (*products)(const void *dy, const void *x, ptrdiff_t rows, ptrdiff_t len,
                      const double *mean, fastbn_sums *sums);
-    /* y may be x */
     void (*normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t len,
-                      const fastbn_affine *affine);
-    /* dx may be dy or x */
+                      const fastbn_affine *affine, int stream);
     void (*gradient)(const void *dy, const void *x, void *dx, ptrdiff_t rows, ptrdiff_t len,
-                     const fastbn_gradient *gradient);
+                     const fastbn_gradient *gradient, int stream);
+
+    /* The same for columns. The sums of moments and products read and write up to FASTBN_LANES
+     * values before `pivot` or `mean`, `first` and `second`, without changing them. */
+    void (*column_moments)(const void *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len,
+                           const double *pivot, double *first, double *second);
+    void (*column_products)(const void *dy, const void *x, ptrdiff_t rows, ptrdiff_t stride,
+                            ptrdiff_t len, const double *mean, double *first, double *second);
+    void (*column_normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t stride,
+                             ptrdiff_t len, const fastbn_affine *affine, int stream);
+    void (*column_gradient)(const void *dy, const void *x, void *dx, ptrdiff_t rows,
+                            ptrdiff_t stride, ptrdiff_t len, const fastbn_gradient *gradient,
+                            int stream);
+
+    /* Makes what was stored around the cache visible to other threads. */
+    void (*end_streaming)(void);
 } fastbn_kernels;
 
 typedef struct {
     const char *name;
-    fastbn_kernels float32, float64;
+    fastbn_kernels float32, float64, float16, bfloat16;
 } fastbn_isa;
 
 #endif

@@ -103,7 +103,7 @@ def batch_norm(
     if training:
         factor = as_real(momentum, "momentum")
         return forward_by_batch(x, running_mean, running_var, weight, bias, factor, eps, out=out)[0]
-    return forward_by_running(x, running_mean, running_var, weight, bias, eps, out=out)[0]
+    return forward_by_running(x, running_mean, running_var, weight, bias, eps, out=out)
 
 
 def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
@@ -429,7 +429,7 @@ def batch_norm_backward(
     return dx, sum_dy_xhat, sum_dy
 
 
-# What `batch_norm` and the layers share. They return the statistics for the backward.
+# What `batch_norm` and the layers share.
 
 
 def forward_by_batch(
@@ -443,7 +443,10 @@ def forward_by_batch(
     *,
     out: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
-    """Normalize by the statistics of the batch, then move the running ones towards them."""
+    """Normalize by the statistics of the batch, then move the running ones towards them.
+
+    Returns y and, for the backward, mean and invstd.
+    """
     c, count = x.shape[1], values_per_channel(x)
     check_running(running_mean, running_var, c, writeable=True)
     if count == 1:
@@ -473,24 +476,31 @@ def forward_by_running(
     eps: float,
     *,
     out: Array | None,
-) -> tuple[Array, Statistics, Statistics]:
+) -> Array:
     """Normalize by the running statistics."""
-    c = x.shape[1]
-    check_running(running_mean, running_var, c, writeable=False)
     if running_mean is None or running_var is None:
+        check_running(running_mean, running_var, x.shape[1], writeable=False)
         raise ValueError("running_mean and running_var are needed outside training, got None")
-    mean = running_mean.astype(np.float64)
-    with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
-        invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + as_eps(eps))
-    y = backend.elemt(
+    c = x.shape[1]
+    return backend.elemt(
         x,
-        mean,
-        invstd,
+        as_vector(running_mean, "running_mean", c),
+        None,
         as_optional_vector(weight, "weight", c),
         as_optional_vector(bias, "bias", c),
         check_out(out, x),
+        var=as_vector(running_var, "running_var", c),
+        eps=as_eps(eps),
     )
-    return y, mean, invstd
+
+
+def running_statistics(
+    running_mean: Array, running_var: Array, eps: float
+) -> tuple[Statistics, Statistics]:
+    """Mean and invstd, in float64, of running statistics that have been checked."""
+    with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
+        invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)
+    return running_mean.astype(np.float64), invstd
 
 
 def move_towards(running: Array, batch: Statistics, factor: float) -> None:
@@ -553,6 +563,8 @@ def as_vector(value: Any, name: str, c: int) -> Array:
         raise ValueError(
             f"{name} must have the shape ({c},), one value per channel of x, got {value.shape}"
         )
+    if not value.dtype.isnative:
+        value = value.astype(value.dtype.newbyteorder("="))
     return value  # type: ignore[no-any-return]
 
 
@@ -583,6 +595,8 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
 
 def as_real(value: Any, name: str) -> float:
     """A real number, which a bool is not, as a float."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     return float(value)
@@ -611,9 +625,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
     if out.size and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
     for name, array in (("x", x), ("dy", dy)):
-        if array is None or same_elements(out, array):
-            continue
-        if share_memory(out, array):
+        if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
     return out
 
@@ -621,7 +633,9 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
 def share_memory(a: Array, b: Array) -> bool:
     """Tell whether two arrays have memory in common; where that is too hard to tell, yes."""
     try:
-        return a is b or np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+        return a is b or (
+            np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
+        )
     except np.exceptions.TooHardError:
         return True
 

@@ -231,9 +231,7 @@ class _BatchNorm:
         in_place = out is not None and F.share_memory(out, x)
         aside = self._set_aside(x) if in_place else None
         if self.frozen:
-            y, mean, invstd = F.forward_by_running(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, out=out
-            )
+            y, mean, invstd = self._forward_frozen(x, out)
         else:
             y, mean, invstd = self._forward_train(x, out)
         if aside is not None:
@@ -264,7 +262,15 @@ class _BatchNorm:
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if mean is None and var is None:
             return F.forward_by_batch(x, None, None, weight, bias, 0.0, self.eps, out=out)[0]
-        return F.forward_by_running(x, mean, var, weight, bias, self.eps, out=out)[0]
+        return F.forward_by_running(x, mean, var, weight, bias, self.eps, out=out)
+
+    def _forward_frozen(
+        self, x: Array, out: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        mean, var = self.running_mean, self.running_var
+        y = F.forward_by_running(x, mean, var, self.weight, self.bias, self.eps, out=out)
+        assert mean is not None and var is not None  # or that would have raised
+        return y, *F.running_statistics(mean, var, self.eps)
 
     def _forward_train(
         self, x: Array, out: Array | None

@@ -1,0 +1,342 @@
+/* Registers, and how elements of each dtype come into them and out.
+ *
+ * vd is a register of doubles, vf one of floats. Vectors of the target's own width compile to what
+ * one would write by hand; a compiler without them works on registers of one element. What it has
+ * no good code for is done by intrinsics.
+ */
+#ifndef FASTBN_KERNELS_REGISTERS_H
+#define FASTBN_KERNELS_REGISTERS_H
+
+#include "_kernels.h"
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__SSE2__)
+#  include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#  if defined(__AVX512F__)
+#    define REGISTER 64
+#  elif defined(__AVX2__)
+#    define REGISTER 32
+#  else
+#    define REGISTER 16
+#  endif
+#  define ALWAYS_INLINE static inline __attribute__((always_inline))
+#  define UNROLL _Pragma("GCC unroll 16")
+typedef double vd __attribute__((vector_size(REGISTER)));
+typedef float vf __attribute__((vector_size(REGISTER)));
+typedef long long vi __attribute__((vector_size(REGISTER)));
+#else
+#  define ALWAYS_INLINE static __inline
+#  define UNROLL
+typedef double vd;
+typedef float vf;
+#endif
+
+enum {
+    LANES = FASTBN_LANES,
+    VD = sizeof(vd) / sizeof(double),
+    VF = sizeof(vf) / sizeof(float),
+    STEPS = LANES / VD, /* registers of doubles that make up a step of LANES elements */
+};
+
+/* float64 and float32 */
+
+ALWAYS_INLINE double get_float64(double x) { return x; }
+ALWAYS_INLINE double put_float64(double x) { return x; }
+ALWAYS_INLINE float get_float32(float x) { return x; }
+ALWAYS_INLINE float put_float32(float x) { return x; }
+
+ALWAYS_INLINE vd load_float64(const double *p)
+{
+    vd v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+ALWAYS_INLINE void store_float64(double *p, vd v) { memcpy(p, &v, sizeof v); }
+
+ALWAYS_INLINE vd widen_float64(const double *p) { return load_float64(p); }
+
+ALWAYS_INLINE vf load_float32(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+ALWAYS_INLINE void store_float32(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+ALWAYS_INLINE vd widen_float32(const float *p)
+{
+#if defined(__AVX512F__)
+    return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+    return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#elif defined(__SSE2__)
+    return (vd)_mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd((const double *)p)));
+#else
+    double wide[VD];
+    vd v;
+    for (int i = 0; i < VD; i++)
+        wide[i] = p[i];
+    memcpy(&v, wide, sizeof v);
+    return v;
+#endif
+}
+
+/* float16 and bfloat16, as the integers that hold their bits */
+
+ALWAYS_INLINE float float_of_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+ALWAYS_INLINE uint32_t bits_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+ALWAYS_INLINE float get_float16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+    if (rest < 0x0400) /* subnormal: a multiple of 2^-24 */
+        return sign ? -(float)rest * 0x1p-24f : (float)rest * 0x1p-24f;
+    return float_of_bits(sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23)));
+}
+
+ALWAYS_INLINE uint16_t put_float16(float x)
+{
+    const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
+    if (rest > 0x7f800000) /* NaN */
+        return (uint16_t)(sign | 0x7e00);
+    if (rest >= 0x477ff000) /* rounds to 65536 or more */
+        return (uint16_t)(sign | 0x7c00);
+    if (rest < 0x38800000) /* subnormal: a multiple of 2^-24 */
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) * 0x1p24f + 0x1p23f) & 0x7fff));
+    return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
+ALWAYS_INLINE float get_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
+
+ALWAYS_INLINE uint16_t put_bfloat16(float x)
+{
+    const uint32_t bits = bits_of_float(x);
+    if (x != x)
+        return (uint16_t)(bits >> 16 | 0x40); /* rounding could carry a NaN into an infinity */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* A register of floats from VF elements at p, and a register of doubles from VD elements. */
+#if defined(__AVX512F__)
+
+ALWAYS_INLINE vf load_float16(const uint16_t *p)
+{
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+ALWAYS_INLINE vd widen_float16(const uint16_t *p)
+{
+    return (vd)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
+}
+
+ALWAYS_INLINE __m256i pack_float16(vf v)
+{
+    return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
+{
+    const __m256i h = _mm256_loadu_si256((const __m256i *)p);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+
+ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadu_si128((const __m128i *)p);
+    return (vd)_mm512_cvtps_pd((__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+ALWAYS_INLINE __m256i pack_bfloat16(vf v)
+{
+    const __m512i bits = (__m512i)v, high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i carry = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 16);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
+#  define STORE_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), v)
+#  define STREAM_HALF(p, v) _mm256_stream_si256((__m256i *)(p), v)
+#  define STREAM(p, v) _mm512_stream_si512((__m512i *)(p), (__m512i)(v))
+
+#elif defined(__AVX2__)
+
+ALWAYS_INLINE vf load_float16(const uint16_t *p)
+{
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+ALWAYS_INLINE vd widen_float16(const uint16_t *p)
+{
+    return (vd)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+ALWAYS_INLINE __m128i pack_float16(vf v)
+{
+    return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadu_si128((const __m128i *)p);
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+}
+
+ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadl_epi64((const __m128i *)p);
+    return (vd)_mm256_cvtps_pd((__m128)_mm_slli_epi32(_mm_cvtepu16_epi32(h), 16));
+}
+
+ALWAYS_INLINE __m128i pack_bfloat16(vf v)
+{
+    const __m256i bits = (__m256i)v, high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i carry = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, carry), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+
+#  define STORE_HALF(p, v) _mm_storeu_si128((__m128i *)(p), v)
+#  define STREAM_HALF(p, v) _mm_stream_si128((__m128i *)(p), v)
+#  define STREAM(p, v) _mm256_stream_si256((__m256i *)(p), (__m256i)(v))
+
+#else
+
+/* One by one. */
+#  define BY_ELEMENT(dtype) \
+      ALWAYS_INLINE vf load_##dtype(const uint16_t *p) \
+      { \
+          float wide[VF]; \
+          for (int i = 0; i < VF; i++) \
+              wide[i] = get_##dtype(p[i]); \
+          return load_float32(wide); \
+      } \
+      ALWAYS_INLINE vd widen_##dtype(const uint16_t *p) \
+      { \
+          double wide[VD]; \
+          for (int i = 0; i < VD; i++) \
+              wide[i] = get_##dtype(p[i]); \
+          return load_float64(wide); \
+      } \
+      ALWAYS_INLINE void store_##dtype(uint16_t *p, vf v) \
+      { \
+          float wide[VF]; \
+          store_float32(wide, v); \
+          for (int i = 0; i < VF; i++) \
+              p[i] = put_##dtype(wide[i]); \
+      }
+BY_ELEMENT(float16)
+BY_ELEMENT(bfloat16)
+#  undef BY_ELEMENT
+#  if defined(__SSE2__)
+#    define STREAM(p, v) _mm_stream_si128((__m128i *)(p), (__m128i)(v))
+#  else
+#    define STREAM(p, v) memcpy(p, &(v), sizeof(v))
+#  endif
+
+#endif
+
+#if defined(STORE_HALF)
+ALWAYS_INLINE void store_float16(uint16_t *p, vf v) { STORE_HALF(p, pack_float16(v)); }
+ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v) { STORE_HALF(p, pack_bfloat16(v)); }
+ALWAYS_INLINE void stream_float16(uint16_t *p, vf v) { STREAM_HALF(p, pack_float16(v)); }
+ALWAYS_INLINE void stream_bfloat16(uint16_t *p, vf v) { STREAM_HALF(p, pack_bfloat16(v)); }
+#else
+ALWAYS_INLINE void stream_float16(uint16_t *p, vf v) { store_float16(p, v); }
+ALWAYS_INLINE void stream_bfloat16(uint16_t *p, vf v) { store_bfloat16(p, v); }
+#endif
+
+/* Stores around the cache. p is aligned to as many bytes as are stored. */
+ALWAYS_INLINE void stream_float32(float *p, vf v) { STREAM(p, v); }
+ALWAYS_INLINE void stream_float64(double *p, vd v) { STREAM(p, v); }
+
+/* Streaming stores are not ordered: this comes before another thread may look. */
+ALWAYS_INLINE void end_streaming(void)
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+/* Sums */
+
+typedef struct {
+    vd first[STEPS], second[STEPS];
+} registers;
+
+ALWAYS_INLINE registers load_sums(const double *first, const double *second)
+{
+    registers r;
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        r.first[j] = load_float64(first + j * VD);
+        r.second[j] = load_float64(second + j * VD);
+    }
+    return r;
+}
+
+ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
+{
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        store_float64(first + j * VD, r.first[j]);
+        store_float64(second + j * VD, r.second[j]);
+    }
+}
+
+/* A value for each lane of a step. */
+typedef struct {
+    vd at[STEPS];
+} step;
+
+ALWAYS_INLINE step load_step(const double *p)
+{
+    step s;
+    UNROLL for (int j = 0; j < STEPS; j++)
+        s.at[j] = load_float64(p + j * VD);
+    return s;
+}
+
+ALWAYS_INLINE step same_step(double value)
+{
+    step s;
+    UNROLL for (int j = 0; j < STEPS; j++)
+        s.at[j] = (vd){0} + value;
+    return s;
+}
+
+/* Zeros the lanes below `skip` in the j-th register of a step. */
+ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
+{
+    static const long long lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#if defined(__GNUC__)
+    vi lane;
+    memcpy(&lane, lanes + j * VD, sizeof lane);
+    return (vd)((vi)v & (lane >= skip));
+#else
+    return lanes[j] >= skip ? v : 0.0;
+#endif
+}
+
+#endif
