@@ -174,8 +174,9 @@ cdef enum:
     # From so many bytes on an output is stored around the cache, if its runs are so many long.
     STREAM_BYTES = 33554432
     STREAM_RUN_BYTES = 1024
-    # Below this many bytes a thread costs more than it brings.
-    BYTES_PER_THREAD = 65536
+    # Below this many bytes a thread brings a few microseconds at best, and costs milliseconds where
+    # another process has its CPU.
+    BYTES_PER_THREAD = 262144
 
 
 cdef struct Cut:
@@ -245,7 +246,6 @@ cdef struct Block:
 
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block
-    cdef Py_ssize_t last
     block.c0 = g * cut.group
     block.c1 = min(block.c0 + cut.group, cut.c)
     block.n0 = b // cut.pieces * cut.rows
@@ -614,7 +614,7 @@ cdef void run_blocks(const Job *job, int threads) noexcept nogil:
 cdef int run(Job *job, int threads) except -1:
     """Run a job on at most so many threads; nothing has been written if this raises."""
     cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
-    threads = <int>min(<Py_ssize_t>threads, size // BYTES_PER_THREAD + 1)
+    threads = <int>min(<Py_ssize_t>threads, max(size // BYTES_PER_THREAD, 1))
     if job.reduce != NULL:
         job.partial = <Pair *>malloc((job.cut.c * job.cut.blocks + 1) * sizeof(Pair))
         if job.partial == NULL:

@@ -269,7 +269,8 @@ class _BatchNorm:
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         mean, var = self.running_mean, self.running_var
         y = F.forward_by_running(x, mean, var, self.weight, self.bias, self.eps, out=out)
-        assert mean is not None and var is not None  # or that would have raised
+        assert mean is not None  # or that would have raised
+        assert var is not None
         return y, *F.running_statistics(mean, var, self.eps)
 
     def _forward_train(
