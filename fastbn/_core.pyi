@@ -3,17 +3,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Shape = tuple[int, int, int]
 
 def platform() -> dict[str, Any]: ...
 def omp_max_threads() -> int: ...
-def stats(
-    x: Array, shape: Shape, channels_last: bool, mean: Array, m2: Array, threads: int
-) -> None: ...
+def layout(array: Array) -> int: ...
+def stats(x: Array, mean: Array, m2: Array, threads: int) -> None: ...
 def elemt(
     x: Array,
-    shape: Shape,
-    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
     var: Array | None,
@@ -25,8 +21,6 @@ def elemt(
 ) -> None: ...
 def forward(
     x: Array,
-    shape: Shape,
-    channels_last: bool,
     weight: Array | None,
     bias: Array | None,
     eps: float,
@@ -39,8 +33,6 @@ def forward(
 def backward_reduce(
     dy: Array,
     x: Array,
-    shape: Shape,
-    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
     sum_dy: Array,
@@ -50,8 +42,6 @@ def backward_reduce(
 def backward_elemt(
     dy: Array,
     x: Array,
-    shape: Shape,
-    channels_last: bool,
     mean: Array | None,
     invstd: Array | None,
     weight: Array | None,
@@ -64,8 +54,6 @@ def backward_elemt(
 def backward(
     dy: Array,
     x: Array,
-    shape: Shape,
-    channels_last: bool,
     weight: Array | None,
     mean: Array | None,
     invstd: Array | None,

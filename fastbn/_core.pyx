@@ -95,8 +95,10 @@ cdef extern from *:
     }
     """
     ctypedef struct ArrayStruct "fastbn_array_struct":
+        int nd
         char typekind
-        int itemsize
+        int itemsize, flags
+        Py_ssize_t *shape
         Py_ssize_t *strides
         char *data
 
@@ -628,18 +630,52 @@ cdef int run(Job *job, int threads) except -1:
     return 0
 
 
-# ------------------------------------------------------------------ the jobs
-#
-# `shape` is (n, c, s): samples, channels, elements of a channel in a sample. Arrays of x's shape
-# are C-contiguous as (n, c, s) or, if `channels_last`, as (n, s, c).
+# ------------------------------------------------------------------ arrays
 
-cdef ArrayStruct describe(object array) except *:
-    """Address, kind and size of the elements of an array; its strides are not to be read."""
-    capsule = array.__array_struct__  # owns what it points to
-    return (<ArrayStruct *>PyCapsule_GetPointer(capsule, NULL))[0]
+cdef enum:
+    # Flags of the array interface.
+    C_CONTIGUOUS = 0x1
+    ALIGNED_AND_NATIVE = 0x100 | 0x200
 
 
-cdef const Kernels *kernels_of(ArrayStruct x) noexcept:
+cdef ArrayStruct *struct_of(object capsule) except NULL:
+    """What an ``__array_struct__`` holds, as long as it lives."""
+    return <ArrayStruct *>PyCapsule_GetPointer(capsule, NULL)
+
+
+cdef char *address(object array) except NULL:
+    capsule = array.__array_struct__
+    return struct_of(capsule).data
+
+
+cdef bint is_channels_last(const ArrayStruct *array) noexcept:
+    """Tell whether the array is C-contiguous as (n, ..., c)."""
+    cdef Py_ssize_t expected = array.itemsize
+    cdef int axis = 1, i
+    for i in range(array.nd):
+        if array.shape[axis] > 1 and array.strides[axis] != expected:
+            return False
+        expected *= array.shape[axis]
+        axis = (axis if i else array.nd) - 1
+    return True
+
+
+def layout(array):
+    """Tell how the core sees an array of shape (n, c, ...).
+
+    1 if it is C-contiguous, 2 if it is so with the channels last; 0 if neither, unaligned or
+    byte-swapped: then the core cannot take it.
+    """
+    capsule = array.__array_struct__
+    cdef const ArrayStruct *described = struct_of(capsule)
+    if described.flags & ALIGNED_AND_NATIVE != ALIGNED_AND_NATIVE:
+        return 0
+    if described.flags & C_CONTIGUOUS:
+        return 1
+    return 2 if is_channels_last(described) else 0
+
+
+cdef const Kernels *kernels_of(const ArrayStruct *x) noexcept:
     if x.itemsize == 8:
         return &isa_in_use.float64
     if x.itemsize == 4:
@@ -650,12 +686,12 @@ cdef const Kernels *kernels_of(ArrayStruct x) noexcept:
 cdef Vector vector_of(object array, double default) except *:
     """An array of one value per channel; the default for None."""
     cdef Vector vector
-    cdef ArrayStruct described
+    cdef const ArrayStruct *described
     memset(&vector, 0, sizeof(Vector))
     vector.value = default
     if array is not None:
         capsule = array.__array_struct__
-        described = (<ArrayStruct *>PyCapsule_GetPointer(capsule, NULL))[0]
+        described = struct_of(capsule)
         vector.data = described.data
         vector.stride = described.strides[0]
         vector.itemsize = described.itemsize
@@ -669,19 +705,27 @@ cdef double *written(object array, Vector *vector) except NULL:
     return <double *>vector.data
 
 
-cdef Job new_job(object x, shape, bint channels_last) except *:
+# ------------------------------------------------------------------ the jobs
+#
+# x has a layout that is not 0, dy and out the same layout, shape and dtype.
+
+cdef Job new_job(object x) except *:
     """A job on x that has no steps yet."""
     cdef Job job
-    cdef ArrayStruct array = describe(x)
-    cdef Py_ssize_t n, c, s
-    n, c, s = shape
+    cdef Py_ssize_t s = 1
+    cdef int axis
+    capsule = x.__array_struct__
+    cdef const ArrayStruct *described = struct_of(capsule)
+    for axis in range(2, described.nd):
+        s *= described.shape[axis]
     memset(&job, 0, sizeof(Job))
-    job.x = array.data
-    job.itemsize = array.itemsize
-    job.refine = array.itemsize == sizeof(double)
-    job.kernels = kernels_of(array)
-    job.cut = cut_work(n, c, s, channels_last, job.itemsize)
-    job.count = <double>(n * s)
+    job.x = described.data
+    job.itemsize = described.itemsize
+    job.refine = described.itemsize == sizeof(double)
+    job.kernels = kernels_of(described)
+    job.cut = cut_work(described.shape[0], described.shape[1], s,
+                       not described.flags & C_CONTIGUOUS, job.itemsize)
+    job.count = <double>(described.shape[0] * s)
     job.sum = sum_columns if job.cut.columns else sum_rows
     return job
 
@@ -691,26 +735,25 @@ cdef int write_to(Job *job, object out, BlockWrite rows, BlockWrite columns) exc
     cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
     cdef Py_ssize_t run = (job.cut.group * job.cut.s * job.cut.fold if job.cut.columns
                            else job.cut.length) * job.itemsize
-    job.out = describe(out).data
+    job.out = address(out)
     job.apply = columns if job.cut.columns else rows
     job.stream = (size >= STREAM_BYTES and run >= STREAM_RUN_BYTES
                   and job.out != job.x and job.out != job.dy)
     return 0
 
 
-def stats(x, shape, bint channels_last, mean, m2, int threads):
+def stats(x, mean, m2, int threads):
     """Write the mean and m2 of every channel of x."""
-    cdef Job job = new_job(x, shape, channels_last)
+    cdef Job job = new_job(x)
     cdef Vector unread
     job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
     job.reduce, job.merge = reduce_moments, merge_moments
     run(&job, threads)
 
 
-def elemt(x, shape, bint channels_last, mean, invstd, var, double eps, weight, bias, out,
-          int threads):
+def elemt(x, mean, invstd, var, double eps, weight, bias, out, int threads):
     """Write x, normalized by mean and either invstd or var and eps, into out."""
-    cdef Job job = new_job(x, shape, channels_last)
+    cdef Job job = new_job(x)
     job.mean, job.invstd, job.var = vector_of(mean, 0), vector_of(invstd, 1), vector_of(var, 1)
     job.weight, job.bias = vector_of(weight, 1.0), vector_of(bias, 0.0)
     job.eps = eps
@@ -718,10 +761,9 @@ def elemt(x, shape, bint channels_last, mean, invstd, var, double eps, weight, b
     run(&job, threads)
 
 
-def forward(x, shape, bint channels_last, weight, bias, double eps, out, mean, m2, invstd,
-            int threads):
+def forward(x, weight, bias, double eps, out, mean, m2, invstd, int threads):
     """Write x, normalized by its own statistics, into out, and those statistics."""
-    cdef Job job = new_job(x, shape, channels_last)
+    cdef Job job = new_job(x)
     cdef Vector unread
     job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
     job.invstd_out = written(invstd, &job.invstd)
@@ -732,27 +774,26 @@ def forward(x, shape, bint channels_last, weight, bias, double eps, out, mean, m
     run(&job, threads)
 
 
-cdef Job new_backward_job(dy, x, shape, bint channels_last, mean, invstd) except *:
-    cdef Job job = new_job(x, shape, channels_last)
-    job.dy = describe(dy).data
+cdef Job new_backward_job(dy, x, mean, invstd) except *:
+    cdef Job job = new_job(x)
+    job.dy = address(dy)
     job.mean, job.invstd = vector_of(mean, 0.0), vector_of(invstd, 1.0)
     return job
 
 
-def backward_reduce(dy, x, shape, bint channels_last, mean, invstd, sum_dy, sum_dy_xhat,
-                    int threads):
+def backward_reduce(dy, x, mean, invstd, sum_dy, sum_dy_xhat, int threads):
     """Write the sums of dy and of dy * xhat of every channel."""
-    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mean, invstd)
     job.sum_dy_out = written(sum_dy, &job.sum_dy)
     job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
     job.reduce, job.merge = reduce_products, merge_products
     run(&job, threads)
 
 
-def backward_elemt(dy, x, shape, bint channels_last, mean, invstd, weight, sum_dy, sum_dy_xhat,
-                   double count, out, int threads):
+def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, double count, out,
+                   int threads):
     """Write the gradient of x into out, by the given sums over count elements."""
-    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mean, invstd)
     job.sum_dy, job.sum_dy_xhat = vector_of(sum_dy, 0.0), vector_of(sum_dy_xhat, 0.0)
     job.weight = vector_of(weight, 1.0)
     job.count = count
@@ -760,10 +801,9 @@ def backward_elemt(dy, x, shape, bint channels_last, mean, invstd, weight, sum_d
     run(&job, threads)
 
 
-def backward(dy, x, shape, bint channels_last, weight, mean, invstd, out, sum_dy, sum_dy_xhat,
-             int threads):
+def backward(dy, x, weight, mean, invstd, out, sum_dy, sum_dy_xhat, int threads):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat."""
-    cdef Job job = new_backward_job(dy, x, shape, channels_last, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mean, invstd)
     job.sum_dy_out = written(sum_dy, &job.sum_dy)
     job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
     job.weight = vector_of(weight, 1.0)

@@ -22,9 +22,8 @@ Statistics = NDArray[np.float64]
 
 def stats(x: Array) -> tuple[Statistics, Statistics]:
     """Mean and m2 of each channel."""
-    shape, last = layout_of(x)
     mean, m2 = vectors(x, 2)
-    _core.stats(packed(x, x, last), shape, last, mean, m2, get_num_threads())
+    _core.stats(packed(x), mean, m2, get_num_threads())
     return mean, m2
 
 
@@ -40,56 +39,31 @@ def elemt(
     eps: float = 0.0,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
-    shape, last = layout_of(x)
-    source = packed(x, x, last)
-    target, out = output(x, source, out, last)
-    _core.elemt(
-        source, shape, last, mean, invstd, var, eps, weight, bias, target, get_num_threads()
-    )
-    return unpacked(target, out, last)
+    source = packed(x)
+    target, out = output(x, source, out)
+    _core.elemt(source, mean, invstd, var, eps, weight, bias, target, get_num_threads())
+    return unpacked(target, out)
 
 
 def forward(
     x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
 ) -> tuple[Array, Statistics, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean, m2 and invstd."""
-    shape, last = layout_of(x)
-    source = packed(x, x, last)
-    target, out = output(x, source, out, last)
+    source = packed(x)
+    target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3)
-    _core.forward(
-        source,
-        shape,
-        last,
-        weight,
-        bias,
-        eps,
-        target,
-        mean,
-        m2,
-        invstd,
-        get_num_threads(),
-    )
-    return unpacked(target, out, last), mean, m2, invstd
+    _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
+    return unpacked(target, out), mean, m2, invstd
 
 
 def backward_reduce(
     dy: Array, x: Array, mean: Array, invstd: Array
 ) -> tuple[Statistics, Statistics]:
     """The sums of dy and of dy * xhat."""
-    shape, last = layout_of(x)
+    source = packed(x)
+    dy = packed_like(source, dy)
     sum_dy, sum_dy_xhat = vectors(x, 2)
-    _core.backward_reduce(
-        packed(dy, x, last),
-        packed(x, x, last),
-        shape,
-        last,
-        mean,
-        invstd,
-        sum_dy,
-        sum_dy_xhat,
-        get_num_threads(),
-    )
+    _core.backward_reduce(dy, source, mean, invstd, sum_dy, sum_dy_xhat, get_num_threads())
     return sum_dy, sum_dy_xhat
 
 
@@ -105,24 +79,14 @@ def backward_elemt(
     out: Array | None,
 ) -> Array:
     """The gradient of x, from the two sums."""
-    shape, last = layout_of(x)
-    source = packed(x, x, last)
-    target, out = output(x, source, out, last)
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    threads = get_num_threads()
     _core.backward_elemt(
-        packed(dy, x, last),
-        source,
-        shape,
-        last,
-        mean,
-        invstd,
-        weight,
-        sum_dy,
-        sum_dy_xhat,
-        count,
-        target,
-        get_num_threads(),
+        dy, source, mean, invstd, weight, sum_dy, sum_dy_xhat, count, target, threads
     )
-    return unpacked(target, out, last)
+    return unpacked(target, out)
 
 
 def backward(
@@ -134,72 +98,53 @@ def backward(
     out: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradient of x, and the sums of dy and of dy * xhat."""
-    shape, last = layout_of(x)
-    source = packed(x, x, last)
-    target, out = output(x, source, out, last)
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(x, 2)
-    _core.backward(
-        packed(dy, x, last),
-        source,
-        shape,
-        last,
-        weight,
-        mean,
-        invstd,
-        target,
-        sum_dy,
-        sum_dy_xhat,
-        get_num_threads(),
-    )
-    return unpacked(target, out, last), sum_dy, sum_dy_xhat
+    threads = get_num_threads()
+    _core.backward(dy, source, weight, mean, invstd, target, sum_dy, sum_dy_xhat, threads)
+    return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
-# Layouts. The core takes C-contiguous (N, C, ...) arrays and, with `last`, C-contiguous (N, ..., C)
-# ones. Which of them a call uses is decided by x; what lies otherwise is copied.
+# Layouts. The core takes arrays that are C-contiguous, as they are or with the channels last. Which
+# of the two a call uses is decided by x; what lies otherwise is copied.
 
 
-def layout_of(x: Array) -> tuple[tuple[int, int, int], bool]:
-    """Samples, channels and elements of a channel in a sample, and whether channels come last."""
-    n, c, *rest = x.shape
-    last = not x.flags.c_contiguous and permuted(x, True).flags.c_contiguous
-    return (n, c, math.prod(rest)), last
+def packed(x: Array) -> Array:
+    """The array as the core takes it: itself or a copy."""
+    if _core.layout(x):
+        return x
+    return np.require(x, x.dtype.newbyteorder("="), ["C_CONTIGUOUS", "ALIGNED"])
 
 
-def permuted(array: Array, last: bool) -> Array:
-    """A view of the array with the channels where the layout has them."""
-    return array.transpose(0, *range(2, array.ndim), 1) if last else array
-
-
-def fits(array: Array) -> bool:
-    """Tell whether the core can take an array as it is."""
-    flags = array.flags
-    return flags.c_contiguous and flags.aligned and array.dtype.isnative
-
-
-def packed(array: Array, x: Array, last: bool) -> Array:
-    """The array as the core takes it, in x's dtype: a view or a copy."""
-    array = permuted(array, last)
-    if fits(array) and array.dtype == x.dtype:
+def packed_like(source: Array, array: Array) -> Array:
+    """The array in the source's layout and dtype: itself or a copy."""
+    if array.dtype == source.dtype and _core.layout(array) == _core.layout(source):
         return array
-    with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
-        return np.require(array, x.dtype.newbyteorder("="), ["C_CONTIGUOUS", "ALIGNED"])
+    copy = np.empty_like(source)
+    with np.errstate(all="ignore"):  # What the source's dtype cannot hold is inf there.
+        copy[...] = array
+    return copy
 
 
-def output(x: Array, source: Array, out: Array | None, last: bool) -> tuple[Array, Array]:
+def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
     """Where the core shall write, and where the result shall be in the end."""
     if out is None:
-        out = np.empty_like(x, dtype=source.dtype, subok=False)
-    target = permuted(out, last)
-    if fits(target):
-        return target, out
+        if source is x:
+            out = np.empty_like(x)
+            return out, out
+        out = np.empty_like(x, dtype=source.dtype)
+    if _core.layout(out) == _core.layout(source):
+        return out, out
     # A source that is a copy can be overwritten.
-    return (source if not np.may_share_memory(source, x) else np.empty_like(source)), out
+    return (np.empty_like(source) if source is x else source), out
 
 
-def unpacked(target: Array, out: Array, last: bool) -> Array:
+def unpacked(target: Array, out: Array) -> Array:
     """The result where it shall be."""
-    if target is not out and not np.may_share_memory(target, out):
-        permuted(out, last)[...] = target
+    if target is not out:
+        out[...] = target
     return out
 
 

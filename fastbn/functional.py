@@ -517,9 +517,12 @@ def values_per_channel(x: Array) -> int:
 # The checks. None of them writes.
 
 
+NATIVE_FLOATS = frozenset(np.dtype(code) for code in "efd")
+
+
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Tell whether it is one of the four dtypes, in any byte order."""
-    return dtype.char in "efd" or dtype.name == "bfloat16"
+    return dtype in NATIVE_FLOATS or dtype.char in "efd" or dtype.name == "bfloat16"
 
 
 def is_masked(value: Any) -> bool:
@@ -529,6 +532,8 @@ def is_masked(value: Any) -> bool:
 
 def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
+    if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
+        return value
     if type(value) is not np.ndarray:
         if is_masked(value):
             raise TypeError(f"{name} is a masked array, whose mask would be lost")
@@ -557,7 +562,9 @@ def as_gradient(dy: Any, x: Array) -> Array:
 
 
 def as_vector(value: Any, name: str, c: int) -> Array:
-    """One value per channel, as an ndarray."""
+    """One value per channel, as an ndarray of native byte order."""
+    if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS and value.shape == (c,):
+        return value
     value = as_array(value, name)
     if value.shape != (c,):
         raise ValueError(
