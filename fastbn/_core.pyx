@@ -25,6 +25,10 @@ cdef extern from "_kernels.h" nogil:
         double first[LANES]
         double second[LANES]
 
+    # What reducing a block of a channel gives: its two sums, or its mean and m2.
+    ctypedef struct Pair "fastbn_pair":
+        double first, second
+
     ctypedef struct Affine "fastbn_affine":
         double centre, scale, shift
 
@@ -52,6 +56,7 @@ cdef extern from "_kernels.h" nogil:
         void (*column_gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows,
                                 Py_ssize_t stride, Py_ssize_t len, const Gradient *gradient,
                                 int stream) noexcept nogil
+        void (*collapse)(const Sums *sums, Py_ssize_t rows, Pair *pairs) noexcept nogil
         void (*end_streaming)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":
@@ -268,10 +273,6 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
 ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
 ctypedef void (*ChannelStep)(const Job *job, Py_ssize_t c) noexcept nogil
 
-# What reducing a block of a channel gives: its mean and m2, or its sums of dy and dy * (x - mean).
-cdef struct Pair:
-    double first, second
-
 # How the layout's kernels are called: sums of a block around a centre for each channel, and the
 # element-wise kernel of a block.
 ctypedef void (*BlockSum)(const Job *job, const Block *block, double *centre,
@@ -363,7 +364,9 @@ cdef void merge_moments(const Job *job, Py_ssize_t c) noexcept nogil:
     cdef const Pair *partial = job.partial + c * job.cut.blocks
     cdef Py_ssize_t b
     cdef double count = 0.0, mean = 0.0, m2 = 0.0, added, delta
-    for b in range(job.cut.blocks):
+    if job.cut.blocks:
+        count, mean, m2 = block_of(&job.cut, 0, 0).count, partial[0].first, partial[0].second
+    for b in range(1, job.cut.blocks):
         added = block_of(&job.cut, 0, b).count
         delta = partial[b].first - mean
         m2 += partial[b].second + delta * delta * (count * added / (count + added))
@@ -425,24 +428,11 @@ cdef Py_ssize_t row_offset(const Job *job, const Block *block, Py_ssize_t n) noe
     return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
 
 
-cdef Pair collapse(Sums *sums) noexcept nogil:
-    """The sums over the lanes, by halves."""
-    cdef int half = LANES // 2, i
-    cdef Pair result
-    while half:
-        for i in range(half):
-            sums.first[i] += sums.first[i + half]
-            sums.second[i] += sums.second[i + half]
-        half //= 2
-    result.first, result.second = sums.first[0], sums.second[0]
-    return result
-
-
 cdef void sum_rows(const Job *job, const Block *block, double *centre,
                    Pair *result) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
     cdef Sums sums[GROUP_MAX]
-    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
+    cdef Py_ssize_t n, at, channels = block.c1 - block.c0
     memset(sums, 0, channels * sizeof(Sums))
     for n in range(block.n0, block.n1):
         at = row_offset(job, block, n)
@@ -450,8 +440,7 @@ cdef void sum_rows(const Job *job, const Block *block, double *centre,
             job.kernels.moments(job.x + at, channels, block.length, centre, sums)
         else:
             job.kernels.products(job.dy + at, job.x + at, channels, block.length, centre, sums)
-    for c in range(channels):
-        result[c] = collapse(sums + c)
+    job.kernels.collapse(sums, channels, result)
 
 
 cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:

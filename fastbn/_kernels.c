@@ -11,6 +11,15 @@ enum {
     ROWS_AT_A_TIME = 8,
 };
 
+static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *pairs)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        registers s = load_sums(sums[r].first, sums[r].second);
+        pairs[r].first = collapse(s.first);
+        pairs[r].second = collapse(s.second);
+    }
+}
+
 #define DTYPE float32
 #define T float
 #define A float
@@ -43,7 +52,7 @@ enum {
     { \
         element_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
             column_moments_##dtype, column_products_##dtype, column_normalize_##dtype, \
-            column_gradient_##dtype, end_streaming \
+            column_gradient_##dtype, collapse_sums, end_streaming \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {

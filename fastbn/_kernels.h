@@ -27,6 +27,11 @@ typedef struct {
     double second[FASTBN_LANES];
 } fastbn_sums;
 
+/* The two sums of a run in all. */
+typedef struct {
+    double first, second;
+} fastbn_pair;
+
 /* y = (x - centre) * scale + shift */
 typedef struct {
     double centre, scale, shift;
@@ -64,6 +69,8 @@ typedef struct {
                             ptrdiff_t stride, ptrdiff_t len, const fastbn_gradient *gradient,
                             int stream);
 
+    /* pairs = the sums over all lanes, in an order of their own */
+    void (*collapse)(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *pairs);
     /* Makes what was stored around the cache visible to other threads. */
     void (*end_streaming)(void);
 } fastbn_kernels;

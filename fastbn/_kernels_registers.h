@@ -305,6 +305,21 @@ ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
     }
 }
 
+/* The sum of a register's lanes and of the registers, by halves: lane i is added to lane i + 8, then
+ * to lane i + 4 and so on, whatever the width of a register is. */
+ALWAYS_INLINE double collapse(vd *v)
+{
+    double lanes[VD];
+    UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
+        UNROLL for (int j = 0; j < half; j++)
+            v[j] += v[j + half];
+    store_float64(lanes, v[0]);
+    UNROLL for (int half = VD / 2; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; i++)
+            lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
 /* A value for each lane of a step. */
 typedef struct {
     vd at[STEPS];
