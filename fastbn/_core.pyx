@@ -37,14 +37,14 @@ cdef extern from "_kernels.h" nogil:
 
     ctypedef struct Kernels "fastbn_kernels":
         double (*element)(const void *x, Py_ssize_t i) noexcept nogil
-        void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, const double *pivot,
-                        Sums *sums) noexcept nogil
+        void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, Py_ssize_t ahead,
+                        const double *pivot, Sums *sums) noexcept nogil
         void (*products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t len,
-                         const double *mean, Sums *sums) noexcept nogil
+                         Py_ssize_t ahead, const double *mean, Sums *sums) noexcept nogil
         void (*normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t len,
-                          const Affine *affine, int stream) noexcept nogil
+                          Py_ssize_t ahead, const Affine *affine, int stream) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows, Py_ssize_t len,
-                         const Gradient *gradient, int stream) noexcept nogil
+                         Py_ssize_t ahead, const Gradient *gradient, int stream) noexcept nogil
         void (*column_moments)(const void *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len,
                                const double *pivot, double *first,
                                double *second) noexcept nogil
@@ -171,15 +171,21 @@ cdef enum:
     # Rows of a matrix that are summed before they merge; more where there are many.
     COLUMN_BLOCK = 512
     COLUMN_BLOCKS_MAX = 256
-    # Where a channel's run is short, as many neighbours are walked as make up a page.
-    GROUP_BYTES = 4096
-    GROUP_MAX = 16
+    # A group of channels that is walked twice should stay in a cache of the second level, but its
+    # runs should not be much shorter than a page. One that is walked once may have long runs.
+    GROUP_BYTES = 524288
+    RUN_BYTES = 3072
+    LONG_RUN_BYTES = 65536
+    # Within long runs, so many elements further on are prefetched.
+    AHEAD = 1024
+    # As many channels have room for their sums on the stack.
+    GROUP_MAX = 64
     # Shorter runs are taken for columns.
     ROW_MIN = 16
     # Rows of less than LANES columns are folded, this many into one.
     FOLD = 16
     # From so many bytes on an output is stored around the cache, if its runs are so many long.
-    STREAM_BYTES = 33554432
+    STREAM_BYTES = 4194304
     STREAM_RUN_BYTES = 1024
     # Below this many bytes a thread brings a few microseconds at best, and costs milliseconds where
     # another process has its CPU.
@@ -201,15 +207,29 @@ cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef void cut_rows(Cut *cut, Py_ssize_t itemsize) noexcept nogil:
+cdef void cut_rows(Cut *cut) noexcept nogil:
     cdef Py_ssize_t s = cut.s
     cut.fold = 1
-    cut.group = min(max(GROUP_BYTES // max(s * itemsize, 1), 1), GROUP_MAX)
+    cut.group = 1
     cut.rows = max(ROW_BLOCK // max(s, 1), 1)
     # Pieces of whole steps, of nearly the same length.
     cut.length = max(ceil_div(ceil_div(s, max(ceil_div(s, ROW_BLOCK), 1)), LANES) * LANES, LANES)
     cut.pieces = ceil_div(s, cut.length)
     cut.blocks = ceil_div(cut.n, cut.rows) * cut.pieces
+
+
+cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, bint reduces,
+                     int threads) noexcept nogil:
+    """Choose how many channels are walked together, which no result depends on."""
+    cdef Py_ssize_t run = max(cut.s * itemsize, 1)
+    if reduces:
+        cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), RUN_BYTES // run)
+        cut.group = min(cut.group, GROUP_MAX)
+    else:
+        cut.group = min(LONG_RUN_BYTES // run, COLUMNS)
+    # Enough groups for all threads to be busy to the end.
+    cut.group = max(min(cut.group, cut.c // (4 * threads)), 1)
+    cut.groups = ceil_div(cut.c, cut.group)
 
 
 cdef void cut_columns(Cut *cut) noexcept nogil:
@@ -229,8 +249,7 @@ cdef void cut_columns(Cut *cut) noexcept nogil:
     cut.pieces = 1
 
 
-cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last,
-                  Py_ssize_t itemsize) noexcept nogil:
+cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last) noexcept nogil:
     cdef Cut cut
     memset(&cut, 0, sizeof(Cut))
     if channels_last:
@@ -239,7 +258,7 @@ cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last,
     if channels_last or s < ROW_MIN:
         cut_columns(&cut)
     else:
-        cut_rows(&cut, itemsize)
+        cut_rows(&cut)
     cut.groups = ceil_div(c, cut.group)
     return cut
 
@@ -428,40 +447,47 @@ cdef Py_ssize_t row_offset(const Job *job, const Block *block, Py_ssize_t n) noe
     return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
 
 
+cdef Py_ssize_t ahead_of(const Job *job) noexcept nogil:
+    """The elements from a run to the one that is read after it."""
+    return job.cut.c * job.cut.s if job.cut.n > 1 and job.cut.pieces == 1 else AHEAD
+
+
 cdef void sum_rows(const Job *job, const Block *block, double *centre,
                    Pair *result) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
     cdef Sums sums[GROUP_MAX]
-    cdef Py_ssize_t n, at, channels = block.c1 - block.c0
+    cdef Py_ssize_t n, at, channels = block.c1 - block.c0, ahead = ahead_of(job)
     memset(sums, 0, channels * sizeof(Sums))
     for n in range(block.n0, block.n1):
         at = row_offset(job, block, n)
         if job.dy == NULL:
-            job.kernels.moments(job.x + at, channels, block.length, centre, sums)
+            job.kernels.moments(job.x + at, channels, block.length, ahead, centre, sums)
         else:
-            job.kernels.products(job.dy + at, job.x + at, channels, block.length, centre, sums)
+            job.kernels.products(job.dy + at, job.x + at, channels, block.length, ahead, centre,
+                                 sums)
     job.kernels.collapse(sums, channels, result)
 
 
 cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:
-    cdef Affine affine[GROUP_MAX]
+    cdef Affine affine[COLUMNS]
     cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
     for c in range(channels):
         affine[c] = affine_of(job, block.c0 + c)
     for n in range(block.n1 - 1, block.n0 - 1, -1):
         at = row_offset(job, block, n)
-        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, affine, job.stream)
+        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, -ahead_of(job),
+                              affine, job.stream)
 
 
 cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
-    cdef Gradient gradient[GROUP_MAX]
+    cdef Gradient gradient[COLUMNS]
     cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
     for c in range(channels):
         gradient[c] = gradient_of(job, block.c0 + c)
     for n in range(block.n1 - 1, block.n0 - 1, -1):
         at = row_offset(job, block, n)
         job.kernels.gradient(job.dy + at, job.x + at, job.out + at, channels, block.length,
-                             gradient, job.stream)
+                             -ahead_of(job), gradient, job.stream)
 
 
 # ------------------------------------------------------------------ the layout of columns
@@ -606,6 +632,8 @@ cdef int run(Job *job, int threads) except -1:
     """Run a job on at most so many threads; nothing has been written if this raises."""
     cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
     threads = <int>min(<Py_ssize_t>threads, max(size // BYTES_PER_THREAD, 1))
+    if not job.cut.columns:
+        group_rows(&job.cut, job.itemsize, 1 if job.dy == NULL else 2, job.reduce != NULL, threads)
     if job.reduce != NULL:
         job.partial = <Pair *>malloc((job.cut.c * job.cut.blocks + 1) * sizeof(Pair))
         if job.partial == NULL:
@@ -713,7 +741,7 @@ cdef Job new_job(object x) except *:
     job.refine = described.itemsize == sizeof(double)
     job.kernels = kernels_of(described)
     job.cut = cut_work(described.shape[0], described.shape[1], s,
-                       not described.flags & C_CONTIGUOUS, job.itemsize)
+                       not described.flags & C_CONTIGUOUS)
     job.count = <double>(described.shape[0] * s)
     job.sum = sum_columns if job.cut.columns else sum_rows
     return job
@@ -722,11 +750,12 @@ cdef Job new_job(object x) except *:
 cdef int write_to(Job *job, object out, BlockWrite rows, BlockWrite columns) except -1:
     """Let the job apply its outcome to out."""
     cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
-    cdef Py_ssize_t run = (job.cut.group * job.cut.s * job.cut.fold if job.cut.columns
-                           else job.cut.length) * job.itemsize
+    # Strips that are not the whole width of a matrix are short runs.
+    cdef Py_ssize_t channels = job.cut.group if job.cut.columns else job.cut.c
+    cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
     job.out = address(out)
     job.apply = columns if job.cut.columns else rows
-    job.stream = (size >= STREAM_BYTES and run >= STREAM_RUN_BYTES
+    job.stream = (size >= STREAM_BYTES and (job.cut.groups == 1 or run >= STREAM_RUN_BYTES)
                   and job.out != job.x and job.out != job.dy)
     return 0
 

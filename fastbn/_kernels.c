@@ -9,6 +9,8 @@
 enum {
     COLUMNS = FASTBN_COLUMNS,
     ROWS_AT_A_TIME = 8,
+    CACHE_LINE = 64,
+    BUFFER_BYTES = 4096,
 };
 
 static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *pairs)

@@ -53,8 +53,8 @@ ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T 
     return sums;
 }
 
-static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, const double *pivot,
-                          fastbn_sums *sums)
+static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, ptrdiff_t ahead,
+                          const double *pivot, fastbn_sums *sums)
 {
     const T *x = x_;
     T buffer[LANES];
@@ -62,8 +62,10 @@ static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, const d
         const step h = same_step(pivot[r]);
         registers s = load_sums(sums[r].first, sums[r].second);
         ptrdiff_t i = 0;
-        for (; i + LANES <= len; i += LANES)
+        for (; i + LANES <= len; i += LANES) {
+            PREFETCH(x + i + ahead);
             s = NAME(add_moments)(s, x + i, h, 0);
+        }
         if (i < len)
             s = NAME(add_moments)(s, NAME(end)(x, len, buffer), h, LANES - (len - i));
         store_sums(sums[r].first, sums[r].second, s);
@@ -71,7 +73,7 @@ static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, const d
 }
 
 static void NAME(products)(const void *dy_, const void *x_, ptrdiff_t rows, ptrdiff_t len,
-                           const double *mean, fastbn_sums *sums)
+                           ptrdiff_t ahead, const double *mean, fastbn_sums *sums)
 {
     const T *dy = dy_, *x = x_;
     T dy_buffer[LANES], x_buffer[LANES];
@@ -79,8 +81,11 @@ static void NAME(products)(const void *dy_, const void *x_, ptrdiff_t rows, ptrd
         const step m = same_step(mean[r]);
         registers s = load_sums(sums[r].first, sums[r].second);
         ptrdiff_t i = 0;
-        for (; i + LANES <= len; i += LANES)
+        for (; i + LANES <= len; i += LANES) {
+            PREFETCH(dy + i + ahead);
+            PREFETCH(x + i + ahead);
             s = NAME(add_products)(s, dy + i, x + i, m, 0);
+        }
         if (i < len)
             s = NAME(add_products)(s, NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer),
                                    m, LANES - (len - i));
@@ -97,8 +102,10 @@ ALWAYS_INLINE void NAME(column_moments_step)(const T *x, ptrdiff_t rows, ptrdiff
 {
     const step h = load_step(pivot);
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++)
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        PREFETCH(x + (r + ROWS_AT_A_TIME) * stride);
         s = NAME(add_moments)(s, x + r * stride, h, skip);
+    }
     store_sums(first, second, s);
 }
 
@@ -131,8 +138,11 @@ ALWAYS_INLINE void NAME(column_products_step)(const T *dy, const T *x, ptrdiff_t
 {
     const step m = load_step(mean);
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++)
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        PREFETCH(dy + (r + ROWS_AT_A_TIME) * stride);
+        PREFETCH(x + (r + ROWS_AT_A_TIME) * stride);
         s = NAME(add_products)(s, dy + r * stride, x + r * stride, m, skip);
+    }
     store_sums(first, second, s);
 }
 
@@ -171,93 +181,167 @@ static void NAME(column_products)(const void *dy_, const void *x_, ptrdiff_t row
 #define DX(dy, x, dy_high, dy_low, x_high, x_low, slope, scale) \
     (((((dy) - (dy_high)) - (dy_low)) - (((x) - (x_high)) - (x_low)) * (slope)) * (scale))
 
+ALWAYS_INLINE VA NAME(fetch)(const T *p, ptrdiff_t ahead)
+{
+    PREFETCH(p + ahead);
+    return NAME(load)(p);
+}
+
 /* Writes a run: AT(i) is the register of results at i, ONE(i) a single result.
  *
  * The last register overlaps the one before it, and is computed first, since in place the loop
- * overwrites a part of what it is computed from. Streaming stores begin where `to` is aligned. */
-#define RUN(to, len, stream, AT, ONE) \
+ * overwrites a part of what it is computed from. */
+#define RUN(to, len, AT, ONE) \
     do { \
         const ptrdiff_t last = (len)-VA_LANES; \
-        ptrdiff_t i = 0; \
         if (last < 0) { \
-            for (; i < (len); i++) \
+            for (ptrdiff_t i = 0; i < (len); i++) \
                 (to)[i] = NAME(put)(ONE(i)); \
             break; \
         } \
         const VA end = AT(last); \
-        if (stream) { \
-            NAME(store)(to, AT(0)); \
-            i = (ptrdiff_t)(-(uintptr_t)(to) % (VA_LANES * sizeof(T)) / sizeof(T)); \
-            for (; i < last; i += VA_LANES) \
-                NAME(stream)((to) + i, AT(i)); \
-        } else { \
-            for (; i < last; i += VA_LANES) \
-                NAME(store)((to) + i, AT(i)); \
-        } \
+        for (ptrdiff_t i = 0; i < last; i += VA_LANES) \
+            NAME(store)((to) + i, AT(i)); \
         NAME(store)((to) + last, end); \
     } while (0)
 
-static void NAME(normalize)(const void *x_, void *y_, ptrdiff_t rows, ptrdiff_t len,
-                            const fastbn_affine *affine, int stream)
+/* Where a kernel writes: at once to where the results shall be or, to stream them, into a buffer
+ * that goes there in whole cache lines when it is full. */
+enum { NAME(BUFFER) = BUFFER_BYTES / sizeof(T) };
+
+typedef struct {
+    T *to;
+    int streams;
+    ptrdiff_t room, filled; /* of the buffer; without one, there is room for everything */
+    T buffer[NAME(BUFFER)];
+} NAME(writer);
+
+ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int streams)
+{
+    w->to = to;
+    w->streams = streams;
+    w->room = streams ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
+                      : PTRDIFF_MAX;
+    w->filled = 0;
+}
+
+ALWAYS_INLINE T *NAME(position)(NAME(writer) *w)
+{
+    return (w->streams ? w->buffer : w->to) + w->filled;
+}
+
+ALWAYS_INLINE void NAME(flush)(NAME(writer) *w)
+{
+    if (!w->streams)
+        return;
+    stream((char *)w->to, (const char *)w->buffer, (size_t)w->filled * sizeof(T));
+    w->to += w->filled;
+    w->room = NAME(BUFFER);
+    w->filled = 0;
+}
+
+ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
+{
+    w->filled += count;
+    if (w->filled == w->room)
+        NAME(flush)(w);
+}
+
+ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
+{
+    return left < w->room - w->filled ? left : w->room - w->filled;
+}
+
+/* Writes the runs of a kernel piece by piece; `i0` is where a piece begins. */
+#define WRITE(w, len, AT, ONE) \
+    for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
+        T *to = NAME(position)(w); \
+        PREFETCHW((w)->to + ahead); \
+        n = NAME(piece)(w, (len)-i0); \
+        RUN(to, n, AT, ONE); \
+        NAME(advance)(w, n); \
+    }
+
+static void NAME(normalize)(const void *x_, void *y, ptrdiff_t rows, ptrdiff_t len,
+                            ptrdiff_t ahead, const fastbn_affine *affine, int streams)
 {
     const T *x = x_;
-    T *y = y_;
-    for (ptrdiff_t r = 0; r < rows; r++, x += len, y += len) {
+    NAME(writer) w;
+    NAME(start)(&w, y, streams);
+    for (ptrdiff_t r = 0; r < rows; r++, x += len) {
         const A high = HIGH(affine[r].centre), low = LOW(affine[r].centre);
         const A scale = (A)affine[r].scale, shift = (A)affine[r].shift;
-#define AT(i) Y(NAME(load)(x + (i)), high, low, scale, shift)
-#define ONE(i) Y(NAME(get)(x[i]), high, low, scale, shift)
-        RUN(y, len, stream, AT, ONE);
+#define AT(i) Y(NAME(fetch)(x + i0 + (i), ahead), high, low, scale, shift)
+#define ONE(i) Y(NAME(get)(x[i0 + (i)]), high, low, scale, shift)
+        WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
     }
+    NAME(flush)(&w);
 }
 
-static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, ptrdiff_t rows,
-                           ptrdiff_t len, const fastbn_gradient *gradient, int stream)
+static void NAME(gradient)(const void *dy_, const void *x_, void *dx, ptrdiff_t rows,
+                           ptrdiff_t len, ptrdiff_t ahead, const fastbn_gradient *gradient,
+                           int streams)
 {
     const T *dy = dy_, *x = x_;
-    T *dx = dx_;
-    for (ptrdiff_t r = 0; r < rows; r++, dy += len, x += len, dx += len) {
+    NAME(writer) w;
+    NAME(start)(&w, dx, streams);
+    for (ptrdiff_t r = 0; r < rows; r++, dy += len, x += len) {
         const A dy_high = HIGH(gradient[r].dy_mean), dy_low = LOW(gradient[r].dy_mean);
         const A x_high = HIGH(gradient[r].x_mean), x_low = LOW(gradient[r].x_mean);
         const A slope = (A)gradient[r].slope, scale = (A)gradient[r].scale;
 #define AT(i) \
-    DX(NAME(load)(dy + (i)), NAME(load)(x + (i)), dy_high, dy_low, x_high, x_low, slope, scale)
-#define ONE(i) DX(NAME(get)(dy[i]), NAME(get)(x[i]), dy_high, dy_low, x_high, x_low, slope, scale)
-        RUN(dx, len, stream, AT, ONE);
+    DX(NAME(fetch)(dy + i0 + (i), ahead), NAME(fetch)(x + i0 + (i), ahead), dy_high, dy_low, x_high, x_low, \
+       slope, scale)
+#define ONE(i) \
+    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high, dy_low, x_high, x_low, slope, \
+       scale)
+        WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
     }
+    NAME(flush)(&w);
 }
 
 static void NAME(column_normalize)(const void *x_, void *y_, ptrdiff_t rows, ptrdiff_t stride,
-                                   ptrdiff_t len, const fastbn_affine *affine, int stream)
+                                   ptrdiff_t len, const fastbn_affine *affine, int streams)
 {
     const T *x = x_;
     T *y = y_;
+    NAME(writer) w;
+    const ptrdiff_t ahead = ROWS_AT_A_TIME * stride;
     A high[COLUMNS], low[COLUMNS], scale[COLUMNS], shift[COLUMNS];
     for (ptrdiff_t i = 0; i < len; i++) {
         high[i] = HIGH(affine[i].centre), low[i] = LOW(affine[i].centre);
         scale[i] = (A)affine[i].scale, shift[i] = (A)affine[i].shift;
     }
+    NAME(start)(&w, y, streams);
     for (ptrdiff_t r = 0; r < rows; r++, x += stride, y += stride) {
+        if (len < stride) {
+            NAME(flush)(&w);
+            NAME(start)(&w, y, streams);
+        }
 #define AT(i) \
-    Y(NAME(load)(x + (i)), LOAD_A(high + (i)), LOAD_A(low + (i)), LOAD_A(scale + (i)), \
-      LOAD_A(shift + (i)))
-#define ONE(i) Y(NAME(get)(x[i]), high[i], low[i], scale[i], shift[i])
-        RUN(y, len, stream, AT, ONE);
+    Y(NAME(fetch)(x + i0 + (i), ahead), LOAD_A(high + i0 + (i)), LOAD_A(low + i0 + (i)), \
+      LOAD_A(scale + i0 + (i)), LOAD_A(shift + i0 + (i)))
+#define ONE(i) \
+    Y(NAME(get)(x[i0 + (i)]), high[i0 + (i)], low[i0 + (i)], scale[i0 + (i)], shift[i0 + (i)])
+        WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
     }
+    NAME(flush)(&w);
 }
 
 static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_, ptrdiff_t rows,
                                   ptrdiff_t stride, ptrdiff_t len,
-                                  const fastbn_gradient *gradient, int stream)
+                                  const fastbn_gradient *gradient, int streams)
 {
     const T *dy = dy_, *x = x_;
     T *dx = dx_;
+    NAME(writer) w;
+    const ptrdiff_t ahead = ROWS_AT_A_TIME * stride;
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
     A slope[COLUMNS], scale[COLUMNS];
     for (ptrdiff_t i = 0; i < len; i++) {
@@ -265,19 +349,27 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_, pt
         x_high[i] = HIGH(gradient[i].x_mean), x_low[i] = LOW(gradient[i].x_mean);
         slope[i] = (A)gradient[i].slope, scale[i] = (A)gradient[i].scale;
     }
+    NAME(start)(&w, dx, streams);
     for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, dx += stride) {
+        if (len < stride) {
+            NAME(flush)(&w);
+            NAME(start)(&w, dx, streams);
+        }
 #define AT(i) \
-    DX(NAME(load)(dy + (i)), NAME(load)(x + (i)), LOAD_A(dy_high + (i)), LOAD_A(dy_low + (i)), \
-       LOAD_A(x_high + (i)), LOAD_A(x_low + (i)), LOAD_A(slope + (i)), LOAD_A(scale + (i)))
+    DX(NAME(load)(dy + i0 + (i)), NAME(load)(x + i0 + (i)), LOAD_A(dy_high + i0 + (i)), \
+       LOAD_A(dy_low + i0 + (i)), LOAD_A(x_high + i0 + (i)), LOAD_A(x_low + i0 + (i)), \
+       LOAD_A(slope + i0 + (i)), LOAD_A(scale + i0 + (i)))
 #define ONE(i) \
-    DX(NAME(get)(dy[i]), NAME(get)(x[i]), dy_high[i], dy_low[i], x_high[i], x_low[i], slope[i], \
-       scale[i])
-        RUN(dx, len, stream, AT, ONE);
+    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high[i0 + (i)], dy_low[i0 + (i)], \
+       x_high[i0 + (i)], x_low[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)])
+        WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
     }
+    NAME(flush)(&w);
 }
 
+#undef WRITE
 #undef RUN
 #undef DX
 #undef Y

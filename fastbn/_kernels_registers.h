@@ -25,12 +25,16 @@
 #  endif
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
 #  define UNROLL _Pragma("GCC unroll 16")
+#  define PREFETCH(p) __builtin_prefetch(p)
+#  define PREFETCHW(p) __builtin_prefetch(p, 1)
 typedef double vd __attribute__((vector_size(REGISTER)));
 typedef float vf __attribute__((vector_size(REGISTER)));
 typedef long long vi __attribute__((vector_size(REGISTER)));
 #else
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
+#  define PREFETCH(p)
+#  define PREFETCHW(p)
 typedef double vd;
 typedef float vf;
 #endif
@@ -174,9 +178,15 @@ ALWAYS_INLINE __m256i pack_bfloat16(vf v)
         _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
 
-#  define STORE_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), v)
-#  define STREAM_HALF(p, v) _mm256_stream_si256((__m256i *)(p), v)
-#  define STREAM(p, v) _mm512_stream_si512((__m512i *)(p), (__m512i)(v))
+ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
+{
+    _mm256_storeu_si256((__m256i *)p, pack_float16(v));
+}
+
+ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
+{
+    _mm256_storeu_si256((__m256i *)p, pack_bfloat16(v));
+}
 
 #elif defined(__AVX2__)
 
@@ -219,9 +229,15 @@ ALWAYS_INLINE __m128i pack_bfloat16(vf v)
     return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
 
-#  define STORE_HALF(p, v) _mm_storeu_si128((__m128i *)(p), v)
-#  define STREAM_HALF(p, v) _mm_stream_si128((__m128i *)(p), v)
-#  define STREAM(p, v) _mm256_stream_si256((__m256i *)(p), (__m256i)(v))
+ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
+{
+    _mm_storeu_si128((__m128i *)p, pack_float16(v));
+}
+
+ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
+{
+    _mm_storeu_si128((__m128i *)p, pack_bfloat16(v));
+}
 
 #else
 
@@ -251,29 +267,31 @@ ALWAYS_INLINE __m128i pack_bfloat16(vf v)
 BY_ELEMENT(float16)
 BY_ELEMENT(bfloat16)
 #  undef BY_ELEMENT
-#  if defined(__SSE2__)
-#    define STREAM(p, v) _mm_stream_si128((__m128i *)(p), (__m128i)(v))
+
+#endif
+
+/* Copies memory with stores around the cache: what is written there is not read first. */
+ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
+{
+#if defined(__SSE2__)
+    const size_t head = -(uintptr_t)to % sizeof(vf);
+    if (head < bytes) {
+        memcpy(to, from, head);
+        to += head, from += head, bytes -= head;
+        for (; bytes >= sizeof(vf); to += sizeof(vf), from += sizeof(vf), bytes -= sizeof(vf))
+#  if defined(__AVX512F__)
+            _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+#  elif defined(__AVX2__)
+            _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
 #  else
-#    define STREAM(p, v) memcpy(p, &(v), sizeof(v))
+            _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
 #  endif
-
+    }
 #endif
+    memcpy(to, from, bytes);
+}
 
-#if defined(STORE_HALF)
-ALWAYS_INLINE void store_float16(uint16_t *p, vf v) { STORE_HALF(p, pack_float16(v)); }
-ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v) { STORE_HALF(p, pack_bfloat16(v)); }
-ALWAYS_INLINE void stream_float16(uint16_t *p, vf v) { STREAM_HALF(p, pack_float16(v)); }
-ALWAYS_INLINE void stream_bfloat16(uint16_t *p, vf v) { STREAM_HALF(p, pack_bfloat16(v)); }
-#else
-ALWAYS_INLINE void stream_float16(uint16_t *p, vf v) { store_float16(p, v); }
-ALWAYS_INLINE void stream_bfloat16(uint16_t *p, vf v) { store_bfloat16(p, v); }
-#endif
-
-/* Stores around the cache. p is aligned to as many bytes as are stored. */
-ALWAYS_INLINE void stream_float32(float *p, vf v) { STREAM(p, v); }
-ALWAYS_INLINE void stream_float64(double *p, vd v) { STREAM(p, v); }
-
-/* Streaming stores are not ordered: this comes before another thread may look. */
+/* Such stores are not ordered: this comes before another thread may look. */
 ALWAYS_INLINE void end_streaming(void)
 {
 #if defined(__SSE2__)
