@@ -381,7 +381,7 @@ def main() -> int:
     print(f"saved and loaded again, with the same predictions: {saved}")
 
     if curves["with batch norm"].accuracies[-1] < REQUIRED_ACCURACY:
-        print(f"with batch norm, expected at least {REQUIRED_ACCURACY:.0%}", file=sys.stderr)
+        print(f"expected at least {REQUIRED_ACCURACY:.0%} with batch norm", file=sys.stderr)
         return 1
     return 0
 

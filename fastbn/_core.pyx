@@ -67,6 +67,7 @@ cdef extern from "_kernels.h" nogil:
 cdef extern from "_platform.h" nogil:
     int fastbn_supported_isas(const Isa **isas, int room)
     int fastbn_omp_max_threads()
+    bint fastbn_omp_pause()
     const char *fastbn_compiler()
     const char *fastbn_openmp()
 
@@ -126,7 +127,7 @@ cdef void choose_isa() except *:
     cdef int count = fastbn_supported_isas(isas, 8)
     for i in range(count):
         isa_names.append(isas[i].name.decode())
-    wanted = os.environ.get("FASTBN_ISA", isa_names[-1])
+    wanted = os.environ.get("FASTBN_ISA") or isa_names[-1]
     if wanted not in isa_names:
         raise ImportError(
             f"FASTBN_ISA is {wanted!r}, but this build on this machine has {', '.join(isa_names)}"
@@ -150,6 +151,11 @@ def platform():
 def omp_max_threads():
     """The threads that the OpenMP runtime would start."""
     return fastbn_omp_max_threads()
+
+
+def omp_pause():
+    """End the threads that OpenMP keeps idle for this one; tell whether that could be done."""
+    return fastbn_omp_pause()
 
 
 # ------------------------------------------------------------------ how the work is cut

@@ -188,6 +188,23 @@ _cpus = 2**31 - 1 if "OMP_NUM_THREADS" in os.environ else available_cpus()
 _num_threads: int | None = None
 
 
+def pause_before_fork() -> None:
+    """End the idle threads of the pool: the child would wait for them, and has none of them."""
+    global _paused
+    _paused = _core.omp_pause()
+
+
+def limit_after_fork() -> None:
+    """In a child whose parent could not do so, start no threads."""
+    if not _paused:
+        set_num_threads(1)
+
+
+_paused = True
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=pause_before_fork, after_in_child=limit_after_fork)
+
+
 def get_num_threads() -> int:
     """Return the number of threads that a call uses at most.
 

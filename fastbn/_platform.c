@@ -46,6 +46,19 @@ int fastbn_omp_max_threads(void)
 #endif
 }
 
+int fastbn_omp_pause(void)
+{
+#if defined(_OPENMP) && !defined(_WIN32)
+    /* Looked up, since runtimes before OpenMP 5.0 have no such function. */
+    int (*pause)(int);
+    *(void **)&pause = dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+    const int soft = 1;
+    return pause != NULL && pause(soft) == 0;
+#else
+    return 1;
+#endif
+}
+
 const char *fastbn_compiler(void)
 {
 #if defined(__clang__)

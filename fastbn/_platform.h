@@ -10,6 +10,10 @@ int fastbn_supported_isas(const fastbn_isa *isas[], int room);
 /* The threads that OpenMP would start; 1 in a build without OpenMP. */
 int fastbn_omp_max_threads(void);
 
+/* Ends the idle threads that OpenMP keeps for the calling one; it starts new ones when it needs
+ * them. Returns whether that could be done. */
+int fastbn_omp_pause(void);
+
 const char *fastbn_compiler(void);
 
 /* The date of the OpenMP specification, and the file of the library in use where the system tells;

@@ -5,9 +5,10 @@ what synchronized, masked or otherwise composed batch normalization is made of; 
 and `batch_norm_backward` fuse them and give the same bits.
 
 Arrays have the shape (N, C, ...): N samples of C channels, and any number of further axes. They are
-float32, float64, float16 or ml_dtypes' bfloat16, of any strides; a C-contiguous one is read as it
-lies. Arithmetic is done in float32 (float64 for float64 arrays), sums in float64. Every result has
-the same bits whatever the number of threads.
+float32, float64, float16 or ml_dtypes' bfloat16, of any strides. One that is C-contiguous, or would
+be with the channels last, is read as it lies; others are copied. Arithmetic is done in float32
+(float64 for float64 arrays), sums in float64. Every result has the same bits whatever the number of
+threads.
 
 All functions check everything before they write anything.
 """
@@ -451,7 +452,8 @@ def forward_by_batch(
     check_running(running_mean, running_var, c, writeable=True)
     if count == 1:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            f"Expected more than 1 value per channel when training, got input size {x.shape}; "
+            f"evaluation mode takes single values"
         )
     y, mean, m2, invstd = backend.forward(
         x,
@@ -538,11 +540,23 @@ def as_array(value: Any, name: str) -> Array:
         if is_masked(value):
             raise TypeError(f"{name} is a masked array, whose mask would be lost")
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
-            value = np.from_dlpack(value)
+            value = from_dlpack(value, name)
         value = np.asarray(value)
     if not is_float(value.dtype):
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}")
+        raise TypeError(
+            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
+            f"convert it, for example by astype(np.float32)"
+        )
     return value  # type: ignore[no-any-return]
+
+
+def from_dlpack(value: Any, name: str) -> Array:
+    """An ndarray of the memory of a DLPack object."""
+    try:
+        array: Array = np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} of type {type(value).__name__} cannot be read: {error}") from error
+    return array
 
 
 def as_input(x: Any) -> Array:

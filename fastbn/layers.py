@@ -52,6 +52,15 @@ class Memory(NamedTuple):
     aside: Aside | None
 
 
+# What is there instead, and why.
+NO_FORWARD = "backward() needs a forward in training mode before it"
+NO_BACKWARD_IN_EVAL = (
+    "backward() needs a forward in training mode, and the last one was in evaluation mode; "
+    "freeze() trains with running statistics"
+)
+NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves once"
+
+
 class View(NamedTuple):
     """What was normalized, as a backward sees it: ``xhat = (x - mean) * invstd``."""
 
@@ -75,13 +84,15 @@ class _BatchNorm:
     )
 
     num_features: int
-    weight: Array | None
-    bias: Array | None
-    running_mean: Array | None
-    running_var: Array | None
-    num_batches_tracked: NDArray[np.int64] | None
-    weight_grad: Array | None
-    bias_grad: Array | None
+    # Any stands for None: which of them are None, one knows from the arguments, a type checker
+    # does not.
+    weight: Array | Any
+    bias: Array | Any
+    running_mean: Array | Any
+    running_var: Array | Any
+    num_batches_tracked: NDArray[np.int64] | Any
+    weight_grad: Array | Any
+    bias_grad: Array | Any
 
     def __init__(
         self,
@@ -113,7 +124,7 @@ class _BatchNorm:
         self.momentum = None if momentum is None else F.as_real(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
-        if device not in (None, "cpu"):
+        if device is not None and str(device) != "cpu":
             raise ValueError(
                 f"device must be None or 'cpu', got {device!r}: this version has no GPU path yet"
             )
@@ -124,7 +135,7 @@ class _BatchNorm:
         self.num_features = 0
         self.num_batches_tracked = np.zeros((), np.int64) if self.track_running_stats else None
         self.weight_grad = self.bias_grad = None
-        self._memory: Memory | None = None
+        self._memory: Memory | str = NO_FORWARD
 
     def _allocate(self, num_features: int) -> None:
         """Make the arrays, now that the number of channels is known."""
@@ -198,7 +209,8 @@ class _BatchNorm:
 
         In training mode by its own statistics, towards which the running ones then move; what the
         backward needs is kept, by reference. In evaluation mode, and in training mode if frozen,
-        by the running statistics. An empty batch changes nothing.
+        by the running statistics; evaluation mode keeps nothing for a backward. An empty batch
+        changes nothing.
 
         Parameters
         ----------
@@ -225,7 +237,7 @@ class _BatchNorm:
         x = self._checked(x)
         if not self.training:
             y = self._forward_eval(x, out)
-            self._memory = None
+            self._memory = NO_BACKWARD_IN_EVAL
             return y
         out = F.check_out(out, x)
         in_place = out is not None and F.share_memory(out, x)
@@ -245,8 +257,12 @@ class _BatchNorm:
         """x as an array of a rank and a number of channels that fit."""
         x = self._of_rank(x)
         if x.shape[1] != self.num_features:
+            hint = ""
+            if x.shape[-1] == self.num_features:
+                hint = "; if they come last, pass np.moveaxis(x, -1, 1)"
             raise ValueError(
-                f"x has {x.shape[1]} channels (shape {x.shape}), this layer {self.num_features}"
+                f"x has {x.shape[1]} channels (axis 1 of the shape {x.shape}), "
+                f"this layer {self.num_features}{hint}"
             )
         return x
 
@@ -269,8 +285,6 @@ class _BatchNorm:
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         mean, var = self.running_mean, self.running_var
         y = F.forward_by_running(x, mean, var, self.weight, self.bias, self.eps, out=out)
-        assert mean is not None  # or that would have raised
-        assert var is not None
         return y, *F.running_statistics(mean, var, self.eps)
 
     def _forward_train(
@@ -336,8 +350,10 @@ class _BatchNorm:
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
 
-        Uses up what the forward in training mode left. The gradient is wrong if, since then, the
-        input was changed or, after a forward in place, the output, weight or bias.
+        Uses up what the forward in training mode left: a reference to its input or, after a forward
+        in place, to its output. If that array has been written to since then, by an activation in
+        place for example, the gradient is silently wrong; after a forward in place the same holds
+        for weight and bias.
 
         Parameters
         ----------
@@ -355,15 +371,13 @@ class _BatchNorm:
         Raises
         ------
         RuntimeError
-            If there was no forward in training mode since the last backward.
+            If the last forward was not in training mode, or its backward has run.
         ValueError, TypeError
             If `dy` or `out` cannot serve. The backward can then be tried again.
         """
         memory = self._memory
-        if memory is None:
-            raise RuntimeError(
-                "backward() needs a forward in training mode before it, and each serves once"
-            )
+        if isinstance(memory, str):
+            raise RuntimeError(memory)
         dy = F.as_gradient(dy, memory.x)
         out = F.check_out(out, memory.x, dy)
         self._check_gradients()
@@ -377,7 +391,7 @@ class _BatchNorm:
             )
         self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
         self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
-        self._memory = None
+        self._memory = NO_SECOND_BACKWARD
         return dx
 
     def _check_gradients(self) -> None:
@@ -472,6 +486,8 @@ class _BatchNorm:
             If state is no mapping, or an entry does not hold real numbers.
         """
         _check_state(state)
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be a bool, got {strict!r}; the prefix comes after it")
         own, waiting = self._state(), self._uninitialized()
         expected = [prefix + name for name in self._state_names if name in own or name in waiting]
         unexpected = [key for key in state if key.startswith(prefix) and key not in expected]
@@ -481,7 +497,7 @@ class _BatchNorm:
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
-                f"missing keys {missing}, unexpected keys {unexpected}"
+                f"missing keys {missing}, unexpected keys {unexpected}{_prefix_hint(state, prefix)}"
             )
         entries = {
             name: _as_entry(state[prefix + name], prefix + name, array)
@@ -499,7 +515,7 @@ class _BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left for its backward is as large as a batch, and of no use elsewhere.
-        return {**self.__dict__, "_memory": None}
+        return {**self.__dict__, "_memory": NO_FORWARD}
 
     def extra_repr(self) -> str:
         """Return the arguments as `repr` shows them."""
@@ -762,9 +778,14 @@ def _as_num_features(value: Any) -> int:
 
 def _as_dtype(value: Any) -> np.dtype[Any]:
     """One of the four dtypes; float32 for None."""
-    dtype = np.dtype(np.float32 if value is None else value)
+    try:
+        dtype = np.dtype(np.float32 if value is None else value)
+    except TypeError:  # "bfloat16", for one, is known after an import of ml_dtypes only
+        dtype = np.dtype(object)
     if not F.is_float(dtype) or not dtype.isnative:
-        raise TypeError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype}")
+        raise TypeError(
+            f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, got {value!r}"
+        )
     return dtype
 
 
@@ -772,6 +793,15 @@ def _check_state(state: Any) -> None:
     """Refuse what is not a mapping from names."""
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
+
+
+def _prefix_hint(state: Mapping[str, Any], prefix: str) -> str:
+    """Suggest the prefix under which a state has a layer."""
+    for key in state:
+        other = key.removesuffix("weight")
+        if other not in (key, prefix) and other + "running_mean" in state:
+            return f"; perhaps with prefix={other!r}"
+    return ""
 
 
 def _as_entry(value: Any, key: str, array: Array) -> Array:
@@ -786,7 +816,8 @@ def _as_entry(value: Any, key: str, array: Array) -> Array:
     if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
         raise TypeError(f"{key} must hold integers, got {entry.dtype}")
     if entry.dtype.kind not in "iu" and not F.is_float(entry.dtype):
-        raise TypeError(f"{key} must hold real numbers, got {entry.dtype}")
+        hint = "; .npz does not keep bfloat16, safetensors does" if entry.dtype == "V2" else ""
+        raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
     if entry.shape != array.shape:
         raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}")
     return entry

@@ -566,3 +566,56 @@ def test_the_backward_refuses_sums_of_another_length(x, name):
     sums = {"sum_dy": np.ones(3), "sum_dy_xhat": np.ones(3)} | {name: np.ones(4)}
     with refused(ValueError, name, 4, intact=[x]):
         F.batch_norm_backward_elemt(x, x, *statistics(), None, **sums, count=120, out=x)
+
+
+# What the messages suggest.
+
+
+def test_channels_that_come_last_are_recognized(bn):
+    with pytest.raises(ValueError, match=r"moveaxis\(x, -1, 1\)"):
+        bn(np.zeros((2, 8, 8, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("none", "before it"), ("eval", "freeze"), ("twice", "each serves once")]
+)
+def test_a_backward_says_why_it_cannot_be(bn, x, dy, mode, words):
+    if mode == "none":
+        bn = fastbn.BatchNorm2d(3)
+    else:
+        bn(x)
+    if mode == "eval":
+        bn.eval()(x)
+    if mode == "twice":
+        bn.backward(dy)
+    with pytest.raises(RuntimeError, match=words):
+        bn.backward(dy)
+
+
+def test_a_forgotten_prefix_is_suggested(bn):
+    state = bn.state_dict(prefix="layer1.bn2.")
+    with pytest.raises(RuntimeError, match=r"prefix='layer1\.bn2\.'"):
+        bn.load_state_dict(state)
+
+
+def test_a_prefix_in_the_place_of_strict_is_refused(bn):
+    with refused(TypeError, "strict", intact=[bn]):
+        bn.load_state_dict(bn.state_dict("a."), "a.")
+
+
+def test_bfloat16_that_lost_its_dtype_in_an_npz_is_refused(bn):
+    state = bn.state_dict() | {"weight": np.zeros(3, "V2")}
+    with refused(TypeError, "safetensors", intact=[bn]):
+        bn.load_state_dict(state)
+
+
+def test_a_dlpack_object_that_numpy_cannot_read_is_refused(bn):
+    class Foreign:
+        def __dlpack__(self, **_):
+            raise BufferError("elsewhere")
+
+        def __dlpack_device__(self):
+            return (2, 0)
+
+    with refused(TypeError, "Foreign", intact=[bn]):
+        bn(Foreign())
