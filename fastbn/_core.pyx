@@ -280,9 +280,9 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block
     block.c0 = g * cut.group
     block.c1 = min(block.c0 + cut.group, cut.c)
-    block.n0 = b // cut.pieces * cut.rows
+    block.n0 = b // max(cut.pieces, 1) * cut.rows
     block.n1 = min(block.n0 + cut.rows, cut.n // cut.fold)
-    block.s0 = b % cut.pieces * cut.length
+    block.s0 = b % max(cut.pieces, 1) * cut.length
     block.length = min(cut.length, cut.s - block.s0)
     block.rest = 0
     if cut.columns and b == cut.blocks - 1:
@@ -296,7 +296,7 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
 # A job reduces every block of every group to partial sums, merges those of each channel, and
 # applies the outcome to every block. A step that a job does not have is NULL.
 ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
-ctypedef void (*ChannelStep)(const Job *job, Py_ssize_t c) noexcept nogil
+ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil
 
 # How the layout's kernels are called: sums of a block around a centre for each channel, and the
 # element-wise kernel of a block.
@@ -316,7 +316,7 @@ cdef struct Job:
     Py_ssize_t itemsize
     const Kernels *kernels
     BlockStep reduce
-    ChannelStep merge
+    GroupStep merge
     BlockWrite apply
     BlockSum sum
     bint refine                   # whether a pivot must be near the mean
@@ -384,23 +384,24 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
         partial.second = max(sums[c].second - sums[c].first * mean_deviation, 0.0)
 
 
-cdef void merge_moments(const Job *job, Py_ssize_t c) noexcept nogil:
-    """Merge the blocks of a channel in their order, by Chan's formula."""
-    cdef const Pair *partial = job.partial + c * job.cut.blocks
-    cdef Py_ssize_t b
-    cdef double count = 0.0, mean = 0.0, m2 = 0.0, added, delta
-    if job.cut.blocks:
-        count, mean, m2 = block_of(&job.cut, 0, 0).count, partial[0].first, partial[0].second
-    for b in range(1, job.cut.blocks):
-        added = block_of(&job.cut, 0, b).count
-        delta = partial[b].first - mean
-        m2 += partial[b].second + delta * delta * (count * added / (count + added))
-        mean += delta * (added / (count + added))
+cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
+    """Merge the blocks of each channel in their order, by Chan's formula."""
+    cdef Py_ssize_t b, c, blocks = job.cut.blocks
+    cdef double count = 0.0, added, share, delta
+    cdef Block block = block_of(&job.cut, g, 0)
+    for c in range(block.c0, block.c1):
+        job.mean_out[c] = job.m2_out[c] = 0.0
+    for b in range(blocks):
+        added = block_of(&job.cut, g, b).count
+        share = added / (count + added)
+        for c in range(block.c0, block.c1):
+            delta = job.partial[c * blocks + b].first - job.mean_out[c]
+            job.m2_out[c] += job.partial[c * blocks + b].second + delta * delta * (count * share)
+            job.mean_out[c] += delta * share
         count += added
-    job.mean_out[c] = mean
-    job.m2_out[c] = m2
     if job.invstd_out != NULL:
-        job.invstd_out[c] = 1.0 / sqrt(m2 / max(job.count, 1.0) + job.eps)
+        for c in range(block.c0, block.c1):
+            job.invstd_out[c] = 1.0 / sqrt(job.m2_out[c] / max(job.count, 1.0) + job.eps)
 
 
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -416,15 +417,18 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept n
         job.partial[c * job.cut.blocks + b] = sums[c - block.c0]
 
 
-cdef void merge_products(const Job *job, Py_ssize_t c) noexcept nogil:
-    cdef const Pair *partial = job.partial + c * job.cut.blocks
-    cdef Py_ssize_t b
-    cdef double first = 0.0, second = 0.0
-    for b in range(job.cut.blocks):
-        first += partial[b].first
-        second += partial[b].second
-    job.sum_dy_out[c] = first
-    job.sum_dy_xhat_out[c] = second * at(&job.invstd, c)
+cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
+    """Add up the blocks of each channel in their order."""
+    cdef Py_ssize_t b, c, blocks = job.cut.blocks
+    cdef Block block = block_of(&job.cut, g, 0)
+    cdef double first, second
+    for c in range(block.c0, block.c1):
+        first = second = 0.0
+        for b in range(blocks):
+            first += job.partial[c * blocks + b].first
+            second += job.partial[c * blocks + b].second
+        job.sum_dy_out[c] = first
+        job.sum_dy_xhat_out[c] = second * at(&job.invstd, c)
 
 
 cdef Affine affine_of(const Job *job, Py_ssize_t c) noexcept nogil:
@@ -513,30 +517,31 @@ cdef Py_ssize_t rest_of(const Job *job, const Block *block) noexcept nogil:
     return (block.c1 - block.c0) * job.cut.s * block.rest
 
 
-cdef Py_ssize_t channel_of(const Job *job, const Block *block, Py_ssize_t column) noexcept nogil:
-    """The channel, within the block, to which a column belongs."""
-    return column // job.cut.s % (block.c1 - block.c0)
-
-
 cdef void sum_columns(const Job *job, const Block *block, double *centre,
                       Pair *result) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
     cdef double first[LANES + COLUMNS]
     cdef double second[LANES + COLUMNS]
     cdef double centres[LANES + COLUMNS]
-    cdef Py_ssize_t i, c, columns = columns_of(job, block)
+    cdef Py_ssize_t _fold, c, _s, columns = columns_of(job, block), column = LANES
     memset(first, 0, (LANES + columns) * sizeof(double))
     memset(second, 0, (LANES + columns) * sizeof(double))
     memset(centres, 0, LANES * sizeof(double))
-    for i in range(columns):
-        centres[LANES + i] = centre[channel_of(job, block, i)]
+    for _fold in range(job.cut.fold):
+        for c in range(block.c1 - block.c0):
+            for _s in range(job.cut.s):
+                centres[column] = centre[c]
+                column += 1
     add_columns(job, block, block.n0, block.n1 - block.n0, columns, centres, first, second)
     add_columns(job, block, block.n1, 1, rest_of(job, block), centres, first, second)
     memset(result, 0, (block.c1 - block.c0) * sizeof(Pair))
-    for i in range(columns):
-        c = channel_of(job, block, i)
-        result[c].first += first[LANES + i]
-        result[c].second += second[LANES + i]
+    column = LANES
+    for _fold in range(job.cut.fold):
+        for c in range(block.c1 - block.c0):
+            for _s in range(job.cut.s):
+                result[c].first += first[column]
+                result[c].second += second[column]
+                column += 1
 
 
 cdef void add_columns(const Job *job, const Block *block, Py_ssize_t n, Py_ssize_t rows,
@@ -555,11 +560,15 @@ cdef void add_columns(const Job *job, const Block *block, Py_ssize_t n, Py_ssize
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine[COLUMNS]
-    cdef Py_ssize_t i, columns = columns_of(job, block), stride = job.cut.width
+    cdef Py_ssize_t c, i, columns = columns_of(job, block), stride = job.cut.width, column = 0
     cdef Py_ssize_t at = column_offset(job, block, block.n0)
     cdef Py_ssize_t end = column_offset(job, block, block.n1)
-    for i in range(columns):
-        affine[i] = affine_of(job, block.c0 + channel_of(job, block, i))
+    for c in range(block.c0, block.c1):
+        for i in range(job.cut.s):
+            affine[column] = affine_of(job, c) if i == 0 else affine[column - 1]
+            column += 1
+    for i in range(column, columns):
+        affine[i] = affine[i - column]
     job.kernels.column_normalize(job.x + end, job.out + end, 1, stride,
                                  rest_of(job, block), affine, False)
     job.kernels.column_normalize(job.x + at, job.out + at, block.n1 - block.n0, stride, columns,
@@ -568,11 +577,15 @@ cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
 
 cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient[COLUMNS]
-    cdef Py_ssize_t i, columns = columns_of(job, block), stride = job.cut.width
+    cdef Py_ssize_t c, i, columns = columns_of(job, block), stride = job.cut.width, column = 0
     cdef Py_ssize_t at = column_offset(job, block, block.n0)
     cdef Py_ssize_t end = column_offset(job, block, block.n1)
-    for i in range(columns):
-        gradient[i] = gradient_of(job, block.c0 + channel_of(job, block, i))
+    for c in range(block.c0, block.c1):
+        for i in range(job.cut.s):
+            gradient[column] = gradient_of(job, c) if i == 0 else gradient[column - 1]
+            column += 1
+    for i in range(column, columns):
+        gradient[i] = gradient[i - column]
     job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, 1, stride,
                                 rest_of(job, block), gradient, False)
     job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, block.n1 - block.n0,
@@ -588,12 +601,6 @@ cdef Py_ssize_t first_element(const Job *job, const Block *block, Py_ssize_t c) 
 
 # ------------------------------------------------------------------ who does what
 
-cdef void merge_group(const Job *job, Py_ssize_t g) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(g * job.cut.group, min((g + 1) * job.cut.group, job.cut.c)):
-        job.merge(job, c)
-
-
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(&job.cut, g, b)
     job.apply(job, &block)
@@ -607,7 +614,7 @@ cdef void finish_group(const Job *job, Py_ssize_t g) noexcept nogil:
     if job.reduce != NULL:
         for b in range(job.cut.blocks):
             job.reduce(job, g, b)
-        merge_group(job, g)
+        job.merge(job, g)
     if job.apply != NULL:
         for b in range(job.cut.blocks - 1, -1, -1):
             apply_block(job, g, b)
@@ -628,7 +635,7 @@ cdef void run_blocks(const Job *job, int threads) noexcept nogil:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
             job.reduce(job, t % groups, t // groups)
         for g in range(groups):
-            merge_group(job, g)
+            job.merge(job, g)
     if job.apply != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
             apply_block(job, (tasks - 1 - t) % groups, (tasks - 1 - t) // groups)
