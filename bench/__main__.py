@@ -1,0 +1,189 @@
+"""`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench import machine, runner
+from bench.cases import CALL, CALL_SHAPE, ITEMSIZES, OPERATIONS, Case, growing_shapes, shapes_of
+from bench.libraries import FASTBN, FLOOR, LIBRARIES, TORCH, TORCH_MALLOC
+from bench.report import write_report
+
+RESULTS = Path(__file__).with_name("results")
+LAYOUTS = ("nchw", "nhwc")
+# Without them there is nothing to compare.
+ALWAYS = (FLOOR, FASTBN)
+# Not in a quick run: seconds of compilation for every shape.
+SLOW_TO_START = ("torch-compile",)
+# The sizes up to 1 GB would take the others minutes each.
+LIBRARIES_OF_SIZES = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, "onednn")
+ROUNDS, QUICK_ROUNDS = 5, 3
+# How long a library is asked for samples in a round; at least for one.
+BUDGET_MS, QUICK_BUDGET_MS = 20.0, 10.0
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["report"]:
+        options = report_parser().parse_args(arguments[1:])
+        write_report(options.result, options.out or options.result.parent, options.readme)
+        return
+    options = parser().parse_args(arguments)
+    result = run(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{result['settings']['name']}.json"
+    path.write_text(as_json(result))
+    write_report(path, options.out, None)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of a run."""
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    names = commas(str)
+    add = parser.add_argument
+    add("--shapes", help="lists of shapes.json, and shapes such as 32x64x56x56 (default: gate)")
+    add("--dtypes", type=names, default=["float32"], help=f"of {', '.join(ITEMSIZES)}")
+    add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
+    add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
+    add("--operations", type=names, help=f"of {', '.join([*OPERATIONS, CALL])} (default: all)")
+    add("--libraries", type=names, help=f"of {', '.join(LIBRARIES)} (default: all)")
+    add("--rounds", type=int, help="how often each library is asked (default: 5)")
+    mode = parser.add_mutually_exclusive_group()
+    flag = {"action": "store_true"}
+    mode.add_argument(
+        "--quick", **flag, help="three short rounds on five shapes, without torch.compile"
+    )
+    mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 1 GB")
+    mode.add_argument("--tiny", **flag, help="only the cost of a call on a 1x64x1x1 array")
+    add("--out", type=Path, default=RESULTS, help="the folder of the results")
+    add("--name", help="the results' file name (default: the kind of run)")
+    return parser
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """The options of a report."""
+    parser = argparse.ArgumentParser("python -m bench report")
+    parser.add_argument("result", type=Path, help="the JSON file of a run")
+    parser.add_argument("--out", type=Path, help="the folder of the report (default: the result's)")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        help="a file with lines <!-- bench --> and <!-- /bench -->, between which the summary goes",
+    )
+    return parser
+
+
+def commas(kind: type) -> Any:
+    """A parser of comma-separated values."""
+    return lambda text: [kind(item) for item in text.split(",")]
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the options ask for, for each number of threads."""
+    cases = cases_of(options)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    budget_ms = QUICK_BUDGET_MS if options.quick else BUDGET_MS
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine.describe(),
+        "settings": {
+            "name": options.name or kind_of(options),
+            "options": {k: v for k, v in vars(options).items() if v and k not in ("out", "name")},
+            "rounds": rounds,
+            "budget_ms": budget_ms,
+        },
+        "libraries": {},
+        "results": [],
+        "left_out": [],
+    }
+    others = machine.Others()
+    with tqdm(unit="round", smoothing=0.05) as progress:
+        for threads in options.threads or [len(machine.available_cpus())]:
+            settings = runner.Settings(
+                rounds, budget_ms, threads, libraries_of(options), options.layouts
+            )
+            part = runner.measure(settings, cases, progress)
+            result["libraries"].update(part["libraries"])
+            result["results"] += part["results"]
+            result["left_out"] += part["left_out"]
+    result["others"] = others.cpus()
+    return result
+
+
+def as_json(result: dict[str, Any]) -> str:
+    """JSON with a line for every entry of the long lists."""
+    parts = []
+    for name, value in result.items():
+        text = json.dumps(value, indent=1)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def kind_of(options: argparse.Namespace) -> str:
+    """What the results are called."""
+    kinds = {"quick": options.quick, "sizes": options.size_sweep, "tiny": options.tiny}
+    return next((name for name, chosen in kinds.items() if chosen), "full")
+
+
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """The cases, all operations of a shape one after the other."""
+    operations = options.operations or [CALL, *OPERATIONS]
+    if options.tiny:
+        operations = [CALL]
+    known = {CALL, *OPERATIONS, *ITEMSIZES, *LAYOUTS}
+    refuse_unknown({*operations, *options.dtypes, *options.layouts} - known)
+    shapes = growing_shapes() if options.size_sweep else []
+    if options.shapes or not shapes:
+        shapes += shapes_of(options.shapes or ("quick" if options.quick else "gate"))
+    calls = [Case(CALL, CALL_SHAPE, "float32")] if CALL in operations else []
+    return calls + [
+        Case(operation, shape, dtype)
+        for shape in shapes
+        for dtype in options.dtypes
+        for operation in operations
+        if operation != CALL
+    ]
+
+
+def libraries_of(options: argparse.Namespace) -> list[str]:
+    """The libraries to start: the chosen ones, with the floor and fastbn in any case."""
+    chosen = options.libraries
+    if chosen is None and options.size_sweep:
+        chosen = LIBRARIES_OF_SIZES
+    if chosen is None:
+        chosen = [name for name in LIBRARIES if not options.quick or name not in SLOW_TO_START]
+    refuse_unknown({*chosen} - {*LIBRARIES})
+    if options.tiny:
+        return list(runner.LIBRARIES_WITH_LAYERS)
+    return [name for name in LIBRARIES if name in {*chosen, *ALWAYS}]
+
+
+def refuse_unknown(names: set[str]) -> None:
+    if names:
+        raise SystemExit(f"unknown: {', '.join(sorted(names))}")
+
+
+def commit() -> str | None:
+    """The revision of the checkout, if it is one."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

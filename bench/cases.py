@@ -1,0 +1,176 @@
+"""What is measured: operations on shapes; their data, and what is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+OPERATIONS = {
+    "eval": "evaluation forward",
+    "eval_inplace": "evaluation forward in place",
+    "train": "training forward",
+    "train_inplace": "training forward in place",
+    "backward": "backward",
+    "backward_inplace": "backward in place",
+}
+# The cost of a call: an evaluation forward on an array too small to matter, into a new array.
+CALL, CALL_SHAPE = "call", (1, 64, 1, 1)
+
+# A result may be so far off, relative to the largest value: whoever is further off is broken.
+TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+
+EPS = 1e-5
+MOMENTUM = 0.1
+BATCH_OF_NETWORKS = 32
+ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+SHAPES = Path(__file__).with_name("shapes.json")
+
+
+class Case(NamedTuple):
+    """An operation on arrays of a shape and dtype."""
+
+    operation: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """The size of x."""
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
+
+    @property
+    def forward(self) -> bool:
+        return not self.operation.startswith("backward")
+
+    @property
+    def evaluation(self) -> bool:
+        return self.operation in ("eval", "eval_inplace", CALL)
+
+    @property
+    def in_place(self) -> bool:
+        return self.operation.endswith("_inplace")
+
+
+class Data:
+    """The arrays of all cases of a shape and dtype. Nobody may write to them."""
+
+    def __init__(self, case: Case) -> None:
+        self.shape, self.dtype = case.shape, dtype_of(case.dtype)
+        rng = np.random.default_rng(1)
+        channels = case.shape[1]
+        parameters = np.float64 if case.dtype == "float64" else np.float32
+        self.weight = rng.uniform(0.8, 1.2, channels).astype(parameters)
+        self.bias = rng.normal(0.0, 0.2, channels).astype(parameters)
+        self.running_mean = rng.normal(0.5, 0.1, channels).astype(parameters)
+        self.running_var = rng.uniform(1.0, 1.5, channels).astype(parameters)
+
+    @cached_property
+    def x(self) -> Array:
+        return self._values(seed=2, mean=0.5)
+
+    @cached_property
+    def dy(self) -> Array:
+        return self._values(seed=3, mean=0.1)
+
+    @cached_property
+    def mean(self) -> Array:
+        """The batch's own mean, for those who take it as an argument of their backward."""
+        return self.x.mean((0, 2, 3), dtype=self.weight.dtype)
+
+    @cached_property
+    def var(self) -> Array:
+        return self.x.var((0, 2, 3), dtype=self.weight.dtype)
+
+    def _values(self, seed: int, mean: float) -> Array:
+        """Normally distributed values; a long block of them, repeated, which is soon made."""
+        size = min(math.prod(self.shape), 1_000_003)
+        block = np.random.default_rng(seed).normal(mean, 1.0, size).astype(self.dtype)
+        return np.resize(block, self.shape)
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of a name; bfloat16 is not NumPy's own."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
+    """Raise ArithmeticError unless the result is right, judged by a few channels.
+
+    `arrays` has y, or dx with dweight and dbias; nothing where there is no batch normalization.
+    """
+    if not arrays:
+        return
+    channels = sorted({0, case.shape[1] // 2, case.shape[1] - 1})
+    wanted = _expected(case, data, channels)
+    count = math.prod(case.shape) // max(case.shape[1], 1)
+    for name, want in wanted.items():
+        array = arrays[name]
+        got = array[channels] if array.ndim == 1 else array[:, channels]
+        # The gradients of the parameters are sums of `count` values of about 1.
+        size = count if array.ndim == 1 else np.abs(want).max()
+        error = np.abs(got.astype(np.float64) - want).max() / size
+        if not error <= TOLERANCES[case.dtype]:
+            raise ArithmeticError(f"wrong result: {name} is off by {error:.1e}")
+
+
+def _expected(case: Case, data: Data, channels: list[int]) -> dict[str, Array]:
+    """The result on some channels, in float64."""
+    x = data.x[:, channels].astype(np.float64)
+    column = (1, -1, 1, 1)
+    weight, bias = (v[channels].reshape(column) for v in (data.weight, data.bias))
+    mean, var = data.running_mean[channels], data.running_var[channels]
+    if not case.evaluation:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    invstd = 1 / np.sqrt(var.astype(np.float64) + EPS).reshape(column)
+    xhat = (x - mean.reshape(column)) * invstd
+    if case.forward:
+        return {"y": xhat * weight + bias}
+    dy = data.dy[:, channels].astype(np.float64)
+    dbias, dweight = dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))
+    mean_dy, mean_dy_xhat = (
+        v.reshape(column) / (x.size // len(channels)) for v in (dbias, dweight)
+    )
+    dx = (dy - mean_dy - xhat * mean_dy_xhat) * invstd * weight
+    return {"dx": dx, "dweight": dweight, "dbias": dbias}
+
+
+# The shapes.
+
+
+def shapes_of(names: str) -> list[tuple[int, int, int, int]]:
+    """The shapes of a comma-separated list of names and of shapes such as 32x64x56x56."""
+    lists = json.loads(SHAPES.read_text())
+    shapes = []
+    for name in names.split(","):
+        if name in lists:
+            shapes += [_with_batch(entry) for entry in lists[name]]
+        elif re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", name):
+            shapes.append(tuple(map(int, name.split("x"))))
+        else:
+            raise SystemExit(f"neither a shape such as 32x64x56x56 nor one of the lists: {name}")
+    return list(dict.fromkeys(shapes))
+
+
+def _with_batch(entry: list[Any]) -> tuple[int, ...]:
+    """A shape of the file; those of networks lack the batch and have a number of layers."""
+    return (BATCH_OF_NETWORKS, *entry[0]) if isinstance(entry[0], list) else tuple(entry)
+
+
+def growing_shapes() -> list[tuple[int, int, int, int]]:
+    """Shapes whose float32 arrays take 1 KB, 4 KB and so on to 1 GB: images grow, then batches."""
+    return [(4 ** max(k - 5, 0), 64, 2 ** min(k + 1, 6), 2 ** min(k + 1, 6)) for k in range(11)]

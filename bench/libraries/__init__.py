@@ -1,0 +1,49 @@
+"""The libraries: which module measures each, and in which environment its process runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# Libraries that cannot write into a given array get theirs from malloc. By default glibc maps every
+# large array anew, and the page faults cost more than the computation. This makes malloc keep its
+# memory, in huge pages. (MALLOC_MMAP_THRESHOLD_ would not do: glibc ignores values above 32 MB.)
+TUNED_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+class Setup(NamedTuple):
+    """How the process of a library is set up."""
+
+    module: str
+    environment: Mapping[str, str] = {}
+    # None is what the run asks for.
+    threads: int | None = None
+
+
+FLOOR, FASTBN, FASTBN_AVX2, FASTBN_ONE_THREAD = "floor", "fastbn", "fastbn-avx2", "fastbn-1-thread"
+TORCH, TORCH_MALLOC = "torch", "torch-malloc"
+
+# What is not a peer: the floor, and fastbn in its ways.
+OWN = (FLOOR, FASTBN, FASTBN_AVX2, FASTBN_ONE_THREAD)
+
+LIBRARIES = {
+    FLOOR: Setup("floor"),
+    FASTBN: Setup("fastbn"),
+    FASTBN_AVX2: Setup("fastbn", {"FASTBN_ISA": "avx2"}),
+    FASTBN_ONE_THREAD: Setup("fastbn", threads=1),
+    "numpy": Setup("numpy"),
+    "numba": Setup("numba"),
+    TORCH: Setup("torch"),
+    TORCH_MALLOC: Setup("torch", TUNED_MALLOC),
+    "torch-compile": Setup("torch_compile", {"TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED_MALLOC}),
+    "jax": Setup("jax", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", **TUNED_MALLOC}),
+    "onnxruntime": Setup("onnxruntime"),
+    "openvino": Setup("openvino"),
+    "onednn": Setup("onednn"),
+}

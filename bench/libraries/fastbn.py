@@ -1,0 +1,78 @@
+"""fastbn, as its users call it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import partial
+
+import numpy as np
+
+import fastbn
+from bench import library
+from bench.cases import CALL, EPS, MOMENTUM, Case, Data
+from bench.library import Run, in_layout, overwrite
+from fastbn import functional
+
+
+class Library(library.Library):
+    """fastbn in both memory layouts."""
+
+    api = "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward)"
+    buffers = "preallocated: out= another array, or the input"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        fastbn.set_num_threads(threads)
+
+    def versions(self) -> dict[str, str]:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            fastbn.show_config()
+        lines = text.getvalue().splitlines()
+        config = dict(line.split(": ", 1) for line in lines if ": " in line)
+        told = {name: config[name] for name in ("compiler", "instruction set")}
+        return {"fastbn": fastbn.__version__, "numpy": np.__version__, **told}
+
+    def variants(self, case: Case) -> list[str]:
+        return ["nchw"] if case.in_place or case.operation == CALL else ["nchw", "nhwc"]
+
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        return self._forward(case, variant, data) if case.forward else backward(case, variant, data)
+
+    def _forward(self, case: Case, variant: str, data: Data) -> Run:
+        layer = layer_of(case, data)
+        x = in_layout(data.x, variant)
+        if case.operation == CALL:
+            return Run(partial(layer, x), lambda y: {"y": y}, False)
+        if not case.in_place:
+            return Run(partial(layer, x, out=np.zeros_like(x)), lambda y: {"y": y}, True)
+        return Run(
+            partial(layer, x, out=x),
+            lambda y: {"y": y},
+            True,
+            restore=partial(overwrite, x, in_layout(data.x, variant)),
+        )
+
+
+def layer_of(case: Case, data: Data) -> fastbn.BatchNorm2d:
+    """A layer with the parameters and statistics of the data."""
+    layer = fastbn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM, dtype=data.weight.dtype)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(layer, name)[...] = getattr(data, name)
+    return layer.train(not case.evaluation)
+
+
+def backward(case: Case, variant: str, data: Data) -> Run:
+    """The function under a layer's backward; the layer's own would need a forward before each."""
+    x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
+    _, mean, invstd = functional.batch_norm_forward(x, data.weight, data.bias, EPS)
+    out = dy if case.in_place else np.zeros_like(dy)
+    run = Run(
+        partial(functional.batch_norm_backward, dy, x, data.weight, mean, invstd, out=out),
+        lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
+        True,
+    )
+    if case.in_place:
+        run.restore = partial(overwrite, dy, in_layout(data.dy, variant))
+    return run

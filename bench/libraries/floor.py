@@ -1,0 +1,63 @@
+"""The floor: what memory alone takes for the reads and writes of an operation."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+
+import numpy as np
+
+from bench import library, native
+from bench.cases import Array, Case, Data
+from bench.library import Run, aligned
+
+# Below this size of x, one thread may be faster than starting others.
+SMALL = 1 << 20
+
+
+class Library(library.Library):
+    """A copy (forward), a sum of two arrays (backward), and a change in place."""
+
+    api = "floor.c: a copy, a sum of two arrays, a change in place"
+    buffers = "preallocated"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        # A compiler would make the plain copy a call of memcpy, which is a variant of its own.
+        self.c = native.load("floor.c", "-fno-tree-loop-distribute-patterns")
+        # All variants share their arrays, which are there until others are asked for.
+        self.arrays: list[Array] = []
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+    def variants(self, case: Case) -> list[str]:
+        kinds = ["copy_memcpy", "copy_plain", "copy_stream"]
+        if not case.forward:
+            kinds = ["add_plain", "add_stream"]
+        if case.in_place:
+            kinds.append("inplace_plain")
+        threads = {1, self.threads} if case.bytes <= SMALL else {self.threads}
+        return [f"{kind}/{n}" for kind in kinds if hasattr(self.c, kind) for n in sorted(threads)]
+
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        kind, threads = variant.split("/")
+        count = case.bytes // 4
+        if not self.arrays or self.arrays[0].size != count:
+            self.arrays = [aligned(count, np.float32) for _ in range(3)]
+        arrays = self.arrays
+        for array, value in zip(arrays, (5.0, 1.0, 2.0), strict=True):
+            array.fill(value)
+        loop = getattr(self.c, kind)
+        loop.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t, ctypes.c_int, ctypes.c_long]
+        loop.restype = None
+        loop = partial(loop, *(array.ctypes.data for array in arrays), count, int(threads))
+        return Run(partial(loop, 1), lambda _: check(kind, arrays), True, repeat=loop)
+
+
+def check(kind: str, arrays: list[Array]) -> dict[str, Array]:
+    """There is no y or dx to return; see that one call has reached every element."""
+    wanted = {"copy": 1.0, "add": 3.0, "inplace": -5.0}[kind.split("_")[0]]
+    if not (arrays[0] == wanted).all():
+        raise ArithmeticError(f"{kind} is wrong")
+    return {}

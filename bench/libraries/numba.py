@@ -1,0 +1,115 @@
+"""numba: the loops that one writes by hand, compiled, with channels in parallel."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+from bench import library
+from bench.cases import EPS, MOMENTUM, Array, Case, Data
+from bench.library import Run, overwrite, require
+
+
+class Library(library.Library):
+    """Loops over (N, C, H*W) arrays."""
+
+    api = "@njit(parallel=True) loops over channels, sums in float64"
+    buffers = "preallocated: another array, or the input"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        numba.set_num_threads(threads)
+
+    def versions(self) -> dict[str, str]:
+        return {"numba": numba.__version__, "numpy": np.__version__}
+
+    def variants(self, case: Case) -> list[str]:
+        require(case.dtype in ("float32", "float64"), "no 16-bit floating point on CPUs")
+        return super().variants(case)
+
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        n, c, h, w = case.shape
+        flat = (n, c, h * w)
+        x, weight, bias = data.x.reshape(flat), data.weight, data.bias
+        if case.forward:
+            source = x.copy() if case.in_place else x
+            out = source if case.in_place else np.zeros_like(x)
+            statistics = (data.running_mean.copy(), data.running_var.copy())
+            function = evaluate if case.evaluation else train
+            call = partial(function, source, *statistics, weight, bias, out)
+            restore = partial(overwrite, source, x)
+        else:
+            dy = data.dy.reshape(flat)
+            source = dy.copy() if case.in_place else dy
+            out = source if case.in_place else np.zeros_like(dy)
+            mean, var = data.mean.astype(np.float64), data.var.astype(np.float64)
+            call = partial(backward, source, x, weight, mean, 1 / np.sqrt(var + EPS), out)
+            restore = partial(overwrite, source, dy)
+
+        def result(gradients: tuple[Array, Array] | None) -> dict[str, Array]:
+            if gradients is None:
+                return {"y": out.reshape(case.shape)}
+            return {"dx": out.reshape(case.shape), "dweight": gradients[0], "dbias": gradients[1]}
+
+        return Run(call, result, True, restore if case.in_place else None)
+
+
+@njit(parallel=True)
+def evaluate(x, running_mean, running_var, weight, bias, out):
+    n, channels, size = x.shape
+    for c in prange(channels):
+        scale = weight[c] / np.sqrt(running_var[c] + x.dtype.type(EPS))
+        mean, shift = running_mean[c], bias[c]
+        for i in range(n):
+            for j in range(size):
+                out[i, c, j] = (x[i, c, j] - mean) * scale + shift
+
+
+@njit(parallel=True)
+def train(x, running_mean, running_var, weight, bias, out):
+    n, channels, size = x.shape
+    count = n * size
+    for c in prange(channels):
+        total = 0.0
+        for i in range(n):
+            for j in range(size):
+                total += x[i, c, j]
+        mean = total / count
+        total = 0.0
+        for i in range(n):
+            for j in range(size):
+                total += (x[i, c, j] - mean) ** 2
+        var = total / count
+        running_mean[c] += MOMENTUM * (mean - running_mean[c])
+        running_var[c] += MOMENTUM * (total / (count - 1) - running_var[c])
+        center = x.dtype.type(mean)
+        scale = x.dtype.type(weight[c] / np.sqrt(var + EPS))
+        shift = bias[c]
+        for i in range(n):
+            for j in range(size):
+                out[i, c, j] = (x[i, c, j] - center) * scale + shift
+
+
+@njit(parallel=True)
+def backward(dy, x, weight, mean, invstd, out):
+    n, channels, size = x.shape
+    count = n * size
+    dweight, dbias = np.empty(channels), np.empty(channels)
+    for c in prange(channels):
+        sum_dy = sum_dy_xhat = 0.0
+        for i in range(n):
+            for j in range(size):
+                sum_dy += dy[i, c, j]
+                sum_dy_xhat += dy[i, c, j] * ((x[i, c, j] - mean[c]) * invstd[c])
+        dweight[c], dbias[c] = sum_dy_xhat, sum_dy
+        # dx = dy * a + (x - mean) * b + shift, in x's dtype
+        a = x.dtype.type(weight[c] * invstd[c])
+        b = x.dtype.type(-sum_dy_xhat / count * weight[c] * invstd[c] ** 2)
+        center, shift = x.dtype.type(mean[c]), x.dtype.type(-sum_dy / count * weight[c] * invstd[c])
+        for i in range(n):
+            for j in range(size):
+                out[i, c, j] = dy[i, c, j] * a + (x[i, c, j] - center) * b + shift
+    return dweight, dbias

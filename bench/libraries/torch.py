@@ -1,0 +1,79 @@
+"""torch, eager."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import library
+from bench.cases import CALL, EPS, MOMENTUM, Array, Case, Data
+from bench.library import Run, require
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+class Library(library.Library):
+    """torch.nn.BatchNorm2d in both memory formats."""
+
+    api = "torch.nn.BatchNorm2d; backward: torch.autograd.grad with retain_graph"
+    buffers = "allocates its output: torch's batch norm takes no out"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        torch.set_num_threads(threads)
+        self.mode = contextlib.ExitStack()
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+    def variants(self, case: Case) -> list[str]:
+        require(not case.in_place, "torch's batch norm does not work in place")
+        return ["nchw"] if case.operation == CALL else ["nchw", "nhwc"]
+
+    def layer(self, module: torch.nn.Module) -> Any:
+        """What a user calls; torch.compile has its say here."""
+        return module
+
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
+        module = module.to(as_tensor(data.weight).dtype).train(not case.evaluation)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
+        layer = self.layer(module)
+        x = as_tensor(data.x).clone(memory_format=FORMATS[variant])
+        if case.evaluation:
+            self.mode.enter_context(torch.inference_mode())
+        if case.forward:
+            return Run(partial(layer, x), lambda y: {"y": as_array(y)}, False)
+        x.requires_grad_()
+        dy = as_tensor(data.dy).clone(memory_format=FORMATS[variant])
+        return Run(
+            partial(
+                torch.autograd.grad,
+                layer(x),
+                [x, module.weight, module.bias],
+                dy,
+                retain_graph=True,
+            ),
+            lambda grads: dict(zip(("dx", "dweight", "dbias"), map(as_array, grads), strict=True)),
+            False,
+        )
+
+    def release(self) -> None:
+        self.mode.close()
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A tensor on the array's memory; NumPy's bfloat16 is not known to torch."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

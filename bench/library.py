@@ -1,0 +1,92 @@
+"""What the benchmark asks of a library, and what a library tells about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bench.cases import Array, Case, Data
+
+
+class Unsupported(Exception):
+    """The library cannot do a case; the message says why."""
+
+
+@dataclass
+class Run:
+    """A case, ready to be called again and again.
+
+    `result` takes what `call` returned and gives y, or dx with dweight and dbias, as NCHW arrays.
+    """
+
+    call: Callable[[], Any]
+    result: Callable[[Any], Mapping[str, Array]]
+    # Whether the result goes to memory that is there before the call.
+    preallocated: bool
+    # Puts back what a call in place has overwritten.
+    restore: Callable[[], object] | None = None
+    # So many calls without Python between them, for code that is C.
+    repeat: Callable[[int], object] | None = None
+    # Which of several implementations it is.
+    note: str = ""
+
+
+class Library(ABC):
+    """One library; its process imports it and nothing else."""
+
+    # What is called, and where its results go.
+    api: ClassVar[str]
+    buffers: ClassVar[str]
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """The versions of the library, and what else tells builds apart."""
+
+    def variants(self, case: Case) -> list[str]:
+        """The memory layouts in which it can do the case; raise Unsupported if in none."""
+        return ["nchw"]
+
+    @abstractmethod
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        """Everything that happens once: buffers, compilation."""
+
+    def release(self) -> None:
+        """Forget what was prepared."""
+        return
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise Unsupported for that reason unless the condition holds."""
+    if not condition:
+        raise Unsupported(reason)
+
+
+def in_layout(array: Array, layout: str) -> Array:
+    """A copy of an NCHW array with the strides of the layout."""
+    if layout == "nhwc":
+        return np.array(array.transpose(0, 2, 3, 1), order="C").transpose(0, 3, 1, 2)
+    return np.array(array, order="C")
+
+
+def aligned(count: int, dtype: DTypeLike) -> Array:
+    """So many zeros that begin at a cache line."""
+    line = 64 // np.dtype(dtype).itemsize
+    array = np.zeros(count + line, dtype)
+    return array[-(array.ctypes.data // array.itemsize) % line :][:count]
+
+
+def overwrite(target: Array, source: Array) -> None:
+    """Copy by ordinary stores, as another layer would have written it.
+
+    A large memcpy may bypass the caches, and a call in place would then find them cold.
+    """
+    bits = np.dtype(f"u{target.itemsize}")
+    np.positive(source.view(bits), out=target.view(bits))

@@ -1,0 +1,305 @@
+"""The report of a result: what was measured, against the floor, the peers and the goals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CALL, OPERATIONS
+from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
+from bench.goals import GOALS, Goal, met, misses, rows
+from bench.libraries import FASTBN, OWN, TORCH
+from bench.picture import draw
+from bench.runner import DISTURBED
+
+LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
+COMPARED = ("eval", "train", "backward")
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+NOTES = """\
+- Every library runs in a process of its own. They are asked in turn, in several rounds; a time \
+is the median of the rounds' medians. Arrays are warm, as far as the caches hold them.
+- The floor is measured by another process in the same rounds: a copy for a forward, the sum of \
+two arrays for a backward, with all threads (or one, if that is faster), by ordinary or by \
+streaming stores, whichever is faster.
+- A star marks a library that allocates its output in every call, because its users cannot do \
+otherwise. torch-malloc is torch with an allocator that keeps its memory, which spares it the page \
+faults; torch-compile and jax run with it as well.
+- Where the threads of a library had to wait for a CPU, because other processes were busy, the \
+round was repeated up to three times.
+- A call in place has its input restored before every sample, outside of the time.
+- oneDNN and the floor are called from C, everything else from Python.
+- The process of a library sleeps while another one is measured: `busy` is the share of that time \
+in which its threads took a CPU nevertheless.
+- Results are compared with a float64 computation before they are timed.
+- fastbn-avx2 and fastbn-1-thread are fastbn with less than it could have, for two of the goals."""
+
+
+def write_report(path: Path, out: Path, readme: Path | None) -> None:
+    """Write table and pictures of a result beside it, or elsewhere; put the summary into a file."""
+    result = json.loads(path.read_text())
+    figures = Figures(result)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = draw(result, figures, out / path.name, grows(result))
+    images = [picture for picture in pictures if picture.suffix == ".svg"]
+    table = out / f"{path.stem}.md"
+    table.write_text(_report(result, figures, [image.name for image in images]))
+    if readme is not None:
+        _insert(
+            readme, _summary(result, figures, [os.path.relpath(i, readme.parent) for i in images])
+        )
+    print(f"written: {', '.join(map(str, [path, table, *pictures]))}")
+
+
+def grows(result: dict[str, Any]) -> bool:
+    """Tell whether it is a sweep over sizes; the goals are for the shapes of real networks."""
+    return "size_sweep" in result["settings"]["options"]
+
+
+def _insert(readme: Path, summary: str) -> None:
+    """Replace what is between the two marks of a file."""
+    text, count = re.subn(
+        f"{BEGIN}.*?{END}",
+        lambda _: f"{BEGIN}\n\n{summary}\n\n{END}",
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    if count != 1:
+        raise SystemExit(f"{readme} needs the marks {BEGIN} and {END}, once")
+    readme.write_text(text)
+
+
+def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
+    parts = [
+        "# fastbn, its peers and the floor that memory sets",
+        _summary(result, figures, images),
+    ]
+    for threads in figures.values("threads"):
+        for dtype in figures.values("dtype"):
+            for layout in LAYOUT_NAMES:
+                parts += [
+                    section
+                    for operation in OPERATIONS
+                    if (section := _section(figures, threads, dtype, operation, layout))
+                ]
+    parts += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
+    """Machine, peers and goals."""
+    threads = max(figures.values("threads"), default=1)
+    parts = [
+        _machine(result, threads),
+        _against_peers(figures, threads),
+        *(f"![Time over the floor of memory]({image})" for image in images),
+        "" if grows(result) else _goals(figures, threads),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _machine(result: dict[str, Any], threads: int) -> str:
+    machine, settings = result["machine"], result["settings"]
+    caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    versions = result["libraries"].get(FASTBN, {}).get("versions", {})
+    disturbed = sum(record["waited"] >= DISTURBED for record in result["results"])
+    return (
+        f"Measured on {machine['cpu']} ({machine['cpus']} CPUs, {caches}) with {threads} threads, "
+        f"{result['date'][:10]}: fastbn {versions.get('fastbn')} (checkout {result['commit']}), "
+        f"{versions.get('instruction set', '')}. {settings['rounds']} rounds; other processes "
+        f"took {_number(result['others'])} CPUs meanwhile, and {disturbed} of "
+        f"{len(result['results'])} figures suffered from it: threads waited for a CPU."
+    )
+
+
+def _table(header: list[str], body: Iterable[Iterable[str]], align: str = "--:") -> str:
+    """A Markdown table; the first column is text, the others are numbers unless aligned so."""
+    lines = [header, [":--", *[align] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits."""
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _ms(time: Time | None) -> str:
+    return _number(time.ms if time else None)
+
+
+def _against_peers(figures: Figures, threads: int) -> str:
+    """How many times as long as fastbn each peer takes."""
+    names = {time.library for times in figures.times.values() for time in times} - {*OWN}
+    body = []
+    for name in sorted(names):
+        cells = []
+        for operation in COMPARED:
+            ratios = [
+                ratio(figures.best(key, [name]), figures.fastbn(key, "nchw"))
+                for key in figures.keys(threads=threads, operation=operation, dtype="float32")
+            ]
+            found = [value for value in ratios if value is not None]
+            cells.append(f"{geometric_mean(found):.2f}" if found else "-")
+        if {*cells} != {"-"}:
+            body.append([name, *cells])
+    if not body:
+        return ""
+    header = ["time / fastbn", *(OPERATIONS[operation] for operation in COMPARED)]
+    text = "How many times as long as fastbn the others take, each in its best memory layout; "
+    return f"{text}geometric means over the shapes, float32:\n\n{_table(header, body)}"
+
+
+def _goals(figures: Figures, threads: int) -> str:
+    """Every goal with its verdict."""
+    body = [_goal_line(goal, rows(goal, figures, threads)) for goal in GOALS]
+    header = ["goal", "limit", "rows within", "geometric mean", "worst row", "verdict"]
+    text = "Goals, as ratios of times, with limits for every row or for the geometric mean:"
+    return f"{text}\n\n{_table(header, body)}"
+
+
+def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
+    limit = f"≤ {goal.limit:.2f}{' in the mean' if goal.mean else ''}"
+    if not found:
+        return [goal.name, limit, "-", "-", "-", "not measured"]
+    worst = max(found, key=lambda row: row.value)
+    within = sum(row.value <= goal.limit for row in found)
+    return [
+        goal.name,
+        limit,
+        f"{within} of {len(found)}",
+        f"{geometric_mean(row.value for row in found):.2f}",
+        f"{worst.value:.2f} ({worst.name})",
+        "hit" if met(goal, found) else "**miss**",
+    ]
+
+
+def _section(figures: Figures, threads: int, dtype: str, operation: str, layout: str) -> str:
+    """The table of an operation in a layout; empty if it was not measured."""
+    keys = [
+        key
+        for key in figures.keys(threads=threads, dtype=dtype, operation=operation)
+        if figures.fastbn(key, layout)
+    ]
+    if not keys:
+        return ""
+    floor = "copy" if keys[0].case.forward else "add"
+    header = ["shape", "MB", f"{floor} ms", "fastbn ms", f"fastbn / {floor}"]
+    header += ["fastest peer", "peer ms", "fastbn / peer", "goals"]
+    in_place = keys[0].case.in_place
+    body = [_row(figures, key, layout, in_place) for key in keys]
+    over_floor = [ratio(figures.fastbn(k, layout), figures.floor(k)) for k in keys]
+    over_peer = [ratio(figures.fastbn(k, layout), figures.peer(k)) for k in keys]
+    means = [_number(geometric_mean(r for r in some if r)) for some in (over_floor, over_peer)]
+    last = ["**geometric mean**", "", "", "", means[0], "", "", means[1], ""]
+    if in_place:
+        header.insert(3, "in-place floor ms")
+        last.insert(3, "")
+    name = OPERATIONS[operation]
+    title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}, {threads} threads"
+    return f"{title}\n\n{_table(header, [*body, last])}"
+
+
+def _row(figures: Figures, key: Key, layout: str, in_place: bool) -> list[str]:
+    ours, floor, peer = figures.fastbn(key, layout), figures.floor(key), figures.peer(key)
+    missed = misses(figures, key, layout)
+    verdict = "" if missed is None else f"miss: {', '.join(missed)}" if missed else "hit"
+    cells = [shape_name(key.case), _number(key.case.bytes / 2**20), _ms(floor), _ms(ours)]
+    if in_place:
+        cells.insert(3, _ms(figures.floor_in_place(key)))
+    return [
+        *cells,
+        _number(ratio(ours, floor)),
+        peer.name if peer else "-",
+        _ms(peer),
+        _number(ratio(ours, peer)),
+        verdict,
+    ]
+
+
+def _calls(figures: Figures) -> str:
+    """What a call costs where the array is too small to matter."""
+    body = []
+    for key in figures.keys(operation=CALL):
+        for library in (FASTBN, TORCH):
+            minimum = figures.minima.get((key, library))
+            if minimum is not None:
+                body.append([library, str(key.threads), f"{minimum * 1e6:.0f}"])
+    if not body:
+        return ""
+    text = "An evaluation forward of a layer on a 1x64x1x1 float32 array, the shortest of many."
+    return f"## A call\n\n{text}\n\n{_table(['library', 'threads', 'ns'], body)}"
+
+
+def _threads(figures: Figures) -> str:
+    """How fastbn and the floor scale, where several numbers of threads were measured."""
+    counts = figures.values("threads")
+    if len(counts) < 2:
+        return ""
+    cases = list(dict.fromkeys(k.case for k in figures.times if k.case.operation in COMPARED))
+    body = []
+    for case in cases:
+        line = [f"{shape_name(case)} {case.operation} {case.dtype}"]
+        for threads in counts:
+            key = Key(threads, case)
+            ours = figures.fastbn(key, "nchw")
+            line.append(f"{_ms(ours)} ({_number(ratio(ours, figures.floor(key)))})")
+        body.append(line)
+    header = ["shape, operation", *(f"{n} thread{'s' if n > 1 else ''}" for n in counts)]
+    text = "fastbn's milliseconds in NCHW and, in brackets, their ratio to the floor."
+    return f"## Threads\n\n{text}\n\n{_table(header, body)}"
+
+
+def _libraries(result: dict[str, Any]) -> str:
+    """What was called, where the results went, and how the processes were set up."""
+    body = []
+    for name, about in result["libraries"].items():
+        if "unavailable" in about:
+            continue
+        busy = about.get("busy_while_idle")
+        body.append(
+            [
+                name,
+                ", ".join(f"{k} {v}" for k, v in about["versions"].items()),
+                about["api"],
+                about["buffers"],
+                " ".join(f"{k}={v}" for k, v in about["environment"].items()) or "-",
+                "-" if busy is None else f"{busy:.1%}",
+            ]
+        )
+    header = ["library", "versions", "what is called", "output", "environment", "busy"]
+    machine = result["machine"]
+    details = "; ".join(
+        f"{name.replace('_', ' ')}: {machine[name]}"
+        for name in ("system", "libc", "python", "compiler", "memory", "transparent_hugepage")
+    )
+    variables = "In every process OMP_NUM_THREADS and its like are the number of threads; "
+    variables += "OMP_WAIT_POLICY and GOMP_SPINCOUNT are not set."
+    table = _table(header, body, ":--")
+    return f"## How it was measured\n\n{NOTES}\n- {variables}\n- {details}.\n\n{table}"
+
+
+def _left_out(result: dict[str, Any]) -> str:
+    """What is not in the tables, and why; once for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, about in result["libraries"].items():
+        if "unavailable" in about:
+            reasons[name, about["unavailable"]].append("all")
+    for entry in result["left_out"]:
+        reasons[entry["library"], entry["reason"]].append(_what(entry))
+    if not reasons:
+        return ""
+    body = [
+        [library, ", ".join(dict.fromkeys(what)), reason.replace("|", "\\|")]
+        for (library, reason), what in reasons.items()
+    ]
+    return f"## Left out\n\n{_table(['library', 'what', 'why'], body, ':--')}"
+
+
+def _what(entry: dict[str, Any]) -> str:
+    """Which operation was left out, for which dtype and layout."""
+    return " ".join(entry[part] for part in ("operation", "dtype", "variant") if entry[part])
