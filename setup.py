@@ -10,27 +10,34 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-# Instruction set: (compiler flags, what the machine must have). The last one that a machine has is
-# the one in use. A set whose flags the compiler refuses is left out of the build.
+# Instruction set: (compiler flags, the macro that they define, what the machine must have). The
+# last one that a machine has is the one in use. A set that the compiler does not know, or that is
+# not of its target, is left out of the build. (AVX2 implies F16C, for which not all can ask.)
 ISAS = {
-    "base": ([], "1"),
-    "avx2": (["-mavx2", "-mf16c"], 'HAS("avx2") && HAS("f16c")'),
+    "base": ([], None, "1"),
+    "avx2": (["-mavx2", "-mf16c"], "__AVX2__", 'HAS("avx2")'),
     "avx512": (
         [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
             "-mprefer-vector-width=512",
         ],
+        "__AVX512VL__",
         'HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")',
     ),
 }
-ISAS_MSVC = {
-    "base": ([], "1"),
-    "avx2": (["/arch:AVX2"], "HAS(PF_AVX2_INSTRUCTIONS_AVAILABLE)"),
-}
+# The kernels of the other sets are written with the vector types of gcc and clang.
+ISAS_MSVC = {"base": ([], None, "1")}
 
 # Every instruction set gives the same bits only where no compiler fuses or reorders a sum.
 FLAGS = ["-O3", "-ffp-contract=off"]
 FLAGS_MSVC = ["/O2", "/fp:precise"]
+
+ISA_PROBE = """
+#if !defined({macro})
+#  error not of this target
+#endif
+int main(void) {{ return 0; }}
+"""
 
 OPENMP_PROBE = """
 #include <omp.h>
@@ -75,9 +82,9 @@ class BuildExt(build_ext):
         if not openmp_flags:
             self.warn("no OpenMP: fastbn will run on one thread")
         isas = {
-            name: isa
-            for name, isa in (ISAS_MSVC if msvc else ISAS).items()
-            if self.builds("int main(void) { return 0; }", isa[0], [])
+            name: (isa_flags, supported)
+            for name, (isa_flags, macro, supported) in (ISAS_MSVC if msvc else ISAS).items()
+            if macro is None or self.builds(ISA_PROBE.format(macro=macro), isa_flags, [])
         }
         table = " ".join(f"X({name}, {supported})" for name, (_, supported) in isas.items())
         ext.define_macros = [*ext.define_macros, ("FASTBN_ISAS", table)]

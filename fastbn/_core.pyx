@@ -235,6 +235,8 @@ cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, bint reduces,
         cut.group = min(LONG_RUN_BYTES // run, COLUMNS)
     # Enough groups for all threads to be busy to the end.
     cut.group = max(min(cut.group, cut.c // (4 * threads)), 1)
+    if cut.pieces > 1:  # a piece of a channel does not end where the next channel begins
+        cut.group = 1
     cut.groups = ceil_div(cut.c, cut.group)
 
 
@@ -396,7 +398,7 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
         share = added / (count + added)
         for c in range(block.c0, block.c1):
             delta = job.partial[c * blocks + b].first - job.mean_out[c]
-            job.m2_out[c] += job.partial[c * blocks + b].second + delta * delta * (count * share)
+            job.m2_out[c] += job.partial[c * blocks + b].second + delta * (delta * (count * share))
             job.mean_out[c] += delta * share
         count += added
     if job.invstd_out != NULL:
@@ -681,12 +683,13 @@ cdef char *address(object array) except NULL:
 cdef bint is_channels_last(const ArrayStruct *array) noexcept:
     """Tell whether the array is C-contiguous as (n, ..., c)."""
     cdef Py_ssize_t expected = array.itemsize
-    cdef int axis = 1, i
+    cdef int i, axis
     for i in range(array.nd):
+        # The channels, then the axes behind them from the last one, then the samples.
+        axis = 1 if i == 0 else (0 if i == array.nd - 1 else array.nd - i)
         if array.shape[axis] > 1 and array.strides[axis] != expected:
             return False
         expected *= array.shape[axis]
-        axis = (axis if i else array.nd) - 1
     return True
 
 

@@ -155,6 +155,8 @@ def vectors(x: Array, count: int) -> NDArray[np.float64]:
 
 # Threads.
 
+INT_MAX = 2**31 - 1
+
 
 def available_cpus() -> int:
     """The CPUs that this process may use, by its affinity and by the quota of its cgroup."""
@@ -179,12 +181,12 @@ def cgroup_quota() -> int:
         except OSError:
             quota, period = "max", "100000"
     if quota == "max" or int(quota) <= 0:
-        return 2**31 - 1
+        return INT_MAX
     return math.ceil(int(quota) / int(period))
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
-_cpus = 2**31 - 1 if "OMP_NUM_THREADS" in os.environ else available_cpus()
+_cpus = INT_MAX if "OMP_NUM_THREADS" in os.environ else available_cpus()
 _num_threads: int | None = None
 
 
@@ -196,11 +198,13 @@ def pause_before_fork() -> None:
 
 def limit_after_fork() -> None:
     """In a child whose parent could not do so, start no threads."""
+    global _limit
     if not _paused:
-        set_num_threads(1)
+        _limit = 1
 
 
 _paused = True
+_limit = INT_MAX
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=pause_before_fork, after_in_child=limit_after_fork)
 
@@ -221,8 +225,8 @@ def get_num_threads() -> int:
     True
     """
     if _num_threads is not None:
-        return _num_threads
-    return min(_core.omp_max_threads(), _cpus)
+        return min(_num_threads, _limit)
+    return min(_core.omp_max_threads(), _cpus, _limit)
 
 
 def set_num_threads(n: int | None) -> None:
@@ -254,7 +258,7 @@ def set_num_threads(n: int | None) -> None:
             raise TypeError(f"the number of threads must be an int or None, got {n!r}")
         if n < 1:
             raise ValueError(f"the number of threads must be at least 1, got {n}")
-        n = int(n)
+        n = min(int(n), INT_MAX)
     _num_threads = n
 
 

@@ -19,7 +19,8 @@
 #include <stddef.h>
 
 enum {
-    /* Element i of a run is added to lane i modulo this, whatever the width of a register is. */
+    /* Element i of a run is added to lane i modulo this, whatever the width of a register is; the
+     * elements of a shorter last step to the last lanes. */
     FASTBN_LANES = 16,
     FASTBN_COLUMNS = 256,
 };

@@ -2,6 +2,7 @@
  *   DTYPE   the name of the dtype
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it
+ *   LOAD_A  what loads such a register
  */
 #define NAME(f) PASTE(f##_, DTYPE)
 #define VA_LANES ((ptrdiff_t)(sizeof(VA) / sizeof(A)))

@@ -80,7 +80,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
 #elif defined(__AVX2__)
     return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
 #elif defined(__SSE2__)
-    return (vd)_mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd((const double *)p)));
+    return (vd)_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
 #else
     double wide[VD];
     vd v;
@@ -119,7 +119,7 @@ ALWAYS_INLINE uint16_t put_float16(float x)
 {
     const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
     if (rest > 0x7f800000) /* NaN */
-        return (uint16_t)(sign | 0x7e00);
+        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
     if (rest >= 0x477ff000) /* rounds to 65536 or more */
         return (uint16_t)(sign | 0x7c00);
     if (rest < 0x38800000) /* subnormal: a multiple of 2^-24 */

@@ -8,15 +8,11 @@
 #    include <dlfcn.h>
 #  endif
 #endif
-#if defined(_MSC_VER)
-#  include <windows.h>
-#endif
-
 /* FASTBN_ISAS is setup.py's list: X(name, what the machine must have). */
-#if defined(__GNUC__)
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #  define HAS(feature) (__builtin_cpu_supports(feature) != 0)
-#elif defined(_MSC_VER)
-#  define HAS(feature) (IsProcessorFeaturePresent(feature) != 0)
+#else
+#  define HAS(feature) 0
 #endif
 
 #define X(name, supported) extern const fastbn_isa fastbn_isa_##name;

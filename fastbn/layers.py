@@ -35,10 +35,10 @@ RECOVERABLE_BFLOAT16 = 4.0
 
 
 class Aside(NamedTuple):
-    """The normalized input of the channels that cannot be recovered from the output."""
+    """The input of the channels that cannot be recovered from the output."""
 
     channels: NDArray[np.intp]
-    xhat: Array
+    x: Array
 
 
 class Memory(NamedTuple):
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
     aside: Aside | None
 
 
-# What is there instead, and why.
+# What a layer has in its place when it has none: why a backward cannot be.
 NO_FORWARD = "backward() needs a forward in training mode before it"
 NO_BACKWARD_IN_EVAL = (
     "backward() needs a forward in training mode, and the last one was in evaluation mode; "
@@ -188,7 +188,7 @@ class _BatchNorm:
         RuntimeError
             If the layer has no running statistics.
         """
-        if not self.track_running_stats and getattr(self, "running_mean", None) is None:
+        if any(getattr(self, name, "to come") is None for name in ("running_mean", "running_var")):
             raise RuntimeError("freeze() needs running statistics, and this layer tracks none")
         self.frozen = True
         return self
@@ -246,10 +246,6 @@ class _BatchNorm:
             y, mean, invstd = self._forward_frozen(x, out)
         else:
             y, mean, invstd = self._forward_train(x, out)
-        if aside is not None:
-            # Its own copy of x: normalized by the statistics that are known only now.
-            c = aside.channels
-            F.batch_norm_elemt(aside.xhat, mean[c], invstd[c], out=aside.xhat)
         self._memory = Memory(y if in_place else x, mean, invstd, self.frozen, in_place, aside)
         return y
 
@@ -294,6 +290,11 @@ class _BatchNorm:
         counter = self.num_batches_tracked if tracks else None
         if counter is not None:
             F.check_ndarray(counter, "num_batches_tracked", writeable=True)
+            if counter.shape != () or counter.dtype.kind not in "iu" or counter < 0:
+                raise ValueError(
+                    f"num_batches_tracked must be a non-negative integer array of shape (), "
+                    f"got {counter!r}"
+                )
         if self.momentum is not None:
             factor = F.as_real(self.momentum, "momentum")
         elif counter is not None:
@@ -320,6 +321,10 @@ class _BatchNorm:
             return None
         weight = np.abs(self._vector("weight", 1.0))
         bias = np.abs(self._vector("bias", 0.0))
+        if self.frozen and x.itemsize == 2:
+            # Running statistics bound no normalized value; 16 bits would not hold every one.
+            channels = np.arange(self.num_features)
+            return Aside(channels, x.copy())
         bfloat16 = x.dtype.kind != "f"
         limits = np.finfo(np.float32 if bfloat16 else x.dtype)
         far = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
@@ -384,8 +389,8 @@ class _BatchNorm:
         aside = None if memory.aside is None else (memory.aside, dy[:, memory.aside.channels])
         dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
         if aside is not None:
-            (channels, xhat), dy = aside
-            view = self._view_aside(memory, channels, xhat)
+            (channels, x), dy = aside
+            view = self._view_aside(memory, channels, x)
             dx[:, channels], dweight[channels], dbias[channels] = _gradients(
                 dy, view, memory.frozen, None
             )
@@ -414,10 +419,11 @@ class _BatchNorm:
         # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
         return View(memory.x, bias, 1.0 / weight, scale * weight, scale)
 
-    def _view_aside(self, memory: Memory, channels: NDArray[np.intp], xhat: Array) -> View:
-        """How the backward sees the channels that were set aside: normalized already."""
-        scale = (memory.invstd * self._vector("weight", 1.0))[channels]
-        return View(xhat, np.zeros(scale.shape), np.ones(scale.shape), scale, scale)
+    def _view_aside(self, memory: Memory, channels: NDArray[np.intp], x: Array) -> View:
+        """How the backward sees the channels that were set aside."""
+        mean, invstd = memory.mean[channels], memory.invstd[channels]
+        weight = self._vector("weight", 1.0)[channels]
+        return View(x, mean, invstd, weight, invstd * weight)
 
     # State.
 
@@ -508,6 +514,8 @@ class _BatchNorm:
             if prefix + name in state:
                 shape = np.shape(state[prefix + name])
                 raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
+        for name in entries:
+            F.check_ndarray(own[name], name, writeable=True)
         for name, entry in entries.items():
             with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
                 own[name][...] = entry
@@ -820,4 +828,4 @@ def _as_entry(value: Any, key: str, array: Array) -> Array:
         raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
     if entry.shape != array.shape:
         raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}")
-    return entry
+    return entry.copy()  # it may share memory with what is written before it

@@ -246,3 +246,9 @@ def test_denormal_numbers_survive(rng):
     fastbn.BatchNorm2d(3)(some(rng, (2, 3, 4, 4)))
     tiny = np.full(4, 1e-40, np.float32)
     assert (tiny * np.float32(0.5) != 0).all()
+
+
+def test_a_huge_constant_in_float64_has_no_variance():
+    _, mean, m2 = F.batch_norm_stats(np.full((4, 2, 5, 5), 1e160))
+    assert (mean == 1e160).all()
+    assert (m2 == 0).all()

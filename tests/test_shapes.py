@@ -11,6 +11,7 @@ import reference
 import support
 from support import same_bits, some
 
+from fastbn import _core
 from fastbn import functional as F
 
 FEW_CHANNELS = [(n, c) for n in (2, 15, 16, 17, 33) for c in (1, 3, 5, 15)]
@@ -20,7 +21,7 @@ LONG_RUNS = [(n, c, s) for n in (1, 3) for c in (1, 2, 18) for s in (16, 17, 31,
 NETWORKS = [
     *((2, 23, 17, 17), (5, 33, 27, 27), (4, 200, 17, 16), (1, 257, 28, 28), (2, 251, 28, 28)),
     *((1, 1024, 28, 17), (12, 4, 8, 8), (1, 24, 14, 14), (1, 1, 1, 2), (3, 5, 1, 7)),
-    *((2, 3, 224, 224), (1, 2, 300, 400), (40, 3, 32, 32)),
+    *((2, 3, 224, 224), (1, 2, 300, 400), (40, 3, 32, 32), (1, 16, 200, 200), (2, 64, 190, 190)),
 ]
 SHAPES = [
     shape
@@ -32,6 +33,42 @@ SHAPES = [
 @pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward_are_right(rng, shape, layout, dtype):
+    check(rng, shape, layout, dtype)
+
+
+# How channels are grouped depends on the number of threads; what comes out does not.
+@pytest.mark.parametrize("shape", [(1, 16, 200, 200), (2, 64, 190, 190), (32, 64, 7, 7)], ids=str)
+def test_one_thread_is_right(rng, shape, dtype, set_num_threads):
+    set_num_threads(1)
+    check(rng, shape, support.contiguous, dtype)
+
+
+@pytest.mark.parametrize("layout", support.WRITEABLE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(6, 1), (6, 1, 5), (6, 1, 4, 5), (2, 3, 1, 1), (1, 1, 7, 3)])
+def test_axes_of_length_one_are_right(rng, shape, layout, dtype):
+    check(rng, shape, layout, dtype)
+
+
+def test_writing_in_place_leaves_the_neighbours_alone(rng, dtype):
+    buffer = some(rng, (6, 4, 5, 3), dtype)
+    kept = buffer.copy()
+    x = buffer[::-1, 2:3]
+    F.batch_norm_forward(x, out=x)
+    others = [0, 1, 3]
+    assert same_bits(buffer[:, others], kept[:, others])
+    assert not same_bits(buffer[:, 2], kept[:, 2])
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5, 6), (2, 3, 5, 7), (2, 20, 3, 4, 5), (3, 1, 2, 2)], ids=str
+)
+def test_channels_last_arrays_are_read_as_they_lie(rng, shape):
+    x = support.channels_last(some(rng, shape))
+    assert _core.layout(x) == (1 if shape[1] == 1 else 2)
+    assert _core.layout(x[::-1]) == 0
+
+
+def check(rng, shape, layout, dtype):
     x, dy = (layout(some(rng, shape, dtype)) for _ in range(2))
     weight, bias = support.parameters(shape[1])
     count, mean, var = reference.moments(x)

@@ -191,3 +191,18 @@ def test_read_only_and_memory_mapped_arrays_load(trained, tmp_path):
     bn.load_state_dict({key: np.load(tmp_path / f"{key}.npy", mmap_mode="r") for key in KEYS})
     assert_loaded(bn, state)
     bn(np.ones((2, 3, 4, 4), np.float32))
+
+
+def test_a_read_only_array_is_found_before_anything_is_loaded(trained):
+    state = fastbn.BatchNorm2d(3).state_dict()
+    trained.running_var = support.read_only(trained.running_var)
+    with refused(ValueError, "running_var", intact=[trained]):
+        trained.load_state_dict(state)
+
+
+def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
+    weight, bias = trained.weight.copy(), trained.bias.copy()
+    state = trained.state_dict() | {"weight": trained.bias, "bias": trained.weight}
+    trained.load_state_dict(state)
+    assert same_bits(trained.weight, bias)
+    assert same_bits(trained.bias, weight)

@@ -10,6 +10,7 @@ import pytest
 from support import THREADS, output_of, run_python, some
 
 import fastbn
+import fastbn._core
 
 GET = "import fastbn; print(fastbn.get_num_threads())"
 ISAS = ["base", "avx2", "avx512"]
@@ -32,6 +33,11 @@ def test_more_threads_than_cores_may_be_set(rng, set_num_threads):
     fastbn.BatchNorm2d(8)(some(rng, (16, 8, 56, 56)))
 
 
+def test_an_absurd_number_of_threads_is_harmless(rng, set_num_threads):
+    set_num_threads(2**40)
+    fastbn.BatchNorm2d(8)(some(rng, (2, 8, 5, 5)))
+
+
 def test_none_is_the_default_again(set_num_threads):
     default = fastbn.get_num_threads()
     set_num_threads(default + 3)
@@ -47,11 +53,18 @@ def test_anything_else_is_refused(set_num_threads, value):
     assert fastbn.get_num_threads() == 3
 
 
+needs_openmp = pytest.mark.skipif(
+    fastbn._core.platform()["openmp"] == "none", reason="a build without OpenMP"
+)
+
+
+@needs_openmp
 @pytest.mark.parametrize("threads", [1, 3])
 def test_omp_num_threads_is_respected(tmp_path, threads):
     assert int(output_of(GET, tmp_path, OMP_NUM_THREADS=str(threads))) == threads
 
 
+@needs_openmp
 def test_none_goes_back_to_omp_num_threads(tmp_path):
     code = "import fastbn; fastbn.set_num_threads(5); fastbn.set_num_threads(None);" + GET
     assert int(output_of(code, tmp_path, OMP_NUM_THREADS="3")) == 3
@@ -130,6 +143,7 @@ from fastbn import functional as F
 rng = np.random.default_rng(5)
 digest = hashlib.sha256()
 shapes = [(3, 5, 7, 7), (2, 3, 31, 33), (1, 70, 1, 3), (64, 9), (2, 1, 200, 200), (4, 17, 5)]
+shapes.append((3, 50, 91, 93))  # large enough for stores around the cache
 for shape in shapes:
     for dtype in ("float16", "float32", "float64"):
         weight, bias = rng.standard_normal((2, shape[1]))
