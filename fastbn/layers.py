@@ -317,14 +317,13 @@ class _BatchNorm:
 
     def _set_aside(self, x: Array) -> Aside | None:
         """A copy of the channels of x that could not be recovered from the output."""
+        if self.frozen and x.itemsize == 2:
+            # Running statistics bound no normalized value; 16 bits would not hold every one.
+            return Aside(np.arange(self.num_features), x.copy())
         if self.weight is None:
             return None
         weight = np.abs(self._vector("weight", 1.0))
         bias = np.abs(self._vector("bias", 0.0))
-        if self.frozen and x.itemsize == 2:
-            # Running statistics bound no normalized value; 16 bits would not hold every one.
-            channels = np.arange(self.num_features)
-            return Aside(channels, x.copy())
         bfloat16 = x.dtype.kind != "f"
         limits = np.finfo(np.float32 if bfloat16 else x.dtype)
         far = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
