@@ -35,16 +35,19 @@ cdef extern from "_kernels.h" nogil:
     ctypedef struct Gradient "fastbn_gradient":
         double dy_mean, x_mean, slope, scale
 
+    ctypedef struct Ahead "fastbn_ahead":
+        Py_ssize_t near, border, jump
+
     ctypedef struct Kernels "fastbn_kernels":
         double (*element)(const void *x, Py_ssize_t i) noexcept nogil
-        void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, Py_ssize_t ahead,
+        void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, Ahead ahead,
                         const double *pivot, Sums *sums) noexcept nogil
         void (*products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t len,
-                         Py_ssize_t ahead, const double *mean, Sums *sums) noexcept nogil
+                         Ahead ahead, const double *mean, Sums *sums) noexcept nogil
         void (*normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t len,
-                          Py_ssize_t ahead, const Affine *affine, int stream) noexcept nogil
+                          Ahead ahead, const Affine *affine, int stream) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows, Py_ssize_t len,
-                         Py_ssize_t ahead, const Gradient *gradient, int stream) noexcept nogil
+                         Ahead ahead, const Gradient *gradient, int stream) noexcept nogil
         void (*column_moments)(const void *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len,
                                const double *pivot, double *first,
                                double *second) noexcept nogil
@@ -182,8 +185,8 @@ cdef enum:
     GROUP_BYTES = 524288
     RUN_BYTES = 3072
     LONG_RUN_BYTES = 65536
-    # Within long runs, so many elements further on are prefetched.
-    AHEAD = 1024
+    # Memory is prefetched when it is so many bytes away, of all inputs.
+    AHEAD_BYTES = 8192
     # As many channels have room for their sums on the stack.
     GROUP_MAX = 64
     # Shorter runs are taken for columns.
@@ -459,16 +462,30 @@ cdef Py_ssize_t row_offset(const Job *job, const Block *block, Py_ssize_t n) noe
     return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
 
 
-cdef Py_ssize_t ahead_of(const Job *job) noexcept nogil:
-    """The elements from a run to the one that is read after it."""
-    return job.cut.c * job.cut.s if job.cut.n > 1 and job.cut.pieces == 1 else AHEAD
+cdef Ahead ahead_of(const Job *job, const Block *block, int direction) noexcept nogil:
+    """Where memory is read next, if the samples are walked in this direction."""
+    cdef Ahead ahead
+    cdef Py_ssize_t run = (block.c1 - block.c0) * block.length
+    cdef Py_ssize_t inputs = 1 if job.dy == NULL else 2
+    cdef Py_ssize_t sample = direction * job.cut.c * job.cut.s
+    ahead.near = AHEAD_BYTES // (job.itemsize * inputs)
+    if job.cut.n == 1 or job.cut.pieces > 1:  # run after run
+        ahead.border, ahead.jump = run, ahead.near
+    elif run > ahead.near:
+        ahead.border = run - ahead.near
+        ahead.jump = sample - ahead.border
+    else:
+        ahead.border = 0
+        ahead.jump = sample * ceil_div(ahead.near, max(run, 1))
+    return ahead
 
 
 cdef void sum_rows(const Job *job, const Block *block, double *centre,
                    Pair *result) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
     cdef Sums sums[GROUP_MAX]
-    cdef Py_ssize_t n, at, channels = block.c1 - block.c0, ahead = ahead_of(job)
+    cdef Py_ssize_t n, at, channels = block.c1 - block.c0
+    cdef Ahead ahead = ahead_of(job, block, 1)
     memset(sums, 0, channels * sizeof(Sums))
     for n in range(block.n0, block.n1):
         at = row_offset(job, block, n)
@@ -482,24 +499,26 @@ cdef void sum_rows(const Job *job, const Block *block, double *centre,
 
 cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine[COLUMNS]
+    cdef Ahead ahead = ahead_of(job, block, -1)
     cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
     for c in range(channels):
         affine[c] = affine_of(job, block.c0 + c)
     for n in range(block.n1 - 1, block.n0 - 1, -1):
         at = row_offset(job, block, n)
-        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, -ahead_of(job),
+        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, ahead,
                               affine, job.stream)
 
 
 cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient[COLUMNS]
+    cdef Ahead ahead = ahead_of(job, block, -1)
     cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
     for c in range(channels):
         gradient[c] = gradient_of(job, block.c0 + c)
     for n in range(block.n1 - 1, block.n0 - 1, -1):
         at = row_offset(job, block, n)
         job.kernels.gradient(job.dy + at, job.x + at, job.out + at, channels, block.length,
-                             -ahead_of(job), gradient, job.stream)
+                             ahead, gradient, job.stream)
 
 
 # ------------------------------------------------------------------ the layout of columns

@@ -7,8 +7,8 @@
  * or coefficients of its own. Column kernels walk `rows` runs that begin `stride` elements apart,
  * of at most FASTBN_COLUMNS elements; each column has sums or coefficients of its own.
  *
- * `ahead` is how many elements further on memory is read next: what lies there is prefetched, as
- * hardware does not foresee the jump from one sample to the next. It need not be there.
+ * `ahead` tells where memory is read next: what lies there is prefetched, as hardware does not
+ * foresee the jump from one sample to the next. It need not be there.
  *
  * Outputs may be one of the inputs. `stream` asks for stores around the cache, into another array
  * whose elements are aligned.
@@ -46,20 +46,26 @@ typedef struct {
     double dy_mean, x_mean, slope, scale;
 } fastbn_gradient;
 
+/* While one of the first `border` elements is read, the one `near` further on is prefetched, later
+ * the one `jump` further on. */
+typedef struct {
+    ptrdiff_t near, border, jump;
+} fastbn_ahead;
+
 typedef struct {
     /* x[i] */
     double (*element)(const void *x, ptrdiff_t i);
 
     /* first += x - pivot, second += (x - pivot)^2 */
-    void (*moments)(const void *x, ptrdiff_t rows, ptrdiff_t len, ptrdiff_t ahead,
+    void (*moments)(const void *x, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
                     const double *pivot, fastbn_sums *sums);
     /* first += dy, second += dy * (x - mean) */
     void (*products)(const void *dy, const void *x, ptrdiff_t rows, ptrdiff_t len,
-                     ptrdiff_t ahead, const double *mean, fastbn_sums *sums);
-    void (*normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t len, ptrdiff_t ahead,
+                     fastbn_ahead ahead, const double *mean, fastbn_sums *sums);
+    void (*normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
                       const fastbn_affine *affine, int stream);
     void (*gradient)(const void *dy, const void *x, void *dx, ptrdiff_t rows, ptrdiff_t len,
-                     ptrdiff_t ahead, const fastbn_gradient *gradient, int stream);
+                     fastbn_ahead ahead, const fastbn_gradient *gradient, int stream);
 
     /* The same for columns. The sums of moments and products read and write up to FASTBN_LANES
      * values before `pivot` or `mean`, `first` and `second`, without changing them. */

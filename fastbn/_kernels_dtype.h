@@ -54,7 +54,7 @@ ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T 
     return sums;
 }
 
-static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, ptrdiff_t ahead,
+static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
                           const double *pivot, fastbn_sums *sums)
 {
     const T *x = x_;
@@ -64,17 +64,18 @@ static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, ptrdiff
         registers s = load_sums(sums[r].first, sums[r].second);
         ptrdiff_t i = 0;
         for (; i + LANES <= len; i += LANES) {
-            PREFETCH(x + i + ahead);
+            PREFETCH(x + i + distance(ahead, i));
             s = NAME(add_moments)(s, x + i, h, 0);
         }
         if (i < len)
             s = NAME(add_moments)(s, NAME(end)(x, len, buffer), h, LANES - (len - i));
         store_sums(sums[r].first, sums[r].second, s);
+        ahead.border -= len;
     }
 }
 
 static void NAME(products)(const void *dy_, const void *x_, ptrdiff_t rows, ptrdiff_t len,
-                           ptrdiff_t ahead, const double *mean, fastbn_sums *sums)
+                           fastbn_ahead ahead, const double *mean, fastbn_sums *sums)
 {
     const T *dy = dy_, *x = x_;
     T dy_buffer[LANES], x_buffer[LANES];
@@ -83,14 +84,15 @@ static void NAME(products)(const void *dy_, const void *x_, ptrdiff_t rows, ptrd
         registers s = load_sums(sums[r].first, sums[r].second);
         ptrdiff_t i = 0;
         for (; i + LANES <= len; i += LANES) {
-            PREFETCH(dy + i + ahead);
-            PREFETCH(x + i + ahead);
+            PREFETCH(dy + i + distance(ahead, i));
+            PREFETCH(x + i + distance(ahead, i));
             s = NAME(add_products)(s, dy + i, x + i, m, 0);
         }
         if (i < len)
             s = NAME(add_products)(s, NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer),
                                    m, LANES - (len - i));
         store_sums(sums[r].first, sums[r].second, s);
+        ahead.border -= len;
     }
 }
 
@@ -257,14 +259,13 @@ ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
 #define WRITE(w, len, AT, ONE) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
-        PREFETCHW((w)->to + ahead); \
         n = NAME(piece)(w, (len)-i0); \
         RUN(to, n, AT, ONE); \
         NAME(advance)(w, n); \
     }
 
 static void NAME(normalize)(const void *x_, void *y, ptrdiff_t rows, ptrdiff_t len,
-                            ptrdiff_t ahead, const fastbn_affine *affine, int streams)
+                            fastbn_ahead ahead, const fastbn_affine *affine, int streams)
 {
     const T *x = x_;
     NAME(writer) w;
@@ -272,17 +273,18 @@ static void NAME(normalize)(const void *x_, void *y, ptrdiff_t rows, ptrdiff_t l
     for (ptrdiff_t r = 0; r < rows; r++, x += len) {
         const A high = HIGH(affine[r].centre), low = LOW(affine[r].centre);
         const A scale = (A)affine[r].scale, shift = (A)affine[r].shift;
-#define AT(i) Y(NAME(fetch)(x + i0 + (i), ahead), high, low, scale, shift)
+#define AT(i) Y(NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), high, low, scale, shift)
 #define ONE(i) Y(NAME(get)(x[i0 + (i)]), high, low, scale, shift)
         WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
+        ahead.border -= len;
     }
     NAME(flush)(&w);
 }
 
 static void NAME(gradient)(const void *dy_, const void *x_, void *dx, ptrdiff_t rows,
-                           ptrdiff_t len, ptrdiff_t ahead, const fastbn_gradient *gradient,
+                           ptrdiff_t len, fastbn_ahead ahead, const fastbn_gradient *gradient,
                            int streams)
 {
     const T *dy = dy_, *x = x_;
@@ -293,14 +295,16 @@ static void NAME(gradient)(const void *dy_, const void *x_, void *dx, ptrdiff_t 
         const A x_high = HIGH(gradient[r].x_mean), x_low = LOW(gradient[r].x_mean);
         const A slope = (A)gradient[r].slope, scale = (A)gradient[r].scale;
 #define AT(i) \
-    DX(NAME(fetch)(dy + i0 + (i), ahead), NAME(fetch)(x + i0 + (i), ahead), dy_high, dy_low, x_high, x_low, \
-       slope, scale)
+    DX(NAME(fetch)(dy + i0 + (i), distance(ahead, i0 + (i))), \
+       NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), dy_high, dy_low, x_high, x_low, slope, \
+       scale)
 #define ONE(i) \
     DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high, dy_low, x_high, x_low, slope, \
        scale)
         WRITE(&w, len, AT, ONE)
 #undef AT
 #undef ONE
+        ahead.border -= len;
     }
     NAME(flush)(&w);
 }
@@ -342,7 +346,6 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_, pt
     const T *dy = dy_, *x = x_;
     T *dx = dx_;
     NAME(writer) w;
-    const ptrdiff_t ahead = ROWS_AT_A_TIME * stride;
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
     A slope[COLUMNS], scale[COLUMNS];
     for (ptrdiff_t i = 0; i < len; i++) {

@@ -46,6 +46,12 @@ enum {
     STEPS = LANES / VD, /* registers of doubles that make up a step of LANES elements */
 };
 
+/* How many elements after the i-th memory is prefetched. */
+ALWAYS_INLINE ptrdiff_t distance(fastbn_ahead ahead, ptrdiff_t i)
+{
+    return i < ahead.border ? ahead.near : ahead.jump;
+}
+
 /* float64 and float32 */
 
 ALWAYS_INLINE double get_float64(double x) { return x; }
