@@ -11,7 +11,6 @@ import os
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
-from libc.math cimport sqrt
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -19,47 +18,51 @@ from libc.string cimport memset
 cdef extern from "_kernels.h" nogil:
     enum:
         LANES "FASTBN_LANES"
+        GROUP "FASTBN_GROUP"
         COLUMNS "FASTBN_COLUMNS"
 
-    ctypedef struct Sums "fastbn_sums":
-        double first[LANES]
-        double second[LANES]
-
-    # What reducing a block of a channel gives: its two sums, or its mean and m2.
-    ctypedef struct Pair "fastbn_pair":
-        double first, second
-
     ctypedef struct Affine "fastbn_affine":
-        double centre, scale, shift
+        double centre[COLUMNS]
+        double scale[COLUMNS]
+        double shift[COLUMNS]
 
     ctypedef struct Gradient "fastbn_gradient":
-        double dy_mean, x_mean, slope, scale
+        double dy_mean[COLUMNS]
+        double x_mean[COLUMNS]
+        double slope[COLUMNS]
+        double scale[COLUMNS]
 
     ctypedef struct Ahead "fastbn_ahead":
         Py_ssize_t near, border, jump
 
+    ctypedef struct Runs "fastbn_runs":
+        Py_ssize_t samples, stride, channels, len
+        Ahead ahead
+
+    ctypedef struct Matrix "fastbn_matrix":
+        Py_ssize_t rows, len, stride, channels, run
+
     ctypedef struct Kernels "fastbn_kernels":
-        double (*element)(const void *x, Py_ssize_t i) noexcept nogil
-        void (*moments)(const void *x, Py_ssize_t rows, Py_ssize_t len, Ahead ahead,
-                        const double *pivot, Sums *sums) noexcept nogil
-        void (*products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t len,
-                         Ahead ahead, const double *mean, Sums *sums) noexcept nogil
-        void (*normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t len,
-                          Ahead ahead, const Affine *affine, int stream) noexcept nogil
-        void (*gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows, Py_ssize_t len,
-                         Ahead ahead, const Gradient *gradient, int stream) noexcept nogil
-        void (*column_moments)(const void *x, Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t len,
-                               const double *pivot, double *first,
-                               double *second) noexcept nogil
-        void (*column_products)(const void *dy, const void *x, Py_ssize_t rows, Py_ssize_t stride,
-                                Py_ssize_t len, const double *mean, double *first,
-                                double *second) noexcept nogil
-        void (*column_normalize)(const void *x, void *y, Py_ssize_t rows, Py_ssize_t stride,
-                                 Py_ssize_t len, const Affine *affine, int stream) noexcept nogil
-        void (*column_gradient)(const void *dy, const void *x, void *dx, Py_ssize_t rows,
-                                Py_ssize_t stride, Py_ssize_t len, const Gradient *gradient,
-                                int stream) noexcept nogil
-        void (*collapse)(const Sums *sums, Py_ssize_t rows, Pair *pairs) noexcept nogil
+        void (*elements)(const void *x, Py_ssize_t stride, Py_ssize_t count,
+                         double *to) noexcept nogil
+        void (*moments)(const void *x, const Runs *runs, const double *pivot, double *first,
+                        double *second) noexcept nogil
+        void (*products)(const void *dy, const void *x, const Runs *runs, const double *mean,
+                         double *first, double *second) noexcept nogil
+        void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
+                          int stream) noexcept nogil
+        void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,
+                         const Gradient *gradient, int stream) noexcept nogil
+        void (*column_moments)(const void *x, const Matrix *matrix, const double *pivot,
+                               double *first, double *second) noexcept nogil
+        void (*column_products)(const void *dy, const void *x, const Matrix *matrix,
+                                const double *mean, double *first, double *second) noexcept nogil
+        void (*column_normalize)(const void *x, void *y, const Matrix *matrix,
+                                 const Affine *affine, int stream) noexcept nogil
+        void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
+                                const Gradient *gradient, int stream) noexcept nogil
+        void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
+                       double *invstd) noexcept nogil
         void (*end_streaming)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":
@@ -69,6 +72,7 @@ cdef extern from "_kernels.h" nogil:
 
 cdef extern from "_platform.h" nogil:
     int fastbn_supported_isas(const Isa **isas, int room)
+    Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
     const char *fastbn_compiler()
@@ -77,8 +81,6 @@ cdef extern from "_platform.h" nogil:
 
 cdef extern from *:
     """
-    #include <string.h>
-
     /* The array interface protocol of NumPy, version 3: its C side. */
     typedef struct {
         int two, nd;
@@ -88,20 +90,6 @@ cdef extern from *:
         char *data;
         PyObject *descr;
     } fastbn_array_struct;
-
-    static inline double fastbn_read_float(const char *p)
-    {
-        float value;
-        memcpy(&value, p, sizeof value);
-        return value;
-    }
-
-    static inline double fastbn_read_double(const char *p)
-    {
-        double value;
-        memcpy(&value, p, sizeof value);
-        return value;
-    }
     """
     ctypedef struct ArrayStruct "fastbn_array_struct":
         int nd
@@ -110,9 +98,6 @@ cdef extern from *:
         Py_ssize_t *shape
         Py_ssize_t *strides
         char *data
-
-    double read_float "fastbn_read_float"(const char *p) noexcept nogil
-    double read_double "fastbn_read_double"(const char *p) noexcept nogil
 
 
 # ------------------------------------------------------------------ the instruction set in use
@@ -187,18 +172,20 @@ cdef enum:
     LONG_RUN_BYTES = 65536
     # Memory is prefetched when it is so many bytes away, of all inputs.
     AHEAD_BYTES = 8192
-    # As many channels have room for their sums on the stack.
-    GROUP_MAX = 64
     # Shorter runs are taken for columns.
     ROW_MIN = 16
     # Rows of less than LANES columns are folded, this many into one.
     FOLD = 16
-    # From so many bytes on an output is stored around the cache, if its runs are so many long.
-    STREAM_BYTES = 4194304
+    # Shorter runs of an output are not stored around the cache.
     STREAM_RUN_BYTES = 1024
-    # Below this many bytes a thread brings a few microseconds at best, and costs milliseconds where
-    # another process has its CPU.
-    BYTES_PER_THREAD = 262144
+    # With less to read and write, a thread brings a few microseconds at best, and costs
+    # milliseconds where another process has its CPU.
+    BYTES_PER_THREAD = 524288
+
+
+# Half of the third-level cache, which others use too. An output is stored around it if the inputs
+# and the output are more; what all threads together walk twice should be less.
+cdef Py_ssize_t near_bytes = max(fastbn_l3_bytes(), 16777216) // 2
 
 
 cdef struct Cut:
@@ -233,7 +220,7 @@ cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, bint reduces,
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
     if reduces:
         cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), RUN_BYTES // run)
-        cut.group = min(cut.group, GROUP_MAX)
+        cut.group = min(cut.group, GROUP)
     else:
         cut.group = min(LONG_RUN_BYTES // run, COLUMNS)
     # Enough groups for all threads to be busy to the end.
@@ -244,20 +231,28 @@ cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, bint reduces,
 
 
 cdef void cut_columns(Cut *cut) noexcept nogil:
-    cdef Py_ssize_t width = cut.c * cut.s, height, strips
+    cdef Py_ssize_t width = cut.c * cut.s, height
     cut.columns = True
     cut.fold = 1 if width >= LANES else FOLD
     cut.width = width * cut.fold
     height = cut.n // cut.fold
     cut.rest = cut.n % cut.fold
-    # Strips of nearly the same width, in whole steps.
-    strips = max(ceil_div(width, COLUMNS), 1)
-    cut.group = min(ceil_div(ceil_div(cut.c, strips), LANES) * LANES, COLUMNS // max(cut.s, 1))
-    cut.group = max(cut.group, 1)
     cut.rows = max(COLUMN_BLOCK, ceil_div(height, COLUMN_BLOCKS_MAX))
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.rows), 1)
     cut.length = cut.s
     cut.pieces = 1
+
+
+cdef void group_columns(Cut *cut, int threads) noexcept nogil:
+    """Choose how wide strips are, which no result depends on."""
+    cdef Py_ssize_t strips = max(ceil_div(cut.width, COLUMNS), 1)
+    # Enough strips for all threads, if there are few blocks. A folded row is one strip.
+    if cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
+        strips = max(strips, 2 * threads)
+    # Of nearly the same width, in whole steps.
+    cut.group = ceil_div(ceil_div(cut.c, strips), LANES) * LANES
+    cut.group = max(min(cut.group, COLUMNS // (max(cut.s, 1) * cut.fold)), 1)
+    cut.groups = ceil_div(cut.c, cut.group)
 
 
 cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last) noexcept nogil:
@@ -270,7 +265,6 @@ cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last) 
         cut_columns(&cut)
     else:
         cut_rows(&cut)
-    cut.groups = ceil_div(c, cut.group)
     return cut
 
 
@@ -305,14 +299,14 @@ ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil
 
 # How the layout's kernels are called: sums of a block around a centre for each channel, and the
 # element-wise kernel of a block.
-ctypedef void (*BlockSum)(const Job *job, const Block *block, double *centre,
-                          Pair *sums) noexcept nogil
+ctypedef void (*BlockSum)(const Job *job, const Block *block, const double *centre,
+                          double *first, double *second) noexcept nogil
 ctypedef void (*BlockWrite)(const Job *job, const Block *block) noexcept nogil
 
 # One value per channel, of any of the four dtypes, alignments and strides.
 cdef struct Vector:
     const char *data              # NULL stands for a vector of one and the same value
-    Py_ssize_t stride, itemsize
+    Py_ssize_t stride
     const Kernels *kernels
     double value
 
@@ -326,7 +320,7 @@ cdef struct Job:
     BlockSum sum
     bint refine                   # whether a pivot must be near the mean
     bint stream                   # whether to store around the cache
-    Pair *partial                 # of (c, blocks)
+    double *partial               # of (blocks, 2, c): mean and m2, or the two sums
     const char *dy
     const char *x
     char *out
@@ -342,22 +336,27 @@ cdef struct Job:
     double count
 
 
-cdef double at(const Vector *vector, Py_ssize_t c) noexcept nogil:
-    """The value of a channel."""
-    cdef const char *p = vector.data + c * vector.stride
-    if vector.data == NULL:
-        return vector.value
-    if vector.itemsize == 8:
-        return read_double(p)
-    if vector.itemsize == 4:
-        return read_float(p)
-    return vector.kernels.element(p, 0)
+cdef void read(const Vector *vector, Py_ssize_t c0, Py_ssize_t count, double *to) noexcept nogil:
+    """The values of some channels."""
+    cdef Py_ssize_t c
+    if vector.data != NULL:
+        vector.kernels.elements(vector.data + c0 * vector.stride, vector.stride, count, to)
+        return
+    for c in range(count):
+        to[c] = vector.value
 
 
-cdef double invstd_of(const Job *job, Py_ssize_t c) noexcept nogil:
-    if job.var.data != NULL:
-        return 1.0 / sqrt(at(&job.var, c) + job.eps)
-    return at(&job.invstd, c)
+cdef Py_ssize_t offset_of(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
+    """The bytes before the block's part of sample, or folded row, n."""
+    return ((n * job.cut.fold * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
+
+
+cdef void read_invstd(const Job *job, Py_ssize_t c0, Py_ssize_t count, double *to) noexcept nogil:
+    if job.var.data == NULL:
+        read(&job.invstd, c0, count, to)
+        return
+    read(&job.var, c0, count, to)
+    job.kernels.invstd(to, 1.0, job.eps, count, to)
 
 
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -368,259 +367,251 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     double's 53 bits enough remain for a narrower x; for float64 the first round finds a pivot
     near the mean, and a second one sums around that: the corrected two-pass algorithm.
     """
-    cdef Pair sums[COLUMNS]
+    cdef double first[COLUMNS]
+    cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
     cdef Py_ssize_t c, channels = block.c1 - block.c0
-    cdef Pair *partial
-    cdef double mean_deviation
-    for c in range(channels):
-        pivot[c] = job.kernels.element(job.x, first_element(job, &block, c))
-    job.sum(job, &block, pivot, sums)
+    cdef double *mean = job.partial + 2 * b * job.cut.c + block.c0
+    cdef double *m2 = mean + job.cut.c
+    job.kernels.elements(job.x + offset_of(job, &block, block.n0),
+                         job.cut.s * job.itemsize, channels, pivot)
+    job.sum(job, &block, pivot, first, second)
     if job.refine:
         for c in range(channels):
-            pivot[c] += sums[c].first / block.count
-        job.sum(job, &block, pivot, sums)
+            pivot[c] += first[c] / block.count
+        job.sum(job, &block, pivot, first, second)
     for c in range(channels):
-        partial = job.partial + (block.c0 + c) * job.cut.blocks + b
-        mean_deviation = sums[c].first / block.count
-        partial.first = pivot[c] + mean_deviation
+        mean[c] = first[c] / block.count
         # Rounding can take a variance of nearly zero below it.
-        partial.second = max(sums[c].second - sums[c].first * mean_deviation, 0.0)
+        m2[c] = max(second[c] - first[c] * mean[c], 0.0)
+        mean[c] += pivot[c]
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     """Merge the blocks of each channel in their order, by Chan's formula."""
-    cdef Py_ssize_t b, c, blocks = job.cut.blocks
+    cdef Py_ssize_t b, c
     cdef double count = 0.0, added, share, delta
     cdef Block block = block_of(&job.cut, g, 0)
-    for c in range(block.c0, block.c1):
-        job.mean_out[c] = job.m2_out[c] = 0.0
-    for b in range(blocks):
+    cdef Py_ssize_t channels = block.c1 - block.c0
+    cdef double *mean = job.mean_out + block.c0
+    cdef double *m2 = job.m2_out + block.c0
+    cdef const double *added_mean = job.partial + block.c0
+    cdef const double *added_m2 = added_mean + job.cut.c
+    memset(mean, 0, channels * sizeof(double))
+    memset(m2, 0, channels * sizeof(double))
+    for b in range(job.cut.blocks):
         added = block_of(&job.cut, g, b).count
         share = added / (count + added)
-        for c in range(block.c0, block.c1):
-            delta = job.partial[c * blocks + b].first - job.mean_out[c]
-            job.m2_out[c] += job.partial[c * blocks + b].second + delta * (delta * (count * share))
-            job.mean_out[c] += delta * share
+        for c in range(channels):
+            delta = added_mean[c] - mean[c]
+            m2[c] += added_m2[c] + delta * (delta * (count * share))
+            mean[c] += delta * share
         count += added
+        added_mean += 2 * job.cut.c
+        added_m2 += 2 * job.cut.c
     if job.invstd_out != NULL:
-        for c in range(block.c0, block.c1):
-            job.invstd_out[c] = 1.0 / sqrt(job.m2_out[c] / max(job.count, 1.0) + job.eps)
+        job.kernels.invstd(m2, max(job.count, 1.0), job.eps, channels,
+                           job.invstd_out + block.c0)
 
 
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
-    cdef Pair sums[COLUMNS]
     cdef double mean[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
-    cdef Py_ssize_t c
-    for c in range(block.c0, block.c1):
-        mean[c - block.c0] = at(&job.mean, c)
-    job.sum(job, &block, mean, sums)
-    for c in range(block.c0, block.c1):
-        job.partial[c * job.cut.blocks + b] = sums[c - block.c0]
+    cdef double *first = job.partial + 2 * b * job.cut.c + block.c0
+    read(&job.mean, block.c0, block.c1 - block.c0, mean)
+    job.sum(job, &block, mean, first, first + job.cut.c)
 
 
 cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
     """Add up the blocks of each channel in their order."""
-    cdef Py_ssize_t b, c, blocks = job.cut.blocks
+    cdef Py_ssize_t _b, c
+    cdef double invstd[COLUMNS]
     cdef Block block = block_of(&job.cut, g, 0)
-    cdef double first, second
-    for c in range(block.c0, block.c1):
-        first = second = 0.0
-        for b in range(blocks):
-            first += job.partial[c * blocks + b].first
-            second += job.partial[c * blocks + b].second
-        job.sum_dy_out[c] = first
-        job.sum_dy_xhat_out[c] = second * at(&job.invstd, c)
+    cdef Py_ssize_t channels = block.c1 - block.c0
+    cdef double *sum_dy = job.sum_dy_out + block.c0
+    cdef double *sum_dy_xhat = job.sum_dy_xhat_out + block.c0
+    cdef const double *first = job.partial + block.c0
+    cdef const double *second = first + job.cut.c
+    memset(sum_dy, 0, channels * sizeof(double))
+    memset(sum_dy_xhat, 0, channels * sizeof(double))
+    for _b in range(job.cut.blocks):
+        for c in range(channels):
+            sum_dy[c] += first[c]
+            sum_dy_xhat[c] += second[c]
+        first += 2 * job.cut.c
+        second += 2 * job.cut.c
+    read(&job.invstd, block.c0, channels, invstd)
+    for c in range(channels):
+        sum_dy_xhat[c] *= invstd[c]
 
 
-cdef Affine affine_of(const Job *job, Py_ssize_t c) noexcept nogil:
+cdef void affine_of(const Job *job, const Block *block, Affine *affine) noexcept nogil:
     """y = (x - mean) * invstd * weight + bias."""
-    cdef Affine affine
-    affine.centre = at(&job.mean, c)
-    affine.scale = invstd_of(job, c) * at(&job.weight, c)
-    affine.shift = at(&job.bias, c)
-    return affine
+    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    cdef double weight[COLUMNS]
+    read(&job.mean, block.c0, channels, affine.centre)
+    read(&job.weight, block.c0, channels, weight)
+    read(&job.bias, block.c0, channels, affine.shift)
+    read_invstd(job, block.c0, channels, affine.scale)
+    for c in range(channels):
+        affine.scale[c] *= weight[c]
 
 
-cdef Gradient gradient_of(const Job *job, Py_ssize_t c) noexcept nogil:
+cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) noexcept nogil:
     """dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight."""
-    cdef Gradient gradient
-    gradient.dy_mean = at(&job.sum_dy, c) / job.count
-    gradient.x_mean = at(&job.mean, c)
-    gradient.slope = at(&job.invstd, c) * (at(&job.sum_dy_xhat, c) / job.count)
-    gradient.scale = at(&job.invstd, c) * at(&job.weight, c)
-    return gradient
+    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    cdef double invstd[COLUMNS]
+    read(&job.invstd, block.c0, channels, invstd)
+    read(&job.mean, block.c0, channels, gradient.x_mean)
+    read(&job.sum_dy, block.c0, channels, gradient.dy_mean)
+    read(&job.sum_dy_xhat, block.c0, channels, gradient.slope)
+    read(&job.weight, block.c0, channels, gradient.scale)
+    for c in range(channels):
+        gradient.dy_mean[c] /= job.count
+        gradient.slope[c] = invstd[c] * (gradient.slope[c] / job.count)
+        gradient.scale[c] *= invstd[c]
 
 
 # ------------------------------------------------------------------ the layout of rows
 
-cdef Py_ssize_t row_offset(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
-    """The bytes before the block's part of sample n."""
-    return ((n * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
+cdef Runs runs_of(const Job *job, const Block *block, int direction) noexcept nogil:
+    """The runs of a block, for a walk that takes the samples in this direction."""
+    cdef Runs runs
+    runs.samples = block.n1 - block.n0
+    runs.stride = job.cut.c * job.cut.s
+    runs.channels = block.c1 - block.c0
+    runs.len = block.length
+    runs.ahead = ahead_of(job, runs.channels * runs.len, direction * runs.stride)
+    return runs
 
 
-cdef Ahead ahead_of(const Job *job, const Block *block, int direction) noexcept nogil:
-    """Where memory is read next, if the samples are walked in this direction."""
+cdef Ahead ahead_of(const Job *job, Py_ssize_t run, Py_ssize_t stride) noexcept nogil:
+    """Where memory is read next: this run goes on, and then the one in the next sample."""
     cdef Ahead ahead
-    cdef Py_ssize_t run = (block.c1 - block.c0) * block.length
-    cdef Py_ssize_t inputs = 1 if job.dy == NULL else 2
-    cdef Py_ssize_t sample = direction * job.cut.c * job.cut.s
-    ahead.near = AHEAD_BYTES // (job.itemsize * inputs)
+    ahead.near = AHEAD_BYTES // (job.itemsize * (1 if job.dy == NULL else 2))
     if job.cut.n == 1 or job.cut.pieces > 1:  # run after run
         ahead.border, ahead.jump = run, ahead.near
     elif run > ahead.near:
         ahead.border = run - ahead.near
-        ahead.jump = sample - ahead.border
+        ahead.jump = stride - ahead.border
     else:
         ahead.border = 0
-        ahead.jump = sample * ceil_div(ahead.near, max(run, 1))
+        ahead.jump = stride * ceil_div(ahead.near, max(run, 1))
     return ahead
 
 
-cdef void sum_rows(const Job *job, const Block *block, double *centre,
-                   Pair *result) noexcept nogil:
+cdef void sum_rows(const Job *job, const Block *block, const double *centre, double *first,
+                   double *second) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
-    cdef Sums sums[GROUP_MAX]
-    cdef Py_ssize_t n, at, channels = block.c1 - block.c0
-    cdef Ahead ahead = ahead_of(job, block, 1)
-    memset(sums, 0, channels * sizeof(Sums))
-    for n in range(block.n0, block.n1):
-        at = row_offset(job, block, n)
-        if job.dy == NULL:
-            job.kernels.moments(job.x + at, channels, block.length, ahead, centre, sums)
-        else:
-            job.kernels.products(job.dy + at, job.x + at, channels, block.length, ahead, centre,
-                                 sums)
-    job.kernels.collapse(sums, channels, result)
+    cdef Runs runs = runs_of(job, block, 1)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    if job.dy == NULL:
+        job.kernels.moments(job.x + at, &runs, centre, first, second)
+    else:
+        job.kernels.products(job.dy + at, job.x + at, &runs, centre, first, second)
 
 
 cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:
-    cdef Affine affine[COLUMNS]
-    cdef Ahead ahead = ahead_of(job, block, -1)
-    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
-    for c in range(channels):
-        affine[c] = affine_of(job, block.c0 + c)
-    for n in range(block.n1 - 1, block.n0 - 1, -1):
-        at = row_offset(job, block, n)
-        job.kernels.normalize(job.x + at, job.out + at, channels, block.length, ahead,
-                              affine, job.stream)
+    cdef Affine affine
+    cdef Runs runs = runs_of(job, block, -1)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    affine_of(job, block, &affine)
+    job.kernels.normalize(job.x + at, job.out + at, &runs, &affine, job.stream)
 
 
 cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
-    cdef Gradient gradient[COLUMNS]
-    cdef Ahead ahead = ahead_of(job, block, -1)
-    cdef Py_ssize_t n, c, at, channels = block.c1 - block.c0
-    for c in range(channels):
-        gradient[c] = gradient_of(job, block.c0 + c)
-    for n in range(block.n1 - 1, block.n0 - 1, -1):
-        at = row_offset(job, block, n)
-        job.kernels.gradient(job.dy + at, job.x + at, job.out + at, channels, block.length,
-                             ahead, gradient, job.stream)
+    cdef Gradient gradient
+    cdef Runs runs = runs_of(job, block, -1)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    gradient_of(job, block, &gradient)
+    job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient, job.stream)
 
 
 # ------------------------------------------------------------------ the layout of columns
 
-cdef Py_ssize_t column_offset(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
-    """The bytes before the block's columns of folded row n."""
-    return (n * job.cut.width + block.c0 * job.cut.s) * job.itemsize
+cdef Matrix folded_rows(const Job *job, const Block *block) noexcept nogil:
+    """The rows of a block."""
+    cdef Matrix matrix
+    matrix.rows = block.n1 - block.n0
+    matrix.stride = job.cut.width
+    matrix.channels = block.c1 - block.c0
+    matrix.run = job.cut.s
+    matrix.len = matrix.channels * matrix.run * job.cut.fold
+    return matrix
 
 
-cdef Py_ssize_t columns_of(const Job *job, const Block *block) noexcept nogil:
-    """The columns of a block; a folded row is one strip."""
-    return (block.c1 - block.c0) * job.cut.s * job.cut.fold
+cdef Matrix rest_rows(const Job *job, const Block *block) noexcept nogil:
+    """The rows that are left over after the last folded one, as one row."""
+    cdef Matrix matrix = folded_rows(job, block)
+    matrix.rows = 1 if block.rest > 0 else 0
+    matrix.len = matrix.channels * matrix.run * block.rest
+    return matrix
 
 
-cdef Py_ssize_t rest_of(const Job *job, const Block *block) noexcept nogil:
-    """The columns of the rows that are left over after the last folded one."""
-    return (block.c1 - block.c0) * job.cut.s * block.rest
-
-
-cdef void sum_columns(const Job *job, const Block *block, double *centre,
-                      Pair *result) noexcept nogil:
-    """The sums of a block, of moments or, with a dy, of products."""
-    cdef double first[LANES + COLUMNS]
-    cdef double second[LANES + COLUMNS]
-    cdef double centres[LANES + COLUMNS]
-    cdef Py_ssize_t _fold, c, _s, columns = columns_of(job, block), column = LANES
-    memset(first, 0, (LANES + columns) * sizeof(double))
-    memset(second, 0, (LANES + columns) * sizeof(double))
-    memset(centres, 0, LANES * sizeof(double))
-    for _fold in range(job.cut.fold):
-        for c in range(block.c1 - block.c0):
-            for _s in range(job.cut.s):
-                centres[column] = centre[c]
-                column += 1
-    add_columns(job, block, block.n0, block.n1 - block.n0, columns, centres, first, second)
-    add_columns(job, block, block.n1, 1, rest_of(job, block), centres, first, second)
-    memset(result, 0, (block.c1 - block.c0) * sizeof(Pair))
-    column = LANES
-    for _fold in range(job.cut.fold):
-        for c in range(block.c1 - block.c0):
-            for _s in range(job.cut.s):
-                result[c].first += first[column]
-                result[c].second += second[column]
-                column += 1
-
-
-cdef void add_columns(const Job *job, const Block *block, Py_ssize_t n, Py_ssize_t rows,
-                      Py_ssize_t columns, const double *centres, double *first,
+cdef void sum_columns(const Job *job, const Block *block, const double *centre, double *first,
                       double *second) noexcept nogil:
-    cdef Py_ssize_t at = column_offset(job, block, n), stride = job.cut.width
-    if columns == 0:
+    """The sums of a block, of moments or, with a dy, of products."""
+    cdef Matrix rows = folded_rows(job, block), rest = rest_rows(job, block)
+    memset(first, 0, rows.channels * sizeof(double))
+    memset(second, 0, rows.channels * sizeof(double))
+    add_columns(job, &rows, offset_of(job, block, block.n0), centre, first, second)
+    add_columns(job, &rest, offset_of(job, block, block.n1), centre, first, second)
+
+
+cdef void add_columns(const Job *job, const Matrix *matrix, Py_ssize_t at, const double *centre,
+                      double *first, double *second) noexcept nogil:
+    if matrix.rows == 0:
         return
     if job.dy == NULL:
-        job.kernels.column_moments(job.x + at, rows, stride, columns, centres + LANES,
-                                   first + LANES, second + LANES)
+        job.kernels.column_moments(job.x + at, matrix, centre, first, second)
     else:
-        job.kernels.column_products(job.dy + at, job.x + at, rows, stride, columns,
-                                    centres + LANES, first + LANES, second + LANES)
+        job.kernels.column_products(job.dy + at, job.x + at, matrix, centre, first, second)
 
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
-    cdef Affine affine[COLUMNS]
-    cdef Py_ssize_t c, i, columns = columns_of(job, block), stride = job.cut.width, column = 0
-    cdef Py_ssize_t at = column_offset(job, block, block.n0)
-    cdef Py_ssize_t end = column_offset(job, block, block.n1)
-    for c in range(block.c0, block.c1):
-        for i in range(job.cut.s):
-            affine[column] = affine_of(job, c) if i == 0 else affine[column - 1]
-            column += 1
-    for i in range(column, columns):
-        affine[i] = affine[i - column]
-    job.kernels.column_normalize(job.x + end, job.out + end, 1, stride,
-                                 rest_of(job, block), affine, False)
-    job.kernels.column_normalize(job.x + at, job.out + at, block.n1 - block.n0, stride, columns,
-                                 affine, job.stream)
+    cdef Affine affine
+    cdef Matrix rows = folded_rows(job, block), rest = rest_rows(job, block)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    affine_of(job, block, &affine)
+    if rest.rows > 0:
+        job.kernels.column_normalize(job.x + end, job.out + end, &rest, &affine, False)
+    job.kernels.column_normalize(job.x + at, job.out + at, &rows, &affine, job.stream)
 
 
 cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
-    cdef Gradient gradient[COLUMNS]
-    cdef Py_ssize_t c, i, columns = columns_of(job, block), stride = job.cut.width, column = 0
-    cdef Py_ssize_t at = column_offset(job, block, block.n0)
-    cdef Py_ssize_t end = column_offset(job, block, block.n1)
-    for c in range(block.c0, block.c1):
-        for i in range(job.cut.s):
-            gradient[column] = gradient_of(job, c) if i == 0 else gradient[column - 1]
-            column += 1
-    for i in range(column, columns):
-        gradient[i] = gradient[i - column]
-    job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, 1, stride,
-                                rest_of(job, block), gradient, False)
-    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, block.n1 - block.n0,
-                                stride, columns, gradient, job.stream)
-
-
-cdef Py_ssize_t first_element(const Job *job, const Block *block, Py_ssize_t c) noexcept nogil:
-    """The index of the first element of a channel in a block."""
-    if job.cut.columns:
-        return column_offset(job, block, block.n0) // job.itemsize + c * job.cut.s
-    return row_offset(job, block, block.n0) // job.itemsize + c * job.cut.s
+    cdef Gradient gradient
+    cdef Matrix rows = folded_rows(job, block), rest = rest_rows(job, block)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    gradient_of(job, block, &gradient)
+    if rest.rows > 0:
+        job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, &rest, &gradient,
+                                    False)
+    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &rows, &gradient,
+                                job.stream)
 
 
 # ------------------------------------------------------------------ who does what
+
+cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
+    """What a group reads."""
+    cdef Py_ssize_t inputs = 1 if job.dy == NULL else 2
+    return max(job.cut.n * job.cut.group * job.cut.s * job.itemsize * inputs, 1)
+
+
+cdef bint streams(const Job *job) noexcept nogil:
+    """Whether to store around the cache."""
+    cdef Py_ssize_t arrays = 2 if job.dy == NULL else 3
+    cdef Py_ssize_t moved = arrays * job.cut.n * job.cut.c * job.cut.s * job.itemsize
+    # Strips that are not the whole width of a matrix are short runs.
+    cdef Py_ssize_t channels = job.cut.group if job.cut.columns else job.cut.c
+    cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
+    return (moved > near_bytes and (job.cut.groups == 1 or run >= STREAM_RUN_BYTES)
+            and job.out != job.x and job.out != job.dy)
+
 
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(&job.cut, g, b)
@@ -649,31 +640,44 @@ cdef void run_groups(const Job *job, int threads) noexcept nogil:
         finish_group(job, g)
 
 
-cdef void run_blocks(const Job *job, int threads) noexcept nogil:
-    """Too few groups for the threads: they share the blocks, one step after the other."""
-    cdef Py_ssize_t t, g, groups = job.cut.groups, tasks = job.cut.groups * job.cut.blocks
+cdef void run_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups, int threads) noexcept nogil:
+    """The threads share the blocks of some groups, one step after the other."""
+    cdef Py_ssize_t t, g, tasks = groups * job.cut.blocks
     if job.reduce != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            job.reduce(job, t % groups, t // groups)
-        for g in range(groups):
+            job.reduce(job, g0 + t % groups, t // groups)
+        for g in range(g0, g0 + groups):
             job.merge(job, g)
     if job.apply != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            apply_block(job, (tasks - 1 - t) % groups, (tasks - 1 - t) // groups)
+            apply_block(job, g0 + (tasks - 1 - t) % groups, (tasks - 1 - t) // groups)
+
+
+cdef void run_blocks(const Job *job, int threads) noexcept nogil:
+    """Rounds of so many groups that the second walk finds them in the third-level cache."""
+    cdef Py_ssize_t r, most = max(near_bytes // (2 * group_bytes(job)), 1)
+    for r in range(ceil_div(job.cut.groups, most)):
+        run_round(job, r * most, min(most, job.cut.groups - r * most), threads)
 
 
 cdef int run(Job *job, int threads) except -1:
     """Run a job on at most so many threads; nothing has been written if this raises."""
-    cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
-    threads = <int>min(<Py_ssize_t>threads, max(size // BYTES_PER_THREAD, 1))
-    if not job.cut.columns:
-        group_rows(&job.cut, job.itemsize, 1 if job.dy == NULL else 2, job.reduce != NULL, threads)
+    cdef int inputs = 1 if job.dy == NULL else 2
+    cdef Py_ssize_t moved = job.cut.n * job.cut.c * job.cut.s * job.itemsize * (
+        inputs * ((job.reduce != NULL) + (job.apply != NULL)) + (job.apply != NULL))
+    threads = <int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1))
+    if job.cut.columns:
+        group_columns(&job.cut, threads)
+    else:
+        group_rows(&job.cut, job.itemsize, inputs, job.reduce != NULL, threads)
+    job.stream = job.apply != NULL and streams(job)
     if job.reduce != NULL:
-        job.partial = <Pair *>malloc((job.cut.c * job.cut.blocks + 1) * sizeof(Pair))
+        job.partial = <double *>malloc((2 * job.cut.c * job.cut.blocks + 1) * sizeof(double))
         if job.partial == NULL:
             raise MemoryError("no memory for the partial sums of the blocks")
     with nogil:
-        if job.cut.groups >= 4 * threads or job.cut.blocks < 2 or threads == 1:
+        if threads == 1 or job.cut.blocks < 2 or (
+                job.cut.groups >= 4 * threads and group_bytes(job) * threads <= near_bytes):
             run_groups(job, threads)
         else:
             run_blocks(job, threads)
@@ -746,7 +750,6 @@ cdef Vector vector_of(object array, double default) except *:
         described = struct_of(capsule)
         vector.data = described.data
         vector.stride = described.strides[0]
-        vector.itemsize = described.itemsize
         vector.kernels = kernels_of(described)
     return vector
 
@@ -784,14 +787,8 @@ cdef Job new_job(object x) except *:
 
 cdef int write_to(Job *job, object out, BlockWrite rows, BlockWrite columns) except -1:
     """Let the job apply its outcome to out."""
-    cdef Py_ssize_t size = job.cut.n * job.cut.c * job.cut.s * job.itemsize
-    # Strips that are not the whole width of a matrix are short runs.
-    cdef Py_ssize_t channels = job.cut.group if job.cut.columns else job.cut.c
-    cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
     job.out = address(out)
     job.apply = columns if job.cut.columns else rows
-    job.stream = (size >= STREAM_BYTES and (job.cut.groups == 1 or run >= STREAM_RUN_BYTES)
-                  and job.out != job.x and job.out != job.dy)
     return 0
 
 

@@ -8,18 +8,41 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    ROWS_AT_A_TIME = 8,
+    /* of a matrix, while sums or coefficients stay in registers */
+    ROWS_SUMMED = 8,
+    ROWS_WRITTEN = 4,
     CACHE_LINE = 64,
     BUFFER_BYTES = 4096,
 };
 
-static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *pairs)
+static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
 {
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        registers s = load_sums(sums[r].first, sums[r].second);
-        pairs[r].first = collapse(s.first);
-        pairs[r].second = collapse(s.second);
+    for (ptrdiff_t c = 0; c < count; c++)
+        to[c] = 1.0 / sqrt(m2[c] / n + eps);
+}
+
+static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+/* One value per column, from one per channel. */
+#define SPREAD(type) \
+    static void spread_##type(const fastbn_matrix *matrix, const type *from, type *to) \
+    { \
+        const ptrdiff_t channels = matrix->channels, run = matrix->run; \
+        for (ptrdiff_t j = 0; j < matrix->len; j += channels * run) \
+            for (ptrdiff_t i = 0; i < run; i++) \
+                for (ptrdiff_t c = 0; c < channels; c++) \
+                    to[j + c * run + i] = from[c]; \
     }
+SPREAD(float)
+SPREAD(double)
+
+/* Adds one value per column to one per channel. */
+static void gather(const fastbn_matrix *matrix, const double *from, double *to)
+{
+    for (ptrdiff_t j = 0; j < matrix->len; j += matrix->channels * matrix->run)
+        for (ptrdiff_t i = 0; i < matrix->run; i++)
+            for (ptrdiff_t c = 0; c < matrix->channels; c++)
+                to[c] += from[j + c * matrix->run + i];
 }
 
 #define DTYPE float32
@@ -27,6 +50,7 @@ static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define SPREAD_A spread_float
 #include "_kernels_dtype.h"
 
 #define DTYPE float64
@@ -34,6 +58,7 @@ static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *
 #define A double
 #define VA vd
 #define LOAD_A load_float64
+#define SPREAD_A spread_double
 #include "_kernels_dtype.h"
 
 #define DTYPE float16
@@ -41,6 +66,7 @@ static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define SPREAD_A spread_float
 #include "_kernels_dtype.h"
 
 #define DTYPE bfloat16
@@ -48,13 +74,14 @@ static void collapse_sums(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define SPREAD_A spread_float
 #include "_kernels_dtype.h"
 
 #define KERNELS(dtype) \
     { \
-        element_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
+        elements_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
             column_moments_##dtype, column_products_##dtype, column_normalize_##dtype, \
-            column_gradient_##dtype, collapse_sums, end_streaming \
+            column_gradient_##dtype, invstd, end_streaming \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {

@@ -3,15 +3,9 @@
  * A kernel knows neither channels nor threads, takes any alignment and allocates nothing. Every
  * instruction set gives the same bits.
  *
- * Row kernels walk `rows` runs of `len` elements that lie one behind the other; each run has sums
- * or coefficients of its own. Column kernels walk `rows` runs that begin `stride` elements apart,
- * of at most FASTBN_COLUMNS elements; each column has sums or coefficients of its own.
- *
- * `ahead` tells where memory is read next: what lies there is prefetched, as hardware does not
- * foresee the jump from one sample to the next. It need not be there.
- *
- * Outputs may be one of the inputs. `stream` asks for stores around the cache, into another array
- * whose elements are aligned.
+ * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix each column
+ * of which does. Outputs may be one of the inputs. `stream` asks for stores around the cache, into
+ * another array whose elements are aligned.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -22,65 +16,70 @@ enum {
     /* Element i of a run is added to lane i modulo this, whatever the width of a register is; the
      * elements of a shorter last step to the last lanes. */
     FASTBN_LANES = 16,
-    FASTBN_COLUMNS = 256,
+    FASTBN_COLUMNS = 512,
+    FASTBN_GROUP = 64,
 };
 
-/* The two sums of a run, lane by lane. In double, which has 29 bits to spare for floats. */
+/* y = (x - centre) * scale + shift, for each channel */
 typedef struct {
-    double first[FASTBN_LANES];
-    double second[FASTBN_LANES];
-} fastbn_sums;
-
-/* The two sums of a run in all. */
-typedef struct {
-    double first, second;
-} fastbn_pair;
-
-/* y = (x - centre) * scale + shift */
-typedef struct {
-    double centre, scale, shift;
+    double centre[FASTBN_COLUMNS], scale[FASTBN_COLUMNS], shift[FASTBN_COLUMNS];
 } fastbn_affine;
 
-/* dx = ((dy - dy_mean) - (x - x_mean) * slope) * scale */
+/* dx = ((dy - dy_mean) - (x - x_mean) * slope) * scale, for each channel */
 typedef struct {
-    double dy_mean, x_mean, slope, scale;
+    double dy_mean[FASTBN_COLUMNS], x_mean[FASTBN_COLUMNS];
+    double slope[FASTBN_COLUMNS], scale[FASTBN_COLUMNS];
 } fastbn_gradient;
 
-/* While one of the first `border` elements is read, the one `near` further on is prefetched, later
- * the one `jump` further on. */
+/* While one of the first `border` elements of a sample is read, the one `near` further on is
+ * prefetched, later the one `jump` further on: hardware does not foresee the way to the next sample.
+ * What lies there need not be memory. */
 typedef struct {
     ptrdiff_t near, border, jump;
 } fastbn_ahead;
 
+/* In each of the samples, `stride` elements apart, a run of `len` elements for each of the channels,
+ * at most FASTBN_GROUP, one behind the other. */
 typedef struct {
-    /* x[i] */
-    double (*element)(const void *x, ptrdiff_t i);
+    ptrdiff_t samples, stride, channels, len;
+    fastbn_ahead ahead;
+} fastbn_runs;
 
-    /* first += x - pivot, second += (x - pivot)^2 */
-    void (*moments)(const void *x, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
-                    const double *pivot, fastbn_sums *sums);
-    /* first += dy, second += dy * (x - mean) */
-    void (*products)(const void *dy, const void *x, ptrdiff_t rows, ptrdiff_t len,
-                     fastbn_ahead ahead, const double *mean, fastbn_sums *sums);
-    void (*normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
-                      const fastbn_affine *affine, int stream);
-    void (*gradient)(const void *dy, const void *x, void *dx, ptrdiff_t rows, ptrdiff_t len,
-                     fastbn_ahead ahead, const fastbn_gradient *gradient, int stream);
+/* `rows` rows of `len` columns, at most FASTBN_COLUMNS; rows begin `stride` elements apart. The first
+ * `run` columns belong to the first channel, the next to the second, and after so many `channels`
+ * it begins again with the first. */
+typedef struct {
+    ptrdiff_t rows, len, stride, channels, run;
+} fastbn_matrix;
 
-    /* The same for columns. The sums of moments and products read and write up to FASTBN_LANES
-     * values before `pivot` or `mean`, `first` and `second`, without changing them. */
-    void (*column_moments)(const void *x, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len,
-                           const double *pivot, double *first, double *second);
-    void (*column_products)(const void *dy, const void *x, ptrdiff_t rows, ptrdiff_t stride,
-                            ptrdiff_t len, const double *mean, double *first, double *second);
-    void (*column_normalize)(const void *x, void *y, ptrdiff_t rows, ptrdiff_t stride,
-                             ptrdiff_t len, const fastbn_affine *affine, int stream);
-    void (*column_gradient)(const void *dy, const void *x, void *dx, ptrdiff_t rows,
-                            ptrdiff_t stride, ptrdiff_t len, const fastbn_gradient *gradient,
-                            int stream);
+typedef struct {
+    /* to[i] = the element i * stride bytes after x */
+    void (*elements)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
 
-    /* pairs = the sums over all lanes, in an order of their own */
-    void (*collapse)(const fastbn_sums *sums, ptrdiff_t rows, fastbn_pair *pairs);
+    /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
+    void (*moments)(const void *x, const fastbn_runs *runs, const double *pivot, double *first,
+                    double *second);
+    /* first, second = the sums of dy and of dy * (x - mean) */
+    void (*products)(const void *dy, const void *x, const fastbn_runs *runs, const double *mean,
+                     double *first, double *second);
+    /* The samples are walked from the last to the first. */
+    void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
+                      int stream);
+    void (*gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
+                     const fastbn_gradient *gradient, int stream);
+
+    /* The same for columns, from the first row to the last; sums are added to first and second. */
+    void (*column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
+                           double *first, double *second);
+    void (*column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
+                            const double *mean, double *first, double *second);
+    void (*column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
+                             const fastbn_affine *affine, int stream);
+    void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
+                            const fastbn_gradient *gradient, int stream);
+
+    /* invstd = 1 / sqrt(m2 / n + eps) */
+    void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
     /* Makes what was stored around the cache visible to other threads. */
     void (*end_streaming)(void);
 } fastbn_kernels;

@@ -3,13 +3,26 @@
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it
  *   LOAD_A  what loads such a register
+ *   SPREAD_A  what spreads such values over columns
  */
 #define NAME(f) PASTE(f##_, DTYPE)
 #define VA_LANES ((ptrdiff_t)(sizeof(VA) / sizeof(A)))
 
-static double NAME(element)(const void *x, ptrdiff_t i)
+ALWAYS_INLINE void NAME(read)(const char *x, ptrdiff_t stride, ptrdiff_t count, double *to)
 {
-    return (double)NAME(get)(((const T *)x)[i]);
+    for (ptrdiff_t i = 0; i < count; i++, x += stride) {
+        T value;
+        memcpy(&value, x, sizeof value);
+        to[i] = (double)NAME(get)(value);
+    }
+}
+
+static void NAME(elements)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to)
+{
+    if (stride == sizeof(T))
+        NAME(read)(x, sizeof(T), count, to);
+    else
+        NAME(read)(x, stride, count, to);
 }
 
 /* ------------------------------------------------------------------ sums
@@ -27,8 +40,15 @@ ALWAYS_INLINE const T *NAME(end)(const T *x, ptrdiff_t len, T *buffer)
     return buffer;
 }
 
-ALWAYS_INLINE registers NAME(add_moments)(registers sums, const T *x, step pivot, long long skip)
+/* Adds a step to its sums, and prefetches what lies `ahead` elements further on. */
+typedef registers NAME(add)(registers sums, const T *dy, const T *x, ptrdiff_t ahead, step centre,
+                            long long skip);
+
+ALWAYS_INLINE registers NAME(add_moments)(registers sums, const T *dy, const T *x, ptrdiff_t ahead,
+                                          step pivot, long long skip)
 {
+    (void)dy;
+    PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
         vd d = NAME(widen)(x + j * VD) - pivot.at[j];
         if (skip)
@@ -39,9 +59,11 @@ ALWAYS_INLINE registers NAME(add_moments)(registers sums, const T *x, step pivot
     return sums;
 }
 
-ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T *x, step mean,
-                                           long long skip)
+ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T *x,
+                                           ptrdiff_t ahead, step mean, long long skip)
 {
+    PREFETCH(dy + ahead);
+    PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
         vd g = NAME(widen)(dy + j * VD), d = NAME(widen)(x + j * VD) - mean.at[j];
         if (skip) {
@@ -54,131 +76,117 @@ ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T 
     return sums;
 }
 
-static void NAME(moments)(const void *x_, ptrdiff_t rows, ptrdiff_t len, fastbn_ahead ahead,
-                          const double *pivot, fastbn_sums *sums)
+/* Rows: sums stay in registers for a run, and in memory from a sample to the next. */
+ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, const T *dy, const T *x, const fastbn_runs *runs,
+                                  const double *centre, double *first, double *second)
 {
-    const T *x = x_;
-    T buffer[LANES];
-    for (ptrdiff_t r = 0; r < rows; r++, x += len) {
-        const step h = same_step(pivot[r]);
-        registers s = load_sums(sums[r].first, sums[r].second);
-        ptrdiff_t i = 0;
-        for (; i + LANES <= len; i += LANES) {
-            PREFETCH(x + i + distance(ahead, i));
-            s = NAME(add_moments)(s, x + i, h, 0);
+    double sums[FASTBN_GROUP][2][LANES];
+    T dy_buffer[LANES], x_buffer[LANES];
+    const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
+    for (ptrdiff_t n = 0; n < runs->samples; n++, dy += down, x += down) {
+        fastbn_ahead ahead = runs->ahead;
+        for (ptrdiff_t c = 0; c < runs->channels; c++, dy += len, x += len) {
+            const step around = same_step(centre[c]);
+            registers s = n > 0 ? load_sums(sums[c][0], sums[c][1]) : no_sums();
+            ptrdiff_t i = 0;
+            for (; i + LANES <= len; i += LANES)
+                s = add(s, dy + i, x + i, distance(ahead, i), around, 0);
+            if (i < len)
+                s = add(s, NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer), 0, around,
+                        LANES - (len - i));
+            ahead.border -= len;
+            if (n < runs->samples - 1) {
+                store_sums(sums[c][0], sums[c][1], s);
+            } else {
+                first[c] = collapse(s.first);
+                second[c] = collapse(s.second);
+            }
         }
-        if (i < len)
-            s = NAME(add_moments)(s, NAME(end)(x, len, buffer), h, LANES - (len - i));
-        store_sums(sums[r].first, sums[r].second, s);
-        ahead.border -= len;
     }
 }
 
-static void NAME(products)(const void *dy_, const void *x_, ptrdiff_t rows, ptrdiff_t len,
-                           fastbn_ahead ahead, const double *mean, fastbn_sums *sums)
+static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *pivot,
+                          double *first, double *second)
 {
-    const T *dy = dy_, *x = x_;
-    T dy_buffer[LANES], x_buffer[LANES];
-    for (ptrdiff_t r = 0; r < rows; r++, dy += len, x += len) {
-        const step m = same_step(mean[r]);
-        registers s = load_sums(sums[r].first, sums[r].second);
-        ptrdiff_t i = 0;
-        for (; i + LANES <= len; i += LANES) {
-            PREFETCH(dy + i + distance(ahead, i));
-            PREFETCH(x + i + distance(ahead, i));
-            s = NAME(add_products)(s, dy + i, x + i, m, 0);
-        }
-        if (i < len)
-            s = NAME(add_products)(s, NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer),
-                                   m, LANES - (len - i));
-        store_sums(sums[r].first, sums[r].second, s);
-        ahead.border -= len;
-    }
+    NAME(sum_runs)(NAME(add_moments), x, x, runs, pivot, first, second);
+}
+
+static void NAME(products)(const void *dy, const void *x, const fastbn_runs *runs,
+                           const double *mean, double *first, double *second)
+{
+    NAME(sum_runs)(NAME(add_products), dy, x, runs, mean, first, second);
 }
 
 /* Columns: a few rows at a time, so that sums are loaded and stored once for all of them, and
  * memory is read in a few streams. */
-
-ALWAYS_INLINE void NAME(column_moments_step)(const T *x, ptrdiff_t rows, ptrdiff_t stride,
-                                             const double *pivot, double *first, double *second,
-                                             long long skip)
+ALWAYS_INLINE void NAME(add_rows)(NAME(add) *add, const T *dy, const T *x, ptrdiff_t rows,
+                                  ptrdiff_t stride, const double *centre, double *first,
+                                  double *second, long long skip)
 {
-    const step h = load_step(pivot);
+    const step around = load_step(centre);
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        PREFETCH(x + (r + ROWS_AT_A_TIME) * stride);
-        s = NAME(add_moments)(s, x + r * stride, h, skip);
-    }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        s = add(s, dy + r * stride, x + r * stride, ROWS_SUMMED * stride, around, skip);
     store_sums(first, second, s);
 }
 
-static void NAME(column_moments)(const void *x_, ptrdiff_t rows, ptrdiff_t stride, ptrdiff_t len,
-                                 const double *pivot, double *first, double *second)
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, const T *dy, const T *x,
+                                     const fastbn_matrix *matrix, const double *centre_of_channel,
+                                     double *first_of_channel, double *second_of_channel)
 {
-    const T *x = x_;
-    const ptrdiff_t end = len - LANES;
-    if (end < 0) {
-        T buffer[LANES];
-        for (; rows > 0; rows--, x += stride)
-            NAME(column_moments_step)(NAME(end)(x, len, buffer), 1, 0, pivot + end, first + end,
-                                      second + end, -end);
-        return;
-    }
-    for (; rows > 0; rows -= ROWS_AT_A_TIME, x += ROWS_AT_A_TIME * stride) {
-        const ptrdiff_t n = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
+    /* A last step that overlaps the one before reaches, of few columns, back before the first. */
+    double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
+    double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
+    const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
+    memset(centre_, 0, sizeof(double) * LANES);
+    memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
+    memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
+    spread_double(matrix, centre_of_channel, centre);
+    for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
         ptrdiff_t i = 0;
+        n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
         for (; i <= end; i += LANES)
-            NAME(column_moments_step)(x + i, n, stride, pivot + i, first + i, second + i, 0);
-        if (i < len)
-            NAME(column_moments_step)(x + end, n, stride, pivot + end, first + end, second + end,
-                                      i - end);
+            NAME(add_rows)(add, dy + i, x + i, n, stride, centre + i, first + i, second + i, 0);
+        if (i < len) {
+            T dy_buffer[LANES], x_buffer[LANES];
+            const int narrow = end < 0;
+            NAME(add_rows)(add, narrow ? NAME(end)(dy, len, dy_buffer) : dy + end,
+                           narrow ? NAME(end)(x, len, x_buffer) : x + end, n, stride, centre + end,
+                           first + end, second + end, i - end);
+        }
     }
+    gather(matrix, first, first_of_channel);
+    gather(matrix, second, second_of_channel);
 }
 
-ALWAYS_INLINE void NAME(column_products_step)(const T *dy, const T *x, ptrdiff_t rows,
-                                              ptrdiff_t stride, const double *mean, double *first,
-                                              double *second, long long skip)
+static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
+                                 double *first, double *second)
 {
-    const step m = load_step(mean);
-    registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        PREFETCH(dy + (r + ROWS_AT_A_TIME) * stride);
-        PREFETCH(x + (r + ROWS_AT_A_TIME) * stride);
-        s = NAME(add_products)(s, dy + r * stride, x + r * stride, m, skip);
-    }
-    store_sums(first, second, s);
+    NAME(sum_columns)(NAME(add_moments), x, x, matrix, pivot, first, second);
 }
 
-static void NAME(column_products)(const void *dy_, const void *x_, ptrdiff_t rows,
-                                  ptrdiff_t stride, ptrdiff_t len, const double *mean,
-                                  double *first, double *second)
+static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
+                                  const double *mean, double *first, double *second)
 {
-    const T *dy = dy_, *x = x_;
-    const ptrdiff_t end = len - LANES, down = ROWS_AT_A_TIME * stride;
-    if (end < 0) {
-        T dy_buffer[LANES], x_buffer[LANES];
-        for (; rows > 0; rows--, dy += stride, x += stride)
-            NAME(column_products_step)(NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer),
-                                       1, 0, mean + end, first + end, second + end, -end);
-        return;
-    }
-    for (; rows > 0; rows -= ROWS_AT_A_TIME, dy += down, x += down) {
-        const ptrdiff_t n = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
-        ptrdiff_t i = 0;
-        for (; i <= end; i += LANES)
-            NAME(column_products_step)(dy + i, x + i, n, stride, mean + i, first + i, second + i,
-                                       0);
-        if (i < len)
-            NAME(column_products_step)(dy + end, x + end, n, stride, mean + end, first + end,
-                                       second + end, i - end);
-    }
+    NAME(sum_columns)(NAME(add_products), dy, x, matrix, mean, first, second);
 }
 
 /* ------------------------------------------------------------------ element by element */
 
 /* A mean is carried as the sum of two A: the second keeps what the first rounds away. */
-#define HIGH(mean) ((A)(mean))
-#define LOW(mean) ((A)((mean) - (double)(A)(mean)))
+ALWAYS_INLINE void NAME(halves)(const double *mean, ptrdiff_t count, A *high, A *low)
+{
+    for (ptrdiff_t c = 0; c < count; c++) {
+        high[c] = (A)mean[c];
+        low[c] = (A)(mean[c] - (double)high[c]);
+    }
+}
+
+ALWAYS_INLINE void NAME(narrow)(const double *from, ptrdiff_t count, A *to)
+{
+    for (ptrdiff_t c = 0; c < count; c++)
+        to[c] = (A)from[c];
+}
 
 #define Y(x, high, low, scale, shift) ((((x) - (high)) - (low)) * (scale) + (shift))
 #define DX(dy, x, dy_high, dy_low, x_high, x_low, slope, scale) \
@@ -264,124 +272,171 @@ ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
         NAME(advance)(w, n); \
     }
 
-static void NAME(normalize)(const void *x_, void *y, ptrdiff_t rows, ptrdiff_t len,
-                            fastbn_ahead ahead, const fastbn_affine *affine, int streams)
+static void NAME(normalize)(const void *x_, void *y_, const fastbn_runs *runs,
+                            const fastbn_affine *affine, int streams)
 {
-    const T *x = x_;
-    NAME(writer) w;
-    NAME(start)(&w, y, streams);
-    for (ptrdiff_t r = 0; r < rows; r++, x += len) {
-        const A high = HIGH(affine[r].centre), low = LOW(affine[r].centre);
-        const A scale = (A)affine[r].scale, shift = (A)affine[r].shift;
-#define AT(i) Y(NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), high, low, scale, shift)
-#define ONE(i) Y(NAME(get)(x[i0 + (i)]), high, low, scale, shift)
-        WRITE(&w, len, AT, ONE)
-#undef AT
-#undef ONE
-        ahead.border -= len;
-    }
-    NAME(flush)(&w);
-}
-
-static void NAME(gradient)(const void *dy_, const void *x_, void *dx, ptrdiff_t rows,
-                           ptrdiff_t len, fastbn_ahead ahead, const fastbn_gradient *gradient,
-                           int streams)
-{
-    const T *dy = dy_, *x = x_;
-    NAME(writer) w;
-    NAME(start)(&w, dx, streams);
-    for (ptrdiff_t r = 0; r < rows; r++, dy += len, x += len) {
-        const A dy_high = HIGH(gradient[r].dy_mean), dy_low = LOW(gradient[r].dy_mean);
-        const A x_high = HIGH(gradient[r].x_mean), x_low = LOW(gradient[r].x_mean);
-        const A slope = (A)gradient[r].slope, scale = (A)gradient[r].scale;
-#define AT(i) \
-    DX(NAME(fetch)(dy + i0 + (i), distance(ahead, i0 + (i))), \
-       NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), dy_high, dy_low, x_high, x_low, slope, \
-       scale)
-#define ONE(i) \
-    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high, dy_low, x_high, x_low, slope, \
-       scale)
-        WRITE(&w, len, AT, ONE)
-#undef AT
-#undef ONE
-        ahead.border -= len;
-    }
-    NAME(flush)(&w);
-}
-
-static void NAME(column_normalize)(const void *x_, void *y_, ptrdiff_t rows, ptrdiff_t stride,
-                                   ptrdiff_t len, const fastbn_affine *affine, int streams)
-{
-    const T *x = x_;
-    T *y = y_;
-    NAME(writer) w;
-    const ptrdiff_t ahead = ROWS_AT_A_TIME * stride;
     A high[COLUMNS], low[COLUMNS], scale[COLUMNS], shift[COLUMNS];
-    for (ptrdiff_t i = 0; i < len; i++) {
-        high[i] = HIGH(affine[i].centre), low[i] = LOW(affine[i].centre);
-        scale[i] = (A)affine[i].scale, shift[i] = (A)affine[i].shift;
-    }
-    NAME(start)(&w, y, streams);
-    for (ptrdiff_t r = 0; r < rows; r++, x += stride, y += stride) {
-        if (len < stride) {
-            NAME(flush)(&w);
-            NAME(start)(&w, y, streams);
-        }
+    NAME(halves)(affine->centre, runs->channels, high, low);
+    NAME(narrow)(affine->scale, runs->channels, scale);
+    NAME(narrow)(affine->shift, runs->channels, shift);
+    for (ptrdiff_t n = runs->samples - 1; n >= 0; n--) {
+        const T *x = (const T *)x_ + n * runs->stride;
+        fastbn_ahead ahead = runs->ahead;
+        NAME(writer) w;
+        NAME(start)(&w, (T *)y_ + n * runs->stride, streams);
+        for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
 #define AT(i) \
-    Y(NAME(fetch)(x + i0 + (i), ahead), LOAD_A(high + i0 + (i)), LOAD_A(low + i0 + (i)), \
-      LOAD_A(scale + i0 + (i)), LOAD_A(shift + i0 + (i)))
-#define ONE(i) \
-    Y(NAME(get)(x[i0 + (i)]), high[i0 + (i)], low[i0 + (i)], scale[i0 + (i)], shift[i0 + (i)])
-        WRITE(&w, len, AT, ONE)
+    Y(NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), high[c], low[c], scale[c], shift[c])
+#define ONE(i) Y(NAME(get)(x[i0 + (i)]), high[c], low[c], scale[c], shift[c])
+            WRITE(&w, runs->len, AT, ONE)
 #undef AT
 #undef ONE
+            ahead.border -= runs->len;
+        }
+        NAME(flush)(&w);
     }
-    NAME(flush)(&w);
 }
 
-static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_, ptrdiff_t rows,
-                                  ptrdiff_t stride, ptrdiff_t len,
-                                  const fastbn_gradient *gradient, int streams)
+static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, const fastbn_runs *runs,
+                           const fastbn_gradient *gradient, int streams)
 {
-    const T *dy = dy_, *x = x_;
-    T *dx = dx_;
-    NAME(writer) w;
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
     A slope[COLUMNS], scale[COLUMNS];
-    for (ptrdiff_t i = 0; i < len; i++) {
-        dy_high[i] = HIGH(gradient[i].dy_mean), dy_low[i] = LOW(gradient[i].dy_mean);
-        x_high[i] = HIGH(gradient[i].x_mean), x_low[i] = LOW(gradient[i].x_mean);
-        slope[i] = (A)gradient[i].slope, scale[i] = (A)gradient[i].scale;
-    }
-    NAME(start)(&w, dx, streams);
-    for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, dx += stride) {
-        if (len < stride) {
-            NAME(flush)(&w);
-            NAME(start)(&w, dx, streams);
-        }
+    NAME(halves)(gradient->dy_mean, runs->channels, dy_high, dy_low);
+    NAME(halves)(gradient->x_mean, runs->channels, x_high, x_low);
+    NAME(narrow)(gradient->slope, runs->channels, slope);
+    NAME(narrow)(gradient->scale, runs->channels, scale);
+    for (ptrdiff_t n = runs->samples - 1; n >= 0; n--) {
+        const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
+        fastbn_ahead ahead = runs->ahead;
+        NAME(writer) w;
+        NAME(start)(&w, (T *)dx_ + n * runs->stride, streams);
+        for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define AT(i) \
-    DX(NAME(load)(dy + i0 + (i)), NAME(load)(x + i0 + (i)), LOAD_A(dy_high + i0 + (i)), \
-       LOAD_A(dy_low + i0 + (i)), LOAD_A(x_high + i0 + (i)), LOAD_A(x_low + i0 + (i)), \
-       LOAD_A(slope + i0 + (i)), LOAD_A(scale + i0 + (i)))
+    DX(NAME(fetch)(dy + i0 + (i), distance(ahead, i0 + (i))), \
+       NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), dy_high[c], dy_low[c], x_high[c], \
+       x_low[c], slope[c], scale[c])
 #define ONE(i) \
-    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high[i0 + (i)], dy_low[i0 + (i)], \
-       x_high[i0 + (i)], x_low[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)])
-        WRITE(&w, len, AT, ONE)
+    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high[c], dy_low[c], x_high[c], \
+       x_low[c], slope[c], scale[c])
+            WRITE(&w, runs->len, AT, ONE)
 #undef AT
 #undef ONE
+            ahead.border -= runs->len;
+        }
+        NAME(flush)(&w);
     }
-    NAME(flush)(&w);
+}
+
+/* Columns: a register of coefficients serves a few rows. Coefficient j of column i is k[j][i]. */
+
+/* Writes some rows of a strip that is one register wide. */
+typedef void NAME(strip)(const T *dy, const T *x, ptrdiff_t stride, T *to, ptrdiff_t pitch,
+                         ptrdiff_t rows, const A *k);
+
+ALWAYS_INLINE void NAME(normalize_strip)(const T *dy, const T *x, ptrdiff_t stride, T *to,
+                                         ptrdiff_t pitch, ptrdiff_t rows, const A *k)
+{
+    const VA high = LOAD_A(k), low = LOAD_A(k + COLUMNS);
+    const VA scale = LOAD_A(k + 2 * COLUMNS), shift = LOAD_A(k + 3 * COLUMNS);
+    (void)dy;
+    for (ptrdiff_t r = 0; r < rows; r++, x += stride, to += pitch)
+        NAME(store)(to, Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale, shift));
+}
+
+ALWAYS_INLINE void NAME(gradient_strip)(const T *dy, const T *x, ptrdiff_t stride, T *to,
+                                        ptrdiff_t pitch, ptrdiff_t rows, const A *k)
+{
+    const VA dy_high = LOAD_A(k), dy_low = LOAD_A(k + COLUMNS);
+    const VA x_high = LOAD_A(k + 2 * COLUMNS), x_low = LOAD_A(k + 3 * COLUMNS);
+    const VA slope = LOAD_A(k + 4 * COLUMNS), scale = LOAD_A(k + 5 * COLUMNS);
+    for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, to += pitch)
+        NAME(store)(to, DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
+                           NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low, x_high,
+                           x_low, slope, scale));
+}
+
+ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, const T *dy, const T *x, T *out,
+                                       const fastbn_matrix *matrix, const A *k, int streams)
+{
+    const ptrdiff_t len = matrix->len, stride = matrix->stride, last = len - VA_LANES;
+    const ptrdiff_t pitch = streams ? len : stride;
+    T buffer[ROWS_WRITTEN * COLUMNS], end[ROWS_WRITTEN * VA_LANES];
+    for (ptrdiff_t r = 0, n; r < matrix->rows; r += n) {
+        T *to = streams ? buffer : out;
+        if (last < 0) {
+            T dy_row[VA_LANES] = {0}, x_row[VA_LANES] = {0};
+            n = 1;
+            memcpy(dy_row, dy, sizeof(T) * (size_t)len);
+            memcpy(x_row, x, sizeof(T) * (size_t)len);
+            strip(dy_row, x_row, 0, end, VA_LANES, n, k);
+            memcpy(to, end, sizeof(T) * (size_t)len);
+        } else {
+            n = smaller(matrix->rows - r, ROWS_WRITTEN);
+            /* It overlaps the strip before, and in place that overwrites what this is made of. */
+            strip(dy + last, x + last, stride, end, VA_LANES, n, k + last);
+            for (ptrdiff_t i = 0; i < last; i += VA_LANES)
+                strip(dy + i, x + i, stride, to + i, pitch, n, k + i);
+            for (ptrdiff_t j = 0; j < n; j++)
+                memcpy(to + j * pitch + last, end + j * VA_LANES, sizeof(T) * VA_LANES);
+        }
+        if (streams && len == stride)
+            stream((char *)out, (const char *)buffer, sizeof(T) * (size_t)(n * len));
+        else if (streams)
+            for (ptrdiff_t j = 0; j < n; j++)
+                stream((char *)(out + j * stride), (const char *)(buffer + j * len),
+                       sizeof(T) * (size_t)len);
+        dy += n * stride, x += n * stride, out += n * stride;
+    }
+}
+
+/* The coefficients of columns. */
+ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const double *of_channel, A *to)
+{
+    A narrow[COLUMNS];
+    NAME(narrow)(of_channel, matrix->channels, narrow);
+    SPREAD_A(matrix, narrow, to);
+}
+
+ALWAYS_INLINE void NAME(spread_halves)(const fastbn_matrix *matrix, const double *mean, A *high,
+                                       A *low)
+{
+    A high_of_channel[COLUMNS], low_of_channel[COLUMNS];
+    NAME(halves)(mean, matrix->channels, high_of_channel, low_of_channel);
+    SPREAD_A(matrix, high_of_channel, high);
+    SPREAD_A(matrix, low_of_channel, low);
+}
+
+static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
+                                   const fastbn_affine *affine, int streams)
+{
+    A k[4][COLUMNS] = {{0}};
+    NAME(spread_halves)(matrix, affine->centre, k[0], k[1]);
+    NAME(spread)(matrix, affine->scale, k[2]);
+    NAME(spread)(matrix, affine->shift, k[3]);
+    NAME(write_columns)(NAME(normalize_strip), x, x, y, matrix, k[0], streams);
+}
+
+static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
+                                  const fastbn_matrix *matrix, const fastbn_gradient *gradient,
+                                  int streams)
+{
+    A k[6][COLUMNS] = {{0}};
+    NAME(spread_halves)(matrix, gradient->dy_mean, k[0], k[1]);
+    NAME(spread_halves)(matrix, gradient->x_mean, k[2], k[3]);
+    NAME(spread)(matrix, gradient->slope, k[4]);
+    NAME(spread)(matrix, gradient->scale, k[5]);
+    NAME(write_columns)(NAME(gradient_strip), dy, x, dx, matrix, k[0], streams);
 }
 
 #undef WRITE
 #undef RUN
 #undef DX
 #undef Y
-#undef LOW
-#undef HIGH
 #undef VA_LANES
 #undef NAME
 #undef LOAD_A
+#undef SPREAD_A
 #undef VA
 #undef A
 #undef T

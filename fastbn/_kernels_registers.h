@@ -9,6 +9,7 @@
 
 #include "_kernels.h"
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__SSE2__)
@@ -318,6 +319,14 @@ ALWAYS_INLINE registers load_sums(const double *first, const double *second)
         r.first[j] = load_float64(first + j * VD);
         r.second[j] = load_float64(second + j * VD);
     }
+    return r;
+}
+
+ALWAYS_INLINE registers no_sums(void)
+{
+    registers r;
+    UNROLL for (int j = 0; j < STEPS; j++)
+        r.first[j] = r.second[j] = (vd){0};
     return r;
 }
 

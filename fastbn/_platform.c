@@ -33,6 +33,19 @@ int fastbn_supported_isas(const fastbn_isa *isas[], int room)
     return count;
 }
 
+ptrdiff_t fastbn_l3_bytes(void)
+{
+    long kilobytes = 0;
+    /* sysconf gives the sum over all CPUs on some machines. */
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    if (file != NULL) {
+        if (fscanf(file, "%ldK", &kilobytes) != 1)
+            kilobytes = 0;
+        fclose(file);
+    }
+    return (ptrdiff_t)kilobytes * 1024;
+}
+
 int fastbn_omp_max_threads(void)
 {
 #if defined(_OPENMP)

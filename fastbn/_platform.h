@@ -7,6 +7,9 @@
 /* The instruction sets that both have, the best one last. Returns their number. */
 int fastbn_supported_isas(const fastbn_isa *isas[], int room);
 
+/* The size of a third-level cache; 0 where the system does not tell. */
+ptrdiff_t fastbn_l3_bytes(void);
+
 /* The threads that OpenMP would start; 1 in a build without OpenMP. */
 int fastbn_omp_max_threads(void);
 
