@@ -46,14 +46,43 @@ def elemt(
 
 
 def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float | None = 0.0,
+    counter: Array | None = None,
 ) -> tuple[Array, Statistics, Statistics, Statistics]:
-    """Normalize by the batch's own statistics; return y, mean, m2 and invstd."""
+    """Normalize by the batch's own statistics; return y, mean, m2 and invstd.
+
+    The running statistics move towards those of the batch, the counter is increased. A momentum of
+    None stands for 1 / counter, or 0 without one.
+    """
     source = packed(x)
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3)
     _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
-    return unpacked(target, out), mean, m2, invstd
+    y = unpacked(target, out)
+    count = math.prod(x.shape[:1] + x.shape[2:])
+    if count:
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+        # Not before: they may share memory with weight and bias.
+        if running_mean is not None and running_var is not None:
+            move_towards(running_mean, mean, momentum)
+            move_towards(running_var, m2 / (count - 1), momentum)
+        if counter is not None:
+            counter += 1
+    return y, mean, m2, invstd
+
+
+def move_towards(running: Array, batch: Statistics, factor: float) -> None:
+    """Set ``running`` to ``(1 - factor) * running + factor * batch``, computed in float64."""
+    with np.errstate(all="ignore"):  # What the buffer's dtype cannot hold is inf there.
+        running[...] = (1.0 - factor) * running.astype(np.float64) + factor * batch
 
 
 def backward_reduce(
@@ -151,6 +180,33 @@ def unpacked(target: Array, out: Array) -> Array:
 def vectors(x: Array, count: int) -> NDArray[np.float64]:
     """So many new vectors of one value per channel."""
     return np.empty((count, x.shape[1]))
+
+
+# What is asked of a backend besides batch normalization.
+
+
+def check(array: Array, name: str) -> None:
+    """Refuse an array that this backend cannot take; there is none."""
+
+
+def addresses(array: Array) -> Array:
+    """A NumPy array of the same addresses."""
+    return array
+
+
+def writeable(array: Array) -> bool:
+    """Tell whether an array can be written to."""
+    return array.flags.writeable
+
+
+def readable() -> bool:
+    """Tell whether values can be read."""
+    return True
+
+
+def asarray(array: Any, dtype: Any, device: str) -> Array:
+    """A copy of an array, NumPy's or CuPy's, on the device "cpu"."""
+    return np.array(array if isinstance(array, np.ndarray) else array.get(), dtype)
 
 
 # Threads.

@@ -10,6 +10,9 @@ be with the channels last, is read as it lies; others are copied. Arithmetic is 
 (float64 for float64 arrays), sums in float64. Every result has the same bits whatever the number of
 threads.
 
+CuPy arrays are taken as well, by all functions: then every array of a call is one of CuPy's, on the
+current device, and so are the results. The kernels run on CuPy's current stream.
+
 All functions check everything before they write anything.
 """
 
@@ -22,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import _cpu as backend
+from fastbn._backends import backend_of, is_cupy
 
 __all__ = [
     "batch_norm",
@@ -139,7 +142,7 @@ def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
     (2, array([2., 5.]), array([2., 0.]))
     """
     x = as_input(x)
-    mean, m2 = backend.stats(x)
+    mean, m2 = backend_of(x).stats(x)
     return values_per_channel(x), mean, m2
 
 
@@ -187,12 +190,12 @@ def batch_norm_elemt(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend.elemt(
+    return backend_of(x).elemt(
         x,
-        as_vector(mean, "mean", c),
-        as_vector(invstd, "invstd", c),
-        as_optional_vector(weight, "weight", c),
-        as_optional_vector(bias, "bias", c),
+        as_vector(mean, "mean", c, x),
+        as_vector(invstd, "invstd", c, x),
+        as_optional_vector(weight, "weight", c, x),
+        as_optional_vector(bias, "bias", c, x),
         check_out(out, x),
     )
 
@@ -246,10 +249,10 @@ def batch_norm_forward(
     """
     x = as_input(x)
     c = x.shape[1]
-    y, mean, _, invstd = backend.forward(
+    y, mean, _, invstd = backend_of(x).forward(
         x,
-        as_optional_vector(weight, "weight", c),
-        as_optional_vector(bias, "bias", c),
+        as_optional_vector(weight, "weight", c, x),
+        as_optional_vector(bias, "bias", c, x),
         as_eps(eps),
         check_out(out, x),
     )
@@ -290,8 +293,8 @@ def batch_norm_backward_reduce(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend.backward_reduce(
-        as_gradient(dy, x), x, as_vector(mean, "mean", c), as_vector(invstd, "invstd", c)
+    return backend_of(x).backward_reduce(
+        as_gradient(dy, x), x, as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
     )
 
 
@@ -353,14 +356,14 @@ def batch_norm_backward_elemt(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
-    return backend.backward_elemt(
+    return backend_of(x).backward_elemt(
         dy,
         x,
-        as_vector(mean, "mean", c),
-        as_vector(invstd, "invstd", c),
-        as_optional_vector(weight, "weight", c),
-        as_vector(sum_dy, "sum_dy", c),
-        as_vector(sum_dy_xhat, "sum_dy_xhat", c),
+        as_vector(mean, "mean", c, x),
+        as_vector(invstd, "invstd", c, x),
+        as_optional_vector(weight, "weight", c, x),
+        as_vector(sum_dy, "sum_dy", c, x),
+        as_vector(sum_dy_xhat, "sum_dy_xhat", c, x),
         as_real(count, "count"),
         check_out(out, x, dy),
     )
@@ -419,12 +422,12 @@ def batch_norm_backward(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
-    dx, sum_dy, sum_dy_xhat = backend.backward(
+    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(
         dy,
         x,
-        as_optional_vector(weight, "weight", c),
-        as_vector(mean, "mean", c),
-        as_vector(invstd, "invstd", c),
+        as_optional_vector(weight, "weight", c, x),
+        as_vector(mean, "mean", c, x),
+        as_vector(invstd, "invstd", c, x),
         check_out(out, x, dy),
     )
     return dx, sum_dy_xhat, sum_dy
@@ -439,33 +442,35 @@ def forward_by_batch(
     running_var: Array | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    factor: float,
+    momentum: float | None,
     eps: float,
     *,
+    counter: Array | None = None,
     out: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the statistics of the batch, then move the running ones towards them.
 
-    Returns y and, for the backward, mean and invstd.
+    The counter of batches is increased; a momentum of None stands for 1 / counter, or for 0 without
+    one. Returns y and, for the backward, mean and invstd.
     """
-    c, count = x.shape[1], values_per_channel(x)
-    check_running(running_mean, running_var, c, writeable=True)
-    if count == 1:
+    c = x.shape[1]
+    check_running(running_mean, running_var, x, writeable=True)
+    if values_per_channel(x) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}; "
             f"evaluation mode takes single values"
         )
-    y, mean, m2, invstd = backend.forward(
+    y, mean, _, invstd = backend_of(x).forward(
         x,
-        as_optional_vector(weight, "weight", c),
-        as_optional_vector(bias, "bias", c),
+        as_optional_vector(weight, "weight", c, x),
+        as_optional_vector(bias, "bias", c, x),
         as_eps(eps),
         check_out(out, x),
+        running_mean,
+        running_var,
+        momentum,
+        counter,
     )
-    if count and running_mean is not None and running_var is not None:
-        # Not before: they may share memory with weight and bias.
-        move_towards(running_mean, mean, factor)
-        move_towards(running_var, m2 / (count - 1), factor)
     return y, mean, invstd
 
 
@@ -481,17 +486,17 @@ def forward_by_running(
 ) -> Array:
     """Normalize by the running statistics."""
     if running_mean is None or running_var is None:
-        check_running(running_mean, running_var, x.shape[1], writeable=False)
+        check_running(running_mean, running_var, x, writeable=False)
         raise ValueError("running_mean and running_var are needed outside training, got None")
     c = x.shape[1]
-    return backend.elemt(
+    return backend_of(x).elemt(
         x,
-        as_vector(running_mean, "running_mean", c),
+        as_vector(running_mean, "running_mean", c, x),
         None,
-        as_optional_vector(weight, "weight", c),
-        as_optional_vector(bias, "bias", c),
+        as_optional_vector(weight, "weight", c, x),
+        as_optional_vector(bias, "bias", c, x),
         check_out(out, x),
-        var=as_vector(running_var, "running_var", c),
+        var=as_vector(running_var, "running_var", c, x),
         eps=as_eps(eps),
     )
 
@@ -503,12 +508,6 @@ def running_statistics(
     with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
         invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)
     return running_mean.astype(np.float64), invstd
-
-
-def move_towards(running: Array, batch: Statistics, factor: float) -> None:
-    """Set ``running`` to ``(1 - factor) * running + factor * batch``, computed in float64."""
-    with np.errstate(all="ignore"):  # What the buffer's dtype cannot hold is inf there.
-        running[...] = (1.0 - factor) * running.astype(np.float64) + factor * batch
 
 
 def values_per_channel(x: Array) -> int:
@@ -527,6 +526,11 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return dtype in NATIVE_FLOATS or dtype.char in "efd" or dtype.name == "bfloat16"
 
 
+def is_array(value: Any) -> bool:
+    """Tell whether it is an array of NumPy's or CuPy's."""
+    return isinstance(value, np.ndarray) or is_cupy(value)
+
+
 def is_masked(value: Any) -> bool:
     """Tell whether it is a masked array; np.ma is slow to import, so the others are not asked."""
     return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
@@ -536,7 +540,9 @@ def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
         return value
-    if type(value) is not np.ndarray:
+    if is_cupy(value):
+        backend_of(value).check(value, name)
+    elif type(value) is not np.ndarray:
         if is_masked(value):
             raise TypeError(f"{name} is a masked array, whose mask would be lost")
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
@@ -567,19 +573,37 @@ def as_input(x: Any) -> Array:
     return x  # type: ignore[no-any-return]
 
 
+def as_array_beside(x: Array, value: Any, name: str) -> Array:
+    """An array-like as an array of the kind that x is, NumPy's or CuPy's."""
+    value = as_array(value, name)
+    check_beside(x, value, name)
+    return value
+
+
+def check_beside(x: Array, array: Array, name: str) -> None:
+    """Refuse an array of another kind than x: NumPy's beside CuPy's."""
+    if isinstance(array, np.ndarray) != isinstance(x, np.ndarray):
+        kind, other = ("CuPy", "NumPy") if is_cupy(x) else ("NumPy", "CuPy")
+        raise TypeError(f"{name} must be a {kind} array, as x is, got a {other} array")
+
+
 def as_gradient(dy: Any, x: Array) -> Array:
-    """dy as an ndarray of x's shape."""
-    dy = as_array(dy, "dy")
+    """dy as an array of x's shape."""
+    dy = as_array_beside(x, dy, "dy")
     if dy.shape != x.shape:
         raise ValueError(f"dy must have x's shape {x.shape}, got {dy.shape}")
     return dy  # type: ignore[no-any-return]
 
 
-def as_vector(value: Any, name: str, c: int) -> Array:
-    """One value per channel, as an ndarray of native byte order."""
-    if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS and value.shape == (c,):
+def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
+    """One value per channel, as an array beside x, of native byte order."""
+    if (
+        type(value) is np.ndarray is type(x)
+        and value.dtype in NATIVE_FLOATS
+        and value.shape == (c,)
+    ):
         return value
-    value = as_array(value, name)
+    value = as_array_beside(x, value, name)
     if value.shape != (c,):
         raise ValueError(
             f"{name} must have the shape ({c},), one value per channel of x, got {value.shape}"
@@ -589,29 +613,42 @@ def as_vector(value: Any, name: str, c: int) -> Array:
     return value  # type: ignore[no-any-return]
 
 
-def as_optional_vector(value: Any, name: str, c: int) -> Array | None:
-    """One value per channel, as an ndarray, or None."""
-    return None if value is None else as_vector(value, name, c)
+def as_optional_vector(value: Any, name: str, c: int, x: Array) -> Array | None:
+    """One value per channel, as an array beside x, or None."""
+    return None if value is None else as_vector(value, name, c, x)
 
 
 def check_running(
-    running_mean: Array | None, running_var: Array | None, c: int, *, writeable: bool
+    running_mean: Array | None, running_var: Array | None, x: Array, *, writeable: bool
 ) -> None:
     """Refuse running statistics that cannot be read, or updated in place."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or both be None")
     for value, name in ((running_mean, "running_mean"), (running_var, "running_var")):
         if value is not None:
-            as_vector(value, name, c)
+            as_vector(value, name, x.shape[1], x)
             check_ndarray(value, name, writeable=writeable)
 
 
 def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
     """Refuse what cannot be updated in place."""
-    if not isinstance(value, np.ndarray):
+    if not is_array(value):
         raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
-    if writeable and not value.flags.writeable:
+    if writeable and not backend_of(value).writeable(value):
         raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
+def check_counter(counter: Any) -> None:
+    """Refuse what cannot count batches. A value on a GPU is not looked at: that would wait."""
+    check_ndarray(counter, "num_batches_tracked", writeable=True)
+    if (
+        counter.shape != ()
+        or counter.dtype.kind not in "iu"
+        or (isinstance(counter, np.ndarray) and counter < 0)
+    ):
+        raise ValueError(
+            f"num_batches_tracked must be a non-negative integer array of shape (), got {counter!r}"
+        )
 
 
 def as_real(value: Any, name: str) -> float:
@@ -635,13 +672,14 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
     """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading."""
     if out is None:
         return None
-    if not isinstance(out, np.ndarray) or is_masked(out):
+    if not is_array(out) or is_masked(out):
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+    check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     if out.dtype != x.dtype.newbyteorder("="):
         raise TypeError(f"out must have x's dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
-    if not out.flags.writeable:
+    if not backend_of(out).writeable(out):
         raise ValueError("out must be writeable, got a read-only array")
     if out.size and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
@@ -653,17 +691,23 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
 
 def share_memory(a: Array, b: Array) -> bool:
     """Tell whether two arrays have memory in common; where that is too hard to tell, yes."""
+    if a is b:
+        return True
+    backend = backend_of(a)
+    a, b = backend.addresses(a), backend.addresses(b)
     try:
-        return a is b or (
-            np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
-        )
+        return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
 def same_elements(a: Array, b: Array) -> bool:
     """Tell whether two arrays of one shape have each element at the same place."""
-    return a is b or (
+    if a is b:
+        return True
+    backend = backend_of(a)
+    a, b = backend.addresses(a), backend.addresses(b)
+    return (
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
         and a.itemsize == b.itemsize
         and all(

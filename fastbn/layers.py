@@ -1,7 +1,7 @@
 """Batch normalization as layers: parameters, buffers, modes, momentum, lazy initialization, state.
 
 The semantics are those of ``torch.nn.BatchNorm1d`` to ``BatchNorm3d`` and their lazy forms, on
-NumPy arrays.
+NumPy arrays and, on a GPU, CuPy's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
+from fastbn._backends import as_device, backend_for, backend_of, is_cupy
 
 __all__ = [
     "BatchNorm1d",
@@ -37,7 +38,7 @@ RECOVERABLE_BFLOAT16 = 4.0
 class Aside(NamedTuple):
     """The input of the channels that cannot be recovered from the output."""
 
-    channels: NDArray[np.intp]
+    channels: NDArray[np.intp] | slice
     x: Array
 
 
@@ -67,8 +68,8 @@ class View(NamedTuple):
     x: Array
     mean: F.Statistics
     invstd: F.Statistics
-    weight: F.Statistics  # such that weight * invstd is the factor of dx
-    scale: F.Statistics  # that factor
+    weight: Array | None  # such that weight * invstd is the factor of dx
+    scale: F.Statistics | None  # that factor, where the statistics are constants
 
 
 class _BatchNorm:
@@ -124,27 +125,71 @@ class _BatchNorm:
         self.momentum = None if momentum is None else F.as_real(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
-        if device is not None and str(device) != "cpu":
-            raise ValueError(
-                f"device must be None or 'cpu', got {device!r}: this version has no GPU path yet"
-            )
+        self._device = as_device(device)
         self._dtype = _as_dtype(dtype)
         self._has_bias = self.affine and bool(bias)
         self.training = True
         self.frozen = False
         self.num_features = 0
-        self.num_batches_tracked = np.zeros((), np.int64) if self.track_running_stats else None
+        self.num_batches_tracked = (
+            self._full((), 0, np.int64) if self.track_running_stats else None
+        )
         self.weight_grad = self.bias_grad = None
         self._memory: Memory | str = NO_FORWARD
 
     def _allocate(self, num_features: int) -> None:
         """Make the arrays, now that the number of channels is known."""
         self.num_features = num_features
-        self.weight = np.ones(num_features, self._dtype) if self.affine else None
-        self.bias = np.zeros(num_features, self._dtype) if self._has_bias else None
-        tracked = self.track_running_stats
-        self.running_mean = np.zeros(num_features, self._dtype) if tracked else None
-        self.running_var = np.ones(num_features, self._dtype) if tracked else None
+        shape, dtype, tracked = (num_features,), self._dtype, self.track_running_stats
+        self.weight = self._full(shape, 1, dtype) if self.affine else None
+        self.bias = self._full(shape, 0, dtype) if self._has_bias else None
+        self.running_mean = self._full(shape, 0, dtype) if tracked else None
+        self.running_var = self._full(shape, 1, dtype) if tracked else None
+
+    def _full(self, shape: tuple[int, ...], value: int, dtype: DTypeLike) -> Array:
+        """A new array of one and the same value, on the layer's device."""
+        array: Array = backend_for(self._device).asarray(
+            np.full(shape, value, dtype), dtype, self._device
+        )
+        return array
+
+    # Devices.
+
+    def to(self, device: str) -> Self:
+        """Move parameters, buffers and gradients to a device; return the layer.
+
+        What a forward has left for its backward stays behind: a backward then needs another one.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda" or "cuda:" and a number
+            "cpu" has NumPy arrays, the others CuPy's; "cuda" is CuPy's current device.
+
+        Raises
+        ------
+        ValueError
+            If there is no such name of a device.
+        ImportError, RuntimeError
+            If there is no CuPy for a GPU, or no such GPU.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm2d(3).to("cpu").weight
+        array([1., 1., 1.], dtype=float32)
+        """
+        device = as_device(device)
+        if device != self._device:
+            names = (*self._state_names, "weight_grad", "bias_grad")
+            arrays = {name: getattr(self, name, None) for name in names}
+            asarray = backend_for(device).asarray
+            moved = {
+                name: asarray(array, array.dtype, device)
+                for name, array in arrays.items()
+                if array is not None
+            }
+            self.__dict__.update(moved, _device=device, _memory=NO_FORWARD)
+        return self
 
     # Initial values.
 
@@ -289,41 +334,30 @@ class _BatchNorm:
         tracks = self.track_running_stats
         counter = self.num_batches_tracked if tracks else None
         if counter is not None:
-            F.check_ndarray(counter, "num_batches_tracked", writeable=True)
-            if counter.shape != () or counter.dtype.kind not in "iu" or counter < 0:
-                raise ValueError(
-                    f"num_batches_tracked must be a non-negative integer array of shape (), "
-                    f"got {counter!r}"
-                )
-        if self.momentum is not None:
-            factor = F.as_real(self.momentum, "momentum")
-        elif counter is not None:
-            factor = 1.0 / (int(counter) + 1)
-        else:
-            factor = 0.0
-        result = F.forward_by_batch(
+            F.check_counter(counter)
+        return F.forward_by_batch(
             x,
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             self.weight,
             self.bias,
-            factor,
+            None if self.momentum is None else F.as_real(self.momentum, "momentum"),
             self.eps,
+            counter=counter,
             out=out,
         )
-        if counter is not None and F.values_per_channel(x):
-            counter += 1
-        return result
 
     def _set_aside(self, x: Array) -> Aside | None:
         """A copy of the channels of x that could not be recovered from the output."""
         if self.frozen and x.itemsize == 2:
             # Running statistics bound no normalized value; 16 bits would not hold every one.
-            return Aside(np.arange(self.num_features), x.copy())
+            return Aside(slice(None), x.copy())
         if self.weight is None:
             return None
-        weight = np.abs(self._vector("weight", 1.0))
-        bias = np.abs(self._vector("bias", 0.0))
+        if not backend_of(x).readable():
+            return Aside(slice(None), x.copy())
+        weight = np.abs(self._vector("weight", 1.0, x))
+        bias = np.abs(self._vector("bias", 0.0, x))
         bfloat16 = x.dtype.kind != "f"
         limits = np.finfo(np.float32 if bfloat16 else x.dtype)
         far = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
@@ -337,11 +371,11 @@ class _BatchNorm:
         channels = np.flatnonzero(~recoverable)
         return Aside(channels, x[:, channels]) if channels.size else None
 
-    def _vector(self, name: str, default: float) -> F.Statistics:
+    def _vector(self, name: str, default: float, x: Array) -> F.Statistics:
         """A float64 copy of weight or bias, or what stands for None."""
-        vector = F.as_optional_vector(getattr(self, name), name, self.num_features)
+        vector = F.as_optional_vector(getattr(self, name), name, self.num_features, x)
         if vector is None:
-            return np.full(self.num_features, default)
+            return np.full_like(x, default, np.float64, shape=self.num_features)
         return vector.astype(np.float64)
 
     # Backward.
@@ -384,7 +418,7 @@ class _BatchNorm:
             raise RuntimeError(memory)
         dy = F.as_gradient(dy, memory.x)
         out = F.check_out(out, memory.x, dy)
-        self._check_gradients()
+        self._check_gradients(memory.x)
         aside = None if memory.aside is None else (memory.aside, dy[:, memory.aside.channels])
         dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
         if aside is not None:
@@ -398,30 +432,34 @@ class _BatchNorm:
         self._memory = NO_SECOND_BACKWARD
         return dx
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self, x: Array) -> None:
         """Refuse gradients that cannot be added to."""
         for name in ("weight_grad", "bias_grad"):
             gradient = getattr(self, name)
             if gradient is not None:
-                F.as_vector(gradient, name, self.num_features)
+                F.as_vector(gradient, name, self.num_features, x)
                 F.check_ndarray(gradient, name, writeable=True)
 
     def _view(self, memory: Memory) -> View:
         """How the backward sees what was remembered."""
-        weight = self._vector("weight", 1.0)
+        x, mean, invstd = memory.x, memory.mean, memory.invstd
+        if not memory.in_place and not memory.frozen:
+            weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
+            return View(x, mean, invstd, weight, None)
+        weight = self._vector("weight", 1.0, x)
+        scale = invstd * weight
         if not memory.in_place:
-            return View(memory.x, memory.mean, memory.invstd, weight, memory.invstd * weight)
-        bias = self._vector("bias", 0.0)
-        scale = memory.invstd * weight
+            return View(x, mean, invstd, weight, scale)
+        bias = self._vector("bias", 0.0, x)
         if memory.aside is not None:  # These get their gradients from what was set aside.
             weight[memory.aside.channels], bias[memory.aside.channels] = 1.0, 0.0
         # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
-        return View(memory.x, bias, 1.0 / weight, scale * weight, scale)
+        return View(x, bias, 1.0 / weight, scale * weight, scale)
 
-    def _view_aside(self, memory: Memory, channels: NDArray[np.intp], x: Array) -> View:
+    def _view_aside(self, memory: Memory, channels: NDArray[np.intp] | slice, x: Array) -> View:
         """How the backward sees the channels that were set aside."""
         mean, invstd = memory.mean[channels], memory.invstd[channels]
-        weight = self._vector("weight", 1.0)[channels]
+        weight = self._vector("weight", 1.0, x)[channels]
         return View(x, mean, invstd, weight, invstd * weight)
 
     # State.
@@ -517,7 +555,9 @@ class _BatchNorm:
             F.check_ndarray(own[name], name, writeable=True)
         for name, entry in entries.items():
             with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
-                own[name][...] = entry
+                own[name][...] = backend_of(own[name]).asarray(
+                    entry, own[name].dtype, self._device
+                )
         return missing, unexpected
 
     def __getstate__(self) -> dict[str, Any]:
@@ -623,8 +663,9 @@ class BatchNorm2d(_BatchNorm):
     track_running_stats : bool, default True
         Whether there are running statistics. Without them, evaluation mode uses the statistics of
         the batch as well.
-    device : None or "cpu", optional
-        Where the arrays are.
+    device : None, "cpu", "cuda" or "cuda:" and a number, optional
+        Where the arrays are: None and "cpu" stand for NumPy arrays, the others for CuPy's, which
+        input and output then are as well.
     dtype : dtype, default float32
         That of the parameters and buffers: float32, float64, float16 or ml_dtypes' bfloat16. The
         dtype of the input may be another, and is the dtype of the output.
@@ -648,9 +689,16 @@ class BatchNorm2d(_BatchNorm):
     ------
     ValueError, TypeError
         If an argument is out of its range or of a wrong kind.
+    ImportError, RuntimeError
+        If the device is a GPU, and there is no CuPy or no such GPU.
 
     Notes
     -----
+    On a GPU a layer runs on CuPy's current stream and waits for nothing, so that its calls can be
+    captured in a graph. The exception is a training forward in place: which channels cannot be
+    recovered from the output, weight and bias decide, and it waits for them; while a graph is
+    captured it keeps a copy of the whole input instead.
+
     Several threads may share a layer in evaluation mode. A layer in training mode belongs to one
     thread at a time.
 
@@ -746,7 +794,7 @@ def _gradients(
 ) -> tuple[Array, F.Statistics, F.Statistics]:
     """The gradients of input, weight and bias."""
     x, mean, invstd, weight, scale = view
-    if not frozen:
+    if not frozen or scale is None:
         return F.batch_norm_backward(dy, x, weight, mean, invstd, out=out)
     # The statistics are constants: dx = dy * weight * invstd.
     dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd)
@@ -754,7 +802,7 @@ def _gradients(
         out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
-    return F.batch_norm_elemt(dy, np.zeros(scale.shape), scale, out=out), dweight, dbias
+    return F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out), dweight, dbias
 
 
 def _accumulated(
@@ -763,10 +811,10 @@ def _accumulated(
     """The gradient of a parameter after adding to it, in place if it is there."""
     if parameter is None:
         return None
-    if gradient is None:
-        gradient = np.zeros_like(parameter)
     with np.errstate(all="ignore"):  # What the gradient's dtype cannot hold is inf there.
-        gradient[...] = gradient.astype(np.float64) + added
+        if gradient is None:
+            return added.astype(parameter.dtype)
+        np.add(gradient, added, out=gradient, casting="unsafe")
     return gradient
 
 
@@ -819,7 +867,7 @@ def _as_entry(value: Any, key: str, array: Array) -> Array:
             value = np.asarray(value)
         except TypeError:  # NumPy does not know torch's bfloat16
             value = np.asarray(value.float())
-    entry = np.asarray(value)
+    entry = backend_of(value).to_host(value) if is_cupy(value) else np.asarray(value)
     if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
         raise TypeError(f"{key} must hold integers, got {entry.dtype}")
     if entry.dtype.kind not in "iu" and not F.is_float(entry.dtype):

@@ -1,0 +1,57 @@
+"""The backends, and which of them is asked for an array or a device.
+
+CuPy and its backend are imported when a CuPy array or the name of a CUDA device first appears.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fastbn import _cpu
+
+CUDA_DEVICE = re.compile(r"cuda(:\d+)?")
+
+
+def is_cupy(value: Any) -> bool:
+    """Tell whether it is a CuPy array, of which there are none before CuPy is imported."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def backend_of(array: Any) -> Any:
+    """The backend of an array, which is one of NumPy's or of CuPy's."""
+    return _cpu if isinstance(array, np.ndarray) else cuda()
+
+
+@functools.cache
+def cuda() -> ModuleType:
+    """The CUDA backend; raise ImportError where there is no CuPy."""
+    try:
+        return importlib.import_module("fastbn._cuda")
+    except ImportError as error:
+        raise ImportError(
+            f"CUDA devices need CuPy: pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', "
+            f"as the driver has CUDA 12 or 13 ({error})"
+        ) from error
+
+
+def backend_for(device: str) -> Any:
+    """The backend of a device that has been named by `as_device`."""
+    return _cpu if device == "cpu" else cuda()
+
+
+def as_device(device: Any) -> str:
+    """The full name of a device: "cpu", or "cuda:" and a number; "cpu" for None."""
+    name = "cpu" if device is None else str(device)
+    if CUDA_DEVICE.fullmatch(name):
+        return cuda().named_device(name)  # type: ignore[no-any-return]
+    if name != "cpu":
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:0' and so on, got {name!r}")
+    return name

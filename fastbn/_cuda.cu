@@ -1,0 +1,1070 @@
+/* The kernels of the CUDA backend: what is done to the channels of an array, for every dtype.
+ *
+ * The text is compiled for one dtype of x at a time (FORMAT) and, for the kernels that keep a
+ * channel on chip, for one number of blocks that share it (CLUSTER). It includes nothing.
+ *
+ * Memory is read and written in chunks of 16 bytes, aligned as the elements are counted from the
+ * array's first. Which thread takes which elements depends on the shape alone, and sums merge in a
+ * fixed order, so the result has the same bits in every run, in place or not, at any alignment.
+ */
+
+#define FLOAT32 0
+#define FLOAT64 1
+#define FLOAT16 2
+#define BFLOAT16 3
+
+typedef long long i64;
+
+/* ------------------------------------------------------------------ numbers */
+
+#if FORMAT == FLOAT32
+typedef float Storage;
+typedef float Real;
+#elif FORMAT == FLOAT64
+typedef double Storage;
+typedef double Real;
+#else
+typedef unsigned short Storage;
+typedef float Real;
+#endif
+
+__device__ float float_of_half(unsigned short half)
+{
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+
+__device__ unsigned short half_of_float(float value)
+{
+    unsigned short half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+    return half;
+}
+
+__device__ float float_of_bfloat16(unsigned short bits)
+{
+    return __uint_as_float((unsigned)bits << 16);
+}
+
+__device__ unsigned short bfloat16_of_float(float value)
+{
+#if __CUDA_ARCH__ >= 800
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else
+    unsigned bits = __float_as_uint(value);
+    if (value != value)
+        return (unsigned short)((bits >> 16) | 0x40);
+    return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+
+__device__ Real decode(Storage stored)
+{
+#if FORMAT == FLOAT16
+    return float_of_half(stored);
+#elif FORMAT == BFLOAT16
+    return float_of_bfloat16(stored);
+#else
+    return stored;
+#endif
+}
+
+__device__ Storage encode(Real value)
+{
+#if FORMAT == FLOAT16
+    return half_of_float(value);
+#elif FORMAT == BFLOAT16
+    return bfloat16_of_float(value);
+#else
+    return value;
+#endif
+}
+
+/* One value per channel, of any dtype and stride: `kind` is 4 * stride in bytes + dtype. */
+struct Vector {
+    char *data;
+    i64 kind;
+};
+
+__device__ double at(const Vector &vector, i64 channel, double otherwise = 0.0)
+{
+    if (vector.data == nullptr)
+        return otherwise;
+    const char *p = vector.data + (vector.kind >> 2) * channel;
+    switch (vector.kind & 3) {
+    case FLOAT32:
+        return *(const float *)p;
+    case FLOAT64:
+        return *(const double *)p;
+    case FLOAT16:
+        return float_of_half(*(const unsigned short *)p);
+    default:
+        return float_of_bfloat16(*(const unsigned short *)p);
+    }
+}
+
+__device__ void put(const Vector &vector, i64 channel, double value)
+{
+    char *p = vector.data + (vector.kind >> 2) * channel;
+    switch (vector.kind & 3) {
+    case FLOAT32:
+        *(float *)p = (float)value;
+        break;
+    case FLOAT64:
+        *(double *)p = value;
+        break;
+    case FLOAT16:
+        *(unsigned short *)p = half_of_float((float)value);
+        break;
+    default:
+        *(unsigned short *)p = bfloat16_of_float((float)value);
+    }
+}
+
+/* ------------------------------------------------------------------ what a launch is told
+ *
+ * The fields are those of `_cuda.py`, in the same order, and of 8 bytes each.
+ *
+ * An array is n samples of c channels of s elements each; channels-last arrays are (n * s, c, 1).
+ */
+struct Job {
+    const Storage *x, *dy;
+    Storage *out;
+    i64 aligned; /* whether all of them begin at a multiple of 16 bytes */
+    i64 n, c, s;
+    i64 size;                      /* elements in all */
+    i64 splits;                    /* pieces of a channel, or of the rows of a matrix */
+    i64 chunks;                    /* rows: chunks that s elements can touch */
+    i64 step_samples, step_chunks; /* rows: how far as many chunks lead as a block has threads */
+    i64 width, height;             /* columns: of the matrix; a row is a multiple of a chunk */
+    double *partials;
+    double *mean_out, *m2_out, *invstd_out, *sum_dy_out, *sum_dy_xhat_out;
+    double eps, count;
+    Vector weight, bias, mean, invstd, var, sum_dy, sum_dy_xhat;
+    Vector running_mean, running_var;
+    i64 *batches;    /* counts the batches in the running statistics, or null */
+    i64 cumulative;  /* whether the factor of a batch is 1 / (batches + 1) instead of momentum */
+    double momentum;
+};
+
+/* ------------------------------------------------------------------ chunks */
+
+constexpr int V = 16 / sizeof(Storage);
+constexpr unsigned FULL = (1u << V) - 1;
+
+struct alignas(16) Chunk {
+    Storage of[V];
+};
+
+__device__ unsigned mask_between(i64 low, i64 high)
+{
+    low = low < 0 ? 0 : low > V ? V : low;
+    high = high < 0 ? 0 : high > V ? V : high;
+    return high <= low ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
+}
+
+__device__ Chunk load(const Job &job, const Storage *from, i64 index)
+{
+    const i64 begin = index * V;
+    if (job.aligned && begin + V <= job.size)
+        return reinterpret_cast<const Chunk *>(from)[index];
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        chunk.of[i] = begin + i < job.size ? from[begin + i] : Storage(0);
+    return chunk;
+}
+
+__device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
+{
+    if (job.aligned && mask == FULL) {
+        reinterpret_cast<Chunk *>(job.out)[index] = chunk;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        if (mask >> i & 1)
+            job.out[index * V + i] = chunk.of[i];
+}
+
+/* Begins to copy a chunk to shared memory, where this thread alone reads it after `arrived`. */
+__device__ void fetch(const Job &job, Chunk *to, const Storage *from, i64 index)
+{
+#if __CUDA_ARCH__ >= 800
+    if (job.aligned && (index + 1) * V <= job.size) {
+        const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address),
+                     "l"(reinterpret_cast<const Chunk *>(from) + index)
+                     : "memory");
+        return;
+    }
+#endif
+    *to = load(job, from, index);
+}
+
+__device__ void arrived()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+/* ------------------------------------------------------------------ sums, and how they merge */
+
+/* Count, mean and sum of the squared deviations from the mean. */
+struct Moments {
+    double count, mean, m2;
+};
+
+/* The sums of dy and of dy * xhat. */
+struct Products {
+    double dy, dy_xhat;
+};
+
+/* The formula of Chan, Golub and LeVeque. */
+__device__ Moments merge(const Moments &a, const Moments &b)
+{
+    if (b.count == 0.0)
+        return a;
+    const double count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;
+    return {count, a.mean + delta * share, a.m2 + b.m2 + delta * (delta * (a.count * share))};
+}
+
+__device__ Products merge(const Products &a, const Products &b)
+{
+    return {a.dy + b.dy, a.dy_xhat + b.dy_xhat};
+}
+
+/* The sum over a warp, the same bits in every lane. */
+__device__ double warp_sum(double value)
+{
+#pragma unroll
+    for (int lane = 16; lane; lane >>= 1)
+        value += __shfl_xor_sync(~0u, value, lane);
+    return value;
+}
+
+/* All lanes of a warp merged; lane 0 has values if any lane has. The mean is found around that of
+ * lane 0, so that a constant remains one, and then the deviations from it. */
+__device__ Moments merge_warp(const Moments &own)
+{
+    const double pivot = __shfl_sync(~0u, own.mean, 0);
+    const double count = warp_sum(own.count);
+    const double shift = warp_sum(own.count == 0.0 ? 0.0 : own.count * (own.mean - pivot));
+    const double mean = pivot + (count == 0.0 ? 0.0 : shift / count);
+    const double delta = own.mean - mean;
+    return {count, mean, warp_sum(own.count == 0.0 ? 0.0 : own.m2 + own.count * delta * delta)};
+}
+
+__device__ Products merge_warp(const Products &own)
+{
+    return {warp_sum(own.dy), warp_sum(own.dy_xhat)};
+}
+
+/* All threads of a block merged, in every thread. */
+template <typename Sums> __device__ Sums merge_block(const Sums &own)
+{
+    __shared__ Sums warps[32];
+    const int lane = threadIdx.x % 32;
+    const Sums merged = merge_warp(own);
+    if (lane == 0)
+        warps[threadIdx.x / 32] = merged;
+    __syncthreads();
+    return merge_warp(lane < blockDim.x / 32 ? warps[lane] : Sums{});
+}
+
+/* ------------------------------------------------------------------ clusters: blocks that share
+ * a channel and see each other's shared memory */
+
+#if CLUSTER > 1
+#define CLUSTER_OF_BLOCKS __cluster_dims__(CLUSTER, 1, 1)
+
+__device__ void cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ double read_from_block(const double *address, int rank)
+{
+    double value;
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there)
+                 : "r"((unsigned)__cvta_generic_to_shared(address)), "r"(rank));
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(there) : "memory");
+    return value;
+}
+
+/* All blocks of a cluster merged, in every thread. No block may end before `leave_cluster`. */
+template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
+{
+    constexpr int DOUBLES = sizeof(Sums) / sizeof(double);
+    __shared__ Sums mine;
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x == 0)
+        mine = own;
+    cluster_arrive();
+    cluster_wait();
+    Sums other = {};
+    if (lane < CLUSTER)
+        for (int i = 0; i < DOUBLES; i++)
+            reinterpret_cast<double *>(&other)[i] =
+                read_from_block(reinterpret_cast<const double *>(&mine) + i, lane);
+    cluster_arrive();
+    return merge_warp(other);
+}
+
+__device__ void leave_cluster()
+{
+    cluster_wait();
+}
+#else
+#define CLUSTER_OF_BLOCKS
+
+template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
+{
+    return own;
+}
+
+__device__ void leave_cluster() {}
+#endif
+
+/* ------------------------------------------------------------------ sums of a run
+ *
+ * A run is a few chunks in registers, of which the masks tell the elements that count. */
+
+constexpr int RUN = 4;
+
+/* Squares of what exceeds 1e19 overflow in a float. Such values are scaled by a power of two. */
+constexpr float DOWN = 0x1p-100f;
+constexpr double UP = 0x1p100;
+
+template <bool SCALED> __device__ Real scaled(Storage stored)
+{
+    return SCALED ? decode(stored) * Real(DOWN) : decode(stored);
+}
+
+template <bool SCALED> __device__ Moments unscaled(double count, double mean, double m2)
+{
+    m2 = m2 < 0.0 ? 0.0 : m2; /* but a NaN stays one */
+    return SCALED ? Moments{count, mean * UP, m2 * UP * UP} : Moments{count, mean, m2};
+}
+
+/* Mean and m2 in two passes: the mean as the first element and the mean deviation from it, so that
+ * a constant is met exactly, then the deviations from that mean. In double from chunk to chunk. */
+template <bool MASKED, bool SCALED>
+__device__ Moments moments_of(const Chunk (&run)[RUN], const unsigned (&masks)[RUN])
+{
+    Real first = scaled<SCALED>(run[0].of[0]), sum = Real(0);
+    int count = RUN * V;
+    if (MASKED) {
+        count = 0;
+#pragma unroll
+        for (int u = RUN - 1; u >= 0; u--)
+#pragma unroll
+            for (int i = V - 1; i >= 0; i--)
+                if (masks[u] >> i & 1)
+                    first = scaled<SCALED>(run[u].of[i]), count++;
+        if (count == 0)
+            return {};
+    }
+#pragma unroll
+    for (int u = 0; u < RUN; u++)
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            if (!MASKED || masks[u] >> i & 1)
+                sum += scaled<SCALED>(run[u].of[i]) - first;
+    const Real mean = first + sum / Real(count);
+    double residual = 0.0, squares = 0.0;
+#pragma unroll
+    for (int u = 0; u < RUN; u++) {
+        Real chunk_residual = Real(0), chunk_squares = Real(0);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            if (!MASKED || masks[u] >> i & 1) {
+                const Real deviation = scaled<SCALED>(run[u].of[i]) - mean;
+                chunk_residual += deviation;
+                chunk_squares += deviation * deviation;
+            }
+        residual += chunk_residual;
+        squares += chunk_squares;
+    }
+    const double shift = residual / count;
+    return unscaled<SCALED>(count, double(mean) + shift, squares - residual * shift);
+}
+
+__device__ bool overflown(const Moments &moments)
+{
+    return sizeof(Real) < sizeof(double) && !(moments.m2 < 1e300);
+}
+
+__device__ Moments moments_of(const Chunk (&run)[RUN], const unsigned (&masks)[RUN], bool masked)
+{
+    const Moments moments =
+        masked ? moments_of<true, false>(run, masks) : moments_of<false, false>(run, masks);
+    return overflown(moments) ? moments_of<true, true>(run, masks) : moments;
+}
+
+/* What xhat is made of: the mean as two numbers, and invstd. */
+struct Centre {
+    Real high, low, invstd;
+};
+
+__device__ Centre centre_of(double mean, double invstd)
+{
+    const Real high = Real(mean);
+    return {high, Real(mean - double(high)), Real(invstd)};
+}
+
+template <bool MASKED>
+__device__ Products products_of(const Chunk (&dy)[RUN], const Chunk (&x)[RUN],
+                                const unsigned (&masks)[RUN], const Centre &centre)
+{
+    Products sums = {};
+#pragma unroll
+    for (int u = 0; u < RUN; u++) {
+        Real first = Real(0), second = Real(0);
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            if (!MASKED || masks[u] >> i & 1) {
+                const Real gradient = decode(dy[u].of[i]);
+                const Real xhat =
+                    ((decode(x[u].of[i]) - centre.high) - centre.low) * centre.invstd;
+                first += gradient;
+                second += gradient * xhat;
+            }
+        sums = merge(sums, {double(first), double(second)});
+    }
+    return sums;
+}
+
+/* ------------------------------------------------------------------ results of elements */
+
+/* y = ((x - high) - low) * scale + shift */
+struct Affine {
+    Real high, low, scale, shift;
+
+    __device__ Storage operator()(Storage x) const
+    {
+        return encode(((decode(x) - high) - low) * scale + shift);
+    }
+};
+
+__device__ Affine affine_of(const Job &job, i64 channel, double mean, double invstd)
+{
+    const Centre centre = centre_of(mean, invstd);
+    return {centre.high, centre.low, Real(invstd * at(job.weight, channel, 1.0)),
+            Real(at(job.bias, channel))};
+}
+
+/* dx = ((dy - dy_mean) - ((x - high) - low) * slope) * scale */
+struct Gradient {
+    Real high, low, dy_mean, slope, scale;
+
+    __device__ Storage operator()(Storage dy, Storage x) const
+    {
+        return encode(((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale);
+    }
+};
+
+__device__ Gradient gradient_of(const Job &job, i64 channel, const Products &sums)
+{
+    const double invstd = at(job.invstd, channel);
+    const Centre centre = centre_of(at(job.mean, channel), invstd);
+    return {centre.high, centre.low, Real(sums.dy / job.count),
+            Real(invstd * (sums.dy_xhat / job.count)),
+            Real(invstd * at(job.weight, channel, 1.0))};
+}
+
+/* ------------------------------------------------------------------ what becomes of the sums */
+
+__device__ double invstd_of(const Job &job, const Moments &moments)
+{
+    return 1.0 / sqrt(moments.m2 / job.count + job.eps);
+}
+
+/* One thread of a channel writes its statistics, and moves the running ones towards them. */
+__device__ void publish(const Job &job, i64 channel, const Moments &moments)
+{
+    job.mean_out[channel] = moments.mean;
+    job.m2_out[channel] = moments.m2;
+    if (job.invstd_out != nullptr)
+        job.invstd_out[channel] = invstd_of(job, moments);
+    if (job.running_mean.data != nullptr) {
+        const double factor = job.cumulative ? 1.0 / double(*job.batches + 1) : job.momentum;
+        const double variance = moments.m2 / (job.count - 1.0);
+        const double mean = at(job.running_mean, channel), var = at(job.running_var, channel);
+        put(job.running_mean, channel, (1.0 - factor) * mean + factor * moments.mean);
+        put(job.running_var, channel, (1.0 - factor) * var + factor * variance);
+    }
+    /* Not where other channels may still read it. */
+    if (channel == 0 && job.batches != nullptr && !job.cumulative)
+        *job.batches += 1;
+}
+
+__device__ void publish(const Job &job, i64 channel, const Products &sums)
+{
+    job.sum_dy_out[channel] = sums.dy;
+    job.sum_dy_xhat_out[channel] = sums.dy_xhat;
+}
+
+/* ------------------------------------------------------------------ rows: a channel of a sample
+ * is one run of memory */
+
+__device__ i64 quotient(i64 a, i64 b)
+{
+    return (a | b) >> 32 ? a / b : i64(unsigned(a) / unsigned(b));
+}
+
+/* The chunks of a piece of a channel that a thread takes, one after the other. */
+struct Walk {
+    i64 sample, chunk; /* where it is: the sample, and the chunk of its row */
+    i64 left;          /* chunks from here to the end of the piece */
+
+    __device__ Walk(const Job &job, i64 piece, i64 pieces)
+    {
+        const i64 all = job.n * job.chunks, begin = quotient(all * piece, pieces);
+        const i64 first = begin + threadIdx.x;
+        left = quotient(all * (piece + 1), pieces) - first;
+        sample = quotient(first, job.chunks);
+        chunk = first - sample * job.chunks;
+    }
+
+    __device__ bool more() const
+    {
+        return left > 0;
+    }
+
+    __device__ void next(const Job &job)
+    {
+        left -= blockDim.x;
+        sample += job.step_samples;
+        chunk += job.step_chunks;
+        if (chunk >= job.chunks) {
+            chunk -= job.chunks;
+            sample++;
+        }
+    }
+
+    /* The index of the chunk in the array, and which of its elements are the channel's. */
+    __device__ i64 index(const Job &job, i64 channel) const
+    {
+        return (sample * job.c + channel) * job.s / V + chunk;
+    }
+
+    __device__ unsigned mask(const Job &job, i64 channel) const
+    {
+        if (job.s % V == 0)
+            return FULL;
+        const i64 begin = (sample * job.c + channel) * job.s;
+        const i64 low = begin - (begin / V + chunk) * V;
+        return mask_between(low, low + job.s);
+    }
+};
+
+/* The sums of what a thread takes of a piece, read by `read(array, walk, slot)`. */
+template <typename Read>
+__device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read read)
+{
+    Moments sums = {};
+    for (int slot = threadIdx.x; walk.more();) {
+        Chunk run[RUN];
+        unsigned masks[RUN], common = FULL;
+#pragma unroll
+        for (int u = 0; u < RUN; u++, slot += blockDim.x) {
+            masks[u] = 0;
+            if (walk.more()) {
+                run[u] = read(job.x, walk, slot);
+                masks[u] = walk.mask(job, channel);
+                walk.next(job);
+            }
+            common &= masks[u];
+        }
+        sums = merge(sums, moments_of(run, masks, common != FULL));
+    }
+    return sums;
+}
+
+template <typename Read>
+__device__ Products products_of_rows(const Job &job, i64 channel, Walk walk, const Centre &centre,
+                                     Read read)
+{
+    Products sums = {};
+    for (int slot = threadIdx.x; walk.more();) {
+        Chunk dy[RUN], x[RUN];
+        unsigned masks[RUN], common = FULL;
+#pragma unroll
+        for (int u = 0; u < RUN; u++, slot += blockDim.x) {
+            masks[u] = 0;
+            if (walk.more()) {
+                dy[u] = read(job.dy, walk, slot);
+                x[u] = read(job.x, walk, slot);
+                masks[u] = walk.mask(job, channel);
+                walk.next(job);
+            }
+            common &= masks[u];
+        }
+        sums = merge(sums, common == FULL ? products_of<false>(dy, x, masks, centre)
+                                          : products_of<true>(dy, x, masks, centre));
+    }
+    return sums;
+}
+
+/* How many chunks of a piece there can be, and so where a second array begins in shared memory. */
+__device__ int slots_of(const Job &job)
+{
+    return int(job.n * job.chunks / CLUSTER) + 1;
+}
+
+/* A channel is read once: a cluster of blocks keeps it in shared memory. Without an `out`, its
+ * statistics are all that is asked for. */
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_rows(const Job job)
+{
+    extern __shared__ Chunk kept[];
+    const i64 channel = blockIdx.x / CLUSTER;
+    const int rank = blockIdx.x % CLUSTER;
+    const Walk start(job, rank, CLUSTER);
+    int slot = threadIdx.x;
+    for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x)
+        fetch(job, kept + slot, job.x, walk.index(job, channel));
+    arrived();
+    const auto read = [&](const Storage *, const Walk &, int slot) { return kept[slot]; };
+    const Moments moments =
+        merge_cluster(merge_block(moments_of_rows(job, channel, start, read)));
+    if (job.out != nullptr) {
+        const Affine affine = affine_of(job, channel, moments.mean, invstd_of(job, moments));
+        slot = threadIdx.x;
+        for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
+            Chunk chunk = kept[slot];
+#pragma unroll
+            for (int i = 0; i < V; i++)
+                chunk.of[i] = affine(chunk.of[i]);
+            store(job, walk.index(job, channel), chunk, walk.mask(job, channel));
+        }
+    }
+    if (rank == 0 && threadIdx.x == 0)
+        publish(job, channel, moments);
+    leave_cluster();
+}
+
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_rows(const Job job)
+{
+    extern __shared__ Chunk kept[];
+    const i64 channel = blockIdx.x / CLUSTER;
+    const int rank = blockIdx.x % CLUSTER, slots = slots_of(job);
+    const Walk start(job, rank, CLUSTER);
+    int slot = threadIdx.x;
+    for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
+        const i64 index = walk.index(job, channel);
+        fetch(job, kept + slot, job.dy, index);
+        fetch(job, kept + slots + slot, job.x, index);
+    }
+    arrived();
+    const auto read = [&](const Storage *array, const Walk &, int slot) {
+        return kept[array == job.x ? slots + slot : slot];
+    };
+    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
+    const Products sums =
+        merge_cluster(merge_block(products_of_rows(job, channel, start, centre, read)));
+    if (job.out != nullptr) {
+        const Gradient gradient = gradient_of(job, channel, sums);
+        slot = threadIdx.x;
+        for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
+            Chunk chunk = kept[slot];
+            const Chunk x = kept[slots + slot];
+#pragma unroll
+            for (int i = 0; i < V; i++)
+                chunk.of[i] = gradient(chunk.of[i], x.of[i]);
+            store(job, walk.index(job, channel), chunk, walk.mask(job, channel));
+        }
+    }
+    if (rank == 0 && threadIdx.x == 0)
+        publish(job, channel, sums);
+    leave_cluster();
+}
+
+/* A channel that is too large is read twice: here piece by piece, for its sums. */
+
+__device__ void put_partial(const Job &job, i64 index, const Moments &moments)
+{
+    reinterpret_cast<Moments *>(job.partials)[index] = moments;
+}
+
+__device__ void put_partial(const Job &job, i64 index, const Products &sums)
+{
+    reinterpret_cast<Products *>(job.partials)[index] = sums;
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(const Job job)
+{
+    const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
+    const auto read = [&](const Storage *array, const Walk &walk, int) {
+        return load(job, array, walk.index(job, channel));
+    };
+    const Walk walk(job, piece, job.splits);
+    const Moments moments = merge_block(moments_of_rows(job, channel, walk, read));
+    if (threadIdx.x == 0)
+        put_partial(job, piece * job.c + channel, moments);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) products_rows(const Job job)
+{
+    const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
+    const auto read = [&](const Storage *array, const Walk &walk, int) {
+        return load(job, array, walk.index(job, channel));
+    };
+    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
+    const Walk walk(job, piece, job.splits);
+    const Products sums = merge_block(products_of_rows(job, channel, walk, centre, read));
+    if (threadIdx.x == 0)
+        put_partial(job, piece * job.c + channel, sums);
+}
+
+/* ------------------------------------------------------------------ columns: memory is a matrix
+ * whose columns belong to a channel each, s neighbouring ones to the first, s to the next. Rows of
+ * fewer elements than a strip has are folded, so that `width` is several times c * s. */
+
+__device__ i64 channel_of(const Job &job, i64 column)
+{
+    const i64 unfolded = column - quotient(column, job.c * job.s) * (job.c * job.s);
+    return quotient(unfolded, job.s);
+}
+
+/* A strip of columns is as many chunks wide; the other threads of a block take further rows. */
+constexpr int STRIP = 8;
+constexpr int STRIP_RUN = 8;
+
+/* Where a thread of a strip is. */
+struct Strip {
+    i64 column;   /* of its chunk, in chunks */
+    i64 row, end; /* its first row, and where the rows of the block end */
+    int lanes;    /* threads that take rows of one chunk's columns, in turn */
+    bool inside;
+
+    __device__ Strip(const Job &job)
+    {
+        const i64 columns = job.width / V, strips = (columns + STRIP - 1) / STRIP;
+        const i64 piece = quotient(blockIdx.x, strips), strip = blockIdx.x - piece * strips;
+        column = strip * STRIP + threadIdx.x % STRIP;
+        lanes = blockDim.x / STRIP;
+        row = quotient(job.height * piece, job.splits) + threadIdx.x / STRIP;
+        end = quotient(job.height * (piece + 1), job.splits);
+        inside = column < columns;
+    }
+
+    __device__ i64 index(const Job &job, i64 row) const
+    {
+        return row * (job.width / V) + column;
+    }
+
+    /* The elements of a chunk that the array has. */
+    __device__ unsigned mask(const Job &job, i64 row) const
+    {
+        return row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
+    }
+};
+
+/* Merges what the threads of a block have of the same columns, and writes it. */
+template <typename Sums>
+__device__ void put_columns(const Job &job, const Strip &strip, Sums (&sums)[V])
+{
+    __shared__ Sums warps[8][STRIP * V];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        for (int distance = 16; distance >= STRIP; distance /= 2) {
+            Sums other;
+            for (unsigned d = 0; d < sizeof(Sums) / sizeof(double); d++)
+                reinterpret_cast<double *>(&other)[d] = __shfl_down_sync(
+                    ~0u, reinterpret_cast<const double *>(&sums[i])[d], distance);
+            sums[i] = merge(sums[i], other);
+        }
+        if (lane < STRIP)
+            warps[warp][lane * V + i] = sums[i];
+    }
+    __syncthreads();
+    const i64 first = (strip.column - threadIdx.x % STRIP) * V;
+    if (threadIdx.x < STRIP * V && first + threadIdx.x < job.width) {
+        Sums all = warps[0][threadIdx.x];
+        for (int w = 1; w < blockDim.x / 32; w++)
+            all = merge(all, warps[w][threadIdx.x]);
+        const i64 columns = job.width / V, strips = (columns + STRIP - 1) / STRIP;
+        put_partial(job, quotient(blockIdx.x, strips) * job.width + first + threadIdx.x, all);
+    }
+}
+
+/* Mean and m2 of one column of a run, as in moments_of. */
+template <bool SCALED>
+__device__ Moments moments_of_column(const Chunk (&run)[STRIP_RUN],
+                                     const unsigned (&masks)[STRIP_RUN], int i)
+{
+    Real first = Real(0), sum = Real(0);
+    int count = 0;
+#pragma unroll
+    for (int u = STRIP_RUN - 1; u >= 0; u--)
+        if (masks[u] >> i & 1)
+            first = scaled<SCALED>(run[u].of[i]), count++;
+    if (count == 0)
+        return {};
+#pragma unroll
+    for (int u = 0; u < STRIP_RUN; u++)
+        if (masks[u] >> i & 1)
+            sum += scaled<SCALED>(run[u].of[i]) - first;
+    const Real mean = first + sum / Real(count);
+    double residual = 0.0, squares = 0.0;
+#pragma unroll
+    for (int u = 0; u < STRIP_RUN; u += 4) {
+        Real some_residual = Real(0), some_squares = Real(0);
+#pragma unroll
+        for (int v = u; v < u + 4; v++)
+            if (masks[v] >> i & 1) {
+                const Real deviation = scaled<SCALED>(run[v].of[i]) - mean;
+                some_residual += deviation;
+                some_squares += deviation * deviation;
+            }
+        residual += some_residual;
+        squares += some_squares;
+    }
+    const double shift = residual / count;
+    return unscaled<SCALED>(count, double(mean) + shift, squares - residual * shift);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(const Job job)
+{
+    const Strip strip(job);
+    Moments sums[V] = {};
+    if (strip.inside)
+        for (i64 row = strip.row; row < strip.end; row += STRIP_RUN * strip.lanes) {
+            Chunk run[STRIP_RUN];
+            unsigned masks[STRIP_RUN];
+#pragma unroll
+            for (int u = 0; u < STRIP_RUN; u++) {
+                masks[u] = strip.mask(job, row + u * strip.lanes);
+                if (masks[u])
+                    run[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
+            }
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                Moments moments = moments_of_column<false>(run, masks, i);
+                if (overflown(moments))
+                    moments = moments_of_column<true>(run, masks, i);
+                sums[i] = merge(sums[i], moments);
+            }
+        }
+    put_columns(job, strip, sums);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2) products_columns(const Job job)
+{
+    const Strip strip(job);
+    Products sums[V] = {};
+    if (strip.inside) {
+        Centre centre[V];
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            const i64 channel = channel_of(job, strip.column * V + i);
+            centre[i] = centre_of(at(job.mean, channel), at(job.invstd, channel));
+        }
+        for (i64 row = strip.row; row < strip.end; row += RUN * strip.lanes) {
+            Chunk dy[RUN], x[RUN];
+            unsigned masks[RUN];
+#pragma unroll
+            for (int u = 0; u < RUN; u++) {
+                masks[u] = strip.mask(job, row + u * strip.lanes);
+                if (masks[u]) {
+                    dy[u] = load(job, job.dy, strip.index(job, row + u * strip.lanes));
+                    x[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                Real first = Real(0), second = Real(0);
+#pragma unroll
+                for (int u = 0; u < RUN; u++)
+                    if (masks[u] >> i & 1) {
+                        const Real gradient = decode(dy[u].of[i]);
+                        const Real deviation =
+                            (decode(x[u].of[i]) - centre[i].high) - centre[i].low;
+                        first += gradient;
+                        second += gradient * (deviation * centre[i].invstd);
+                    }
+                sums[i] = merge(sums[i], {double(first), double(second)});
+            }
+        }
+    }
+    put_columns(job, strip, sums);
+}
+
+/* ------------------------------------------------------------------ merging the pieces
+ *
+ * A block for each channel. Rows are taken for columns of which a channel has one. */
+
+template <typename Sums> __device__ Sums merged_partials(const Job &job)
+{
+    const i64 unfolded = job.c * job.s, folds = job.width / unfolded;
+    const i64 entries = job.splits * folds * job.s;
+    Sums sums = {};
+    for (i64 entry = threadIdx.x; entry < entries; entry += blockDim.x) {
+        const i64 row = quotient(entry, job.s); /* piece and fold */
+        const i64 index = row * unfolded + blockIdx.x * job.s + (entry - row * job.s);
+        sums = merge(sums, reinterpret_cast<const Sums *>(job.partials)[index]);
+    }
+    return merge_block(sums);
+}
+
+extern "C" __global__ void __launch_bounds__(128) merge_moments(const Job job)
+{
+    const Moments moments = merged_partials<Moments>(job);
+    if (threadIdx.x == 0)
+        publish(job, blockIdx.x, moments);
+}
+
+extern "C" __global__ void __launch_bounds__(128) merge_products(const Job job)
+{
+    const Products sums = merged_partials<Products>(job);
+    if (threadIdx.x == 0)
+        publish(job, blockIdx.x, sums);
+}
+
+/* ------------------------------------------------------------------ element by element
+ *
+ * Every array is taken for a matrix of columns. A thread stays in its columns, whose coefficients
+ * it has in registers. Blocks run from the array's end to its beginning: what was read last for
+ * the sums may still be in the cache. */
+
+/* Rows that are on their way to a thread at the same time. */
+constexpr int AHEAD = 4;
+
+/* The columns of a thread, and its rows of them. */
+struct Columns {
+    i64 column, begin, end;
+
+    __device__ Columns(const Job &job)
+    {
+        const i64 columns = job.width / V;
+        const i64 block = gridDim.x - 1 - blockIdx.x;
+        const i64 strip = quotient(block, job.splits), piece = block - strip * job.splits;
+        column = strip * blockDim.x + threadIdx.x;
+        begin = quotient(job.height * piece, job.splits);
+        end = column < columns ? quotient(job.height * (piece + 1), job.splits) : begin;
+    }
+
+    __device__ i64 index(const Job &job, i64 row) const
+    {
+        return row * (job.width / V) + column;
+    }
+
+    __device__ unsigned mask(const Job &job, i64 row) const
+    {
+        return row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
+    }
+};
+
+/* COEFFICIENTS is 1 where a chunk never has elements of two channels, else V. */
+template <int COEFFICIENTS> __device__ void normalize_columns(const Job &job)
+{
+    const Columns columns(job);
+    if (columns.begin >= columns.end)
+        return;
+    Affine affine[COEFFICIENTS];
+    i64 before = -1;
+#pragma unroll
+    for (int i = 0; i < COEFFICIENTS; i++) {
+        const i64 channel = channel_of(job, columns.column * V + i);
+        if (channel != before) {
+            const double invstd = job.var.data == nullptr
+                                      ? at(job.invstd, channel)
+                                      : 1.0 / sqrt(at(job.var, channel) + job.eps);
+            affine[i] = affine_of(job, channel, at(job.mean, channel), invstd);
+        } else {
+            affine[i] = affine[i > 0 ? i - 1 : 0];
+        }
+        before = channel;
+    }
+    for (i64 row = columns.begin; row < columns.end; row += AHEAD) {
+        Chunk x[AHEAD];
+        unsigned masks[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            masks[u] = columns.mask(job, row + u);
+            if (masks[u])
+                x[u] = load(job, job.x, columns.index(job, row + u));
+        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+            if (masks[u]) {
+#pragma unroll
+                for (int i = 0; i < V; i++)
+                    x[u].of[i] = affine[COEFFICIENTS == 1 ? 0 : i](x[u].of[i]);
+                store(job, columns.index(job, row + u), x[u], masks[u]);
+            }
+    }
+}
+
+template <int COEFFICIENTS> __device__ void differentiate_columns(const Job &job)
+{
+    const Columns columns(job);
+    if (columns.begin >= columns.end)
+        return;
+    Gradient gradient[COEFFICIENTS];
+    i64 before = -1;
+#pragma unroll
+    for (int i = 0; i < COEFFICIENTS; i++) {
+        const i64 channel = channel_of(job, columns.column * V + i);
+        if (channel != before)
+            gradient[i] = gradient_of(job, channel,
+                                      {at(job.sum_dy, channel), at(job.sum_dy_xhat, channel)});
+        else
+            gradient[i] = gradient[i > 0 ? i - 1 : 0];
+        before = channel;
+    }
+    for (i64 row = columns.begin; row < columns.end; row += AHEAD) {
+        Chunk dy[AHEAD], x[AHEAD];
+        unsigned masks[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            masks[u] = columns.mask(job, row + u);
+            if (masks[u]) {
+                dy[u] = load(job, job.dy, columns.index(job, row + u));
+                x[u] = load(job, job.x, columns.index(job, row + u));
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++)
+            if (masks[u]) {
+#pragma unroll
+                for (int i = 0; i < V; i++)
+                    dy[u].of[i] =
+                        gradient[COEFFICIENTS == 1 ? 0 : i](dy[u].of[i], x[u].of[i]);
+                store(job, columns.index(job, row + u), dy[u], masks[u]);
+            }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) normalize(const Job job)
+{
+    normalize_columns<1>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(256) normalize_mixed(const Job job)
+{
+    normalize_columns<V>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) differentiate(const Job job)
+{
+    differentiate_columns<1>(job);
+}
+
+extern "C" __global__ void __launch_bounds__(256) differentiate_mixed(const Job job)
+{
+    differentiate_columns<V>(job);
+}

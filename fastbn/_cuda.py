@@ -1,0 +1,665 @@
+"""The CUDA backend: brings CuPy arrays into a layout that the kernels take, plans and launches.
+
+The functions are those of the CPU backend. They expect checked arguments: `x` and `dy` of the shape
+(N, C, ...), any strides; vectors of the shape (C,); all arrays on the current device. They run on
+CuPy's current stream and wait for nothing.
+
+CuPy compiles the kernels when they are first needed, for one dtype at a time, and keeps them in its
+cache on disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+from cupy.cuda import driver, runtime
+
+Array = Any  # CuPy has no types.
+
+# The dtypes' numbers in the source, by their characters; bfloat16 is ml_dtypes'.
+FORMATS = {"f": 0, "d": 1, "e": 2, "E": 3}
+ITEMSIZES = (4, 8, 2, 2)
+
+
+def stats(x: Array) -> tuple[Array, Array]:
+    """Mean and m2 of each channel."""
+    source = packed(x)
+    mean, m2 = vectors(source, 2)
+    if source.size:
+        reduction = reduction_of("moments", geometry(source))
+        reduction(x=source, mean_out=mean, m2_out=m2)
+    else:
+        mean[...] = m2[...] = 0.0
+    return mean, m2
+
+
+def elemt(
+    x: Array,
+    mean: Array,
+    invstd: Array | None,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+    *,
+    var: Array | None = None,
+    eps: float = 0.0,
+) -> Array:
+    """Normalize by given statistics: mean and invstd, or mean, var and eps."""
+    source = packed(x)
+    target, out = output(x, source, out)
+    if source.size:
+        statistics = {"mean": mean, "invstd": invstd, "var": var, "eps": eps}
+        launch = element_wise("normalize", geometry(source))
+        launch(x=source, out=target, weight=weight, bias=bias, **statistics)
+    return unpacked(target, out)
+
+
+def forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float | None = 0.0,
+    counter: Array | None = None,
+) -> tuple[Array, Array, Array, Array]:
+    """Normalize by the batch's own statistics; return y, mean, m2 and invstd.
+
+    The running statistics move towards those of the batch, the counter is increased. A momentum of
+    None stands for 1 / counter, or 0 without one.
+    """
+    source = packed(x)
+    target, out = output(x, source, out)
+    mean, m2, invstd = vectors(source, 3)
+    running = Running(running_mean, running_var, momentum, counter)
+    if source.size:
+        if running_mean is not None:  # The kernels read and write in no particular order.
+            weight = separated(weight, running_mean, running_var)
+            bias = separated(bias, running_mean, running_var)
+        where = geometry(source)
+        reduction = reduction_of("moments", where)
+        sums = {"mean_out": mean, "m2_out": m2, "invstd_out": invstd, "eps": eps}
+        if reduction.resident is not None:
+            reduction(x=source, out=target, weight=weight, bias=bias, **sums, **running.arguments())
+        else:
+            reduction(x=source, **sums, **running.arguments())
+            launch = element_wise("normalize", where)
+            launch(x=source, out=target, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    else:
+        mean[...] = m2[...] = 0.0
+        invstd[...] = 1.0 / math.sqrt(eps)
+    running.count(x)
+    return unpacked(target, out), mean, m2, invstd
+
+
+def backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array) -> tuple[Array, Array]:
+    """The sums of dy and of dy * xhat."""
+    source = packed(x)
+    sum_dy, sum_dy_xhat = vectors(source, 2)
+    if source.size:
+        sums = {"sum_dy_out": sum_dy, "sum_dy_xhat_out": sum_dy_xhat}
+        dy = packed_like(source, dy)
+        reduction = reduction_of("products", geometry(source))
+        reduction(x=source, dy=dy, mean=mean, invstd=invstd, **sums)
+    else:
+        sum_dy[...] = sum_dy_xhat[...] = 0.0
+    return sum_dy, sum_dy_xhat
+
+
+def backward_elemt(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    sum_dy: Array,
+    sum_dy_xhat: Array,
+    count: float,
+    out: Array | None,
+) -> Array:
+    """The gradient of x, from the two sums."""
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    if source.size:
+        sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "count": count}
+        launch = element_wise("differentiate", geometry(source))
+        launch(x=source, dy=dy, out=target, mean=mean, invstd=invstd, weight=weight, **sums)
+    return unpacked(target, out)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    out: Array | None,
+) -> tuple[Array, Array, Array]:
+    """The gradient of x, and the sums of dy and of dy * xhat."""
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    sum_dy, sum_dy_xhat = vectors(source, 2)
+    if source.size:
+        where = geometry(source)
+        arrays = {"x": source, "dy": dy, "mean": mean, "invstd": invstd}
+        sums = {"sum_dy_out": sum_dy, "sum_dy_xhat_out": sum_dy_xhat}
+        reduction = reduction_of("products", where)
+        if reduction.resident is not None:
+            reduction(**arrays, **sums, out=target, weight=weight)
+        else:
+            reduction(**arrays, **sums)
+            launch = element_wise("differentiate", where)
+            count = float(where.n * where.s)
+            launch(
+                **arrays, out=target, weight=weight, sum_dy=sum_dy, sum_dy_xhat=sum_dy_xhat,
+                count=count,
+            )  # fmt: skip
+    else:
+        sum_dy[...] = sum_dy_xhat[...] = 0.0
+    return unpacked(target, out), sum_dy, sum_dy_xhat
+
+
+class Running(NamedTuple):
+    """The running statistics that a forward moves towards those of its batch."""
+
+    mean: Array | None
+    var: Array | None
+    momentum: float | None
+    counter: Array | None
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels are told of them."""
+        statistics = {"running_mean": self.mean, "running_var": self.var}
+        if self.momentum is None and self.counter is not None:
+            batches = self.counter.astype(np.int64, copy=False)
+            return {**statistics, "batches": batches, "cumulative": True}
+        batches = self.counter if self._counted_by_kernel() else None
+        return {**statistics, "batches": batches, "momentum": self.momentum or 0.0}
+
+    def _counted_by_kernel(self) -> bool:
+        # Not where the kernels of all channels read the counter.
+        return (
+            self.momentum is not None and self.counter is not None and self.counter.dtype.char == "l"
+        )
+
+    def count(self, x: Array) -> None:
+        """Increase the counter, unless a kernel has done so or the batch is empty."""
+        if self.counter is None or (x.size and self._counted_by_kernel()):
+            return
+        if x.shape[0] * math.prod(x.shape[2:]):
+            self.counter += 1
+
+
+def separated(parameter: Array | None, *written: Array) -> Array | None:
+    """The parameter, or a copy of it if it shares memory with what is written."""
+    if parameter is None:
+        return None
+    begin, end = bounds(parameter)
+    for array in written:
+        other_begin, other_end = bounds(array)
+        if begin < other_end and other_begin < end:
+            return parameter.copy()
+    return parameter
+
+
+def bounds(vector: Array) -> tuple[int, int]:
+    """The addresses at which the memory of a vector begins and ends."""
+    begin, extent = vector.data.ptr, vector.strides[0] * (vector.size - 1)
+    return begin + min(extent, 0), begin + max(extent, 0) + vector.itemsize
+
+
+# Layouts. The kernels take arrays that are C-contiguous, as they are or with the channels last.
+# Which of the two a call uses is decided by x; what lies otherwise is copied.
+
+
+def layout(x: Array) -> int:
+    """1 if x is C-contiguous, 2 if it is so with the channels last, 0 if neither."""
+    if x.flags.c_contiguous:
+        return 1
+    expected = channels_last_strides(x.shape, x.itemsize)
+    pairs = zip(x.strides, expected, x.shape, strict=True)
+    return 2 if all(s == e or size == 1 for s, e, size in pairs) else 0
+
+
+@functools.lru_cache(4096)
+def channels_last_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides of a channels-last array."""
+    strides = [0] * len(shape)
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        strides[axis] = itemsize
+        itemsize *= shape[axis]
+    return tuple(strides)
+
+
+def packed(x: Array) -> Array:
+    """The array as the kernels take it: itself or a copy."""
+    return x if layout(x) else cupy.ascontiguousarray(x)
+
+
+def packed_like(source: Array, array: Array) -> Array:
+    """The array in the source's layout and dtype: itself or a copy."""
+    if array.dtype == source.dtype and layout(array) == layout(source):
+        return array
+    copy = cupy.empty_like(source)
+    copy[...] = array
+    return copy
+
+
+def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
+    """Where the kernels shall write, and where the result shall be in the end."""
+    if out is None:
+        if source is x:
+            out = empty_like(x)
+            return out, out
+        out = cupy.empty_like(x)
+    if layout(out) == layout(source):
+        return out, out
+    # A source that is a copy can be overwritten.
+    return (cupy.empty_like(source) if source is x else source), out
+
+
+def empty_like(x: Array) -> Array:
+    """A new array of the same layout, which is not 0."""
+    if x.flags.c_contiguous:
+        return cupy.ndarray(x.shape, x.dtype)
+    return cupy.ndarray(x.shape, x.dtype, strides=channels_last_strides(x.shape, x.itemsize))
+
+
+def unpacked(target: Array, out: Array) -> Array:
+    """The result where it shall be."""
+    if target is not out:
+        out[...] = target
+    return out
+
+
+def vectors(x: Array, count: int) -> list[Array]:
+    """So many new vectors of one float64 per channel."""
+    return [cupy.ndarray((x.shape[1],), np.float64) for _ in range(count)]
+
+
+class Geometry(NamedTuple):
+    """All that a plan depends on: n samples of c channels of s elements each.
+
+    `rows` tells that the s elements lie one behind the other; channels-last arrays have s = 1.
+    """
+
+    format: int
+    n: int
+    c: int
+    s: int
+    rows: bool
+    device: int
+
+    @property
+    def vector(self) -> int:
+        """The elements of a chunk of 16 bytes."""
+        return 16 // ITEMSIZES[self.format]
+
+    @property
+    def size(self) -> int:
+        return self.n * self.c * self.s
+
+
+def geometry(x: Array) -> Geometry:
+    """How the kernels see an array that is packed."""
+    n, c, *image = x.shape
+    s, rows = math.prod(image), x.flags.c_contiguous
+    if not rows:
+        n, s = n * s, 1
+    return Geometry(FORMATS[x.dtype.char], n, c, s, rows, x.data.device_id)
+
+
+# Launches.
+
+
+class Launch(NamedTuple):
+    """A kernel, with how many threads and for which geometry it runs."""
+
+    kernel: Any
+    blocks: int
+    threads: int
+    shared_bytes: int
+    numbers: bytes  # the part of the argument that the geometry decides
+
+    def __call__(
+        self,
+        *,
+        x: Array,
+        dy: Array | None = None,
+        out: Array | None = None,
+        partials: Array | None = None,
+        mean_out: Array | None = None,
+        m2_out: Array | None = None,
+        invstd_out: Array | None = None,
+        sum_dy_out: Array | None = None,
+        sum_dy_xhat_out: Array | None = None,
+        eps: float = 0.0,
+        count: float = 0.0,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        mean: Array | None = None,
+        invstd: Array | None = None,
+        var: Array | None = None,
+        sum_dy: Array | None = None,
+        sum_dy_xhat: Array | None = None,
+        running_mean: Array | None = None,
+        running_var: Array | None = None,
+        batches: Array | None = None,
+        cumulative: bool = False,
+        momentum: float = 0.0,
+    ) -> None:
+        """Launch it on the current stream; the argument is the source's Job."""
+        arrays = pointer(x), pointer(dy), pointer(out)
+        aligned = (arrays[0] | arrays[1] | arrays[2]) % 16 == 0
+        job = b"".join(
+            (
+                ARRAYS.pack(*arrays, aligned),
+                self.numbers,
+                RESULTS.pack(
+                    pointer(partials),
+                    pointer(mean_out),
+                    pointer(m2_out),
+                    pointer(invstd_out),
+                    pointer(sum_dy_out),
+                    pointer(sum_dy_xhat_out),
+                    eps,
+                    count,
+                ),
+                vector(weight),
+                vector(bias),
+                vector(mean),
+                vector(invstd),
+                vector(var),
+                vector(sum_dy),
+                vector(sum_dy_xhat),
+                vector(running_mean),
+                vector(running_var),
+                COUNTER.pack(pointer(batches), cumulative, momentum),
+            )
+        )
+        argument = np.frombuffer(job, np.uint8)
+        self.kernel((self.blocks,), (self.threads,), (argument,), shared_mem=self.shared_bytes)
+
+
+ARRAYS = struct.Struct("4q")
+NUMBERS = struct.Struct("10q")
+RESULTS = struct.Struct("6q2d")
+VECTOR = struct.Struct("2q")
+COUNTER = struct.Struct("2qd")
+NO_VECTOR = bytes(VECTOR.size)
+
+
+def pointer(array: Array | None) -> int:
+    """The address of an array; 0 for None."""
+    return 0 if array is None else array.data.ptr  # type: ignore[no-any-return]
+
+
+def vector(array: Array | None) -> bytes:
+    """The source's Vector of an array."""
+    if array is None:
+        return NO_VECTOR
+    return VECTOR.pack(array.data.ptr, 4 * array.strides[0] + FORMATS[array.dtype.char])
+
+
+class Device(NamedTuple):
+    """What plans need to know of a device."""
+
+    multiprocessors: int
+    shared_bytes: int  # that a block can have
+    clusters: tuple[int, ...]  # of how many blocks clusters can be
+
+
+@functools.lru_cache(None)
+def device_of(index: int) -> Device:
+    device = cupy.cuda.Device(index)
+    # Some of it is declared in the source, and some is the system's.
+    shared_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"] - 3072
+    clusters = (1, 2, 4, 8, 16) if int(device.compute_capability) >= 90 else (1,)
+    return Device(device.attributes["MultiProcessorCount"], shared_bytes, clusters)
+
+
+@functools.lru_cache(None)
+def module(format: int, cluster: int) -> Any:
+    """The source, compiled for a dtype and a number of blocks that share a channel."""
+    source = Path(__file__).with_name("_cuda.cu").read_text()
+    options = (f"-DFORMAT={format}", f"-DCLUSTER={cluster}", "--std=c++17")
+    return cupy.RawModule(code=source, options=options)
+
+
+# Of a function of CUDA's driver: that clusters of more than 8 blocks are allowed.
+NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
+
+
+@functools.lru_cache(None)
+def kernel(name: str, format: int, device: int, cluster: int = 1) -> Any:
+    """A kernel, ready to be launched on a device."""
+    function = module(format, cluster).get_function(name)
+    if name in RESIDENT.values():
+        function.max_dynamic_shared_size_bytes = device_of(device).shared_bytes
+        if cluster > 8:
+            driver.funcSetAttribute(function.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+    return function
+
+
+# Plans. They depend on the shape, the layout and the device alone, and so do the bits of sums.
+
+RESIDENT = {"moments": "forward_rows", "products": "backward_rows"}
+# What a block should keep of a channel at most, so that some blocks fit a multiprocessor: while
+# one waits for memory, another computes. With less than the second number, more blocks do not help.
+KEPT_BYTES, KEPT_BYTES_MIN = 56 * 1024, 8 * 1024
+# Rows of fewer elements would leave most of a chunk unused, which only small arrays can afford.
+ROW_MIN = 8
+SMALL_BYTES = 1 << 20
+# The threads of a block that walks memory, the chunks that each of them takes of a piece of a
+# channel, and the doubles of a partial sum.
+THREADS = 256
+CHUNKS_OF_PIECE = 16
+DOUBLES = {"moments": 3, "products": 2}
+PIECES_MAX = 4096
+# As in the source: the chunks of a strip of columns, and the rows that a thread has in flight.
+STRIP, STRIP_RUN, AHEAD = 8, 8, 4
+# Blocks for each multiprocessor, so that all are busy to the end.
+BLOCKS_OF_COLUMNS, BLOCKS_OF_ELEMENTS = 8, 32
+
+
+class Reduction(NamedTuple):
+    """How the sums of all channels are computed: in one launch, or in pieces that are merged."""
+
+    resident: Launch | None
+    reduce: Launch | None
+    merge: Launch | None
+    partials: int
+
+    def __call__(self, **arguments: Any) -> None:
+        if self.resident is not None:
+            self.resident(**arguments)
+            return
+        assert self.reduce is not None and self.merge is not None
+        partials = cupy.ndarray((self.partials,), np.float64)
+        self.reduce(**arguments, partials=partials)
+        self.merge(**arguments, partials=partials)
+
+
+@functools.lru_cache(4096)
+def reduction_of(kind: str, g: Geometry) -> Reduction:
+    """The plan for the sums of a kind: moments or products."""
+    resident = resident_of(kind, g) if g.rows else None
+    if resident is not None:
+        return Reduction(resident, None, None, 0)
+    if g.rows and g.s >= ROW_MIN:
+        return reduction_of_rows(kind, g)
+    return reduction_of_columns(kind, g)
+
+
+def resident_of(kind: str, g: Geometry) -> Launch | None:
+    """Channels stay on chip, each shared by a cluster of blocks, if they fit."""
+    device = device_of(g.device)
+    chunks = chunks_of_row(g)
+    if g.s < ROW_MIN and 16 * g.n * g.c * chunks > SMALL_BYTES:
+        return None
+    arrays = {"moments": 1, "products": 2}[kind]
+    for cluster in device.clusters:
+        slots = g.n * chunks // cluster + 1
+        kept = 16 * arrays * slots
+        few = g.c * cluster < 2 * device.multiprocessors and kept > 2 * KEPT_BYTES_MIN
+        if kept <= KEPT_BYTES and not few:
+            break
+    if kept > device.shared_bytes:
+        return None
+    threads = 128 if slots <= 512 else 256 if slots <= 2048 else 512
+    function = kernel(RESIDENT[kind], g.format, g.device, cluster)
+    numbers = numbers_of_rows(g, threads, 1)
+    return Launch(function, g.c * cluster, threads, kept, numbers)
+
+
+def chunks_of_row(g: Geometry) -> int:
+    """The chunks that the elements of a channel and sample can touch."""
+    v = g.vector
+    return g.s // v if g.s % v == 0 else (g.s + v - 2) // v + 1
+
+
+def numbers_of_rows(g: Geometry, threads: int, splits: int) -> bytes:
+    """The source's numbers for rows."""
+    samples, chunks = divmod(threads, chunks_of_row(g))
+    return NUMBERS.pack(
+        g.n, g.c, g.s, g.size, splits, chunks_of_row(g), samples, chunks, 0, 0
+    )  # fmt: skip
+
+
+def numbers_of_columns(g: Geometry, splits: int, width: int, height: int) -> bytes:
+    """The source's numbers for columns."""
+    return NUMBERS.pack(g.n, g.c, g.s, g.size, splits, 0, 0, 0, width, height)
+
+
+def reduction_of_rows(kind: str, g: Geometry) -> Reduction:
+    """Pieces of channels, and their merging as columns of one element."""
+    chunks = g.n * chunks_of_row(g)
+    splits = min(ceil_div(chunks, THREADS * CHUNKS_OF_PIECE), PIECES_MAX)
+    reduce = Launch(
+        kernel(f"{kind}_rows", g.format, g.device),
+        g.c * splits,
+        THREADS,
+        0,
+        numbers_of_rows(g, THREADS, splits),
+    )
+    merge = merge_of(kind, g, NUMBERS.pack(g.n, g.c, 1, g.size, splits, 0, 0, 0, g.c, 0))
+    return Reduction(None, reduce, merge, splits * g.c * DOUBLES[kind])
+
+
+def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
+    """Strips of columns, cut into pieces, and their merging."""
+    width, height = folded(g, STRIP)
+    strips = ceil_div(width, STRIP * g.vector)
+    wanted = ceil_div(BLOCKS_OF_COLUMNS * device_of(g.device).multiprocessors, strips)
+    rows = STRIP_RUN * (THREADS // STRIP)
+    splits = min(wanted, ceil_div(height, rows), PIECES_MAX)
+    numbers = numbers_of_columns(g, splits, width, height)
+    reduce = Launch(
+        kernel(f"{kind}_columns", g.format, g.device), strips * splits, THREADS, 0, numbers
+    )
+    return Reduction(None, reduce, merge_of(kind, g, numbers), splits * width * DOUBLES[kind])
+
+
+def merge_of(kind: str, g: Geometry, numbers: bytes) -> Launch:
+    """A block for each channel merges its pieces."""
+    return Launch(kernel(f"merge_{kind}", g.format, g.device), g.c, 128, 0, numbers)
+
+
+def folded(g: Geometry, chunks: int) -> tuple[int, int]:
+    """Width and height of the matrix of columns: a row is whole chunks, at least so many."""
+    width = g.c * g.s
+    fold = g.vector // math.gcd(width, g.vector)
+    fold *= ceil_div(chunks * g.vector, width * fold)
+    return width * fold, ceil_div(g.n, fold)
+
+
+@functools.lru_cache(4096)
+def element_wise(name: str, g: Geometry) -> Launch:
+    """The plan for a result that is computed element by element."""
+    width, height = folded(g, THREADS)
+    strips = ceil_div(width, THREADS * g.vector)
+    wanted = ceil_div(BLOCKS_OF_ELEMENTS * device_of(g.device).multiprocessors, strips)
+    splits = ceil_div(height, AHEAD * max(height // (wanted * AHEAD), 1))
+    if g.s % g.vector:
+        name += "_mixed"
+    numbers = numbers_of_columns(g, splits, width, height)
+    return Launch(kernel(name, g.format, g.device), strips * splits, THREADS, 0, numbers)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# What is asked of a backend besides batch normalization.
+
+
+def check(array: Array, name: str) -> None:
+    """Refuse an array that is not on the current device."""
+    current = runtime.getDevice()
+    if array.data.device_id != current:
+        raise ValueError(
+            f"{name} is on CUDA device {array.data.device_id}, the current one is {current}: "
+            f"see cupy.cuda.Device"
+        )
+
+
+def addresses(array: Array) -> np.ndarray[Any, Any]:
+    """A NumPy array of the same addresses, of which nothing but them may be used."""
+    return np.asarray(Addresses(array))
+
+
+class Addresses:
+    """Where the elements of an array are."""
+
+    def __init__(self, array: Array) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+            "data": (array.data.ptr, False),
+        }
+
+
+def writeable(array: Array) -> bool:
+    """Tell whether an array can be written to."""
+    return True
+
+
+def readable() -> bool:
+    """Tell whether values can be read: not while a graph is captured, which has none yet."""
+    return not cupy.cuda.get_current_stream().is_capturing()
+
+
+def named_device(device: str) -> str:
+    """The name of a device with its number; raise RuntimeError if there is no such GPU."""
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        raise RuntimeError(f"device {device!r} needs a GPU with CUDA: {error}") from error
+    _, _, number = device.partition(":")
+    index = int(number or runtime.getDevice())
+    if index >= count:
+        raise RuntimeError(f"there is no device {device!r}: the number of GPUs is {count}")
+    return f"cuda:{index}"
+
+
+def asarray(array: Any, dtype: Any, device: str) -> Array:
+    """A copy of an array, NumPy's or CuPy's, on a device."""
+    with cupy.cuda.Device(int(device.partition(":")[2])):
+        return cupy.array(array, dtype)
+
+
+def to_host(array: Array) -> np.ndarray[Any, Any]:
+    """A copy of an array as one of NumPy's."""
+    return cupy.asnumpy(array)  # type: ignore[no-any-return]
