@@ -55,8 +55,8 @@ def forward(
     running_var: Array | None = None,
     momentum: float | None = 0.0,
     counter: Array | None = None,
-) -> tuple[Array, Statistics, Statistics, Statistics]:
-    """Normalize by the batch's own statistics; return y, mean, m2 and invstd.
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased. A momentum of
     None stands for 1 / counter, or 0 without one.
@@ -76,7 +76,7 @@ def forward(
             move_towards(running_var, m2 / (count - 1), momentum)
         if counter is not None:
             counter += 1
-    return y, mean, m2, invstd
+    return y, mean, invstd
 
 
 def move_towards(running: Array, batch: Statistics, factor: float) -> None:

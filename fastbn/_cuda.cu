@@ -339,7 +339,7 @@ __device__ void leave_cluster() {}
 
 /* ------------------------------------------------------------------ sums of a run
  *
- * A run is a few chunks in registers, of which the masks tell the elements that count. */
+ * A run is a few chunks in registers, of which masks tell the elements that count. */
 
 constexpr int RUN = 4;
 
@@ -352,65 +352,82 @@ template <bool SCALED> __device__ Real scaled(Storage stored)
     return SCALED ? decode(stored) * Real(DOWN) : decode(stored);
 }
 
-template <bool SCALED> __device__ Moments unscaled(double count, double mean, double m2)
-{
-    m2 = m2 < 0.0 ? 0.0 : m2; /* but a NaN stays one */
-    return SCALED ? Moments{count, mean * UP, m2 * UP * UP} : Moments{count, mean, m2};
-}
-
-/* Mean and m2 in two passes: the mean as the first element and the mean deviation from it, so that
- * a constant is met exactly, then the deviations from that mean. In double from chunk to chunk. */
-template <bool MASKED, bool SCALED>
-__device__ Moments moments_of(const Chunk (&run)[RUN], const unsigned (&masks)[RUN])
-{
-    Real first = scaled<SCALED>(run[0].of[0]), sum = Real(0);
-    int count = RUN * V;
-    if (MASKED) {
-        count = 0;
-#pragma unroll
-        for (int u = RUN - 1; u >= 0; u--)
-#pragma unroll
-            for (int i = V - 1; i >= 0; i--)
-                if (masks[u] >> i & 1)
-                    first = scaled<SCALED>(run[u].of[i]), count++;
-        if (count == 0)
-            return {};
-    }
-#pragma unroll
-    for (int u = 0; u < RUN; u++)
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            if (!MASKED || masks[u] >> i & 1)
-                sum += scaled<SCALED>(run[u].of[i]) - first;
-    const Real mean = first + sum / Real(count);
-    double residual = 0.0, squares = 0.0;
-#pragma unroll
-    for (int u = 0; u < RUN; u++) {
-        Real chunk_residual = Real(0), chunk_squares = Real(0);
-#pragma unroll
-        for (int i = 0; i < V; i++)
-            if (!MASKED || masks[u] >> i & 1) {
-                const Real deviation = scaled<SCALED>(run[u].of[i]) - mean;
-                chunk_residual += deviation;
-                chunk_squares += deviation * deviation;
-            }
-        residual += chunk_residual;
-        squares += chunk_squares;
-    }
-    const double shift = residual / count;
-    return unscaled<SCALED>(count, double(mean) + shift, squares - residual * shift);
-}
-
 __device__ bool overflown(const Moments &moments)
 {
     return sizeof(Real) < sizeof(double) && !(moments.m2 < 1e300);
 }
 
-__device__ Moments moments_of(const Chunk (&run)[RUN], const unsigned (&masks)[RUN], bool masked)
+/* What a thread sums: deviations from the mean of its first run, and their squares; in Real over a
+ * run, in double from run to run.
+ *
+ * The sum of the squares around the mean p of r of n elements is at most 1 + n / r times that
+ * around the mean of all, since r of the squares alone make up r (p - mean)^2. A thread takes some
+ * hundred elements, so little is lost. The pivot is found as an element plus the mean deviation from
+ * it, which for a constant is that constant, and all sums are zero. */
+struct Deviations {
+    Real pivot;
+    int count;
+    double sum, squares;
+
+    template <bool SCALED> __device__ Moments moments() const
+    {
+        if (count == 0)
+            return {};
+        const double shift = sum / count;
+        double mean = double(pivot) + shift, m2 = squares - sum * shift;
+        m2 = m2 < 0.0 ? 0.0 : m2; /* but a NaN stays one */
+        if (SCALED)
+            mean *= UP, m2 *= UP * UP;
+        return {double(count), mean, m2};
+    }
+};
+
+/* Adds a run of LENGTH chunks, of each its WIDTH elements from element i on. */
+template <bool MASKED, bool SCALED, int LENGTH, int WIDTH>
+__device__ void add(Deviations &sums, const Chunk (&run)[LENGTH], const unsigned (&masks)[LENGTH],
+                    int i = 0)
 {
-    const Moments moments =
-        masked ? moments_of<true, false>(run, masks) : moments_of<false, false>(run, masks);
-    return overflown(moments) ? moments_of<true, true>(run, masks) : moments;
+    int count = LENGTH * WIDTH;
+    if (MASKED) {
+        count = 0;
+#pragma unroll
+        for (int u = 0; u < LENGTH; u++)
+            count += __popc(masks[u] & ((1u << WIDTH) - 1) << i);
+    }
+    if (sums.count == 0) {
+        if (count == 0)
+            return;
+        Real first = scaled<SCALED>(run[0].of[i]), sum = Real(0);
+        if (MASKED) {
+#pragma unroll
+            for (int u = LENGTH - 1; u >= 0; u--)
+#pragma unroll
+                for (int j = WIDTH - 1; j >= 0; j--)
+                    if (masks[u] >> (i + j) & 1)
+                        first = scaled<SCALED>(run[u].of[i + j]);
+        }
+#pragma unroll
+        for (int u = 0; u < LENGTH; u++)
+#pragma unroll
+            for (int j = 0; j < WIDTH; j++)
+                if (!MASKED || masks[u] >> (i + j) & 1)
+                    sum += scaled<SCALED>(run[u].of[i + j]) - first;
+        sums.pivot = first + sum / Real(count);
+    }
+    Real sum[4] = {}, squares[4] = {};
+#pragma unroll
+    for (int u = 0; u < LENGTH; u++)
+#pragma unroll
+        for (int j = 0; j < WIDTH; j++) {
+            Real deviation = scaled<SCALED>(run[u].of[i + j]) - sums.pivot;
+            if (MASKED)
+                deviation = masks[u] >> (i + j) & 1 ? deviation : Real(0);
+            sum[u % 4] += deviation;
+            squares[u % 4] += deviation * deviation;
+        }
+    sums.sum += double((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    sums.squares += double((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    sums.count += count;
 }
 
 /* What xhat is made of: the mean as two numbers, and invstd. */
@@ -450,39 +467,54 @@ __device__ Products products_of(const Chunk (&dy)[RUN], const Chunk (&x)[RUN],
 
 /* y = ((x - high) - low) * scale + shift */
 struct Affine {
+    static constexpr int INPUTS = 1;
     Real high, low, scale, shift;
 
-    __device__ Storage operator()(Storage x) const
+    __device__ Storage operator()(Storage x, Storage = Storage()) const
     {
         return encode(((decode(x) - high) - low) * scale + shift);
     }
-};
 
-__device__ Affine affine_of(const Job &job, i64 channel, double mean, double invstd)
-{
-    const Centre centre = centre_of(mean, invstd);
-    return {centre.high, centre.low, Real(invstd * at(job.weight, channel, 1.0)),
-            Real(at(job.bias, channel))};
-}
-
-/* dx = ((dy - dy_mean) - ((x - high) - low) * slope) * scale */
-struct Gradient {
-    Real high, low, dy_mean, slope, scale;
-
-    __device__ Storage operator()(Storage dy, Storage x) const
+    __device__ static Affine of(const Job &job, i64 channel, double mean, double invstd)
     {
-        return encode(((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale);
+        const Centre centre = centre_of(mean, invstd);
+        return {centre.high, centre.low, Real(invstd * at(job.weight, channel, 1.0)),
+                Real(at(job.bias, channel))};
+    }
+
+    __device__ static Affine of(const Job &job, i64 channel)
+    {
+        const double invstd = job.var.data == nullptr
+                                  ? at(job.invstd, channel)
+                                  : 1.0 / sqrt(at(job.var, channel) + job.eps);
+        return of(job, channel, at(job.mean, channel), invstd);
     }
 };
 
-__device__ Gradient gradient_of(const Job &job, i64 channel, const Products &sums)
-{
-    const double invstd = at(job.invstd, channel);
-    const Centre centre = centre_of(at(job.mean, channel), invstd);
-    return {centre.high, centre.low, Real(sums.dy / job.count),
-            Real(invstd * (sums.dy_xhat / job.count)),
-            Real(invstd * at(job.weight, channel, 1.0))};
-}
+/* dx = ((dy - dy_mean) - ((x - high) - low) * slope) * scale */
+struct Gradient {
+    static constexpr int INPUTS = 2;
+    Real high, low, dy_mean, slope, scale;
+
+    __device__ Storage operator()(Storage x, Storage dy) const
+    {
+        return encode(((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale);
+    }
+
+    __device__ static Gradient of(const Job &job, i64 channel, const Products &sums)
+    {
+        const double invstd = at(job.invstd, channel);
+        const Centre centre = centre_of(at(job.mean, channel), invstd);
+        return {centre.high, centre.low, Real(sums.dy / job.count),
+                Real(invstd * (sums.dy_xhat / job.count)),
+                Real(invstd * at(job.weight, channel, 1.0))};
+    }
+
+    __device__ static Gradient of(const Job &job, i64 channel)
+    {
+        return of(job, channel, {at(job.sum_dy, channel), at(job.sum_dy_xhat, channel)});
+    }
+};
 
 /* ------------------------------------------------------------------ what becomes of the sums */
 
@@ -495,7 +527,8 @@ __device__ double invstd_of(const Job &job, const Moments &moments)
 __device__ void publish(const Job &job, i64 channel, const Moments &moments)
 {
     job.mean_out[channel] = moments.mean;
-    job.m2_out[channel] = moments.m2;
+    if (job.m2_out != nullptr)
+        job.m2_out[channel] = moments.m2;
     if (job.invstd_out != nullptr)
         job.invstd_out[channel] = invstd_of(job, moments);
     if (job.running_mean.data != nullptr) {
@@ -570,16 +603,23 @@ struct Walk {
     }
 };
 
+/* Whether all threads of a warp that are here have whole runs. */
+__device__ bool whole(unsigned common)
+{
+    return __all_sync(__activemask(), common == FULL);
+}
+
 /* The sums of what a thread takes of a piece, read by `read(array, walk, slot)`. */
-template <typename Read>
+template <bool SCALED, typename Read>
 __device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read read)
 {
-    Moments sums = {};
+    Deviations sums = {};
     for (int slot = threadIdx.x; walk.more();) {
         Chunk run[RUN];
         unsigned masks[RUN], common = FULL;
 #pragma unroll
         for (int u = 0; u < RUN; u++, slot += blockDim.x) {
+            run[u] = {};
             masks[u] = 0;
             if (walk.more()) {
                 run[u] = read(job.x, walk, slot);
@@ -588,9 +628,19 @@ __device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read 
             }
             common &= masks[u];
         }
-        sums = merge(sums, moments_of(run, masks, common != FULL));
+        if (whole(common))
+            add<false, SCALED, RUN, V>(sums, run, masks);
+        else
+            add<true, SCALED, RUN, V>(sums, run, masks);
     }
-    return sums;
+    return sums.moments<SCALED>();
+}
+
+template <typename Read>
+__device__ Moments moments_of_rows(const Job &job, i64 channel, const Walk &walk, Read read)
+{
+    const Moments moments = moments_of_rows<false>(job, channel, walk, read);
+    return overflown(moments) ? moments_of_rows<true>(job, channel, walk, read) : moments;
 }
 
 template <typename Read>
@@ -612,8 +662,8 @@ __device__ Products products_of_rows(const Job &job, i64 channel, Walk walk, con
             }
             common &= masks[u];
         }
-        sums = merge(sums, common == FULL ? products_of<false>(dy, x, masks, centre)
-                                          : products_of<true>(dy, x, masks, centre));
+        sums = merge(sums, whole(common) ? products_of<false>(dy, x, masks, centre)
+                                         : products_of<true>(dy, x, masks, centre));
     }
     return sums;
 }
@@ -640,7 +690,8 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
     const Moments moments =
         merge_cluster(merge_block(moments_of_rows(job, channel, start, read)));
     if (job.out != nullptr) {
-        const Affine affine = affine_of(job, channel, moments.mean, invstd_of(job, moments));
+        const Affine affine =
+            Affine::of(job, channel, moments.mean, invstd_of(job, moments));
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
             Chunk chunk = kept[slot];
@@ -675,14 +726,14 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
     const Products sums =
         merge_cluster(merge_block(products_of_rows(job, channel, start, centre, read)));
     if (job.out != nullptr) {
-        const Gradient gradient = gradient_of(job, channel, sums);
+        const Gradient gradient = Gradient::of(job, channel, sums);
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
             Chunk chunk = kept[slot];
             const Chunk x = kept[slots + slot];
 #pragma unroll
             for (int i = 0; i < V; i++)
-                chunk.of[i] = gradient(chunk.of[i], x.of[i]);
+                chunk.of[i] = gradient(x.of[i], chunk.of[i]);
             store(job, walk.index(job, channel), chunk, walk.mask(job, channel));
         }
     }
@@ -801,64 +852,47 @@ __device__ void put_columns(const Job &job, const Strip &strip, Sums (&sums)[V])
     }
 }
 
-/* Mean and m2 of one column of a run, as in moments_of. */
-template <bool SCALED>
-__device__ Moments moments_of_column(const Chunk (&run)[STRIP_RUN],
-                                     const unsigned (&masks)[STRIP_RUN], int i)
+template <bool SCALED> __device__ void moments_of_strip(const Job &job, const Strip &strip,
+                                                        Moments (&moments)[V])
 {
-    Real first = Real(0), sum = Real(0);
-    int count = 0;
+    Deviations sums[V] = {};
+    for (i64 row = strip.row; row < strip.end; row += STRIP_RUN * strip.lanes) {
+        Chunk run[STRIP_RUN];
+        unsigned masks[STRIP_RUN], common = FULL;
 #pragma unroll
-    for (int u = STRIP_RUN - 1; u >= 0; u--)
-        if (masks[u] >> i & 1)
-            first = scaled<SCALED>(run[u].of[i]), count++;
-    if (count == 0)
-        return {};
+        for (int u = 0; u < STRIP_RUN; u++) {
+            run[u] = {};
+            masks[u] = strip.mask(job, row + u * strip.lanes);
+            if (masks[u])
+                run[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
+            common &= masks[u];
+        }
+        const bool all = whole(common);
 #pragma unroll
-    for (int u = 0; u < STRIP_RUN; u++)
-        if (masks[u] >> i & 1)
-            sum += scaled<SCALED>(run[u].of[i]) - first;
-    const Real mean = first + sum / Real(count);
-    double residual = 0.0, squares = 0.0;
-#pragma unroll
-    for (int u = 0; u < STRIP_RUN; u += 4) {
-        Real some_residual = Real(0), some_squares = Real(0);
-#pragma unroll
-        for (int v = u; v < u + 4; v++)
-            if (masks[v] >> i & 1) {
-                const Real deviation = scaled<SCALED>(run[v].of[i]) - mean;
-                some_residual += deviation;
-                some_squares += deviation * deviation;
-            }
-        residual += some_residual;
-        squares += some_squares;
+        for (int i = 0; i < V; i++)
+            if (all)
+                add<false, SCALED, STRIP_RUN, 1>(sums[i], run, masks, i);
+            else
+                add<true, SCALED, STRIP_RUN, 1>(sums[i], run, masks, i);
     }
-    const double shift = residual / count;
-    return unscaled<SCALED>(count, double(mean) + shift, squares - residual * shift);
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        moments[i] = sums[i].moments<SCALED>();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(const Job job)
 {
     const Strip strip(job);
     Moments sums[V] = {};
-    if (strip.inside)
-        for (i64 row = strip.row; row < strip.end; row += STRIP_RUN * strip.lanes) {
-            Chunk run[STRIP_RUN];
-            unsigned masks[STRIP_RUN];
+    if (strip.inside) {
+        moments_of_strip<false>(job, strip, sums);
+        bool again = false;
 #pragma unroll
-            for (int u = 0; u < STRIP_RUN; u++) {
-                masks[u] = strip.mask(job, row + u * strip.lanes);
-                if (masks[u])
-                    run[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
-            }
-#pragma unroll
-            for (int i = 0; i < V; i++) {
-                Moments moments = moments_of_column<false>(run, masks, i);
-                if (overflown(moments))
-                    moments = moments_of_column<true>(run, masks, i);
-                sums[i] = merge(sums[i], moments);
-            }
-        }
+        for (int i = 0; i < V; i++)
+            again |= overflown(sums[i]);
+        if (again)
+            moments_of_strip<true>(job, strip, sums);
+    }
     put_columns(job, strip, sums);
 }
 
@@ -937,24 +971,36 @@ extern "C" __global__ void __launch_bounds__(128) merge_products(const Job job)
 /* ------------------------------------------------------------------ element by element
  *
  * Every array is taken for a matrix of columns. A thread stays in its columns, whose coefficients
- * it has in registers. Blocks run from the array's end to its beginning: what was read last for
- * the sums may still be in the cache. */
+ * it has in registers; those of all channels of a strip are computed once, while the first elements
+ * are on their way. Blocks run from the array's end to its beginning: what was read last for the
+ * sums may still be in the cache. */
 
 /* Rows that are on their way to a thread at the same time. */
 constexpr int AHEAD = 4;
+/* Channels that a block can meet: strips are of 32 chunks where a chunk can meet several. */
+constexpr int CHANNELS = 264;
 
-/* The columns of a thread, and its rows of them. */
+/* Where a thread is: its column, in chunks, and its rows, `lanes` apart. */
 struct Columns {
-    i64 column, begin, end;
+    i64 column, row, end;
+    i64 first, channels; /* of the strip; counted on from one fold to the next */
+    int lanes;
+    bool inside;
 
-    __device__ Columns(const Job &job)
+    __device__ Columns(const Job &job, int strip_chunks)
     {
         const i64 columns = job.width / V;
         const i64 block = gridDim.x - 1 - blockIdx.x;
         const i64 strip = quotient(block, job.splits), piece = block - strip * job.splits;
-        column = strip * blockDim.x + threadIdx.x;
-        begin = quotient(job.height * piece, job.splits);
-        end = column < columns ? quotient(job.height * (piece + 1), job.splits) : begin;
+        const i64 begin = strip * strip_chunks;
+        const i64 last = begin + strip_chunks < columns ? begin + strip_chunks : columns;
+        column = begin + threadIdx.x % strip_chunks;
+        inside = column < columns;
+        lanes = blockDim.x / strip_chunks;
+        row = quotient(job.height * piece, job.splits) + threadIdx.x / strip_chunks;
+        end = quotient(job.height * (piece + 1), job.splits);
+        first = quotient(begin * V, job.s);
+        channels = quotient(last * V - 1, job.s) - first + 1;
     }
 
     __device__ i64 index(const Job &job, i64 row) const
@@ -964,107 +1010,73 @@ struct Columns {
 
     __device__ unsigned mask(const Job &job, i64 row) const
     {
-        return row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
+        return inside && row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
     }
 };
 
-/* COEFFICIENTS is 1 where a chunk never has elements of two channels, else V. */
-template <int COEFFICIENTS> __device__ void normalize_columns(const Job &job)
+/* Computes all elements of a strip's rows. COEFFICIENTS is 1 where a chunk never has elements of
+ * two channels, else V. */
+template <int COEFFICIENTS, typename Coefficients>
+__device__ void compute_columns(const Job &job)
 {
-    const Columns columns(job);
-    if (columns.begin >= columns.end)
-        return;
-    Affine affine[COEFFICIENTS];
-    i64 before = -1;
-#pragma unroll
-    for (int i = 0; i < COEFFICIENTS; i++) {
-        const i64 channel = channel_of(job, columns.column * V + i);
-        if (channel != before) {
-            const double invstd = job.var.data == nullptr
-                                      ? at(job.invstd, channel)
-                                      : 1.0 / sqrt(at(job.var, channel) + job.eps);
-            affine[i] = affine_of(job, channel, at(job.mean, channel), invstd);
-        } else {
-            affine[i] = affine[i > 0 ? i - 1 : 0];
-        }
-        before = channel;
-    }
-    for (i64 row = columns.begin; row < columns.end; row += AHEAD) {
-        Chunk x[AHEAD];
+    __shared__ Coefficients table[CHANNELS];
+    const Columns columns(job, COEFFICIENTS == 1 ? blockDim.x : 32);
+    Coefficients own[COEFFICIENTS];
+    bool ready = false;
+    for (i64 row = columns.row; row < columns.end || !ready; row += AHEAD * columns.lanes) {
+        Chunk chunks[Coefficients::INPUTS][AHEAD];
         unsigned masks[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            masks[u] = columns.mask(job, row + u);
-            if (masks[u])
-                x[u] = load(job, job.x, columns.index(job, row + u));
+            masks[u] = columns.mask(job, row + u * columns.lanes);
+            if (masks[u]) {
+                const i64 index = columns.index(job, row + u * columns.lanes);
+                chunks[0][u] = load(job, job.x, index);
+                if (Coefficients::INPUTS > 1)
+                    chunks[Coefficients::INPUTS - 1][u] = load(job, job.dy, index);
+            }
+        }
+        if (!ready) {
+            for (int i = threadIdx.x; i < columns.channels; i += blockDim.x) {
+                const i64 channel = columns.first + i;
+                table[i] = Coefficients::of(job, channel - quotient(channel, job.c) * job.c);
+            }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < COEFFICIENTS; i++)
+                if (columns.inside)
+                    own[i] = table[quotient(columns.column * V + i, job.s) - columns.first];
+            ready = true;
         }
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
             if (masks[u]) {
+                Chunk result;
 #pragma unroll
                 for (int i = 0; i < V; i++)
-                    x[u].of[i] = affine[COEFFICIENTS == 1 ? 0 : i](x[u].of[i]);
-                store(job, columns.index(job, row + u), x[u], masks[u]);
-            }
-    }
-}
-
-template <int COEFFICIENTS> __device__ void differentiate_columns(const Job &job)
-{
-    const Columns columns(job);
-    if (columns.begin >= columns.end)
-        return;
-    Gradient gradient[COEFFICIENTS];
-    i64 before = -1;
-#pragma unroll
-    for (int i = 0; i < COEFFICIENTS; i++) {
-        const i64 channel = channel_of(job, columns.column * V + i);
-        if (channel != before)
-            gradient[i] = gradient_of(job, channel,
-                                      {at(job.sum_dy, channel), at(job.sum_dy_xhat, channel)});
-        else
-            gradient[i] = gradient[i > 0 ? i - 1 : 0];
-        before = channel;
-    }
-    for (i64 row = columns.begin; row < columns.end; row += AHEAD) {
-        Chunk dy[AHEAD], x[AHEAD];
-        unsigned masks[AHEAD];
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            masks[u] = columns.mask(job, row + u);
-            if (masks[u]) {
-                dy[u] = load(job, job.dy, columns.index(job, row + u));
-                x[u] = load(job, job.x, columns.index(job, row + u));
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++)
-            if (masks[u]) {
-#pragma unroll
-                for (int i = 0; i < V; i++)
-                    dy[u].of[i] =
-                        gradient[COEFFICIENTS == 1 ? 0 : i](dy[u].of[i], x[u].of[i]);
-                store(job, columns.index(job, row + u), dy[u], masks[u]);
+                    result.of[i] = own[COEFFICIENTS == 1 ? 0 : i](
+                        chunks[0][u].of[i], chunks[Coefficients::INPUTS - 1][u].of[i]);
+                store(job, columns.index(job, row + u * columns.lanes), result, masks[u]);
             }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 4) normalize(const Job job)
 {
-    normalize_columns<1>(job);
+    compute_columns<1, Affine>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256) normalize_mixed(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) normalize_mixed(const Job job)
 {
-    normalize_columns<V>(job);
+    compute_columns<V, Affine>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) differentiate(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 3) differentiate(const Job job)
 {
-    differentiate_columns<1>(job);
+    compute_columns<1, Gradient>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256) differentiate_mixed(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) differentiate_mixed(const Job job)
 {
-    differentiate_columns<V>(job);
+    compute_columns<V, Gradient>(job);
 }

@@ -32,8 +32,8 @@ def stats(x: Array) -> tuple[Array, Array]:
     source = packed(x)
     mean, m2 = vectors(source, 2)
     if source.size:
-        reduction = reduction_of("moments", geometry(source))
-        reduction(x=source, mean_out=mean, m2_out=m2)
+        where = geometry(source)
+        reduction_of("moments", where)(x=source, mean_out=mean, m2_out=m2, count=where.count)
     else:
         mean[...] = m2[...] = 0.0
     return mean, m2
@@ -54,9 +54,17 @@ def elemt(
     source = packed(x)
     target, out = output(x, source, out)
     if source.size:
-        statistics = {"mean": mean, "invstd": invstd, "var": var, "eps": eps}
         launch = element_wise("normalize", geometry(source))
-        launch(x=source, out=target, weight=weight, bias=bias, **statistics)
+        launch(
+            x=source,
+            out=target,
+            eps=eps,
+            weight=weight,
+            bias=bias,
+            mean=mean,
+            invstd=invstd,
+            var=var,
+        )
     return unpacked(target, out)
 
 
@@ -70,34 +78,53 @@ def forward(
     running_var: Array | None = None,
     momentum: float | None = 0.0,
     counter: Array | None = None,
-) -> tuple[Array, Array, Array, Array]:
-    """Normalize by the batch's own statistics; return y, mean, m2 and invstd.
+) -> tuple[Array, Array, Array]:
+    """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased. A momentum of
     None stands for 1 / counter, or 0 without one.
     """
     source = packed(x)
     target, out = output(x, source, out)
-    mean, m2, invstd = vectors(source, 3)
-    running = Running(running_mean, running_var, momentum, counter)
-    if source.size:
-        if running_mean is not None:  # The kernels read and write in no particular order.
-            weight = separated(weight, running_mean, running_var)
-            bias = separated(bias, running_mean, running_var)
-        where = geometry(source)
-        reduction = reduction_of("moments", where)
-        sums = {"mean_out": mean, "m2_out": m2, "invstd_out": invstd, "eps": eps}
-        if reduction.resident is not None:
-            reduction(x=source, out=target, weight=weight, bias=bias, **sums, **running.arguments())
-        else:
-            reduction(x=source, **sums, **running.arguments())
-            launch = element_wise("normalize", where)
-            launch(x=source, out=target, mean=mean, invstd=invstd, weight=weight, bias=bias)
-    else:
-        mean[...] = m2[...] = 0.0
-        invstd[...] = 1.0 / math.sqrt(eps)
-    running.count(x)
-    return unpacked(target, out), mean, m2, invstd
+    mean, invstd = vectors(source, 2)
+    if not source.size:
+        mean[...], invstd[...] = 0.0, 1.0 / math.sqrt(eps)
+        if counter is not None and x.shape[0] * math.prod(x.shape[2:]):
+            counter += 1
+        return unpacked(target, out), mean, invstd
+    if running_mean is not None:  # The kernels read and write in no particular order.
+        weight = separated(weight, running_mean, running_var)
+        bias = separated(bias, running_mean, running_var)
+    cumulative = momentum is None and counter is not None
+    # Where the kernels read the counter, or cannot write it, it is increased afterwards.
+    counted = counter is not None and not cumulative and counter.dtype.char == "l"
+    batches = counter if counted else None
+    if cumulative:
+        batches = counter.astype(np.int64, copy=False)  # type: ignore[union-attr]
+    where = geometry(source)
+    reduction = reduction_of("moments", where)
+    resident = reduction.resident is not None
+    reduction(
+        x=source,
+        out=target if resident else None,
+        mean_out=mean,
+        invstd_out=invstd,
+        eps=eps,
+        count=where.count,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        batches=batches,
+        cumulative=cumulative,
+        momentum=momentum or 0.0,
+    )
+    if not resident:
+        launch = element_wise("normalize", where)
+        launch(x=source, out=target, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    if counter is not None and not counted:
+        counter += 1
+    return unpacked(target, out), mean, invstd
 
 
 def backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array) -> tuple[Array, Array]:
@@ -151,53 +178,35 @@ def backward(
     sum_dy, sum_dy_xhat = vectors(source, 2)
     if source.size:
         where = geometry(source)
-        arrays = {"x": source, "dy": dy, "mean": mean, "invstd": invstd}
-        sums = {"sum_dy_out": sum_dy, "sum_dy_xhat_out": sum_dy_xhat}
         reduction = reduction_of("products", where)
-        if reduction.resident is not None:
-            reduction(**arrays, **sums, out=target, weight=weight)
-        else:
-            reduction(**arrays, **sums)
+        resident = reduction.resident is not None
+        reduction(
+            x=source,
+            dy=dy,
+            out=target if resident else None,
+            sum_dy_out=sum_dy,
+            sum_dy_xhat_out=sum_dy_xhat,
+            count=where.count,
+            weight=weight,
+            mean=mean,
+            invstd=invstd,
+        )
+        if not resident:
             launch = element_wise("differentiate", where)
-            count = float(where.n * where.s)
             launch(
-                **arrays, out=target, weight=weight, sum_dy=sum_dy, sum_dy_xhat=sum_dy_xhat,
-                count=count,
-            )  # fmt: skip
+                x=source,
+                dy=dy,
+                out=target,
+                count=where.count,
+                weight=weight,
+                mean=mean,
+                invstd=invstd,
+                sum_dy=sum_dy,
+                sum_dy_xhat=sum_dy_xhat,
+            )
     else:
         sum_dy[...] = sum_dy_xhat[...] = 0.0
     return unpacked(target, out), sum_dy, sum_dy_xhat
-
-
-class Running(NamedTuple):
-    """The running statistics that a forward moves towards those of its batch."""
-
-    mean: Array | None
-    var: Array | None
-    momentum: float | None
-    counter: Array | None
-
-    def arguments(self) -> dict[str, Any]:
-        """What the kernels are told of them."""
-        statistics = {"running_mean": self.mean, "running_var": self.var}
-        if self.momentum is None and self.counter is not None:
-            batches = self.counter.astype(np.int64, copy=False)
-            return {**statistics, "batches": batches, "cumulative": True}
-        batches = self.counter if self._counted_by_kernel() else None
-        return {**statistics, "batches": batches, "momentum": self.momentum or 0.0}
-
-    def _counted_by_kernel(self) -> bool:
-        # Not where the kernels of all channels read the counter.
-        return (
-            self.momentum is not None and self.counter is not None and self.counter.dtype.char == "l"
-        )
-
-    def count(self, x: Array) -> None:
-        """Increase the counter, unless a kernel has done so or the batch is empty."""
-        if self.counter is None or (x.size and self._counted_by_kernel()):
-            return
-        if x.shape[0] * math.prod(x.shape[2:]):
-            self.counter += 1
 
 
 def separated(parameter: Array | None, *written: Array) -> Array | None:
@@ -309,6 +318,11 @@ class Geometry(NamedTuple):
     def size(self) -> int:
         return self.n * self.c * self.s
 
+    @property
+    def count(self) -> float:
+        """The elements of a channel."""
+        return float(self.n * self.s)
+
 
 def geometry(x: Array) -> Geometry:
     """How the kernels see an array that is packed."""
@@ -329,7 +343,7 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared_bytes: int
-    numbers: bytes  # the part of the argument that the geometry decides
+    numbers: tuple[int, ...]  # the part of the argument that the geometry decides
 
     def __call__(
         self,
@@ -360,43 +374,40 @@ class Launch(NamedTuple):
     ) -> None:
         """Launch it on the current stream; the argument is the source's Job."""
         arrays = pointer(x), pointer(dy), pointer(out)
-        aligned = (arrays[0] | arrays[1] | arrays[2]) % 16 == 0
-        job = b"".join(
-            (
-                ARRAYS.pack(*arrays, aligned),
-                self.numbers,
-                RESULTS.pack(
-                    pointer(partials),
-                    pointer(mean_out),
-                    pointer(m2_out),
-                    pointer(invstd_out),
-                    pointer(sum_dy_out),
-                    pointer(sum_dy_xhat_out),
-                    eps,
-                    count,
-                ),
-                vector(weight),
-                vector(bias),
-                vector(mean),
-                vector(invstd),
-                vector(var),
-                vector(sum_dy),
-                vector(sum_dy_xhat),
-                vector(running_mean),
-                vector(running_var),
-                COUNTER.pack(pointer(batches), cumulative, momentum),
-            )
+        job = JOB.pack(
+            *arrays,
+            (arrays[0] | arrays[1] | arrays[2]) % 16 == 0,
+            *self.numbers,
+            pointer(partials),
+            pointer(mean_out),
+            pointer(m2_out),
+            pointer(invstd_out),
+            pointer(sum_dy_out),
+            pointer(sum_dy_xhat_out),
+            eps,
+            count,
+            *vector(weight),
+            *vector(bias),
+            *vector(mean),
+            *vector(invstd),
+            *vector(var),
+            *vector(sum_dy),
+            *vector(sum_dy_xhat),
+            *vector(running_mean),
+            *vector(running_var),
+            pointer(batches),
+            cumulative,
+            momentum,
         )
-        argument = np.frombuffer(job, np.uint8)
+        argument = np.frombuffer(job, JOB_BY_VALUE)
         self.kernel((self.blocks,), (self.threads,), (argument,), shared_mem=self.shared_bytes)
 
 
-ARRAYS = struct.Struct("4q")
-NUMBERS = struct.Struct("10q")
-RESULTS = struct.Struct("6q2d")
-VECTOR = struct.Struct("2q")
-COUNTER = struct.Struct("2qd")
-NO_VECTOR = bytes(VECTOR.size)
+# The source's Job: x, dy, out and whether they are aligned; the geometry; results, eps and count;
+# nine vectors; the counter and the momentum.
+JOB = struct.Struct("4q 10q 6q2d 18q 2qd")
+JOB_BY_VALUE = np.dtype((np.void, JOB.size))
+NO_VECTOR = (0, 0)
 
 
 def pointer(array: Array | None) -> int:
@@ -404,11 +415,11 @@ def pointer(array: Array | None) -> int:
     return 0 if array is None else array.data.ptr  # type: ignore[no-any-return]
 
 
-def vector(array: Array | None) -> bytes:
+def vector(array: Array | None) -> tuple[int, int]:
     """The source's Vector of an array."""
     if array is None:
         return NO_VECTOR
-    return VECTOR.pack(array.data.ptr, 4 * array.strides[0] + FORMATS[array.dtype.char])
+    return array.data.ptr, 4 * array.strides[0] + FORMATS[array.dtype.char]
 
 
 class Device(NamedTuple):
@@ -466,10 +477,13 @@ THREADS = 256
 CHUNKS_OF_PIECE = 16
 DOUBLES = {"moments": 3, "products": 2}
 PIECES_MAX = 4096
-# As in the source: the chunks of a strip of columns, and the rows that a thread has in flight.
-STRIP, STRIP_RUN, AHEAD = 8, 8, 4
+# As in the source: the chunks of a strip of columns for sums, and for elements where a chunk can
+# meet several channels; the rows that a thread has in flight in both.
+STRIP, STRIP_MIXED, STRIP_RUN, AHEAD = 8, 32, 8, 4
+# The rows that a thread sums around one pivot at most.
+ROWS_MAX = 256
 # Blocks for each multiprocessor, so that all are busy to the end.
-BLOCKS_OF_COLUMNS, BLOCKS_OF_ELEMENTS = 8, 32
+BLOCKS_OF_COLUMNS, BLOCKS_OF_ELEMENTS = 8, 16
 
 
 class Reduction(NamedTuple):
@@ -528,17 +542,15 @@ def chunks_of_row(g: Geometry) -> int:
     return g.s // v if g.s % v == 0 else (g.s + v - 2) // v + 1
 
 
-def numbers_of_rows(g: Geometry, threads: int, splits: int) -> bytes:
+def numbers_of_rows(g: Geometry, threads: int, splits: int) -> tuple[int, ...]:
     """The source's numbers for rows."""
-    samples, chunks = divmod(threads, chunks_of_row(g))
-    return NUMBERS.pack(
-        g.n, g.c, g.s, g.size, splits, chunks_of_row(g), samples, chunks, 0, 0
-    )  # fmt: skip
+    chunks = chunks_of_row(g)
+    return (g.n, g.c, g.s, g.size, splits, chunks, *divmod(threads, chunks), 0, 0)
 
 
-def numbers_of_columns(g: Geometry, splits: int, width: int, height: int) -> bytes:
+def numbers_of_columns(g: Geometry, splits: int, width: int, height: int) -> tuple[int, ...]:
     """The source's numbers for columns."""
-    return NUMBERS.pack(g.n, g.c, g.s, g.size, splits, 0, 0, 0, width, height)
+    return (g.n, g.c, g.s, g.size, splits, 0, 0, 0, width, height)
 
 
 def reduction_of_rows(kind: str, g: Geometry) -> Reduction:
@@ -552,7 +564,7 @@ def reduction_of_rows(kind: str, g: Geometry) -> Reduction:
         0,
         numbers_of_rows(g, THREADS, splits),
     )
-    merge = merge_of(kind, g, NUMBERS.pack(g.n, g.c, 1, g.size, splits, 0, 0, 0, g.c, 0))
+    merge = merge_of(kind, g, (g.n, g.c, 1, g.size, splits, 0, 0, 0, g.c, 0))
     return Reduction(None, reduce, merge, splits * g.c * DOUBLES[kind])
 
 
@@ -561,8 +573,9 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
     width, height = folded(g, STRIP)
     strips = ceil_div(width, STRIP * g.vector)
     wanted = ceil_div(BLOCKS_OF_COLUMNS * device_of(g.device).multiprocessors, strips)
-    rows = STRIP_RUN * (THREADS // STRIP)
-    splits = min(wanted, ceil_div(height, rows), PIECES_MAX)
+    lanes = THREADS // STRIP
+    splits = min(wanted, ceil_div(height, STRIP_RUN * lanes))
+    splits = max(splits, ceil_div(height, ROWS_MAX * lanes))
     numbers = numbers_of_columns(g, splits, width, height)
     reduce = Launch(
         kernel(f"{kind}_columns", g.format, g.device), strips * splits, THREADS, 0, numbers
@@ -570,7 +583,7 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
     return Reduction(None, reduce, merge_of(kind, g, numbers), splits * width * DOUBLES[kind])
 
 
-def merge_of(kind: str, g: Geometry, numbers: bytes) -> Launch:
+def merge_of(kind: str, g: Geometry, numbers: tuple[int, ...]) -> Launch:
     """A block for each channel merges its pieces."""
     return Launch(kernel(f"merge_{kind}", g.format, g.device), g.c, 128, 0, numbers)
 
@@ -586,11 +599,14 @@ def folded(g: Geometry, chunks: int) -> tuple[int, int]:
 @functools.lru_cache(4096)
 def element_wise(name: str, g: Geometry) -> Launch:
     """The plan for a result that is computed element by element."""
-    width, height = folded(g, THREADS)
-    strips = ceil_div(width, THREADS * g.vector)
+    mixed = g.s % g.vector != 0
+    strip = STRIP_MIXED if mixed else THREADS
+    width, height = folded(g, strip)
+    strips = ceil_div(width, strip * g.vector)
     wanted = ceil_div(BLOCKS_OF_ELEMENTS * device_of(g.device).multiprocessors, strips)
-    splits = ceil_div(height, AHEAD * max(height // (wanted * AHEAD), 1))
-    if g.s % g.vector:
+    rows = AHEAD * (THREADS // strip)
+    splits = ceil_div(height, rows * max(height // (wanted * rows), 1))
+    if mixed:
         name += "_mixed"
     numbers = numbers_of_columns(g, splits, width, height)
     return Launch(kernel(name, g.format, g.device), strips * splits, THREADS, 0, numbers)

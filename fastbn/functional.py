@@ -249,14 +249,13 @@ def batch_norm_forward(
     """
     x = as_input(x)
     c = x.shape[1]
-    y, mean, _, invstd = backend_of(x).forward(
+    return backend_of(x).forward(  # type: ignore[no-any-return]
         x,
         as_optional_vector(weight, "weight", c, x),
         as_optional_vector(bias, "bias", c, x),
         as_eps(eps),
         check_out(out, x),
     )
-    return y, mean, invstd
 
 
 def batch_norm_backward_reduce(
@@ -460,7 +459,7 @@ def forward_by_batch(
             f"Expected more than 1 value per channel when training, got input size {x.shape}; "
             f"evaluation mode takes single values"
         )
-    y, mean, _, invstd = backend_of(x).forward(
+    return backend_of(x).forward(  # type: ignore[no-any-return]
         x,
         as_optional_vector(weight, "weight", c, x),
         as_optional_vector(bias, "bias", c, x),
@@ -471,7 +470,6 @@ def forward_by_batch(
         momentum,
         counter,
     )
-    return y, mean, invstd
 
 
 def forward_by_running(
@@ -597,12 +595,8 @@ def as_gradient(dy: Any, x: Array) -> Array:
 
 def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
     """One value per channel, as an array beside x, of native byte order."""
-    if (
-        type(value) is np.ndarray is type(x)
-        and value.dtype in NATIVE_FLOATS
-        and value.shape == (c,)
-    ):
-        return value
+    if type(value) is type(x) and value.dtype in NATIVE_FLOATS and value.shape == (c,):
+        return value  # type: ignore[no-any-return]
     value = as_array_beside(x, value, name)
     if value.shape != (c,):
         raise ValueError(
