@@ -83,6 +83,24 @@ __device__ Storage encode(Real value)
 #endif
 }
 
+/* Two neighbouring elements, which in 16 bits each take one instruction. */
+__device__ void encode(Real first, Real second, Storage *to)
+{
+#if __CUDA_ARCH__ >= 800 && (FORMAT == FLOAT16 || FORMAT == BFLOAT16)
+    unsigned both;
+#if FORMAT == FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+#endif
+    to[0] = (Storage)both;
+    to[1] = (Storage)(both >> 16);
+#else
+    to[0] = encode(first);
+    to[1] = encode(second);
+#endif
+}
+
 /* One value per channel, of any dtype and stride: `kind` is 4 * stride in bytes + dtype. */
 struct Vector {
     char *data;
@@ -138,7 +156,8 @@ struct Job {
     i64 size;                      /* elements in all */
     i64 splits;                    /* pieces of a channel, or of the rows of a matrix */
     i64 chunks;                    /* rows: chunks that s elements can touch */
-    i64 step_samples, step_chunks; /* rows: how far as many chunks lead as a block has threads */
+    i64 step, step_chunks;         /* rows: elements of whole samples, and chunks, that as many
+                                      chunks as a block has threads are */
     i64 width, height;             /* columns: of the matrix; a row is a multiple of a chunk */
     double *partials;
     double *mean_out, *m2_out, *invstd_out, *sum_dy_out, *sum_dy_xhat_out;
@@ -166,15 +185,19 @@ __device__ unsigned mask_between(i64 low, i64 high)
     return high <= low ? 0 : ((1u << high) - 1) & ~((1u << low) - 1);
 }
 
+/* How many chunks can be read and written whole. */
+__device__ i64 whole_chunks(const Job &job)
+{
+    return job.aligned ? job.size / V : 0;
+}
+
 __device__ Chunk load(const Job &job, const Storage *from, i64 index)
 {
-    const i64 begin = index * V;
-    if (job.aligned && begin + V <= job.size)
+    if (index < whole_chunks(job))
         return reinterpret_cast<const Chunk *>(from)[index];
     Chunk chunk;
-#pragma unroll
     for (int i = 0; i < V; i++)
-        chunk.of[i] = begin + i < job.size ? from[begin + i] : Storage(0);
+        chunk.of[i] = index * V + i < job.size ? from[index * V + i] : Storage(0);
     return chunk;
 }
 
@@ -190,11 +213,21 @@ __device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned ma
             job.out[index * V + i] = chunk.of[i];
 }
 
+/* The elements `of(i)`, for i from 0 on. */
+template <typename Element> __device__ Chunk chunk_of(Element of)
+{
+    Chunk chunk;
+#pragma unroll
+    for (int i = 0; i < V; i += 2)
+        encode(of(i), of(i + 1), chunk.of + i);
+    return chunk;
+}
+
 /* Begins to copy a chunk to shared memory, where this thread alone reads it after `arrived`. */
 __device__ void fetch(const Job &job, Chunk *to, const Storage *from, i64 index)
 {
 #if __CUDA_ARCH__ >= 800
-    if (job.aligned && (index + 1) * V <= job.size) {
+    if (index < whole_chunks(job)) {
         const unsigned address = (unsigned)__cvta_generic_to_shared(to);
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address),
                      "l"(reinterpret_cast<const Chunk *>(from) + index)
@@ -247,16 +280,46 @@ __device__ double warp_sum(double value)
     return value;
 }
 
-/* All lanes of a warp merged; lane 0 has values if any lane has. The mean is found around that of
- * lane 0, so that a constant remains one, and then the deviations from it. */
+/* Moments as sums around a pivot, which merge by addition. If the pivot is the mean of one of n
+ * alike, the squares grow no more than n times. */
+struct Around {
+    double count, sum, squares;
+
+    __device__ Around(const Moments &moments, double pivot) : count(moments.count), sum(0), squares(0)
+    {
+        if (count != 0.0) {
+            const double delta = moments.mean - pivot;
+            sum = count * delta;
+            squares = moments.m2 + sum * delta;
+        }
+    }
+
+    __device__ void add(const Around &other)
+    {
+        count += other.count;
+        sum += other.sum;
+        squares += other.squares;
+    }
+
+    __device__ Moments moments(double pivot) const
+    {
+        if (count == 0.0)
+            return {};
+        const double shift = sum / count, m2 = squares - sum * shift;
+        return {count, pivot + shift, m2 < 0.0 ? 0.0 : m2}; /* but a NaN stays one */
+    }
+};
+
+/* All lanes of a warp merged; lane 0 has values if any lane has. A constant remains one: around its
+ * own mean all sums are zero. */
 __device__ Moments merge_warp(const Moments &own)
 {
     const double pivot = __shfl_sync(~0u, own.mean, 0);
-    const double count = warp_sum(own.count);
-    const double shift = warp_sum(own.count == 0.0 ? 0.0 : own.count * (own.mean - pivot));
-    const double mean = pivot + (count == 0.0 ? 0.0 : shift / count);
-    const double delta = own.mean - mean;
-    return {count, mean, warp_sum(own.count == 0.0 ? 0.0 : own.m2 + own.count * delta * delta)};
+    Around sums(own, pivot);
+    sums.count = warp_sum(sums.count);
+    sums.sum = warp_sum(sums.sum);
+    sums.squares = warp_sum(sums.squares);
+    return sums.moments(pivot);
 }
 
 __device__ Products merge_warp(const Products &own)
@@ -470,9 +533,9 @@ struct Affine {
     static constexpr int INPUTS = 1;
     Real high, low, scale, shift;
 
-    __device__ Storage operator()(Storage x, Storage = Storage()) const
+    __device__ Real operator()(Storage x, Storage = Storage()) const
     {
-        return encode(((decode(x) - high) - low) * scale + shift);
+        return ((decode(x) - high) - low) * scale + shift;
     }
 
     __device__ static Affine of(const Job &job, i64 channel, double mean, double invstd)
@@ -496,9 +559,9 @@ struct Gradient {
     static constexpr int INPUTS = 2;
     Real high, low, dy_mean, slope, scale;
 
-    __device__ Storage operator()(Storage x, Storage dy) const
+    __device__ Real operator()(Storage x, Storage dy) const
     {
-        return encode(((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale);
+        return ((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale;
     }
 
     __device__ static Gradient of(const Job &job, i64 channel, const Products &sums)
@@ -559,15 +622,17 @@ __device__ i64 quotient(i64 a, i64 b)
 
 /* The chunks of a piece of a channel that a thread takes, one after the other. */
 struct Walk {
-    i64 sample, chunk; /* where it is: the sample, and the chunk of its row */
-    i64 left;          /* chunks from here to the end of the piece */
+    i64 left;  /* chunks from here to the end of the piece */
+    i64 begin; /* the element at which the channel's row of this sample begins */
+    i64 chunk; /* of the row */
 
-    __device__ Walk(const Job &job, i64 piece, i64 pieces)
+    __device__ Walk(const Job &job, i64 channel, i64 piece, i64 pieces)
     {
-        const i64 all = job.n * job.chunks, begin = quotient(all * piece, pieces);
-        const i64 first = begin + threadIdx.x;
+        const i64 all = job.n * job.chunks;
+        const i64 first = quotient(all * piece, pieces) + threadIdx.x;
         left = quotient(all * (piece + 1), pieces) - first;
-        sample = quotient(first, job.chunks);
+        const i64 sample = quotient(first, job.chunks);
+        begin = (sample * job.c + channel) * job.s;
         chunk = first - sample * job.chunks;
     }
 
@@ -579,26 +644,25 @@ struct Walk {
     __device__ void next(const Job &job)
     {
         left -= blockDim.x;
-        sample += job.step_samples;
+        begin += job.step;
         chunk += job.step_chunks;
         if (chunk >= job.chunks) {
             chunk -= job.chunks;
-            sample++;
+            begin += job.c * job.s;
         }
     }
 
     /* The index of the chunk in the array, and which of its elements are the channel's. */
-    __device__ i64 index(const Job &job, i64 channel) const
+    __device__ i64 index() const
     {
-        return (sample * job.c + channel) * job.s / V + chunk;
+        return i64((unsigned long long)begin / V) + chunk;
     }
 
-    __device__ unsigned mask(const Job &job, i64 channel) const
+    __device__ unsigned mask(const Job &job) const
     {
         if (job.s % V == 0)
             return FULL;
-        const i64 begin = (sample * job.c + channel) * job.s;
-        const i64 low = begin - (begin / V + chunk) * V;
+        const i64 low = (begin & (V - 1)) - chunk * V;
         return mask_between(low, low + job.s);
     }
 };
@@ -611,7 +675,7 @@ __device__ bool whole(unsigned common)
 
 /* The sums of what a thread takes of a piece, read by `read(array, walk, slot)`. */
 template <bool SCALED, typename Read>
-__device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read read)
+__device__ Moments moments_of_rows(const Job &job, Walk walk, Read read)
 {
     Deviations sums = {};
     for (int slot = threadIdx.x; walk.more();) {
@@ -623,7 +687,7 @@ __device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read 
             masks[u] = 0;
             if (walk.more()) {
                 run[u] = read(job.x, walk, slot);
-                masks[u] = walk.mask(job, channel);
+                masks[u] = walk.mask(job);
                 walk.next(job);
             }
             common &= masks[u];
@@ -637,15 +701,14 @@ __device__ Moments moments_of_rows(const Job &job, i64 channel, Walk walk, Read 
 }
 
 template <typename Read>
-__device__ Moments moments_of_rows(const Job &job, i64 channel, const Walk &walk, Read read)
+__device__ Moments moments_of_rows(const Job &job, const Walk &walk, Read read)
 {
-    const Moments moments = moments_of_rows<false>(job, channel, walk, read);
-    return overflown(moments) ? moments_of_rows<true>(job, channel, walk, read) : moments;
+    const Moments moments = moments_of_rows<false>(job, walk, read);
+    return overflown(moments) ? moments_of_rows<true>(job, walk, read) : moments;
 }
 
 template <typename Read>
-__device__ Products products_of_rows(const Job &job, i64 channel, Walk walk, const Centre &centre,
-                                     Read read)
+__device__ Products products_of_rows(const Job &job, Walk walk, const Centre &centre, Read read)
 {
     Products sums = {};
     for (int slot = threadIdx.x; walk.more();) {
@@ -657,7 +720,7 @@ __device__ Products products_of_rows(const Job &job, i64 channel, Walk walk, con
             if (walk.more()) {
                 dy[u] = read(job.dy, walk, slot);
                 x[u] = read(job.x, walk, slot);
-                masks[u] = walk.mask(job, channel);
+                masks[u] = walk.mask(job);
                 walk.next(job);
             }
             common &= masks[u];
@@ -681,24 +744,22 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
     extern __shared__ Chunk kept[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER;
-    const Walk start(job, rank, CLUSTER);
+    const Walk start(job, channel, rank, CLUSTER);
     int slot = threadIdx.x;
     for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x)
-        fetch(job, kept + slot, job.x, walk.index(job, channel));
+        fetch(job, kept + slot, job.x, walk.index());
     arrived();
     const auto read = [&](const Storage *, const Walk &, int slot) { return kept[slot]; };
     const Moments moments =
-        merge_cluster(merge_block(moments_of_rows(job, channel, start, read)));
+        merge_cluster(merge_block(moments_of_rows(job, start, read)));
     if (job.out != nullptr) {
         const Affine affine =
             Affine::of(job, channel, moments.mean, invstd_of(job, moments));
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
-            Chunk chunk = kept[slot];
-#pragma unroll
-            for (int i = 0; i < V; i++)
-                chunk.of[i] = affine(chunk.of[i]);
-            store(job, walk.index(job, channel), chunk, walk.mask(job, channel));
+            const Chunk x = kept[slot];
+            const Chunk y = chunk_of([&](int i) { return affine(x.of[i]); });
+            store(job, walk.index(), y, walk.mask(job));
         }
     }
     if (rank == 0 && threadIdx.x == 0)
@@ -711,10 +772,10 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
     extern __shared__ Chunk kept[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER, slots = slots_of(job);
-    const Walk start(job, rank, CLUSTER);
+    const Walk start(job, channel, rank, CLUSTER);
     int slot = threadIdx.x;
     for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
-        const i64 index = walk.index(job, channel);
+        const i64 index = walk.index();
         fetch(job, kept + slot, job.dy, index);
         fetch(job, kept + slots + slot, job.x, index);
     }
@@ -724,17 +785,14 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
     };
     const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
     const Products sums =
-        merge_cluster(merge_block(products_of_rows(job, channel, start, centre, read)));
+        merge_cluster(merge_block(products_of_rows(job, start, centre, read)));
     if (job.out != nullptr) {
         const Gradient gradient = Gradient::of(job, channel, sums);
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
-            Chunk chunk = kept[slot];
-            const Chunk x = kept[slots + slot];
-#pragma unroll
-            for (int i = 0; i < V; i++)
-                chunk.of[i] = gradient(x.of[i], chunk.of[i]);
-            store(job, walk.index(job, channel), chunk, walk.mask(job, channel));
+            const Chunk dy = kept[slot], x = kept[slots + slot];
+            const Chunk dx = chunk_of([&](int i) { return gradient(x.of[i], dy.of[i]); });
+            store(job, walk.index(), dx, walk.mask(job));
         }
     }
     if (rank == 0 && threadIdx.x == 0)
@@ -758,10 +816,10 @@ extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(const Job job)
 {
     const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
     const auto read = [&](const Storage *array, const Walk &walk, int) {
-        return load(job, array, walk.index(job, channel));
+        return load(job, array, walk.index());
     };
-    const Walk walk(job, piece, job.splits);
-    const Moments moments = merge_block(moments_of_rows(job, channel, walk, read));
+    const Walk walk(job, channel, piece, job.splits);
+    const Moments moments = merge_block(moments_of_rows(job, walk, read));
     if (threadIdx.x == 0)
         put_partial(job, piece * job.c + channel, moments);
 }
@@ -770,11 +828,11 @@ extern "C" __global__ void __launch_bounds__(256, 4) products_rows(const Job job
 {
     const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
     const auto read = [&](const Storage *array, const Walk &walk, int) {
-        return load(job, array, walk.index(job, channel));
+        return load(job, array, walk.index());
     };
     const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
-    const Walk walk(job, piece, job.splits);
-    const Products sums = merge_block(products_of_rows(job, channel, walk, centre, read));
+    const Walk walk(job, channel, piece, job.splits);
+    const Products sums = merge_block(products_of_rows(job, walk, centre, read));
     if (threadIdx.x == 0)
         put_partial(job, piece * job.c + channel, sums);
 }
@@ -823,32 +881,44 @@ struct Strip {
     }
 };
 
-/* Merges what the threads of a block have of the same columns, and writes it. */
-template <typename Sums>
-__device__ void put_columns(const Job &job, const Strip &strip, Sums (&sums)[V])
+__device__ Moments merge_some(const Moments *some, int count, int stride)
 {
-    __shared__ Sums warps[8][STRIP * V];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const double pivot = some[0].mean;
+    Around sums(some[0], pivot);
+    for (int i = 1; i < count; i++)
+        sums.add(Around(some[i * stride], pivot));
+    return sums.moments(pivot);
+}
+
+__device__ Products merge_some(const Products *some, int count, int stride)
+{
+    Products sums = some[0];
+    for (int i = 1; i < count; i++)
+        sums = merge(sums, some[i * stride]);
+    return sums;
+}
+
+/* Merges what the threads of a block have of the same columns, a column at a time, and writes it. */
+template <typename Sums>
+__device__ void put_columns(const Job &job, const Strip &strip, const Sums (&sums)[V])
+{
+    __shared__ Sums threads[256];
+    __shared__ Sums warps[8][STRIP];
+    const i64 columns = job.width / V, strips = (columns + STRIP - 1) / STRIP;
+    const i64 piece = quotient(blockIdx.x, strips);
 #pragma unroll
     for (int i = 0; i < V; i++) {
-        for (int distance = 16; distance >= STRIP; distance /= 2) {
-            Sums other;
-            for (unsigned d = 0; d < sizeof(Sums) / sizeof(double); d++)
-                reinterpret_cast<double *>(&other)[d] = __shfl_down_sync(
-                    ~0u, reinterpret_cast<const double *>(&sums[i])[d], distance);
-            sums[i] = merge(sums[i], other);
-        }
-        if (lane < STRIP)
-            warps[warp][lane * V + i] = sums[i];
-    }
-    __syncthreads();
-    const i64 first = (strip.column - threadIdx.x % STRIP) * V;
-    if (threadIdx.x < STRIP * V && first + threadIdx.x < job.width) {
-        Sums all = warps[0][threadIdx.x];
-        for (int w = 1; w < blockDim.x / 32; w++)
-            all = merge(all, warps[w][threadIdx.x]);
-        const i64 columns = job.width / V, strips = (columns + STRIP - 1) / STRIP;
-        put_partial(job, quotient(blockIdx.x, strips) * job.width + first + threadIdx.x, all);
+        threads[threadIdx.x] = sums[i];
+        __syncthreads();
+        /* Four threads of a column become one, then eight. */
+        if (threadIdx.x < 8 * STRIP)
+            warps[threadIdx.x / STRIP][threadIdx.x % STRIP] =
+                merge_some(threads + threadIdx.x / STRIP * 4 * STRIP + threadIdx.x % STRIP, 4,
+                           STRIP);
+        __syncthreads();
+        if (threadIdx.x < STRIP && strip.inside)
+            put_partial(job, piece * job.width + strip.column * V + i,
+                        merge_some(&warps[0][threadIdx.x], 8, STRIP));
     }
 }
 
@@ -985,7 +1055,6 @@ struct Columns {
     i64 column, row, end;
     i64 first, channels; /* of the strip; counted on from one fold to the next */
     int lanes;
-    bool inside;
 
     __device__ Columns(const Job &job, int strip_chunks)
     {
@@ -995,22 +1064,11 @@ struct Columns {
         const i64 begin = strip * strip_chunks;
         const i64 last = begin + strip_chunks < columns ? begin + strip_chunks : columns;
         column = begin + threadIdx.x % strip_chunks;
-        inside = column < columns;
         lanes = blockDim.x / strip_chunks;
         row = quotient(job.height * piece, job.splits) + threadIdx.x / strip_chunks;
-        end = quotient(job.height * (piece + 1), job.splits);
+        end = column < columns ? quotient(job.height * (piece + 1), job.splits) : 0;
         first = quotient(begin * V, job.s);
         channels = quotient(last * V - 1, job.s) - first + 1;
-    }
-
-    __device__ i64 index(const Job &job, i64 row) const
-    {
-        return row * (job.width / V) + column;
-    }
-
-    __device__ unsigned mask(const Job &job, i64 row) const
-    {
-        return inside && row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
     }
 };
 
@@ -1020,44 +1078,62 @@ template <int COEFFICIENTS, typename Coefficients>
 __device__ void compute_columns(const Job &job)
 {
     __shared__ Coefficients table[CHANNELS];
+    constexpr int LAST = Coefficients::INPUTS - 1;
     const Columns columns(job, COEFFICIENTS == 1 ? blockDim.x : 32);
+    const i64 whole = whole_chunks(job), step = job.width / V * columns.lanes;
+    i64 row = columns.row, index = row * (job.width / V) + columns.column;
+    Chunk inputs[Coefficients::INPUTS][AHEAD];
     Coefficients own[COEFFICIENTS];
-    bool ready = false;
-    for (i64 row = columns.row; row < columns.end || !ready; row += AHEAD * columns.lanes) {
-        Chunk chunks[Coefficients::INPUTS][AHEAD];
-        unsigned masks[AHEAD];
+    const auto all_whole = [&] {
+        return row + (AHEAD - 1) * columns.lanes < columns.end &&
+               index + (AHEAD - 1) * step < whole;
+    };
+    const auto read = [&] {
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            masks[u] = columns.mask(job, row + u * columns.lanes);
-            if (masks[u]) {
-                const i64 index = columns.index(job, row + u * columns.lanes);
-                chunks[0][u] = load(job, job.x, index);
-                if (Coefficients::INPUTS > 1)
-                    chunks[Coefficients::INPUTS - 1][u] = load(job, job.dy, index);
-            }
+            inputs[0][u] = reinterpret_cast<const Chunk *>(job.x)[index + u * step];
+            if (LAST > 0)
+                inputs[LAST][u] = reinterpret_cast<const Chunk *>(job.dy)[index + u * step];
         }
-        if (!ready) {
-            for (int i = threadIdx.x; i < columns.channels; i += blockDim.x) {
-                const i64 channel = columns.first + i;
-                table[i] = Coefficients::of(job, channel - quotient(channel, job.c) * job.c);
-            }
-            __syncthreads();
+    };
+    const auto compute = [&](int u) {
+        return chunk_of([&](int i) {
+            return own[COEFFICIENTS == 1 ? 0 : i](inputs[0][u].of[i], inputs[LAST][u].of[i]);
+        });
+    };
+    bool on_the_way = all_whole();
+    if (on_the_way)
+        read();
+    for (int i = threadIdx.x; i < columns.channels; i += blockDim.x) {
+        const i64 channel = columns.first + i;
+        table[i] = Coefficients::of(job, channel - quotient(channel, job.c) * job.c);
+    }
+    __syncthreads();
+    if (row < columns.end) {
 #pragma unroll
-            for (int i = 0; i < COEFFICIENTS; i++)
-                if (columns.inside)
-                    own[i] = table[quotient(columns.column * V + i, job.s) - columns.first];
-            ready = true;
-        }
+        for (int i = 0; i < COEFFICIENTS; i++)
+            own[i] = table[quotient(columns.column * V + i, job.s) - columns.first];
+    }
+    while (on_the_way) {
+        const i64 here = index;
+        Chunk outputs[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
-            if (masks[u]) {
-                Chunk result;
+            outputs[u] = compute(u);
+        row += AHEAD * columns.lanes;
+        index += AHEAD * step;
+        on_the_way = all_whole();
+        if (on_the_way)
+            read();
 #pragma unroll
-                for (int i = 0; i < V; i++)
-                    result.of[i] = own[COEFFICIENTS == 1 ? 0 : i](
-                        chunks[0][u].of[i], chunks[Coefficients::INPUTS - 1][u].of[i]);
-                store(job, columns.index(job, row + u * columns.lanes), result, masks[u]);
-            }
+        for (int u = 0; u < AHEAD; u++)
+            reinterpret_cast<Chunk *>(job.out)[here + u * step] = outputs[u];
+    }
+    for (; row < columns.end; row += columns.lanes, index += step) {
+        inputs[0][0] = load(job, job.x, index);
+        if (LAST > 0)
+            inputs[LAST][0] = load(job, job.dy, index);
+        store(job, index, compute(0), mask_between(0, job.size - index * V));
     }
 }
 

@@ -210,21 +210,14 @@ def backward(
 
 
 def separated(parameter: Array | None, *written: Array) -> Array | None:
-    """The parameter, or a copy of it if it shares memory with what is written."""
+    """The parameter, or a copy of it if it may share memory with what is written."""
     if parameter is None:
         return None
-    begin, end = bounds(parameter)
     for array in written:
-        other_begin, other_end = bounds(array)
-        if begin < other_end and other_begin < end:
+        reach = parameter.size * max(abs(parameter.strides[0]), abs(array.strides[0]))
+        if abs(parameter.data.ptr - array.data.ptr) < reach:
             return parameter.copy()
     return parameter
-
-
-def bounds(vector: Array) -> tuple[int, int]:
-    """The addresses at which the memory of a vector begins and ends."""
-    begin, extent = vector.data.ptr, vector.strides[0] * (vector.size - 1)
-    return begin + min(extent, 0), begin + max(extent, 0) + vector.itemsize
 
 
 # Layouts. The kernels take arrays that are C-contiguous, as they are or with the channels last.
@@ -530,7 +523,7 @@ def resident_of(kind: str, g: Geometry) -> Launch | None:
             break
     if kept > device.shared_bytes:
         return None
-    threads = 128 if slots <= 512 else 256 if slots <= 2048 else 512
+    threads = 128 if kept <= KEPT_BYTES // 2 else 256 if kept <= KEPT_BYTES else 512
     function = kernel(RESIDENT[kind], g.format, g.device, cluster)
     numbers = numbers_of_rows(g, threads, 1)
     return Launch(function, g.c * cluster, threads, kept, numbers)
@@ -545,7 +538,8 @@ def chunks_of_row(g: Geometry) -> int:
 def numbers_of_rows(g: Geometry, threads: int, splits: int) -> tuple[int, ...]:
     """The source's numbers for rows."""
     chunks = chunks_of_row(g)
-    return (g.n, g.c, g.s, g.size, splits, chunks, *divmod(threads, chunks), 0, 0)
+    samples, rest = divmod(threads, chunks)
+    return (g.n, g.c, g.s, g.size, splits, chunks, samples * g.c * g.s, rest, 0, 0)
 
 
 def numbers_of_columns(g: Geometry, splits: int, width: int, height: int) -> tuple[int, ...]:

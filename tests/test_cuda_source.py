@@ -30,8 +30,17 @@ def nvrtc_or_skip():
     pytest.skip("no NVRTC")
 
 
+def architectures_of(nvrtc):
+    """The architectures that it compiles for; newer ones have dropped the oldest."""
+    count = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    architectures = (ctypes.c_int * count.value)()
+    nvrtc.nvrtcGetSupportedArchs(architectures)
+    return set(architectures)
+
+
 def compile_or_fail(nvrtc, *options):
-    """Compiles the source to PTX; fails with the compiler's log, warnings included."""
+    """Compiles the source to PTX; fails with the compiler's log, warnings about it included."""
     program = ctypes.c_void_p()
     source = SOURCE.read_bytes()
     assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"_cuda.cu", 0, None, None)
@@ -45,13 +54,15 @@ def compile_or_fail(nvrtc, *options):
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     assert not failed, log.value.decode()
-    assert not log.value.strip(), log.value.decode()
+    assert b"_cuda.cu(" not in log.value, log.value.decode()
 
 
 @pytest.mark.parametrize("format", range(4), ids=["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize(("architecture", "cluster"), ARCHITECTURES, ids=str)
 def test_the_kernels_compile(format, architecture, cluster):
     nvrtc = nvrtc_or_skip()
+    if architecture not in architectures_of(nvrtc):
+        pytest.skip(f"this NVRTC does not compile for {architecture}")
     compile_or_fail(
         nvrtc,
         f"--gpu-architecture=compute_{architecture}",
