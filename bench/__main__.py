@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bench import machine, runner
 from bench.cases import CALL, CALL_SHAPE, ITEMSIZES, OPERATIONS, Case, growing_shapes, shapes_of
-from bench.libraries import FASTBN, FLOOR, LIBRARIES, TORCH, TORCH_MALLOC
+from bench.libraries import FASTBN, FLOOR, TORCH, TORCH_MALLOC, libraries_on
 from bench.report import write_report
 
 RESULTS = Path(__file__).with_name("results")
@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
     add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
     add("--operations", type=names, help=f"of {', '.join([*OPERATIONS, CALL])} (default: all)")
-    add("--libraries", type=names, help=f"of {', '.join(LIBRARIES)} (default: all)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
+    known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
+    add("--libraries", type=names, help=f"of {known} (default: all of the device)")
     add("--rounds", type=int, help="how often each library is asked (default: 5)")
     mode = parser.add_mutually_exclusive_group()
     flag = {"action": "store_true"}
@@ -93,9 +95,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine.describe(),
+        "machine": machine.describe(options.device),
         "settings": {
             "name": options.name or kind_of(options),
+            "device": options.device,
             "options": {k: v for k, v in vars(options).items() if v and k not in ("out", "name")},
             "rounds": rounds,
             "budget_ms": budget_ms,
@@ -106,9 +109,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     others = machine.Others()
     with tqdm(unit="round", smoothing=0.05) as progress:
-        for threads in options.threads or [len(machine.available_cpus())]:
+        for threads in options.threads or [default_threads(options.device)]:
             settings = runner.Settings(
-                rounds, budget_ms, threads, libraries_of(options), options.layouts
+                rounds, budget_ms, threads, libraries_of(options), options.layouts, options.device
             )
             part = runner.measure(settings, cases, progress)
             result["libraries"].update(part["libraries"])
@@ -129,15 +132,23 @@ def as_json(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def default_threads(device: str) -> int:
+    """All CPUs, or the one that launches what a GPU does."""
+    return len(machine.available_cpus()) if device == "cpu" else 1
+
+
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
     kinds = {"quick": options.quick, "sizes": options.size_sweep, "tiny": options.tiny}
-    return next((name for name, chosen in kinds.items() if chosen), "full")
+    kind = next((name for name, chosen in kinds.items() if chosen), "full")
+    return kind if options.device == "cpu" else f"{options.device}-{kind}"
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases, all operations of a shape one after the other."""
     operations = options.operations or [CALL, *OPERATIONS]
+    if options.device == "cuda":  # Times are those of replays, between which nothing is restored.
+        operations = [operation for operation in operations if not operation.endswith("_inplace")]
     if options.tiny:
         operations = [CALL]
     known = {CALL, *OPERATIONS, *ITEMSIZES, *LAYOUTS}
@@ -157,15 +168,16 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 def libraries_of(options: argparse.Namespace) -> list[str]:
     """The libraries to start: the chosen ones, with the floor and fastbn in any case."""
+    known = libraries_on(options.device)
     chosen = options.libraries
     if chosen is None and options.size_sweep:
         chosen = LIBRARIES_OF_SIZES
     if chosen is None:
-        chosen = [name for name in LIBRARIES if not options.quick or name not in SLOW_TO_START]
-    refuse_unknown({*chosen} - {*LIBRARIES})
+        chosen = [name for name in known if not options.quick or name not in SLOW_TO_START]
+    refuse_unknown({*chosen} - {*known, *LIBRARIES_OF_SIZES})
     if options.tiny:
         return list(runner.LIBRARIES_WITH_LAYERS)
-    return [name for name in LIBRARIES if name in {*chosen, *ALWAYS}]
+    return [name for name in known if name in {*chosen, *ALWAYS}]
 
 
 def refuse_unknown(names: set[str]) -> None:

@@ -37,6 +37,7 @@ class Figures:
     """All times of a result."""
 
     def __init__(self, result: dict[str, Any]) -> None:
+        self.device: str = result["settings"].get("device", "cpu")
         self.times: dict[Key, list[Time]] = defaultdict(list)
         self.minima: dict[tuple[Key, str], float] = {}
         for record in result["results"]:

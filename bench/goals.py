@@ -173,9 +173,61 @@ def _goals() -> list[Goal]:
 GOALS = _goals()
 
 
-def limit_over_floor(operation: str) -> float:
+def above_10_mb(figures: Figures, key: Key) -> bool:
+    return key.case.bytes > 10e6
+
+
+def fits_l2(figures: Figures, key: Key) -> bool:
+    """Tell whether x fits the 50 MB that the second-level cache of an H100 has."""
+    return key.case.bytes <= 50e6
+
+
+def is_above_l2(figures: Figures, key: Key) -> bool:
+    return not fits_l2(figures, key)
+
+
+def channel_fits_chip(figures: Figures, key: Key) -> bool:
+    """Tell whether a channel fits the shared memory of eight multiprocessors."""
+    return key.case.bytes / key.case.shape[1] <= 8 * 227 * 1024
+
+
+def channel_exceeds_chip(figures: Figures, key: Key) -> bool:
+    return not channel_fits_chip(figures, key)
+
+
+def _cuda_goals() -> list[Goal]:
+    """The goals on a GPU, for both layouts and for float16 over a copy of its own."""
+    goals = []
+    for dtype in ("float32", "float16"):
+        for layout, words in (("nchw", ""), ("nhwc", "channels-last ")):
+            for operation, what, limit, applies in (
+                ("eval", "eval / copy, above 10 MB", 1.05, above_10_mb),
+                ("train", "train / copy, small channels", 1.2, channel_fits_chip),
+                ("train", "train / copy, larger ones", 1.5, channel_exceeds_chip),
+                ("backward", "backward / add, above 50 MB", 1.67, is_above_l2),
+                ("backward", "backward / add, below", 1.3, fits_l2),
+            ):
+                name = f"{dtype} {words}{what}"
+                about = {"layout": layout, "dtypes": (dtype,), "applies": applies}
+                goals.append(Goal(name, over_floor, limit, (operation,), short="floor", **about))
+            name = f"{dtype} {words}/ fastest peer"
+            about = {"layout": layout, "dtypes": (dtype,), "short": "peer"}
+            goals.append(Goal(name, over_peer, 1.0, FORWARD_AND_BACKWARD, **about))
+    return [*goals, Goal("a call on 1x64x1x1 / torch's module", call_over_torch, 1.0, (CALL,))]
+
+
+CUDA_GOALS = _cuda_goals()
+
+
+def goals_on(device: str) -> list[Goal]:
+    """The goals for arrays on a device."""
+    return GOALS if device == "cpu" else CUDA_GOALS
+
+
+def limit_over_floor(operation: str, device: str = "cpu") -> float:
     """How far above the floor an operation in NCHW may be."""
-    return next(g.limit for g in GOALS if g.ratio is over_floor and operation in g.operations)
+    goals = goals_on(device)
+    return next(g.limit for g in goals if g.ratio is over_floor and operation in g.operations)
 
 
 def rows(goal: Goal, figures: Figures, threads: int) -> list[Row]:
@@ -201,7 +253,7 @@ def met(goal: Goal, found: list[Row]) -> bool:
 
 def misses(figures: Figures, key: Key, layout: str) -> list[str] | None:
     """The goals of a single row that it misses, by their short names; None if it has no goal."""
-    own = [goal for goal in GOALS if goal.short and goal.concerns(key, layout)]
+    own = [goal for goal in goals_on(figures.device) if goal.short and goal.concerns(key, layout)]
     values = [
         (goal, goal.ratio(figures, key, layout)) for goal in own if goal.applies(figures, key)
     ]

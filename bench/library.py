@@ -32,6 +32,8 @@ class Run:
     restore: Callable[[], object] | None = None
     # So many calls without Python between them, for code that is C.
     repeat: Callable[[int], object] | None = None
+    # The nanoseconds of a call by another clock than this process's, such as a device's.
+    sample: Callable[[], float] | None = None
     # Which of several implementations it is.
     note: str = ""
 

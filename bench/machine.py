@@ -13,9 +13,10 @@ from bench.native import compiler
 CPUS = Path("/sys/devices/system/cpu")
 
 
-def describe() -> dict[str, object]:
+def describe(device: str = "cpu") -> dict[str, object]:
     """The machine, as far as it tells."""
     return {
+        **({} if device == "cpu" else {"gpu": _gpu()}),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cpus": len(available_cpus()),
@@ -106,6 +107,19 @@ def _caches() -> dict[str, str]:
         if size and kind != "Instruction":
             caches[f"L{level}"] = size
     return caches
+
+
+def _gpu() -> str | None:
+    """Name, memory and driver of the GPUs."""
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _vector_extensions() -> list[str]:

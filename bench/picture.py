@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from bench.cases import OPERATIONS
 from bench.figures import Figures, Key, Time, ratio, shape_name
 from bench.goals import limit_over_floor
-from bench.libraries import FASTBN, LIBRARIES, OWN
+from bench.libraries import FASTBN, OWN, libraries_on
 
 PANELS = ("eval", "train", "backward")
 MARKERS = "osD^v<>Pp*hX"
@@ -35,7 +35,9 @@ def draw(result: dict[str, Any], figures: Figures, path: Path, sizes: bool) -> l
             operations = [op for op in PANELS if any(k.case.operation == op for k in chosen)]
             if not operations:
                 continue
-            title = f"{result['machine']['cpu']}, {threads} threads, {dtype}"
+            machine = result["machine"]
+            where = machine.get("gpu") or f"{machine['cpu']}, {threads} threads"
+            title = f"{where}, {dtype}"
             suffix = f"-{dtype}-{threads}" if many else ""
             written += _save(_figure(figures, chosen, operations, title, sizes), path, suffix)
     return written
@@ -89,7 +91,7 @@ def _panel(panel: Axes, figures: Figures, keys: list[Key], operation: str, sizes
             color = f"C{index % 10}" if "color" not in style else style["color"]
             panel.plot(*zip(*points, strict=True), label=label, **{**style, "color": color})
     panel.axhline(1.0, color="0.3", lw=1)
-    panel.axhline(limit_over_floor(operation), color="0.3", lw=1, ls=":")
+    panel.axhline(limit_over_floor(operation, figures.device), color="0.3", lw=1, ls=":")
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
@@ -113,7 +115,7 @@ def _series(
         ("nhwc", f"{FASTBN} channels-last", {**line, "mfc": "white", "lw": 1, "ls": "--"}),
     ):
         series.append((label, [figures.fastbn(key, layout) for key in keys], style))
-    for index, name in enumerate(name for name in LIBRARIES if name not in OWN):
+    for index, name in enumerate(name for name in libraries_on(figures.device) if name not in OWN):
         style = {"marker": MARKERS[index], "ms": 5, "lw": 0.8 if sizes else 0, "alpha": 0.75}
         series.append((name, [figures.best(key, [name]) for key in keys], style))
     return series

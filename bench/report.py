@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
-from bench.goals import GOALS, Goal, met, misses, rows
+from bench.goals import Goal, goals_on, met, misses, rows
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw
 from bench.runner import DISTURBED
@@ -38,6 +38,19 @@ round was repeated up to three times.
 in which its threads took a CPU nevertheless.
 - Results are compared with a float64 computation before they are timed.
 - fastbn-avx2 and fastbn-1-thread are fastbn with less than it could have, for two of the goals."""
+
+
+CUDA_NOTES = """\
+- Times are those of the device: as many calls as take a millisecond are captured in a CUDA graph, \
+whose replays are timed by events. Every library runs in a process of its own, and they are asked \
+in turn, in several rounds; a time is the median of the rounds' medians. The arrays are the same \
+in every call: what fits the second-level cache is found there, by the floor as well.
+- The floor is a copy for a forward (a device-to-device memcpy or a kernel, whichever is faster), \
+and the sum of two float32 arrays of the same bytes for a backward.
+- A star marks a library that allocates its output in every call, from a pool: in a graph, that \
+costs nothing. fastbn and the floor write to arrays that are there before.
+- A call is timed by the host's clock, without waiting for the device.
+- Results are compared with a float64 computation before they are timed."""
 
 
 def write_report(path: Path, out: Path, readme: Path | None) -> None:
@@ -105,6 +118,11 @@ def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str
 
 def _machine(result: dict[str, Any], threads: int) -> str:
     machine, settings = result["machine"], result["settings"]
+    if "gpu" in machine:
+        return (
+            f"Measured on {machine['gpu']}, {result['date'][:10]} (checkout {result['commit']}), "
+            f"{settings['rounds']} rounds."
+        )
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     versions = result["libraries"].get(FASTBN, {}).get("versions", {})
     disturbed = sum(record["waited"] >= DISTURBED for record in result["results"])
@@ -156,7 +174,7 @@ def _against_peers(figures: Figures, threads: int) -> str:
 
 def _goals(figures: Figures, threads: int) -> str:
     """Every goal with its verdict."""
-    body = [_goal_line(goal, rows(goal, figures, threads)) for goal in GOALS]
+    body = [_goal_line(goal, rows(goal, figures, threads)) for goal in goals_on(figures.device)]
     header = ["goal", "limit", "rows within", "geometric mean", "worst row", "verdict"]
     text = "Goals, as ratios of times, with limits for every row or for the geometric mean:"
     return f"{text}\n\n{_table(header, body)}"
@@ -280,7 +298,8 @@ def _libraries(result: dict[str, Any]) -> str:
     variables = "In every process OMP_NUM_THREADS and its like are the number of threads; "
     variables += "OMP_WAIT_POLICY and GOMP_SPINCOUNT are not set."
     table = _table(header, body, ":--")
-    return f"## How it was measured\n\n{NOTES}\n- {variables}\n- {details}.\n\n{table}"
+    notes = CUDA_NOTES if "gpu" in machine else f"{NOTES}\n- {variables}"
+    return f"## How it was measured\n\n{notes}\n- {details}.\n\n{table}"
 
 
 def _left_out(result: dict[str, Any]) -> str:

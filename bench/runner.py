@@ -19,7 +19,14 @@ from typing import Any, NamedTuple, Self
 
 from bench import machine
 from bench.cases import CALL, Case
-from bench.libraries import FASTBN, FASTBN_AVX2, FASTBN_ONE_THREAD, LIBRARIES, TORCH, Setup
+from bench.libraries import (
+    FASTBN,
+    FASTBN_AVX2,
+    FASTBN_ONE_THREAD,
+    TORCH,
+    Setup,
+    libraries_on,
+)
 
 ROOT = Path(__file__).parent.parent
 # An installed fastbn comes before the folder in the checkout, which may not be built.
@@ -63,13 +70,13 @@ class Settings:
     libraries: list[str]
     # The layouts of fastbn; its peers take all of theirs.
     layouts: list[str]
+    device: str = "cpu"
 
 
 class Worker:
     """The runner's side of a library's process."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        setup = LIBRARIES[name]
+    def __init__(self, name: str, setup: Setup, threads: int) -> None:
         self.name = name
         self.threads = setup.threads or threads
         self.idle_wall = self.idle_cpu = 0.0
@@ -328,14 +335,15 @@ class Runner:
 def started(settings: Settings) -> Iterator[tuple[Runner, dict[str, Any]]]:
     """A runner with all the libraries that there are, and what each tells about itself."""
     about: dict[str, Any] = {}
+    setups = libraries_on(settings.device)
     with ExitStack() as stack:
         processes = [
-            stack.enter_context(Worker(name, settings.threads))
+            stack.enter_context(Worker(name, setups[name], settings.threads))
             for name in settings.libraries
             if name != FASTBN_ONE_THREAD or settings.threads > 1
         ]
         for worker in processes:
-            setup = LIBRARIES[worker.name]
+            setup = setups[worker.name]
             about[worker.name] = {**worker.about(), "environment": dict(setup.environment)}
         if "unavailable" in about.get(FASTBN, {}):
             raise SystemExit(f"no fastbn: {about[FASTBN]['unavailable']}")

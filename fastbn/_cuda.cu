@@ -159,6 +159,7 @@ struct Job {
     i64 step, step_chunks;         /* rows: elements of whole samples, and chunks, that as many
                                       chunks as a block has threads are */
     i64 width, height;             /* columns: of the matrix; a row is a multiple of a chunk */
+    i64 stream;                    /* whether out had better not stay in the cache */
     double *partials;
     double *mean_out, *m2_out, *invstd_out, *sum_dy_out, *sum_dy_xhat_out;
     double eps, count;
@@ -201,10 +202,18 @@ __device__ Chunk load(const Job &job, const Storage *from, i64 index)
     return chunk;
 }
 
+__device__ void store(const Job &job, i64 index, const Chunk &chunk)
+{
+    if (job.stream)
+        __stcs(reinterpret_cast<int4 *>(job.out) + index, *reinterpret_cast<const int4 *>(&chunk));
+    else
+        reinterpret_cast<Chunk *>(job.out)[index] = chunk;
+}
+
 __device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
 {
     if (job.aligned && mask == FULL) {
-        reinterpret_cast<Chunk *>(job.out)[index] = chunk;
+        store(job, index, chunk);
         return;
     }
 #pragma unroll
@@ -327,16 +336,19 @@ __device__ Products merge_warp(const Products &own)
     return {warp_sum(own.dy), warp_sum(own.dy_xhat)};
 }
 
-/* All threads of a block merged, in every thread. */
+/* All threads of a block merged, in the first warp. */
 template <typename Sums> __device__ Sums merge_block(const Sums &own)
 {
     __shared__ Sums warps[32];
-    const int lane = threadIdx.x % 32;
-    const Sums merged = merge_warp(own);
-    if (lane == 0)
+    Sums merged = merge_warp(own);
+    if (blockDim.x == 32)
+        return merged;
+    if (threadIdx.x % 32 == 0)
         warps[threadIdx.x / 32] = merged;
     __syncthreads();
-    return merge_warp(lane < blockDim.x / 32 ? warps[lane] : Sums{});
+    if (threadIdx.x < 32)
+        merged = merge_warp(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : Sums{});
+    return merged;
 }
 
 /* ------------------------------------------------------------------ clusters: blocks that share
@@ -366,23 +378,23 @@ __device__ double read_from_block(const double *address, int rank)
     return value;
 }
 
-/* All blocks of a cluster merged, in every thread. No block may end before `leave_cluster`. */
+/* All blocks of a cluster merged, in the first warp of each. No block may end before
+ * `leave_cluster`. */
 template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
 {
     constexpr int DOUBLES = sizeof(Sums) / sizeof(double);
     __shared__ Sums mine;
-    const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0)
         mine = own;
     cluster_arrive();
     cluster_wait();
     Sums other = {};
-    if (lane < CLUSTER)
+    if (threadIdx.x < CLUSTER)
         for (int i = 0; i < DOUBLES; i++)
             reinterpret_cast<double *>(&other)[i] =
-                read_from_block(reinterpret_cast<const double *>(&mine) + i, lane);
+                read_from_block(reinterpret_cast<const double *>(&mine) + i, threadIdx.x);
     cluster_arrive();
-    return merge_warp(other);
+    return threadIdx.x < 32 ? merge_warp(other) : other;
 }
 
 __device__ void leave_cluster()
@@ -750,11 +762,13 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
         fetch(job, kept + slot, job.x, walk.index());
     arrived();
     const auto read = [&](const Storage *, const Walk &, int slot) { return kept[slot]; };
-    const Moments moments =
-        merge_cluster(merge_block(moments_of_rows(job, start, read)));
+    const Moments moments = merge_cluster(merge_block(moments_of_rows(job, start, read)));
+    __shared__ Affine coefficients;
+    if (threadIdx.x == 0 && job.out != nullptr)
+        coefficients = Affine::of(job, channel, moments.mean, invstd_of(job, moments));
+    __syncthreads();
     if (job.out != nullptr) {
-        const Affine affine =
-            Affine::of(job, channel, moments.mean, invstd_of(job, moments));
+        const Affine affine = coefficients;
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
             const Chunk x = kept[slot];
@@ -784,10 +798,13 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
         return kept[array == job.x ? slots + slot : slot];
     };
     const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
-    const Products sums =
-        merge_cluster(merge_block(products_of_rows(job, start, centre, read)));
+    const Products sums = merge_cluster(merge_block(products_of_rows(job, start, centre, read)));
+    __shared__ Gradient coefficients;
+    if (threadIdx.x == 0 && job.out != nullptr)
+        coefficients = Gradient::of(job, channel, sums);
+    __syncthreads();
     if (job.out != nullptr) {
-        const Gradient gradient = Gradient::of(job, channel, sums);
+        const Gradient gradient = coefficients;
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
             const Chunk dy = kept[slot], x = kept[slots + slot];
@@ -814,7 +831,8 @@ __device__ void put_partial(const Job &job, i64 index, const Products &sums)
 
 extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(const Job job)
 {
-    const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
+    const i64 channel = quotient(blockIdx.x, job.splits);
+    const i64 piece = blockIdx.x - channel * job.splits;
     const auto read = [&](const Storage *array, const Walk &walk, int) {
         return load(job, array, walk.index());
     };
@@ -849,7 +867,7 @@ __device__ i64 channel_of(const Job &job, i64 column)
 
 /* A strip of columns is as many chunks wide; the other threads of a block take further rows. */
 constexpr int STRIP = 8;
-constexpr int STRIP_RUN = 8;
+constexpr int STRIP_RUN = V == 8 ? 4 : 8; /* more would not fit the registers */
 
 /* Where a thread of a strip is. */
 struct Strip {
@@ -1009,31 +1027,33 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_columns(const Job 
 
 /* ------------------------------------------------------------------ merging the pieces
  *
- * A block for each channel. Rows are taken for columns of which a channel has one. */
+ * A block for each channel. Pieces lie as the columns of a channel do, of which it has s in each of
+ * the folds of a row; pieces of rows lie as if it had one. */
 
-template <typename Sums> __device__ Sums merged_partials(const Job &job)
+template <typename Sums> __device__ Sums merged_partials(const Job &job, i64 channel)
 {
-    const i64 unfolded = job.c * job.s, folds = job.width / unfolded;
-    const i64 entries = job.splits * folds * job.s;
+    const i64 s = job.width == 0 ? 1 : job.s, unfolded = job.c * s;
+    const i64 folds = job.width == 0 ? 1 : quotient(job.width, unfolded);
+    const i64 entries = job.splits * folds * s;
     Sums sums = {};
     for (i64 entry = threadIdx.x; entry < entries; entry += blockDim.x) {
-        const i64 row = quotient(entry, job.s); /* piece and fold */
-        const i64 index = row * unfolded + blockIdx.x * job.s + (entry - row * job.s);
+        const i64 row = quotient(entry, s); /* piece and fold */
+        const i64 index = row * unfolded + channel * s + (entry - row * s);
         sums = merge(sums, reinterpret_cast<const Sums *>(job.partials)[index]);
     }
     return merge_block(sums);
 }
 
-extern "C" __global__ void __launch_bounds__(128) merge_moments(const Job job)
+extern "C" __global__ void __launch_bounds__(256) merge_moments(const Job job)
 {
-    const Moments moments = merged_partials<Moments>(job);
+    const Moments moments = merged_partials<Moments>(job, blockIdx.x);
     if (threadIdx.x == 0)
         publish(job, blockIdx.x, moments);
 }
 
-extern "C" __global__ void __launch_bounds__(128) merge_products(const Job job)
+extern "C" __global__ void __launch_bounds__(256) merge_products(const Job job)
 {
-    const Products sums = merged_partials<Products>(job);
+    const Products sums = merged_partials<Products>(job, blockIdx.x);
     if (threadIdx.x == 0)
         publish(job, blockIdx.x, sums);
 }
@@ -1127,7 +1147,7 @@ __device__ void compute_columns(const Job &job)
             read();
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
-            reinterpret_cast<Chunk *>(job.out)[here + u * step] = outputs[u];
+            store(job, here + u * step, outputs[u]);
     }
     for (; row < columns.end; row += columns.lanes, index += step) {
         inputs[0][0] = load(job, job.x, index);

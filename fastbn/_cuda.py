@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ def stats(x: Array) -> tuple[Array, Array]:
     mean, m2 = vectors(source, 2)
     if source.size:
         where = geometry(source)
-        reduction_of("moments", where)(x=source, mean_out=mean, m2_out=m2, count=where.count)
+        reduction_of("moments", where)(x=source, mean_out=mean, m2_out=m2, count=where.per_channel)
     else:
         mean[...] = m2[...] = 0.0
     return mean, m2
@@ -110,7 +111,7 @@ def forward(
         mean_out=mean,
         invstd_out=invstd,
         eps=eps,
-        count=where.count,
+        count=where.per_channel,
         weight=weight,
         bias=bias,
         running_mean=running_mean,
@@ -186,7 +187,7 @@ def backward(
             out=target if resident else None,
             sum_dy_out=sum_dy,
             sum_dy_xhat_out=sum_dy_xhat,
-            count=where.count,
+            count=where.per_channel,
             weight=weight,
             mean=mean,
             invstd=invstd,
@@ -197,7 +198,7 @@ def backward(
                 x=source,
                 dy=dy,
                 out=target,
-                count=where.count,
+                count=where.per_channel,
                 weight=weight,
                 mean=mean,
                 invstd=invstd,
@@ -213,9 +214,9 @@ def separated(parameter: Array | None, *written: Array) -> Array | None:
     """The parameter, or a copy of it if it may share memory with what is written."""
     if parameter is None:
         return None
-    for array in written:
-        reach = parameter.size * max(abs(parameter.strides[0]), abs(array.strides[0]))
-        if abs(parameter.data.ptr - array.data.ptr) < reach:
+    for other in written:
+        reach = parameter.size * max(abs(parameter.strides[0]), abs(other.strides[0]))
+        if abs(parameter.data.ptr - other.data.ptr) < reach:
             return parameter.copy()
     return parameter
 
@@ -312,7 +313,7 @@ class Geometry(NamedTuple):
         return self.n * self.c * self.s
 
     @property
-    def count(self) -> float:
+    def per_channel(self) -> float:
         """The elements of a channel."""
         return float(self.n * self.s)
 
@@ -332,7 +333,7 @@ def geometry(x: Array) -> Geometry:
 class Launch(NamedTuple):
     """A kernel, with how many threads and for which geometry it runs."""
 
-    kernel: Any
+    function: int  # of CUDA's driver
     blocks: int
     threads: int
     shared_bytes: int
@@ -366,11 +367,12 @@ class Launch(NamedTuple):
         momentum: float = 0.0,
     ) -> None:
         """Launch it on the current stream; the argument is the source's Job."""
-        arrays = pointer(x), pointer(dy), pointer(out)
+        arrays = x.data.ptr, pointer(dy), pointer(out)
         job = JOB.pack(
             *arrays,
             (arrays[0] | arrays[1] | arrays[2]) % 16 == 0,
             *self.numbers,
+            x.nbytes >= STREAM_BYTES,
             pointer(partials),
             pointer(mean_out),
             pointer(m2_out),
@@ -379,40 +381,46 @@ class Launch(NamedTuple):
             pointer(sum_dy_xhat_out),
             eps,
             count,
-            *vector(weight),
-            *vector(bias),
-            *vector(mean),
-            *vector(invstd),
-            *vector(var),
-            *vector(sum_dy),
-            *vector(sum_dy_xhat),
-            *vector(running_mean),
-            *vector(running_var),
+            *(NO_VECTOR if weight is None else vector(weight)),
+            *(NO_VECTOR if bias is None else vector(bias)),
+            *(NO_VECTOR if mean is None else vector(mean)),
+            *(NO_VECTOR if invstd is None else vector(invstd)),
+            *(NO_VECTOR if var is None else vector(var)),
+            *(NO_VECTOR if sum_dy is None else vector(sum_dy)),
+            *(NO_VECTOR if sum_dy_xhat is None else vector(sum_dy_xhat)),
+            *(NO_VECTOR if running_mean is None else vector(running_mean)),
+            *(NO_VECTOR if running_var is None else vector(running_var)),
             pointer(batches),
             cumulative,
             momentum,
         )
-        argument = np.frombuffer(job, JOB_BY_VALUE)
-        self.kernel((self.blocks,), (self.threads,), (argument,), shared_mem=self.shared_bytes)
+        argument = array("b", job)
+        arguments = array("Q", argument.buffer_info()[:1])
+        driver.launchKernel(
+            self.function,
+            *(self.blocks, 1, 1),
+            *(self.threads, 1, 1),
+            self.shared_bytes,
+            cupy.cuda.get_current_stream().ptr,
+            arguments.buffer_info()[0],
+            0,
+        )
 
 
 # The source's Job: x, dy, out and whether they are aligned; the geometry; results, eps and count;
 # nine vectors; the counter and the momentum.
-JOB = struct.Struct("4q 10q 6q2d 18q 2qd")
-JOB_BY_VALUE = np.dtype((np.void, JOB.size))
+JOB = struct.Struct("4q 11q 6q2d 18q 2qd")
 NO_VECTOR = (0, 0)
 
 
-def pointer(array: Array | None) -> int:
+def pointer(a: Array | None) -> int:
     """The address of an array; 0 for None."""
-    return 0 if array is None else array.data.ptr  # type: ignore[no-any-return]
+    return 0 if a is None else a.data.ptr
 
 
-def vector(array: Array | None) -> tuple[int, int]:
+def vector(a: Array) -> tuple[int, int]:
     """The source's Vector of an array."""
-    if array is None:
-        return NO_VECTOR
-    return array.data.ptr, 4 * array.strides[0] + FORMATS[array.dtype.char]
+    return a.data.ptr, 4 * a.strides[0] + FORMATS[a.dtype.char]
 
 
 class Device(NamedTuple):
@@ -445,22 +453,32 @@ NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 
 @functools.lru_cache(None)
-def kernel(name: str, format: int, device: int, cluster: int = 1) -> Any:
-    """A kernel, ready to be launched on a device."""
+def kernel(name: str, format: int, device: int, cluster: int = 1) -> int:
+    """A kernel, ready to be launched on the current device."""
     function = module(format, cluster).get_function(name)
     if name in RESIDENT.values():
         function.max_dynamic_shared_size_bytes = device_of(device).shared_bytes
         if cluster > 8:
             driver.funcSetAttribute(function.kernel.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
-    return function
+    kernels.append(function)  # which must live as long as what is returned
+    return function.kernel.ptr  # type: ignore[no-any-return]
+
+
+kernels: list[Any] = []
 
 
 # Plans. They depend on the shape, the layout and the device alone, and so do the bits of sums.
 
 RESIDENT = {"moments": "forward_rows", "products": "backward_rows"}
-# What a block should keep of a channel at most, so that some blocks fit a multiprocessor: while
-# one waits for memory, another computes. With less than the second number, more blocks do not help.
+# What a block should keep of a channel, so that some blocks fit a multiprocessor: while one waits
+# for memory, another computes. With less than the second number, more blocks do not help. With more
+# than the last, a block is alone on its multiprocessor: then a forward had better read twice, but
+# not a backward, which reads two arrays.
 KEPT_BYTES, KEPT_BYTES_MIN = 56 * 1024, 8 * 1024
+KEPT_BYTES_MAX = {"moments": 110 * 1024, "products": 256 * 1024}
+KEPT_BYTES_OF_THREAD = 256
+# From this size on an output is stored so that it leaves the cache of the second level first.
+STREAM_BYTES = 20_000_000
 # Rows of fewer elements would leave most of a chunk unused, which only small arrays can afford.
 ROW_MIN = 8
 SMALL_BYTES = 1 << 20
@@ -476,7 +494,11 @@ STRIP, STRIP_MIXED, STRIP_RUN, AHEAD = 8, 32, 8, 4
 # The rows that a thread sums around one pivot at most.
 ROWS_MAX = 256
 # Blocks for each multiprocessor, so that all are busy to the end.
-BLOCKS_OF_COLUMNS, BLOCKS_OF_ELEMENTS = 8, 16
+BLOCKS_OF_ELEMENTS = 16
+# As many as run at once, where sums of columns are computed.
+BLOCKS_OF_COLUMNS = 2
+# Where a thread has so few chunks to compute, all blocks had better run at once.
+BLOCKS_AT_ONCE, SHORT = 4, 16
 
 
 class Reduction(NamedTuple):
@@ -491,7 +513,8 @@ class Reduction(NamedTuple):
         if self.resident is not None:
             self.resident(**arguments)
             return
-        assert self.reduce is not None and self.merge is not None
+        assert self.reduce is not None
+        assert self.merge is not None
         partials = cupy.ndarray((self.partials,), np.float64)
         self.reduce(**arguments, partials=partials)
         self.merge(**arguments, partials=partials)
@@ -521,9 +544,11 @@ def resident_of(kind: str, g: Geometry) -> Launch | None:
         few = g.c * cluster < 2 * device.multiprocessors and kept > 2 * KEPT_BYTES_MIN
         if kept <= KEPT_BYTES and not few:
             break
-    if kept > device.shared_bytes:
+    if kept > min(device.shared_bytes, KEPT_BYTES_MAX[kind]):
         return None
-    threads = 128 if kept <= KEPT_BYTES // 2 else 256 if kept <= KEPT_BYTES else 512
+    threads = 32
+    while threads < 512 and threads * KEPT_BYTES_OF_THREAD < kept:
+        threads *= 2
     function = kernel(RESIDENT[kind], g.format, g.device, cluster)
     numbers = numbers_of_rows(g, threads, 1)
     return Launch(function, g.c * cluster, threads, kept, numbers)
@@ -558,7 +583,7 @@ def reduction_of_rows(kind: str, g: Geometry) -> Reduction:
         0,
         numbers_of_rows(g, THREADS, splits),
     )
-    merge = merge_of(kind, g, (g.n, g.c, 1, g.size, splits, 0, 0, 0, g.c, 0))
+    merge = merge_of(kind, g, reduce.numbers)
     return Reduction(None, reduce, merge, splits * g.c * DOUBLES[kind])
 
 
@@ -566,7 +591,7 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
     """Strips of columns, cut into pieces, and their merging."""
     width, height = folded(g, STRIP)
     strips = ceil_div(width, STRIP * g.vector)
-    wanted = ceil_div(BLOCKS_OF_COLUMNS * device_of(g.device).multiprocessors, strips)
+    wanted = max(BLOCKS_OF_COLUMNS * device_of(g.device).multiprocessors // strips, 1)
     lanes = THREADS // STRIP
     splits = min(wanted, ceil_div(height, STRIP_RUN * lanes))
     splits = max(splits, ceil_div(height, ROWS_MAX * lanes))
@@ -579,7 +604,7 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
 
 def merge_of(kind: str, g: Geometry, numbers: tuple[int, ...]) -> Launch:
     """A block for each channel merges its pieces."""
-    return Launch(kernel(f"merge_{kind}", g.format, g.device), g.c, 128, 0, numbers)
+    return Launch(kernel(f"merge_{kind}", g.format, g.device), g.c, THREADS, 0, numbers)
 
 
 def folded(g: Geometry, chunks: int) -> tuple[int, int]:
@@ -597,9 +622,13 @@ def element_wise(name: str, g: Geometry) -> Launch:
     strip = STRIP_MIXED if mixed else THREADS
     width, height = folded(g, strip)
     strips = ceil_div(width, strip * g.vector)
-    wanted = ceil_div(BLOCKS_OF_ELEMENTS * device_of(g.device).multiprocessors, strips)
-    rows = AHEAD * (THREADS // strip)
-    splits = ceil_div(height, rows * max(height // (wanted * rows), 1))
+    multiprocessors, rows = device_of(g.device).multiprocessors, AHEAD * (THREADS // strip)
+    at_once = BLOCKS_AT_ONCE * multiprocessors
+    if strips * height <= at_once * SHORT * (THREADS // strip):
+        wanted = max(at_once // strips, 1)
+    else:
+        wanted = ceil_div(BLOCKS_OF_ELEMENTS * multiprocessors, strips)
+    splits = ceil_div(height, rows * max(ceil_div(height, wanted * rows), 1))
     if mixed:
         name += "_mixed"
     numbers = numbers_of_columns(g, splits, width, height)

@@ -190,7 +190,7 @@ def batch_norm_elemt(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend_of(x).elemt(
+    return backend_of(x).elemt(  # type: ignore[no-any-return]
         x,
         as_vector(mean, "mean", c, x),
         as_vector(invstd, "invstd", c, x),
@@ -292,7 +292,7 @@ def batch_norm_backward_reduce(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend_of(x).backward_reduce(
+    return backend_of(x).backward_reduce(  # type: ignore[no-any-return]
         as_gradient(dy, x), x, as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
     )
 
@@ -355,7 +355,7 @@ def batch_norm_backward_elemt(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
-    return backend_of(x).backward_elemt(
+    return backend_of(x).backward_elemt(  # type: ignore[no-any-return]
         dy,
         x,
         as_vector(mean, "mean", c, x),
@@ -487,7 +487,7 @@ def forward_by_running(
         check_running(running_mean, running_var, x, writeable=False)
         raise ValueError("running_mean and running_var are needed outside training, got None")
     c = x.shape[1]
-    return backend_of(x).elemt(
+    return backend_of(x).elemt(  # type: ignore[no-any-return]
         x,
         as_vector(running_mean, "running_mean", c, x),
         None,
@@ -575,7 +575,7 @@ def as_array_beside(x: Array, value: Any, name: str) -> Array:
     """An array-like as an array of the kind that x is, NumPy's or CuPy's."""
     value = as_array(value, name)
     check_beside(x, value, name)
-    return value
+    return value  # type: ignore[no-any-return]
 
 
 def check_beside(x: Array, array: Array, name: str) -> None:
@@ -596,7 +596,7 @@ def as_gradient(dy: Any, x: Array) -> Array:
 def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
     """One value per channel, as an array beside x, of native byte order."""
     if type(value) is type(x) and value.dtype in NATIVE_FLOATS and value.shape == (c,):
-        return value  # type: ignore[no-any-return]
+        return value
     value = as_array_beside(x, value, name)
     if value.shape != (c,):
         raise ValueError(
@@ -680,7 +680,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
     for name, array in (("x", x), ("dy", dy)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
-    return out
+    return out  # type: ignore[no-any-return]
 
 
 def share_memory(a: Array, b: Array) -> bool:

@@ -131,9 +131,7 @@ class _BatchNorm:
         self.training = True
         self.frozen = False
         self.num_features = 0
-        self.num_batches_tracked = (
-            self._full((), 0, np.int64) if self.track_running_stats else None
-        )
+        self.num_batches_tracked = self._full((), 0, np.int64) if self.track_running_stats else None
         self.weight_grad = self.bias_grad = None
         self._memory: Memory | str = NO_FORWARD
 
@@ -555,9 +553,7 @@ class _BatchNorm:
             F.check_ndarray(own[name], name, writeable=True)
         for name, entry in entries.items():
             with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
-                own[name][...] = backend_of(own[name]).asarray(
-                    entry, own[name].dtype, self._device
-                )
+                own[name][...] = backend_of(own[name]).asarray(entry, own[name].dtype, self._device)
         return missing, unexpected
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,8 +18,8 @@ try:
 except cupy.cuda.runtime.CUDARuntimeError as error:
     pytest.skip(f"no GPU: {error}", allow_module_level=True)
 
-# Channels that fit a block, a cluster of blocks, and neither; runs that are whole chunks of 16 bytes
-# or not; more and fewer channels than a strip of columns has.
+# Channels that fit a block, a cluster of blocks, and neither; runs that are whole chunks of 16
+# bytes or not; more and fewer channels than a strip of columns has.
 SHAPES = [
     (4, 3),
     (3, 2, 5),
@@ -122,7 +122,7 @@ def test_backward_gives_the_gradients(rng, dtype, shape, layout):
     x, dy, weight, _ = case(rng, shape, dtype)
     _, mean, invstd = F.batch_norm_forward(layout(x))
     gradients = F.batch_norm_backward(layout(dy), layout(x), to_gpu(weight), mean, invstd)
-    count, x_mean, x_var = reference.moments(x)
+    _, x_mean, x_var = reference.moments(x)
     expected = reference.backward(dy, x, weight)
     bounds = reference.gradient_bounds(dy, x, dtype, x_mean, x_var, weight)
     for actual, exact, bound in zip(gradients, expected, bounds, strict=True):
@@ -212,9 +212,11 @@ def test_statistics_are_right_to_the_last_place(rng, distribution, dtype, shape,
     unit = 1.0 if dtype.itemsize == 4 else 20.0
     support.assert_within(mean.get(), exact_mean, unit * reference.ulp(size, dtype))
     relative = (1 + np.abs(exact_mean) / np.sqrt(exact_var)) * 1e-14
-    bound = reference.ulp(exact_var.astype(np.float64), dtype) if dtype.itemsize == 4 and (
-        distribution != "1e30"
-    ) else exact_var * (relative if dtype.itemsize == 8 else 1.2e-7)
+    bound = (
+        reference.ulp(exact_var.astype(np.float64), dtype)
+        if dtype.itemsize == 4 and (distribution != "1e30")
+        else exact_var * (relative if dtype.itemsize == 8 else 1.2e-7)
+    )
     support.assert_within(m2.get() / count, exact_var, bound)
     y = F.batch_norm_forward(layout(x))[0]
     exact = reference.forward(x)
@@ -237,7 +239,7 @@ def test_a_constant_has_no_variance(dtype, shape, layout):
 @by_dense_layout
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_nan_or_infinity_stays_in_its_channel(rng, dtype, layout, value):
-    x, dy, weight, bias = case(rng, (6, 5, 7, 7), dtype)
+    x, dy, _, _ = case(rng, (6, 5, 7, 7), dtype)
     clean = [a.get() for a in results_of(layout(x), layout(dy))]
     x[3, 2, 1, 1] = value
     dirty = [a.get() for a in results_of(layout(x), layout(dy))]
@@ -261,9 +263,7 @@ def test_parameters_may_have_any_dtype_and_stride(rng, name):
     running = cupy.zeros((2, 6), other)[:, ::-1]
     y = F.batch_norm(to_gpu(x), *running, buffer[:, 1], buffer[:, 2], training=True, momentum=1.0)
     exact = reference.forward(x, weight, bias)
-    support.assert_within(
-        y.get(), exact, reference.forward_bound(exact, x.dtype, weight, bias)
-    )
+    support.assert_within(y.get(), exact, reference.forward_bound(exact, x.dtype, weight, bias))
     expected = reference.updated(x, 0.0 * weight, 0.0 * weight, 1.0)
     support.assert_close(running.get(), np.stack(expected), {2: 1e-2}.get(other.itemsize, 1e-6))
 
@@ -289,7 +289,7 @@ def test_an_empty_batch_is_legal(layout, shape):
     assert int(bn.num_batches_tracked) == (1 if shape == (3, 0, 2, 2) else 0)
     assert (bn.running_var.get() == 1).all()
     assert (bn.weight_grad.get() == 0).all()
-    count, mean, m2 = F.batch_norm_stats(x)
+    _, mean, m2 = F.batch_norm_stats(x)
     assert not mean.get().any()
     assert not m2.get().any()
 
@@ -402,7 +402,9 @@ def test_a_state_dict_loads_across_devices(rng, source, target, lazy):
         assert same_bits(array, bn.to("cpu").state_dict()[name])
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))]
+)
 def test_copies_and_pickles_keep_state_and_device(rng, duplicate):
     bn = fastbn.BatchNorm2d(3, device="cuda")
     x = to_gpu(some(rng, (4, 3, 5, 5)))
@@ -429,7 +431,7 @@ def test_an_unknown_device_is_refused():
 
 
 def test_everything_runs_on_the_current_stream(rng):
-    x, dy, weight, bias = case(rng, (64, 64, 28, 28))
+    x, dy, _, _ = case(rng, (64, 64, 28, 28))
     expected = step(fastbn.BatchNorm2d(64, device="cuda"), to_gpu(x), to_gpu(dy))
     bn, x, dy = fastbn.BatchNorm2d(64, device="cuda"), to_gpu(x), to_gpu(dy)
     cupy.cuda.get_current_stream().synchronize()

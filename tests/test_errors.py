@@ -1,5 +1,7 @@
 """What bad input gets: the right exception, a message that says why, and nothing written."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import support
@@ -94,9 +96,20 @@ def test_an_unknown_device_is_refused():
         fastbn.BatchNorm2d(3, device="tpu")
 
 
-def test_a_gpu_is_refused_where_there_is_no_path_for_it():
-    with refused((ValueError, ImportError), "cuda", "GPU"):
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+def test_a_gpu_without_cupy_is_refused_with_what_to_install():
+    bn = fastbn.BatchNorm2d(3)
+    with refused(ImportError, "fastbn[cuda12]", "fastbn[cuda13]"):
         fastbn.BatchNorm2d(3, device="cuda")
+    with refused(ImportError, "fastbn[cuda12]", intact=[bn]):
+        bn.to("cuda:1")
+
+
+def test_to_the_cpu_changes_nothing_on_the_cpu():
+    bn = fastbn.BatchNorm2d(3)
+    weight = bn.weight
+    assert bn.to("cpu") is bn
+    assert bn.weight is weight
 
 
 @pytest.mark.parametrize("mode", [3, "train", None])

@@ -47,3 +47,17 @@ LIBRARIES = {
     "openvino": Setup("openvino"),
     "onednn": Setup("onednn"),
 }
+
+# The same for arrays on a GPU.
+CUDA_LIBRARIES = {
+    FLOOR: Setup("floor_cuda"),
+    FASTBN: Setup("fastbn_cuda"),
+    TORCH: Setup("torch_cuda"),
+    "torch-compile": Setup("torch_compile_cuda"),
+    "cupy": Setup("cupy"),
+}
+
+
+def libraries_on(device: str) -> Mapping[str, Setup]:
+    """The libraries that can be measured on a device."""
+    return LIBRARIES if device == "cpu" else CUDA_LIBRARIES

@@ -1,0 +1,108 @@
+"""torch on a GPU, eager."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import library
+from bench.cases import CALL, EPS, MOMENTUM, Case, Data
+from bench.libraries._device import OnDevice, calls_of, sampler
+from bench.libraries.torch import FORMATS, as_array, as_tensor
+from bench.library import Run
+
+
+class Library(library.Library):
+    """torch.nn.BatchNorm2d in both memory formats."""
+
+    api = "torch.nn.BatchNorm2d; backward: torch.autograd.grad with retain_graph"
+    buffers = "allocates its output: torch's batch norm takes no out"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.mode = contextlib.ExitStack()
+
+    def versions(self) -> dict[str, str]:
+        versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+        return {**versions, "cudnn": str(torch.backends.cudnn.version())}
+
+    def variants(self, case: Case) -> list[str]:
+        return ["nchw"] if case.operation == CALL else ["nchw", "nhwc"]
+
+    def layer(self, module: torch.nn.Module) -> Any:
+        """What a user calls; torch.compile has its say here."""
+        return module
+
+    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+        module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
+        module = module.to("cuda", as_tensor(data.weight).dtype).train(not case.evaluation)
+        layer = self.layer(module)
+        x = on_device(data.x, variant)
+        if case.operation == CALL:
+            self.mode.enter_context(torch.inference_mode())
+            return Run(partial(layer, x), lambda y: looked_at(("y",), (y,)), False)
+        if case.forward:
+            self.mode.enter_context(torch.inference_mode(case.evaluation))
+            call = partial(layer, x)
+            return Run(call, lambda y: looked_at(("y",), (y,)), False, sample=timed(call))
+        x.requires_grad_()
+        dy = on_device(data.dy, variant)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):  # A backward runs where its forward has run.
+            y = layer(x)
+        parameters = [x, module.weight, module.bias]
+        call = partial(torch.autograd.grad, y, parameters, dy, retain_graph=True)
+        torch.cuda.synchronize()
+        return Run(
+            call,
+            lambda gradients: looked_at(("dx", "dweight", "dbias"), gradients),
+            False,
+            sample=timed(call, side),
+        )
+
+    def release(self) -> None:
+        self.mode.close()
+        torch.cuda.empty_cache()
+
+
+def on_device(array: Any, variant: str) -> torch.Tensor:
+    return as_tensor(array).to("cuda").contiguous(memory_format=FORMATS[variant])
+
+
+def looked_at(names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
+    """Results by their names, which stay on the device until they are looked at."""
+    torch.cuda.synchronize()
+    return {
+        name: OnDevice(tensor, lambda part: as_array(part.cpu()))
+        for name, tensor in zip(names, tensors, strict=True)
+    }
+
+
+def timed(call: Callable[[], object], side: Any = None) -> Callable[[], float]:
+    """The clock of a call: a graph of many, replayed between two events."""
+    side = side or torch.cuda.Stream()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def elapsed_ms(work: Callable[[], object]) -> float:
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+        calls = calls_of(elapsed_ms(call))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for _ in range(calls):
+                call()
+    return sampler(partial(elapsed_ms, graph.replay), calls)
