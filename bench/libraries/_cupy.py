@@ -38,6 +38,8 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
         end.synchronize()
         return float(cupy.cuda.get_elapsed_time(begin, end))
 
+    # What prepares the arrays runs on another stream, for which this one does not wait.
+    cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(pool.malloc):
         call()
         calls = calls_of(elapsed_ms(call))

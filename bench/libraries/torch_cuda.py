@@ -54,6 +54,7 @@ class Library(library.Library):
         x.requires_grad_()
         dy = on_device(data.dy, variant)
         side = torch.cuda.Stream()
+        torch.cuda.synchronize()
         with torch.cuda.stream(side):  # A backward runs where its forward has run.
             y = layer(x)
         parameters = [x, module.weight, module.bias]
@@ -96,6 +97,7 @@ def timed(call: Callable[[], object], side: Any = None) -> Callable[[], float]:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
+    torch.cuda.synchronize()  # What prepares the arrays runs on another stream.
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
