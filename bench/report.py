@@ -218,7 +218,9 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
         header.insert(3, "in-place floor ms")
         last.insert(3, "")
     name = OPERATIONS[operation]
-    title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}, {threads} threads"
+    title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}"
+    if figures.device == "cpu":
+        title += f", {threads} threads"
     return f"{title}\n\n{_table(header, [*body, last])}"
 
 
