@@ -46,14 +46,44 @@ def elemt(
 
 
 def forward(
-    x: Array, weight: Array | None, bias: Array | None, eps: float, out: Array | None
-) -> tuple[Array, Statistics, Statistics, Statistics]:
-    """Normalize by the batch's own statistics; return y, mean, m2 and invstd."""
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    momentum: float | None = 0.0,
+    counter: Array | None = None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the batch's own statistics; return y, mean and invstd.
+
+    The running statistics move towards those of the batch, the counter is increased. A momentum of
+    None stands for 1 / counter, or 0 without one.
+    """
     source = packed(x)
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3)
     _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
-    return unpacked(target, out), mean, m2, invstd
+    y = unpacked(target, out)
+    count = math.prod(x.shape[:1] + x.shape[2:])
+    if count:
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+        # Not before: they may share memory with weight and bias.
+        if running_mean is not None and running_var is not None:
+            move_towards(running_mean, mean, 1.0, momentum)
+            move_towards(running_var, m2, count - 1.0, momentum)
+        if counter is not None:
+            counter[()] = int(counter) + 1
+    return y, mean, invstd
+
+
+def move_towards(running: Array, batch: Statistics, divisor: float, factor: float) -> None:
+    """Set running to ``(1 - factor) * running + factor * batch / divisor``, computed in float64."""
+    native = running.astype(running.dtype.newbyteorder("="), copy=False)
+    _core.move_towards(native, batch, divisor, factor)
+    unpacked(native, running)
 
 
 def backward_reduce(

@@ -246,14 +246,13 @@ def batch_norm_forward(
     """
     x = as_input(x)
     c = x.shape[1]
-    y, mean, _, invstd = backend.forward(
+    return backend.forward(
         x,
         as_optional_vector(weight, "weight", c),
         as_optional_vector(bias, "bias", c),
         as_eps(eps),
         check_out(out, x),
     )
-    return y, mean, invstd
 
 
 def batch_norm_backward_reduce(
@@ -439,34 +438,35 @@ def forward_by_batch(
     running_var: Array | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    factor: float,
+    momentum: float | None,
     eps: float,
     *,
+    counter: Array | None = None,
     out: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the statistics of the batch, then move the running ones towards them.
 
-    Returns y and, for the backward, mean and invstd.
+    The counter of batches is increased; a momentum of None stands for 1 / counter, or for 0 without
+    one. Returns y and, for the backward, mean and invstd.
     """
-    c, count = x.shape[1], values_per_channel(x)
+    c = x.shape[1]
     check_running(running_mean, running_var, c, writeable=True)
-    if count == 1:
+    if values_per_channel(x) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}; "
             f"evaluation mode takes single values"
         )
-    y, mean, m2, invstd = backend.forward(
+    return backend.forward(
         x,
         as_optional_vector(weight, "weight", c),
         as_optional_vector(bias, "bias", c),
         as_eps(eps),
         check_out(out, x),
+        running_mean,
+        running_var,
+        momentum,
+        counter,
     )
-    if count and running_mean is not None and running_var is not None:
-        # Not before: they may share memory with weight and bias.
-        move_towards(running_mean, mean, factor)
-        move_towards(running_var, m2 / (count - 1), factor)
-    return y, mean, invstd
 
 
 def forward_by_running(
@@ -503,12 +503,6 @@ def running_statistics(
     with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
         invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)
     return running_mean.astype(np.float64), invstd
-
-
-def move_towards(running: Array, batch: Statistics, factor: float) -> None:
-    """Set ``running`` to ``(1 - factor) * running + factor * batch``, computed in float64."""
-    with np.errstate(all="ignore"):  # What the buffer's dtype cannot hold is inf there.
-        running[...] = (1.0 - factor) * running.astype(np.float64) + factor * batch
 
 
 def values_per_channel(x: Array) -> int:
@@ -614,6 +608,15 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
         raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
+def check_counter(counter: Any) -> None:
+    """Refuse what cannot count batches."""
+    check_ndarray(counter, "num_batches_tracked", writeable=True)
+    if counter.shape != () or counter.dtype.kind not in "iu" or int(counter) < 0:
+        raise ValueError(
+            f"num_batches_tracked must be a non-negative integer array of shape (), got {counter!r}"
+        )
+
+
 def as_real(value: Any, name: str) -> float:
     """A real number, which a bool is not, as a float."""
     if type(value) is float:
@@ -639,16 +642,23 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
         raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
-    if out.dtype != x.dtype.newbyteorder("="):
-        raise TypeError(f"out must have x's dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
+    dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have x's dtype {dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    if out.size and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
+    if 0 in out.strides and repeats(out):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
     for name, array in (("x", x), ("dy", dy)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
     return out
+
+
+def repeats(array: Array) -> bool:
+    """Tell whether an element has several places in an array, by strides of 0."""
+    lengths = [n for s, n in zip(array.strides, array.shape, strict=True) if s == 0]
+    return array.size > 0 and max(lengths) > 1
 
 
 def share_memory(a: Array, b: Array) -> bool:

@@ -289,31 +289,18 @@ class _BatchNorm:
         tracks = self.track_running_stats
         counter = self.num_batches_tracked if tracks else None
         if counter is not None:
-            F.check_ndarray(counter, "num_batches_tracked", writeable=True)
-            if counter.shape != () or counter.dtype.kind not in "iu" or counter < 0:
-                raise ValueError(
-                    f"num_batches_tracked must be a non-negative integer array of shape (), "
-                    f"got {counter!r}"
-                )
-        if self.momentum is not None:
-            factor = F.as_real(self.momentum, "momentum")
-        elif counter is not None:
-            factor = 1.0 / (int(counter) + 1)
-        else:
-            factor = 0.0
-        result = F.forward_by_batch(
+            F.check_counter(counter)
+        return F.forward_by_batch(
             x,
             self.running_mean if tracks else None,
             self.running_var if tracks else None,
             self.weight,
             self.bias,
-            factor,
+            None if self.momentum is None else F.as_real(self.momentum, "momentum"),
             self.eps,
+            counter=counter,
             out=out,
         )
-        if counter is not None and F.values_per_channel(x):
-            counter += 1
-        return result
 
     def _set_aside(self, x: Array) -> Aside | None:
         """A copy of the channels of x that could not be recovered from the output."""
