@@ -31,6 +31,7 @@ def forward(
     invstd: Array,
     threads: int,
 ) -> None: ...
+def move_towards(running: Array, batch: Array, divisor: float, factor: float) -> None: ...
 def backward_reduce(
     dy: Array,
     x: Array,

@@ -45,6 +45,8 @@ cdef extern from "_kernels.h" nogil:
     ctypedef struct Kernels "fastbn_kernels":
         void (*elements)(const void *x, Py_ssize_t stride, Py_ssize_t count,
                          double *to) noexcept nogil
+        void (*put)(const double *from_, Py_ssize_t stride, Py_ssize_t count,
+                    void *to) noexcept nogil
         void (*moments)(const void *x, const Runs *runs, const double *pivot, double *first,
                         double *second) noexcept nogil
         void (*products)(const void *dy, const void *x, const Runs *runs, const double *mean,
@@ -822,6 +824,21 @@ def forward(x, weight, bias, double eps, out, mean, m2, invstd, int threads):
     job.reduce, job.merge = reduce_moments, merge_moments
     write_to(&job, out, normalize_rows, normalize_columns)
     run(&job, threads)
+
+
+def move_towards(running, batch, double divisor, double factor):
+    """Set running to (1 - factor) * running + factor * batch / divisor."""
+    cdef Vector moved = vector_of(running, 0.0), target = vector_of(batch, 0.0)
+    cdef double values[COLUMNS]
+    cdef const double *targets = <const double *>target.data
+    cdef Py_ssize_t c, c0, i, count = len(running)
+    for i in range(ceil_div(count, COLUMNS)):
+        c0 = i * COLUMNS
+        read(&moved, c0, min(<Py_ssize_t>COLUMNS, count - c0), values)
+        for c in range(min(<Py_ssize_t>COLUMNS, count - c0)):
+            values[c] = (1.0 - factor) * values[c] + factor * (targets[c0 + c] / divisor)
+        moved.kernels.put(values, moved.stride, min(<Py_ssize_t>COLUMNS, count - c0),
+                          <char *>moved.data + c0 * moved.stride)
 
 
 cdef Job new_backward_job(dy, x, mean, invstd) except *:

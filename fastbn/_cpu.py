@@ -72,17 +72,18 @@ def forward(
             momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         # Not before: they may share memory with weight and bias.
         if running_mean is not None and running_var is not None:
-            move_towards(running_mean, mean, momentum)
-            move_towards(running_var, m2 / (count - 1), momentum)
+            move_towards(running_mean, mean, 1.0, momentum)
+            move_towards(running_var, m2, count - 1.0, momentum)
         if counter is not None:
-            counter += 1
+            counter[()] = int(counter) + 1
     return y, mean, invstd
 
 
-def move_towards(running: Array, batch: Statistics, factor: float) -> None:
-    """Set ``running`` to ``(1 - factor) * running + factor * batch``, computed in float64."""
-    with np.errstate(all="ignore"):  # What the buffer's dtype cannot hold is inf there.
-        running[...] = (1.0 - factor) * running.astype(np.float64) + factor * batch
+def move_towards(running: Array, batch: Statistics, divisor: float, factor: float) -> None:
+    """Set running to ``(1 - factor) * running + factor * batch / divisor``, computed in float64."""
+    native = running.astype(running.dtype.newbyteorder("="), copy=False)
+    _core.move_towards(native, batch, divisor, factor)
+    unpacked(native, running)
 
 
 def backward_reduce(

@@ -79,7 +79,7 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
 
 #define KERNELS(dtype) \
     { \
-        elements_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
+        elements_##dtype, put_elements_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
             column_moments_##dtype, column_products_##dtype, column_normalize_##dtype, \
             column_gradient_##dtype, invstd, end_streaming \
     }

@@ -55,6 +55,8 @@ typedef struct {
 typedef struct {
     /* to[i] = the element i * stride bytes after x */
     void (*elements)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
+    /* the element i * stride bytes after to = from[i] */
+    void (*put)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to);
 
     /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
     void (*moments)(const void *x, const fastbn_runs *runs, const double *pivot, double *first,

@@ -25,6 +25,14 @@ static void NAME(elements)(const void *x, ptrdiff_t stride, ptrdiff_t count, dou
         NAME(read)(x, stride, count, to);
 }
 
+static void NAME(put_elements)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to)
+{
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const T value = NAME(put)((A)from[i]);
+        memcpy((char *)to + i * stride, &value, sizeof value);
+    }
+}
+
 /* ------------------------------------------------------------------ sums
  *
  * Elements come in steps of LANES. A run, or the columns, end with a step that overlaps the one

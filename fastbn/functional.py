@@ -638,7 +638,7 @@ def check_counter(counter: Any) -> None:
     if (
         counter.shape != ()
         or counter.dtype.kind not in "iu"
-        or (isinstance(counter, np.ndarray) and counter < 0)
+        or (isinstance(counter, np.ndarray) and int(counter) < 0)
     ):
         raise ValueError(
             f"num_batches_tracked must be a non-negative integer array of shape (), got {counter!r}"
@@ -671,16 +671,23 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
     check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
-    if out.dtype != x.dtype.newbyteorder("="):
-        raise TypeError(f"out must have x's dtype {x.dtype.newbyteorder('=')}, got {out.dtype}")
+    dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have x's dtype {dtype}, got {out.dtype}")
     if not backend_of(out).writeable(out):
         raise ValueError("out must be writeable, got a read-only array")
-    if out.size and any(s == 0 and n > 1 for s, n in zip(out.strides, out.shape, strict=True)):
+    if 0 in out.strides and repeats(out):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
     for name, array in (("x", x), ("dy", dy)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
     return out  # type: ignore[no-any-return]
+
+
+def repeats(array: Array) -> bool:
+    """Tell whether an element has several places in an array, by strides of 0."""
+    lengths = [n for s, n in zip(array.strides, array.shape, strict=True) if s == 0]
+    return array.size > 0 and max(lengths) > 1
 
 
 def share_memory(a: Array, b: Array) -> bool:
