@@ -550,11 +550,10 @@ struct Affine {
         return ((decode(x) - high) - low) * scale + shift;
     }
 
-    __device__ static Affine of(const Job &job, i64 channel, double mean, double invstd)
+    __device__ static Affine of(double mean, double invstd, double weight, double bias)
     {
         const Centre centre = centre_of(mean, invstd);
-        return {centre.high, centre.low, Real(invstd * at(job.weight, channel, 1.0)),
-                Real(at(job.bias, channel))};
+        return {centre.high, centre.low, Real(invstd * weight), Real(bias)};
     }
 
     __device__ static Affine of(const Job &job, i64 channel)
@@ -562,7 +561,8 @@ struct Affine {
         const double invstd = job.var.data == nullptr
                                   ? at(job.invstd, channel)
                                   : 1.0 / sqrt(at(job.var, channel) + job.eps);
-        return of(job, channel, at(job.mean, channel), invstd);
+        return of(at(job.mean, channel), invstd, at(job.weight, channel, 1.0),
+                  at(job.bias, channel));
     }
 };
 
@@ -598,8 +598,19 @@ __device__ double invstd_of(const Job &job, const Moments &moments)
     return 1.0 / sqrt(moments.m2 / job.count + job.eps);
 }
 
+/* The running statistics of a channel, before it is published. */
+struct Running {
+    double mean, var;
+
+    __device__ static Running of(const Job &job, i64 channel)
+    {
+        return {at(job.running_mean, channel), at(job.running_var, channel)};
+    }
+};
+
 /* One thread of a channel writes its statistics, and moves the running ones towards them. */
-__device__ void publish(const Job &job, i64 channel, const Moments &moments)
+__device__ void publish(const Job &job, i64 channel, const Moments &moments,
+                        const Running &running)
 {
     job.mean_out[channel] = moments.mean;
     if (job.m2_out != nullptr)
@@ -609,9 +620,8 @@ __device__ void publish(const Job &job, i64 channel, const Moments &moments)
     if (job.running_mean.data != nullptr) {
         const double factor = job.cumulative ? 1.0 / double(*job.batches + 1) : job.momentum;
         const double variance = moments.m2 / (job.count - 1.0);
-        const double mean = at(job.running_mean, channel), var = at(job.running_var, channel);
-        put(job.running_mean, channel, (1.0 - factor) * mean + factor * moments.mean);
-        put(job.running_var, channel, (1.0 - factor) * var + factor * variance);
+        put(job.running_mean, channel, (1.0 - factor) * running.mean + factor * moments.mean);
+        put(job.running_var, channel, (1.0 - factor) * running.var + factor * variance);
     }
     /* Not where other channels may still read it. */
     if (channel == 0 && job.batches != nullptr && !job.cumulative)
@@ -760,12 +770,20 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
     int slot = threadIdx.x;
     for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x)
         fetch(job, kept + slot, job.x, walk.index());
+    /* What thread 0 will need is read while the elements are on their way. */
+    __shared__ double weight, bias;
+    __shared__ Running running;
+    if (threadIdx.x == 0) {
+        weight = at(job.weight, channel, 1.0);
+        bias = at(job.bias, channel);
+        running = Running::of(job, channel);
+    }
     arrived();
     const auto read = [&](const Storage *, const Walk &, int slot) { return kept[slot]; };
     const Moments moments = merge_cluster(merge_block(moments_of_rows(job, start, read)));
     __shared__ Affine coefficients;
     if (threadIdx.x == 0 && job.out != nullptr)
-        coefficients = Affine::of(job, channel, moments.mean, invstd_of(job, moments));
+        coefficients = Affine::of(moments.mean, invstd_of(job, moments), weight, bias);
     __syncthreads();
     if (job.out != nullptr) {
         const Affine affine = coefficients;
@@ -777,7 +795,7 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
         }
     }
     if (rank == 0 && threadIdx.x == 0)
-        publish(job, channel, moments);
+        publish(job, channel, moments, running);
     leave_cluster();
 }
 
@@ -793,11 +811,12 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
         fetch(job, kept + slot, job.dy, index);
         fetch(job, kept + slots + slot, job.x, index);
     }
+    /* Read while the elements are on their way. */
+    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
     arrived();
     const auto read = [&](const Storage *array, const Walk &, int slot) {
         return kept[array == job.x ? slots + slot : slot];
     };
-    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
     const Products sums = merge_cluster(merge_block(products_of_rows(job, start, centre, read)));
     __shared__ Gradient coefficients;
     if (threadIdx.x == 0 && job.out != nullptr)
@@ -1048,7 +1067,7 @@ extern "C" __global__ void __launch_bounds__(256) merge_moments(const Job job)
 {
     const Moments moments = merged_partials<Moments>(job, blockIdx.x);
     if (threadIdx.x == 0)
-        publish(job, blockIdx.x, moments);
+        publish(job, blockIdx.x, moments, Running::of(job, blockIdx.x));
 }
 
 extern "C" __global__ void __launch_bounds__(256) merge_products(const Job job)

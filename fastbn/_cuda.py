@@ -625,10 +625,11 @@ def element_wise(name: str, g: Geometry) -> Launch:
     multiprocessors, rows = device_of(g.device).multiprocessors, AHEAD * (THREADS // strip)
     at_once = BLOCKS_AT_ONCE * multiprocessors
     if strips * height <= at_once * SHORT * (THREADS // strip):
-        wanted = max(at_once // strips, 1)
+        rounds = ceil_div(height, rows * max(at_once // strips, 1))
     else:
         wanted = ceil_div(BLOCKS_OF_ELEMENTS * multiprocessors, strips)
-    splits = ceil_div(height, rows * max(ceil_div(height, wanted * rows), 1))
+        rounds = max(height // (rows * wanted), 1)
+    splits = ceil_div(height, rows * rounds)
     if mixed:
         name += "_mixed"
     numbers = numbers_of_columns(g, splits, width, height)

@@ -167,6 +167,17 @@ def test_results_have_the_same_bits_in_place_and_in_every_run(rng, dtype, shape,
         assert all(map(same_bits, results[0], other))
 
 
+@by_dense_layout
+def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout):
+    x, dy, weight, bias = case(rng, (9, 10, 256, 256))
+    y, mean, invstd = F.batch_norm_forward(layout(x), to_gpu(weight), to_gpu(bias))
+    dx, _, _ = F.batch_norm_backward(layout(dy), layout(x), to_gpu(weight), mean, invstd)
+    cpu_y, cpu_mean, cpu_invstd = F.batch_norm_forward(x, weight, bias)
+    cpu_dx, _, _ = F.batch_norm_backward(dy, x, weight, cpu_mean, cpu_invstd)
+    support.assert_close(y.get(), cpu_y, 1e-6)
+    support.assert_close(dx.get(), cpu_dx, 1e-6)
+
+
 @pytest.mark.parametrize("shape", [(5, 33, 7, 7), (6, 8, 16, 16), (40, 6, 32, 32), (9, 20, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_alignment_change_no_bit(rng, dtype, shape, layout):
