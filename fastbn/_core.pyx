@@ -168,10 +168,12 @@ cdef enum:
     COLUMN_BLOCK = 512
     COLUMN_BLOCKS_MAX = 256
     # A group of channels that is walked twice should stay in a cache of the second level, but its
-    # runs should not be much shorter than a page. One that is walked once may have long runs.
+    # runs should not be much shorter than a page.
     GROUP_BYTES = 524288
     RUN_BYTES = 3072
-    LONG_RUN_BYTES = 65536
+    # One that is walked once may have long runs, and coefficients that serve so many elements.
+    LONG_RUN_BYTES = 524288
+    COEFFICIENT_ELEMENTS = 1024
     # Memory is prefetched when it is so many bytes away, of all inputs.
     AHEAD_BYTES = 8192
     # Shorter runs are taken for columns.
@@ -216,20 +218,32 @@ cdef void cut_rows(Cut *cut) noexcept nogil:
     cut.blocks = ceil_div(cut.n, cut.rows) * cut.pieces
 
 
-cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, bint reduces,
-                     int threads) noexcept nogil:
-    """Choose how many channels are walked together, which no result depends on."""
+cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
+    """Choose how many channels are summed together, which no result depends on."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
-    if reduces:
-        cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), RUN_BYTES // run)
-        cut.group = min(cut.group, GROUP)
-    else:
-        cut.group = min(LONG_RUN_BYTES // run, COLUMNS)
-    # Enough groups for all threads to be busy to the end.
-    cut.group = max(min(cut.group, cut.c // (4 * threads)), 1)
+    cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), RUN_BYTES // run)
+    cut.group = min(cut.group, GROUP)
+    if threads > 1:  # enough groups for all threads to be busy to the end
+        cut.group = min(cut.group, cut.c // (4 * threads))
     if cut.pieces > 1:  # a piece of a channel does not end where the next channel begins
         cut.group = 1
+    cut.group = max(cut.group, 1)
     cut.groups = ceil_div(cut.c, cut.group)
+
+
+cdef void block_rows(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
+    """Cut rows, of which no sums are asked for, into blocks that are as linear as memory is."""
+    cdef Py_ssize_t tasks
+    cut.group = 1
+    if cut.pieces <= 1:
+        cut.group = min(LONG_RUN_BYTES // max(cut.s * itemsize, 1), min(cut.c, COLUMNS))
+        cut.rows = max(COEFFICIENT_ELEMENTS // max(cut.s, 1), 1)
+        tasks = ceil_div(cut.c, max(cut.group, 1)) * ceil_div(cut.n, cut.rows)
+        if threads > 1 and tasks < 4 * threads:
+            cut.group = cut.group * tasks // (4 * threads)
+        cut.group = max(cut.group, 1)
+    cut.groups = ceil_div(cut.c, cut.group)
+    cut.blocks = ceil_div(cut.n, cut.rows) * cut.pieces
 
 
 cdef void cut_columns(Cut *cut) noexcept nogil:
@@ -478,36 +492,42 @@ cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) no
 
 # ------------------------------------------------------------------ the layout of rows
 
-cdef Runs runs_of(const Job *job, const Block *block, int direction) noexcept nogil:
-    """The runs of a block, for a walk that takes the samples in this direction."""
+cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
+    """The runs of a block, from the first sample to the last or backwards."""
     cdef Runs runs
     runs.samples = block.n1 - block.n0
-    runs.stride = job.cut.c * job.cut.s
+    runs.stride = -job.cut.c * job.cut.s if backwards else job.cut.c * job.cut.s
     runs.channels = block.c1 - block.c0
     runs.len = block.length
-    runs.ahead = ahead_of(job, runs.channels * runs.len, direction * runs.stride)
+    runs.ahead = ahead_of(job, &runs)
     return runs
 
 
-cdef Ahead ahead_of(const Job *job, Py_ssize_t run, Py_ssize_t stride) noexcept nogil:
-    """Where memory is read next: this run goes on, and then the one in the next sample."""
+cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
+    """Where memory is read next: this sample's runs go on, and then those of the next sample."""
     cdef Ahead ahead
+    cdef Py_ssize_t run = runs.channels * runs.len
     ahead.near = AHEAD_BYTES // (job.itemsize * (1 if job.dy == NULL else 2))
-    if job.cut.n == 1 or job.cut.pieces > 1:  # run after run
+    if runs.samples == 1:  # block after block
         ahead.border, ahead.jump = run, ahead.near
     elif run > ahead.near:
         ahead.border = run - ahead.near
-        ahead.jump = stride - ahead.border
+        ahead.jump = runs.stride - ahead.border
     else:
         ahead.border = 0
-        ahead.jump = stride * ceil_div(ahead.near, max(run, 1))
+        ahead.jump = runs.stride * ceil_div(ahead.near, max(run, 1))
     return ahead
+
+
+cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
+    """The bytes before the runs of the sample that comes first."""
+    return offset_of(job, block, block.n1 - 1 if backwards else block.n0)
 
 
 cdef void sum_rows(const Job *job, const Block *block, const double *centre, double *first,
                    double *second) noexcept nogil:
     """The sums of a block, of moments or, with a dy, of products."""
-    cdef Runs runs = runs_of(job, block, 1)
+    cdef Runs runs = runs_of(job, block, False)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     if job.dy == NULL:
         job.kernels.moments(job.x + at, &runs, centre, first, second)
@@ -517,16 +537,20 @@ cdef void sum_rows(const Job *job, const Block *block, const double *centre, dou
 
 cdef void normalize_rows(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine
-    cdef Runs runs = runs_of(job, block, -1)
-    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    # A second walk begins with what the first one has left in the cache.
+    cdef bint backwards = job.reduce != NULL
+    cdef Runs runs = runs_of(job, block, backwards)
+    cdef Py_ssize_t at = start_of(job, block, backwards)
     affine_of(job, block, &affine)
     job.kernels.normalize(job.x + at, job.out + at, &runs, &affine, job.stream)
 
 
 cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
-    cdef Runs runs = runs_of(job, block, -1)
-    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    # A second walk begins with what the first one has left in the cache.
+    cdef bint backwards = job.reduce != NULL
+    cdef Runs runs = runs_of(job, block, backwards)
+    cdef Py_ssize_t at = start_of(job, block, backwards)
     gradient_of(job, block, &gradient)
     job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient, job.stream)
 
@@ -644,15 +668,17 @@ cdef void run_groups(const Job *job, int threads) noexcept nogil:
 
 cdef void run_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups, int threads) noexcept nogil:
     """The threads share the blocks of some groups, one step after the other."""
-    cdef Py_ssize_t t, g, tasks = groups * job.cut.blocks
+    cdef Py_ssize_t t, u, g, tasks = groups * job.cut.blocks
     if job.reduce != NULL:
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
             job.reduce(job, g0 + t % groups, t // groups)
         for g in range(g0, g0 + groups):
             job.merge(job, g)
     if job.apply != NULL:
-        for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            apply_block(job, g0 + (tasks - 1 - t) % groups, (tasks - 1 - t) // groups)
+        for t in prange(tasks, schedule="dynamic", num_threads=threads,
+                        use_threads_if=threads > 1):
+            u = t if job.reduce == NULL else tasks - 1 - t
+            apply_block(job, g0 + u % groups, u // groups)
 
 
 cdef void run_blocks(const Job *job, int threads) noexcept nogil:
@@ -670,15 +696,19 @@ cdef int run(Job *job, int threads) except -1:
     threads = <int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1))
     if job.cut.columns:
         group_columns(&job.cut, threads)
+    elif job.reduce != NULL:
+        group_rows(&job.cut, job.itemsize, inputs, threads)
     else:
-        group_rows(&job.cut, job.itemsize, inputs, job.reduce != NULL, threads)
+        block_rows(&job.cut, job.itemsize, threads)
     job.stream = job.apply != NULL and streams(job)
     if job.reduce != NULL:
         job.partial = <double *>malloc((2 * job.cut.c * job.cut.blocks + 1) * sizeof(double))
         if job.partial == NULL:
             raise MemoryError("no memory for the partial sums of the blocks")
     with nogil:
-        if threads == 1 or job.cut.blocks < 2 or (
+        if job.reduce == NULL:
+            run_round(job, 0, job.cut.groups, threads)
+        elif threads == 1 or job.cut.blocks < 2 or (
                 job.cut.groups >= 4 * threads and group_bytes(job) * threads <= near_bytes):
             run_groups(job, threads)
         else:

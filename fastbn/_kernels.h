@@ -3,9 +3,9 @@
  * A kernel knows neither channels nor threads, takes any alignment and allocates nothing. Every
  * instruction set gives the same bits.
  *
- * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix each column
- * of which does. Outputs may be one of the inputs. `stream` asks for stores around the cache, into
- * another array whose elements are aligned.
+ * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix of which
+ * each column does. Outputs may be one of the inputs. `stream` asks for stores around the cache,
+ * into another array whose elements are aligned.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -32,22 +32,23 @@ typedef struct {
 } fastbn_gradient;
 
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
- * prefetched, later the one `jump` further on: hardware does not foresee the way to the next sample.
- * What lies there need not be memory. */
+ * prefetched, later the one `jump` further on: hardware does not foresee the way to the next
+ * sample. What lies there need not be memory. */
 typedef struct {
     ptrdiff_t near, border, jump;
 } fastbn_ahead;
 
-/* In each of the samples, `stride` elements apart, a run of `len` elements for each of the channels,
- * at most FASTBN_GROUP, one behind the other. */
+/* In each of the samples, `stride` elements apart (less than 0 to walk backwards), a run of `len`
+ * elements for each of the channels, one behind the other. There are at most FASTBN_GROUP channels
+ * for sums, FASTBN_COLUMNS for results. */
 typedef struct {
     ptrdiff_t samples, stride, channels, len;
     fastbn_ahead ahead;
 } fastbn_runs;
 
-/* `rows` rows of `len` columns, at most FASTBN_COLUMNS; rows begin `stride` elements apart. The first
- * `run` columns belong to the first channel, the next to the second, and after so many `channels`
- * it begins again with the first. */
+/* `rows` rows of `len` columns, at most FASTBN_COLUMNS; rows begin `stride` elements apart. The
+ * first `run` columns belong to the first channel, the next to the second, and after so many
+ * `channels` it begins again with the first. */
 typedef struct {
     ptrdiff_t rows, len, stride, channels, run;
 } fastbn_matrix;
@@ -64,7 +65,6 @@ typedef struct {
     /* first, second = the sums of dy and of dy * (x - mean) */
     void (*products)(const void *dy, const void *x, const fastbn_runs *runs, const double *mean,
                      double *first, double *second);
-    /* The samples are walked from the last to the first. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
                       int stream);
     void (*gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,

@@ -287,7 +287,7 @@ static void NAME(normalize)(const void *x_, void *y_, const fastbn_runs *runs,
     NAME(halves)(affine->centre, runs->channels, high, low);
     NAME(narrow)(affine->scale, runs->channels, scale);
     NAME(narrow)(affine->shift, runs->channels, shift);
-    for (ptrdiff_t n = runs->samples - 1; n >= 0; n--) {
+    for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
@@ -314,7 +314,7 @@ static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, const fas
     NAME(halves)(gradient->x_mean, runs->channels, x_high, x_low);
     NAME(narrow)(gradient->slope, runs->channels, slope);
     NAME(narrow)(gradient->scale, runs->channels, scale);
-    for (ptrdiff_t n = runs->samples - 1; n >= 0; n--) {
+    for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;

@@ -338,8 +338,8 @@ ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
     }
 }
 
-/* The sum of a register's lanes and of the registers, by halves: lane i is added to lane i + 8, then
- * to lane i + 4 and so on, whatever the width of a register is. */
+/* The sum of a register's lanes and of the registers, by halves: lane i is added to lane i + 8,
+ * then to lane i + 4 and so on, whatever the width of a register is. */
 ALWAYS_INLINE double collapse(vd *v)
 {
     double lanes[VD];
