@@ -19,7 +19,7 @@ from bench.libraries import FASTBN, OWN, libraries_on
 
 PANELS = ("eval", "train", "backward")
 MARKERS = "osD^v<>Pp*hX"
-FORMATS = ("svg", "png")
+FORMATS = ("svg",)
 
 
 def draw(result: dict[str, Any], figures: Figures, path: Path, sizes: bool) -> list[Path]:

@@ -91,6 +91,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     parts = [
         "# fastbn, its peers and the floor that memory sets",
         _summary(result, figures, images),
+        "" if grows(result) else _goals(figures, max(figures.values("threads"), default=1)),
     ]
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
@@ -105,13 +106,12 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
 
 
 def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
-    """Machine, peers and goals."""
+    """The machine, the peers and the pictures."""
     threads = max(figures.values("threads"), default=1)
     parts = [
         _machine(result, threads),
         _against_peers(figures, threads),
         *(f"![Time over the floor of memory]({image})" for image in images),
-        "" if grows(result) else _goals(figures, threads),
     ]
     return "\n\n".join(part for part in parts if part)
 
