@@ -639,6 +639,23 @@ cdef bint streams(const Job *job) noexcept nogil:
             and job.out != job.x and job.out != job.dy)
 
 
+# A task of those that the threads share, of some groups from g0 on.
+ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                      Py_ssize_t t) noexcept nogil
+
+
+cdef void share(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t tasks,
+                int threads) noexcept nogil:
+    """Do all tasks. A parallel region of one thread would cost a microsecond."""
+    cdef Py_ssize_t t
+    if threads == 1:
+        for t in range(tasks):
+            task(job, g0, groups, t)
+    else:
+        for t in prange(tasks, schedule="dynamic", num_threads=threads):
+            task(job, g0, groups, t)
+
+
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(&job.cut, g, b)
     job.apply(job, &block)
@@ -646,42 +663,45 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
         job.kernels.end_streaming()
 
 
-cdef void finish_group(const Job *job, Py_ssize_t g) noexcept nogil:
-    """All steps of a group; the second walk goes backwards, to begin with what is in the cache."""
+cdef void finish_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                       Py_ssize_t t) noexcept nogil:
+    """All steps of a group, by one thread while it sits in that thread's cache.
+
+    The second walk goes backwards, to begin with what is in the cache.
+    """
     cdef Py_ssize_t b
-    if job.reduce != NULL:
-        for b in range(job.cut.blocks):
-            job.reduce(job, g, b)
-        job.merge(job, g)
+    for b in range(job.cut.blocks):
+        job.reduce(job, g0 + t, b)
+    job.merge(job, g0 + t)
     if job.apply != NULL:
         for b in range(job.cut.blocks - 1, -1, -1):
-            apply_block(job, g, b)
+            apply_block(job, g0 + t, b)
 
 
-cdef void run_groups(const Job *job, int threads) noexcept nogil:
-    """Each group is finished by one thread, while it sits in that thread's cache."""
-    cdef Py_ssize_t g
-    for g in prange(job.cut.groups, schedule="dynamic", num_threads=threads,
-                    use_threads_if=threads > 1):
-        finish_group(job, g)
+cdef void reduce_one(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                     Py_ssize_t t) noexcept nogil:
+    job.reduce(job, g0 + t % groups, t // groups)
+
+
+cdef void apply_one(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                    Py_ssize_t t) noexcept nogil:
+    """In the order of memory, or backwards after a walk that has left its end in the cache."""
+    cdef Py_ssize_t u = t if job.reduce == NULL else groups * job.cut.blocks - 1 - t
+    apply_block(job, g0 + u % groups, u // groups)
 
 
 cdef void run_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups, int threads) noexcept nogil:
     """The threads share the blocks of some groups, one step after the other."""
-    cdef Py_ssize_t t, u, g, tasks = groups * job.cut.blocks
+    cdef Py_ssize_t g, tasks = groups * job.cut.blocks
     if job.reduce != NULL:
-        for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            job.reduce(job, g0 + t % groups, t // groups)
+        share(job, reduce_one, g0, groups, tasks, threads)
         for g in range(g0, g0 + groups):
             job.merge(job, g)
     if job.apply != NULL:
-        for t in prange(tasks, schedule="dynamic", num_threads=threads,
-                        use_threads_if=threads > 1):
-            u = t if job.reduce == NULL else tasks - 1 - t
-            apply_block(job, g0 + u % groups, u // groups)
+        share(job, apply_one, g0, groups, tasks, threads)
 
 
-cdef void run_blocks(const Job *job, int threads) noexcept nogil:
+cdef void run_rounds(const Job *job, int threads) noexcept nogil:
     """Rounds of so many groups that the second walk finds them in the third-level cache."""
     cdef Py_ssize_t r, most = max(near_bytes // (2 * group_bytes(job)), 1)
     for r in range(ceil_div(job.cut.groups, most)):
@@ -710,9 +730,9 @@ cdef int run(Job *job, int threads) except -1:
             run_round(job, 0, job.cut.groups, threads)
         elif threads == 1 or job.cut.blocks < 2 or (
                 job.cut.groups >= 4 * threads and group_bytes(job) * threads <= near_bytes):
-            run_groups(job, threads)
+            share(job, finish_group, 0, job.cut.groups, job.cut.groups, threads)
         else:
-            run_blocks(job, threads)
+            run_rounds(job, threads)
     free(job.partial)
     return 0
 

@@ -398,11 +398,12 @@ ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, const T *dy, const T 
     }
 }
 
-/* The coefficients of columns. */
+/* The coefficients of columns, and something finite for the rest of a register. */
 ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const double *of_channel, A *to)
 {
     A narrow[COLUMNS];
     NAME(narrow)(of_channel, matrix->channels, narrow);
+    memset(to, 0, sizeof(VA));
     SPREAD_A(matrix, narrow, to);
 }
 
@@ -411,6 +412,8 @@ ALWAYS_INLINE void NAME(spread_halves)(const fastbn_matrix *matrix, const double
 {
     A high_of_channel[COLUMNS], low_of_channel[COLUMNS];
     NAME(halves)(mean, matrix->channels, high_of_channel, low_of_channel);
+    memset(high, 0, sizeof(VA));
+    memset(low, 0, sizeof(VA));
     SPREAD_A(matrix, high_of_channel, high);
     SPREAD_A(matrix, low_of_channel, low);
 }
@@ -418,7 +421,7 @@ ALWAYS_INLINE void NAME(spread_halves)(const fastbn_matrix *matrix, const double
 static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
                                    const fastbn_affine *affine, int streams)
 {
-    A k[4][COLUMNS] = {{0}};
+    A k[4][COLUMNS];
     NAME(spread_halves)(matrix, affine->centre, k[0], k[1]);
     NAME(spread)(matrix, affine->scale, k[2]);
     NAME(spread)(matrix, affine->shift, k[3]);
@@ -429,7 +432,7 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
                                   const fastbn_matrix *matrix, const fastbn_gradient *gradient,
                                   int streams)
 {
-    A k[6][COLUMNS] = {{0}};
+    A k[6][COLUMNS];
     NAME(spread_halves)(matrix, gradient->dy_mean, k[0], k[1]);
     NAME(spread_halves)(matrix, gradient->x_mean, k[2], k[3]);
     NAME(spread)(matrix, gradient->slope, k[4]);
