@@ -189,7 +189,7 @@ cdef enum:
 
 # Half of the third-level cache, which others use too. An output is stored around it if the inputs
 # and the output are more; what all threads together walk twice should be less.
-cdef Py_ssize_t near_bytes = max(fastbn_l3_bytes(), 16777216) // 2
+cdef Py_ssize_t near_bytes = (fastbn_l3_bytes() or 16777216) // 2
 
 
 cdef struct Cut:
@@ -720,7 +720,7 @@ cdef int run(Job *job, int threads) except -1:
         group_rows(&job.cut, job.itemsize, inputs, threads)
     else:
         block_rows(&job.cut, job.itemsize, threads)
-    job.stream = job.apply != NULL and streams(job)
+    job.stream = job.apply != NULL and job.kernels.end_streaming != NULL and streams(job)
     if job.reduce != NULL:
         job.partial = <double *>malloc((2 * job.cut.c * job.cut.blocks + 1) * sizeof(double))
         if job.partial == NULL:

@@ -11,7 +11,6 @@ enum {
     /* of a matrix, while sums or coefficients stay in registers */
     ROWS_SUMMED = 8,
     ROWS_WRITTEN = 4,
-    CACHE_LINE = 64,
     BUFFER_BYTES = 4096,
 };
 
@@ -79,9 +78,9 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
 
 #define KERNELS(dtype) \
     { \
-        elements_##dtype, put_elements_##dtype, moments_##dtype, products_##dtype, normalize_##dtype, gradient_##dtype, \
-            column_moments_##dtype, column_products_##dtype, column_normalize_##dtype, \
-            column_gradient_##dtype, invstd, end_streaming \
+        elements_##dtype, put_elements_##dtype, moments_##dtype, products_##dtype, \
+            normalize_##dtype, gradient_##dtype, column_moments_##dtype, column_products_##dtype, \
+            column_normalize_##dtype, column_gradient_##dtype, invstd, END_STREAMING \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {

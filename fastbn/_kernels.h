@@ -1,7 +1,7 @@
 /* The inner loops: what is done to runs of memory, for every dtype and instruction set.
  *
- * A kernel knows neither channels nor threads, takes any alignment and allocates nothing. Every
- * instruction set gives the same bits.
+ * A kernel knows neither channels nor threads and allocates nothing. Every instruction set gives
+ * the same bits. Elements are aligned, but for those of vectors of one value per channel.
  *
  * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix of which
  * each column does. Outputs may be one of the inputs. `stream` asks for stores around the cache,
@@ -82,7 +82,8 @@ typedef struct {
 
     /* invstd = 1 / sqrt(m2 / n + eps) */
     void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
-    /* Makes what was stored around the cache visible to other threads. */
+    /* Makes what was stored around the cache visible to other threads; NULL where `stream` does
+     * nothing. */
     void (*end_streaming)(void);
 } fastbn_kernels;
 

@@ -27,7 +27,6 @@
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define PREFETCH(p) __builtin_prefetch(p)
-#  define PREFETCHW(p) __builtin_prefetch(p, 1)
 typedef double vd __attribute__((vector_size(REGISTER)));
 typedef float vf __attribute__((vector_size(REGISTER)));
 typedef long long vi __attribute__((vector_size(REGISTER)));
@@ -35,7 +34,6 @@ typedef long long vi __attribute__((vector_size(REGISTER)));
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
 #  define PREFETCH(p)
-#  define PREFETCHW(p)
 typedef double vd;
 typedef float vf;
 #endif
@@ -45,6 +43,7 @@ enum {
     VD = sizeof(vd) / sizeof(double),
     VF = sizeof(vf) / sizeof(float),
     STEPS = LANES / VD, /* registers of doubles that make up a step of LANES elements */
+    CACHE_LINE = 64,
 };
 
 /* How many elements after the i-th memory is prefetched. */
@@ -277,34 +276,39 @@ BY_ELEMENT(bfloat16)
 
 #endif
 
-/* Copies memory with stores around the cache: what is written there is not read first. */
+/* Copies memory with stores around the cache: what is written there is not read first. A line that
+ * is stored in part, or in both ways, costs more than an ordinary one. */
 ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
 {
 #if defined(__SSE2__)
-    const size_t head = -(uintptr_t)to % sizeof(vf);
+    const size_t head = -(uintptr_t)to % CACHE_LINE;
     if (head < bytes) {
         memcpy(to, from, head);
         to += head, from += head, bytes -= head;
-        for (; bytes >= sizeof(vf); to += sizeof(vf), from += sizeof(vf), bytes -= sizeof(vf))
+        for (; bytes >= CACHE_LINE; to += CACHE_LINE, from += CACHE_LINE, bytes -= CACHE_LINE)
+            UNROLL for (int i = 0; i < CACHE_LINE; i += (int)sizeof(vf))
 #  if defined(__AVX512F__)
-            _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+                _mm512_stream_si512((__m512i *)(to + i), _mm512_loadu_si512(from + i));
 #  elif defined(__AVX2__)
-            _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+                _mm256_stream_si256((__m256i *)(to + i),
+                                    _mm256_loadu_si256((const __m256i *)(from + i)));
 #  else
-            _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
+                _mm_stream_si128((__m128i *)(to + i),
+                                 _mm_loadu_si128((const __m128i *)(from + i)));
 #  endif
     }
 #endif
     memcpy(to, from, bytes);
 }
 
-/* Such stores are not ordered: this comes before another thread may look. */
-ALWAYS_INLINE void end_streaming(void)
-{
+/* Such stores are not ordered: this comes before another thread may look. NULL where there are
+ * none. */
 #if defined(__SSE2__)
-    _mm_sfence();
+static void end_streaming_stores(void) { _mm_sfence(); }
+#  define END_STREAMING end_streaming_stores
+#else
+#  define END_STREAMING NULL
 #endif
-}
 
 /* Sums */
 

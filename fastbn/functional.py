@@ -633,16 +633,22 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
 
 
 def check_counter(counter: Any) -> None:
-    """Refuse what cannot count batches. A value on a GPU is not looked at: that would wait."""
+    """Refuse what cannot count one more batch. A value on a GPU is not read: that would wait."""
     check_ndarray(counter, "num_batches_tracked", writeable=True)
-    if (
-        counter.shape != ()
-        or counter.dtype.kind not in "iu"
-        or (isinstance(counter, np.ndarray) and int(counter) < 0)
-    ):
+    if counter.shape != () or counter.dtype.kind not in "iu" or not counts_on(counter):
         raise ValueError(
-            f"num_batches_tracked must be a non-negative integer array of shape (), got {counter!r}"
+            f"num_batches_tracked must be a non-negative integer array of shape (), and less than "
+            f"the largest of its dtype, got {counter!r}"
         )
+
+
+def counts_on(counter: Array) -> bool:
+    """Tell whether a counter is not negative and its dtype has a next number."""
+    if is_cupy(counter):
+        return True
+    value = int(counter)
+    bits = 8 * counter.itemsize - (counter.dtype.kind == "i")
+    return value >= 0 and (value + 1).bit_length() <= bits
 
 
 def as_real(value: Any, name: str) -> float:

@@ -7,6 +7,7 @@ NumPy arrays and, on a GPU, CuPy's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
@@ -356,16 +357,11 @@ class _BatchNorm:
             return Aside(slice(None), x.copy())
         weight = np.abs(self._vector("weight", 1.0, x))
         bias = np.abs(self._vector("bias", 0.0, x))
-        bfloat16 = x.dtype.kind != "f"
-        limits = np.finfo(np.float32 if bfloat16 else x.dtype)
-        far = RECOVERABLE_BFLOAT16 if bfloat16 else RECOVERABLE
+        smallest, greatest = _limits(x.dtype)
+        far = RECOVERABLE if x.dtype.kind == "f" else RECOVERABLE_BFLOAT16
         # No normalized value of n exceeds sqrt(n).
         largest = weight * (F.values_per_channel(x) ** 0.5 + far)
-        recoverable = (
-            (weight >= float(limits.smallest_normal))
-            & (largest <= float(limits.max))
-            & (bias <= far * weight)
-        )
+        recoverable = (weight >= smallest) & (largest <= greatest) & (bias <= far * weight)
         channels = np.flatnonzero(~recoverable)
         return Aside(channels, x[:, channels]) if channels.size else None
 
@@ -799,6 +795,13 @@ def _gradients(
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
     return F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out), dweight, dbias
+
+
+@functools.cache
+def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The smallest normal number and the greatest; bfloat16's exponents are those of float32."""
+    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
+    return float(limits.smallest_normal), float(limits.max)
 
 
 def _accumulated(

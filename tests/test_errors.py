@@ -459,6 +459,16 @@ def test_a_read_only_counter_is_refused_in_training(bn, x):
         bn(x, out=x)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.uint64])
+def test_a_counter_at_the_end_of_its_dtype_is_refused_in_training(bn, x, dtype):
+    bn.num_batches_tracked = np.array(np.iinfo(dtype).max, dtype)
+    with refused(ValueError, "num_batches_tracked", intact=[bn, x]):
+        bn(x, out=x)
+    bn.num_batches_tracked -= dtype(1)
+    bn(x, out=x)
+    assert bn.num_batches_tracked == np.iinfo(dtype).max
+
+
 @pytest.mark.parametrize(("name", "value"), [("eps", -1.0), ("eps", "0.1"), ("momentum", "0.1")])
 def test_a_bad_number_set_later_is_refused(bn, x, name, value):
     setattr(bn, name, value)
