@@ -11,6 +11,7 @@ from fastbn.layers import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fastbn.moments import Moments
 
 __all__ = [
     "BatchNorm1d",
@@ -19,6 +20,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "Moments",
     "__version__",
     "functional",
     "get_num_threads",

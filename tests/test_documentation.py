@@ -27,7 +27,9 @@ def test_readme_snippets_run_in_their_order(with_torch):
             exec(compile(block, README.name, "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["fastbn.functional", "fastbn.layers", "fastbn._cpu"])
+@pytest.mark.parametrize(
+    "name", ["fastbn.functional", "fastbn.layers", "fastbn.moments", "fastbn._cpu"]
+)
 def test_docstring_examples_give_what_they_say(name):
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.attempted > 0
