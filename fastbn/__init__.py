@@ -3,6 +3,7 @@
 from fastbn import functional
 from fastbn._cpu import get_num_threads, set_num_threads, show_config
 from fastbn._version import __version__
+from fastbn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastbn.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -17,6 +18,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -28,7 +28,8 @@ def test_readme_snippets_run_in_their_order(with_torch):
 
 
 @pytest.mark.parametrize(
-    "name", ["fastbn.functional", "fastbn.layers", "fastbn.moments", "fastbn._cpu"]
+    "name",
+    ["fastbn.functional", "fastbn.layers", "fastbn.instance", "fastbn.moments", "fastbn._cpu"],
 )
 def test_docstring_examples_give_what_they_say(name):
     outcome = doctest.testmod(importlib.import_module(name))
