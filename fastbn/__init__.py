@@ -13,6 +13,7 @@ from fastbn.layers import (
     LazyBatchNorm3d,
 )
 from fastbn.moments import Moments
+from fastbn.recalibration import recalibrate
 
 __all__ = [
     "BatchNorm1d",
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "functional",
     "get_num_threads",
+    "recalibrate",
     "set_num_threads",
     "show_config",
 ]

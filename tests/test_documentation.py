@@ -29,7 +29,14 @@ def test_readme_snippets_run_in_their_order(with_torch):
 
 @pytest.mark.parametrize(
     "name",
-    ["fastbn.functional", "fastbn.layers", "fastbn.instance", "fastbn.moments", "fastbn._cpu"],
+    [
+        "fastbn.functional",
+        "fastbn.layers",
+        "fastbn.instance",
+        "fastbn.moments",
+        "fastbn.recalibration",
+        "fastbn._cpu",
+    ],
 )
 def test_docstring_examples_give_what_they_say(name):
     outcome = doctest.testmod(importlib.import_module(name))

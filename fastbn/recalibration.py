@@ -1,0 +1,151 @@
+"""Recalibration ("precise batch norm"): running statistics that are those of a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import functional as F
+from fastbn._backends import backend_for
+from fastbn.instance import _InstanceNorm
+from fastbn.layers import _BatchNorm
+from fastbn.moments import Moments
+
+__all__ = ["recalibrate"]
+
+Array = NDArray[Any]
+
+
+@contextmanager
+def recalibrate(*layers: _BatchNorm) -> Iterator[None]:
+    """Set the running statistics of layers to those of all that they see in a ``with`` block.
+
+    Running statistics are a moving average over the last batches, of weights that have changed
+    since, and the average of variances within batches misses the variance between them. Inside the
+    block the forwards of the layers in training mode leave the running statistics alone and add up
+    the exact mean and variance of all their input (`Moments`). At its end the running statistics
+    become these, with the unbiased variance, and num_batches_tracked the number of batches. If an
+    exception ends the block, they stay as they were.
+
+    The block has the user's own loop: forwards over the training set, or a good part of it, in
+    batches of the size of the training, and no updates of the weights. Each forward reads its input
+    once more than usual.
+
+    Parameters
+    ----------
+    *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d or lazy
+        In training mode during the block, and not frozen.
+
+    Raises
+    ------
+    TypeError
+        If one of them is not such a layer.
+    ValueError
+        If there are none.
+    RuntimeError
+        If a layer has no running statistics, is frozen, or is being recalibrated; or, at the end,
+        if one has seen no batch in training mode. Nothing has been changed then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm1d(1, dtype=np.float64)
+    >>> data = np.array([[1.0], [2.0], [3.0], [6.0]])
+    >>> with fastbn.recalibrate(bn):
+    ...     for batch in np.split(data, 2):
+    ...         y = bn(batch)
+    >>> bn.running_mean, bn.running_var, data.var(ddof=1)
+    (array([3.]), array([4.66666667]), np.float64(4.666666666666667))
+    """
+    recorders = [_Recorder(layer) for layer in _checked(layers)]
+    for recorder in recorders:
+        recorder.start()
+    try:
+        yield
+    finally:
+        for recorder in recorders:
+            recorder.stop()
+    for recorder in recorders:
+        recorder.check()
+    for recorder in recorders:
+        recorder.write()
+
+
+def _checked(layers: tuple[Any, ...]) -> tuple[_BatchNorm, ...]:
+    """The layers, each once, if all of them can be recalibrated."""
+    if not layers:
+        raise ValueError("recalibrate() needs at least one layer")
+    for layer in layers:
+        if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
+            raise TypeError(
+                f"recalibrate() takes batch normalization layers, got {type(layer).__name__}"
+            )
+        if not layer.track_running_stats:
+            raise RuntimeError(f"recalibrate() needs running statistics, {layer!r} tracks none")
+        if layer.frozen:
+            raise RuntimeError(
+                f"recalibrate() needs the statistics of batches, {layer!r} is frozen"
+            )
+        if "_forward_train" in layer.__dict__:
+            raise RuntimeError(f"{layer!r} is being recalibrated already")
+    return tuple(dict.fromkeys(layers))
+
+
+class _Recorder:
+    """Adds up what a layer sees, in place of its running statistics."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.layer = layer
+        self.total = Moments()
+        self.batches = 0
+
+    def start(self) -> None:
+        # In the instance, where it costs nothing to the layers that are not recalibrated.
+        self.layer.__dict__["_forward_train"] = self.forward_train
+
+    def stop(self) -> None:
+        del self.layer.__dict__["_forward_train"]
+
+    def forward_train(
+        self, x: Array, out: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        """What the layer's own method does, but with the running statistics left alone."""
+        layer = self.layer
+        batch = Moments.of(x)  # before `out` may take the place of x
+        layer.track_running_stats = False
+        try:
+            result = type(layer)._forward_train(layer, x, out)
+        finally:
+            layer.track_running_stats = True
+        self.total += batch
+        self.batches += batch.count > 0
+        return result
+
+    def check(self) -> None:
+        """Refuse to go on if the running statistics cannot be written."""
+        layer = self.layer
+        if not self.batches:
+            raise RuntimeError(
+                f"{layer!r} has seen no batch in training mode; its forward must run inside "
+                f"the block, after train()"
+            )
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            F.check_ndarray(getattr(layer, name), name, writeable=True)
+
+    def write(self) -> None:
+        """Set the running statistics."""
+        values = {
+            "running_mean": self.total.mean,
+            "running_var": self.total.var(correction=1),
+            "num_batches_tracked": np.array(self.batches),
+        }
+        asarray = backend_for(self.layer._device).asarray
+        for name, value in values.items():
+            array = getattr(self.layer, name)
+            with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
+                array[...] = asarray(value, array.dtype, self.layer._device)
