@@ -14,6 +14,7 @@ from fastbn.layers import (
 )
 from fastbn.moments import Moments
 from fastbn.recalibration import recalibrate
+from fastbn.sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "BatchNorm1d",
@@ -26,7 +27,9 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "Moments",
+    "SyncBatchNorm",
     "__version__",
+    "convert_sync_batchnorm",
     "functional",
     "get_num_threads",
     "recalibrate",

@@ -14,6 +14,7 @@ from fastbn._backends import backend_for
 from fastbn.instance import _InstanceNorm
 from fastbn.layers import _BatchNorm
 from fastbn.moments import Moments
+from fastbn.sync import SyncBatchNorm
 
 __all__ = ["recalibrate"]
 
@@ -37,7 +38,7 @@ def recalibrate(*layers: _BatchNorm) -> Iterator[None]:
 
     Parameters
     ----------
-    *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d or lazy
+    *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d, lazy or SyncBatchNorm
         In training mode during the block, and not frozen.
 
     Raises
@@ -122,6 +123,8 @@ class _Recorder:
             result = type(layer)._forward_train(layer, x, out)
         finally:
             layer.track_running_stats = True
+        if isinstance(layer, SyncBatchNorm):
+            batch = layer._total  # of all ranks
         self.total += batch
         self.batches += batch.count > 0
         return result

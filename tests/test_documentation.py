@@ -35,6 +35,7 @@ def test_readme_snippets_run_in_their_order(with_torch):
         "fastbn.instance",
         "fastbn.moments",
         "fastbn.recalibration",
+        "fastbn.sync",
         "fastbn._cpu",
     ],
 )

@@ -1,0 +1,270 @@
+"""Batch normalization of a batch that is spread over the ranks of an MPI communicator.
+
+It composes from the primitives: each rank sums up its part, the ranks add up what they have
+(`_mpi`), and each normalizes its part by the total.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastbn import functional as F
+from fastbn._backends import backend_for, backend_of, is_cupy
+from fastbn._mpi import Ranks, mpi
+from fastbn.instance import _InstanceNorm
+from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _accumulated, _BatchNorm
+from fastbn.moments import Moments
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+
+Array = NDArray[Any]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization by the statistics of all ranks of an MPI communicator.
+
+    Each rank has a part of the batch, of any length, none included; output, running statistics and
+    gradients of the input are those that `BatchNorm2d` would give for all of it in one process. A
+    forward and a backward in training mode are collective: all ranks make them, in the same order.
+    Each is one all-reduce of 2 C + 4 float64. The results have the same bits in every run with so
+    many ranks.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        As `BatchNorm2d` takes them.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks, ``MPI.COMM_WORLD`` by default.
+
+    Attributes
+    ----------
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Those of this rank's part of the batch, as of any other layer: add them up over the ranks.
+    weight, bias, running_mean, running_var, num_batches_tracked, training, frozen
+        As those of `BatchNorm2d`. They stay alike on all ranks if they are so at first.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of its range or of a wrong kind.
+    ImportError
+        If there is no mpi4py, or no MPI library: ``pip install 'fastbn[mpi]'``.
+
+    Notes
+    -----
+    Input has 2 to 5 axes, the same number and dtype on all ranks. Where a call fails on one rank,
+    it fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
+
+    In place, a training forward keeps a copy of its input. A layer can be pickled if its
+    communicator is ``MPI.COMM_WORLD``.
+
+    Examples
+    --------
+    To be run by ``mpiexec -n 2 python``, say:
+
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.SyncBatchNorm(2)  # doctest: +SKIP
+    >>> part = np.full((3, 2), bn.comm.rank, np.float32)  # doctest: +SKIP
+    >>> y = bn(part)  # -1 on rank 0, 1 on rank 1  # doctest: +SKIP
+    >>> bn.running_mean  # doctest: +SKIP
+    array([0.05, 0.05], dtype=float32)
+    """
+
+    _ranks = (2, 3, 4, 5)
+    _group: Ranks | None
+    _total: Moments  # of the last forward in training
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        comm: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        self.comm = mpi().COMM_WORLD if comm is None else comm
+        self._group = None
+
+    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+        """Normalize this rank's part of a batch; see `BatchNorm2d.forward`.
+
+        Collective in training mode, unless frozen.
+        """
+        if not self.training or self.frozen:
+            return super().forward(x, out=out)
+        forward = super().forward
+        return self._all_ranks().together(lambda: forward(x, out=out))
+
+    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+        """Return the gradient of the last forward's input; see `BatchNorm2d.backward`.
+
+        Collective, unless frozen. The gradients of weight and bias are those of this rank's part.
+        """
+        if isinstance(self._memory, Memory) and self._memory.frozen:
+            return super().backward(dy, out=out)
+        return self._all_ranks().together(lambda: self._backward(dy, out))
+
+    def _all_ranks(self) -> Ranks:
+        """The ranks, which meet at their first collective call."""
+        if self._group is None:
+            self._group = Ranks(self.comm, self.num_features)
+        return self._group
+
+    def _set_aside(self, x: Array) -> Aside | None:
+        # The other layers recover the input from the output, channel by channel. Here its copy
+        # keeps the backward to one reduction.
+        return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy())
+
+    def _forward_train(
+        self, x: Array, out: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        weight, bias = self._checked_arrays(x)
+        total = self._all_ranks().total_moments(x, Moments.of(x))
+        if total.count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.shape} "
+                f"and nothing on the other ranks; evaluation mode takes single values"
+            )
+        with np.errstate(all="ignore"):
+            invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + self.eps)
+        mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
+        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out)
+        if self.track_running_stats and total.count:
+            self._track(total)
+        self._total = total
+        return y, mean, invstd
+
+    def _checked_arrays(self, x: Array) -> tuple[Array | None, Array | None]:
+        """Weight and bias, once nothing that comes after the reduction can fail any more."""
+        c = self.num_features
+        F.as_eps(self.eps)
+        if self.momentum is not None:
+            F.as_real(self.momentum, "momentum")
+        if self.track_running_stats:
+            F.check_running(self.running_mean, self.running_var, x, writeable=True)
+            if self.num_batches_tracked is not None:
+                F.check_counter(self.num_batches_tracked)
+        return (
+            F.as_optional_vector(self.weight, "weight", c, x),
+            F.as_optional_vector(self.bias, "bias", c, x),
+        )
+
+    def _track(self, total: Moments) -> None:
+        """Move the running statistics towards those of the batch."""
+        counter = self.num_batches_tracked
+        if counter is not None:
+            counter += 1
+        factor = self.momentum
+        if factor is None:
+            factor = 0.0 if counter is None else 1.0 / int(counter)
+        pairs = (
+            (self.running_mean, total.mean),
+            (self.running_var, total.var(correction=1)),
+        )
+        for running, batch in pairs:
+            if running is not None:
+                with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
+                    kept = (1.0 - factor) * running.astype(np.float64)
+                    running[...] = kept + factor * self._beside(running, batch)
+
+    def _backward(self, dy: ArrayLike, out: Array | None) -> Array:
+        memory = self._memory
+        if isinstance(memory, str):
+            raise RuntimeError(memory)
+        x = memory.x if memory.aside is None else memory.aside.x
+        dy = F.as_gradient(dy, x)
+        out = F.check_out(out, memory.x, dy)
+        self._check_gradients(x)
+        weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
+        dbias, dweight = F.batch_norm_backward_reduce(dy, x, memory.mean, memory.invstd)
+        sums = self._all_ranks().total_sums(x, _on_host(dbias), _on_host(dweight))
+        sum_dy, sum_dy_xhat = (self._beside(x, array) for array in sums)
+        count = max(self._total.count, 1)
+        dx = F.batch_norm_backward_elemt(
+            dy, x, memory.mean, memory.invstd, weight, sum_dy, sum_dy_xhat, count, out=out
+        )
+        self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
+        self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
+        self._memory = NO_SECOND_BACKWARD
+        return dx
+
+    def _beside(self, x: Array, vector: F.Statistics) -> Array:
+        """A vector from the host as an array of the kind that x is."""
+        if isinstance(x, np.ndarray):
+            return vector
+        array: Array = backend_for(self._device).asarray(vector, vector.dtype, self._device)
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_group": None}
+
+
+def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm:
+    """Return a `SyncBatchNorm` with the arrays, the arguments and the mode of a layer.
+
+    Parameters
+    ----------
+    layer : BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+        It is not changed, but the two share their parameters, gradients and buffers.
+    comm : mpi4py.MPI.Intracomm, optional
+        The ranks, ``MPI.COMM_WORLD`` by default.
+
+    Returns
+    -------
+    SyncBatchNorm
+
+    Raises
+    ------
+    TypeError
+        If it is not a batch normalization layer.
+    RuntimeError
+        If it is lazy and has not seen its first input.
+    ImportError
+        If there is no mpi4py, or no MPI library.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm2d(3)
+    >>> sync = fastbn.convert_sync_batchnorm(bn)  # doctest: +SKIP
+    >>> sync.weight is bn.weight  # doctest: +SKIP
+    True
+    """
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
+        raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+    if layer.has_uninitialized_params():
+        raise RuntimeError(
+            f"{type(layer).__name__} cannot be converted yet: the first input decides num_features"
+        )
+    sync = SyncBatchNorm(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.affine,
+        layer.track_running_stats,
+        layer._device,
+        layer._dtype,
+        bias=layer._has_bias,
+        comm=comm,
+    )
+    shared = (*layer._state_names, "weight_grad", "bias_grad", "training", "frozen")
+    for name in shared:
+        setattr(sync, name, getattr(layer, name))
+    return sync
+
+
+def _on_host(vector: Array) -> F.Statistics:
+    """A vector as an array of NumPy's."""
+    return backend_of(vector).to_host(vector) if is_cupy(vector) else vector
