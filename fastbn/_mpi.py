@@ -9,6 +9,7 @@ mpi4py is imported when the first communicator is needed.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -34,12 +35,11 @@ FORWARD, BACKWARD = 0, 1000  # what the signature of a record begins with
 def mpi() -> ModuleType:
     """mpi4py's MPI; raise ImportError where there is none."""
     try:
-        from mpi4py import MPI
+        return importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
         raise ImportError(
             f"SyncBatchNorm needs mpi4py and an MPI library: pip install 'fastbn[mpi]' ({error})"
         ) from error
-    return MPI  # type: ignore[no-any-return]
 
 
 class Ranks:

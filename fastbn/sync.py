@@ -69,7 +69,7 @@ class SyncBatchNorm(_BatchNorm):
     >>> import fastbn
     >>> bn = fastbn.SyncBatchNorm(2)  # doctest: +SKIP
     >>> part = np.full((3, 2), bn.comm.rank, np.float32)  # doctest: +SKIP
-    >>> y = bn(part)  # -1 on rank 0, 1 on rank 1  # doctest: +SKIP
+    >>> y = bn(part)  # close to -1 on rank 0, to 1 on rank 1  # doctest: +SKIP
     >>> bn.running_mean  # doctest: +SKIP
     array([0.05, 0.05], dtype=float32)
     """

@@ -146,13 +146,17 @@ def failing():
                 sync(bad if guilty else x)
         with refused_everywhere(culprit, ValueError, "overlap", sync):
             sync(x, out=x[::-1] if guilty else None)
-        with refused_everywhere(culprit, ValueError, "weight must have the shape", sync):
-            weight = sync.weight
-            sync.weight = np.ones(2) if guilty else weight
-            try:
+        for name, bad, words in (
+            ("weight", np.ones(2), "weight must have the shape"),
+            ("running_var", support.read_only(sync.running_var), "read-only"),
+            ("num_batches_tracked", np.array(-1), "non-negative"),
+            ("eps", -1.0, "eps"),
+        ):
+            good = getattr(sync, name)
+            setattr(sync, name, bad if guilty else good)
+            with refused_everywhere(culprit, ValueError, words, sync):
                 sync(x)
-            finally:
-                sync.weight = weight
+            setattr(sync, name, good)
         sync(x)
         memory = sync._memory
         with refused_everywhere(culprit, ValueError, "dy must have", sync):

@@ -122,6 +122,12 @@ def test_nothing_adds_nothing(rng, empty):
         assert moments + empty == moments
 
 
+def test_nothing_adds_nothing_to_nothing_and_to_what_is_not_finite():
+    nothing, infinite = Moments.of(np.empty((0, 1))), Moments(3, [np.inf], [np.inf])
+    assert nothing + nothing == nothing
+    assert nothing + infinite == infinite + nothing == infinite
+
+
 def test_the_identity_takes_on_any_number_of_channels():
     assert Moments() + Moments.of(np.empty((0, 3))) == Moments.of(np.empty((0, 3)))
     assert Moments() + Moments() == Moments() == sum([], Moments())
