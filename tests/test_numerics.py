@@ -202,45 +202,6 @@ def test_in_eval_a_nan_stays_in_its_element(rng, dtype):
     assert same_bits(y, clean)
 
 
-# Large enough for seven threads, the last one apart: small arrays get one.
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (8, 5, 151, 153),
-        (2, 1, 1000, 500),
-        (32, 590, 7, 7),
-        (1, 257, 60, 60),
-        (38, 6000, 2, 2),
-        (160_000, 6),
-        (2, 2, 9, 9),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-def test_results_have_the_same_bits_for_every_thread_count(
-    rng, dtype, shape, last, set_num_threads
-):
-    layout = support.channels_last if last else support.contiguous
-    x, dy = (layout(some(rng, shape, dtype)) for _ in range(2))
-    weight, bias = parameters(shape[1])
-
-    def results(threads):
-        set_num_threads(threads)
-        y, mean, invstd = F.batch_norm_forward(x, weight, bias)
-        backward = F.batch_norm_backward(dy, x, weight, mean, invstd)
-        stats = F.batch_norm_stats(x)
-        sums = F.batch_norm_backward_reduce(dy, x, mean, invstd)
-        evaluated = F.batch_norm(x, weight, np.abs(bias) + 1, weight, bias)
-        in_place = x.copy(order="K")
-        F.batch_norm_forward(in_place, weight, bias, out=in_place)
-        return [y, mean, invstd, *backward, *stats, *sums, evaluated, in_place]
-
-    expected = results(1)
-    for threads in support.THREADS[1:]:
-        for a, b in zip(results(threads), expected, strict=True):
-            assert same_bits(a, b)
-
-
 def test_denormal_numbers_survive(rng):
     # A library linked with -ffast-math would switch them off for the whole process.
     fastbn.BatchNorm2d(3)(some(rng, (2, 3, 4, 4)))
