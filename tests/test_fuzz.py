@@ -1,6 +1,8 @@
 """Arguments of every kind, valid or not: a right result, or a clear error and nothing changed."""
 
+import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -8,8 +10,16 @@ import reference
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
-from support import some
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from support import assert_close, parameters, refused, some
 
+import fastbn
 from fastbn import functional as F
 
 # What an argument is now and then instead of what it should be. Some of them serve as some.
@@ -186,3 +196,108 @@ def test_a_function_gives_the_right_result_or_changes_nothing(name, data):
     if np.size(kept.get("x", kept.get("input"))):
         with np.errstate(all="ignore"):
             assert agree(result, expected(name, kept))
+
+
+class LayerMachine(RuleBasedStateMachine):
+    """A layer through any sequence of calls, beside what it should hold."""
+
+    @initialize(channels=st.integers(1, 5), momentum=st.sampled_from([0.1, None, 1.0]))
+    def begin(self, channels, momentum):
+        self.bn = fastbn.LazyBatchNorm2d(momentum=momentum, dtype="float64")
+        self.channels = channels
+        self.rng = np.random.default_rng(channels)
+        self.bn.eval()(np.zeros((0, channels, 2, 2)))  # tells the channels, and nothing else
+        self.bn.train()
+        self.bn.weight[:], self.bn.bias[:] = parameters(channels, np.float64)
+        self.running = np.zeros(channels), np.ones(channels)
+        self.batches = 0
+        self.gradients = None
+        self.remembered = None
+        self.frozen = False
+
+    def statistics(self, x):
+        """Mean and variance that the layer should use now."""
+        by_batch = self.bn.training and not self.frozen
+        return reference.moments(x)[1:] if by_batch else self.running
+
+    @rule(samples=st.integers(1, 4), in_place=st.booleans())
+    def forward(self, samples, in_place):
+        x = some(self.rng, (samples, self.channels, 2, 3), np.float64)
+        kept, (mean, var) = x.copy(), self.statistics(x)
+        y = self.bn(x, out=x if in_place else None)
+        exact = reference.normalize(kept, mean, var, self.bn.weight, self.bn.bias)
+        assert_close(y, exact, 1e-12)
+        if self.bn.training and not self.frozen:
+            self.batches += 1
+            momentum = 1 / self.batches if self.bn.momentum is None else self.bn.momentum
+            self.running = reference.updated(kept, *self.running, momentum)
+        self.remembered = (kept, mean, var, self.frozen) if self.bn.training else None
+
+    @rule(in_place=st.booleans())
+    def backward(self, in_place):
+        if self.remembered is None:
+            with refused(RuntimeError, "forward", intact=[self.bn]):
+                self.bn.backward(np.ones((1, self.channels, 2, 3)))
+            return
+        x, mean, var, frozen = self.remembered
+        dy = some(self.rng, x.shape, np.float64)
+        if frozen:
+            dx, *gradients = reference.backward_frozen(dy, x, mean, var, self.bn.weight)
+        else:
+            dx, *gradients = reference.backward(dy, x, self.bn.weight)
+        assert_close(self.bn.backward(dy, out=dy if in_place else None), dx, 1e-9)
+        before = self.gradients or (0, 0)
+        self.gradients = [a + b for a, b in zip(before, gradients, strict=True)]
+        self.remembered = None
+
+    @rule(mode=st.sampled_from(["train", "eval", "freeze", "unfreeze"]))
+    def change_mode(self, mode):
+        getattr(self.bn, mode)()
+        if "freeze" in mode:
+            self.frozen = mode == "freeze"
+
+    @rule()
+    def zero_grad(self):
+        self.bn.zero_grad()
+        self.gradients = None
+
+    @rule(axes=st.sampled_from([(2, 7, 2, 2), (2, 3), (1,), (2, 2, 2, 2, 2)]))
+    def refuse_an_input(self, axes):
+        with refused(ValueError, intact=[self.bn]):
+            self.bn(np.ones(axes))
+
+    @rule(keys=st.sampled_from([["weight"], ["bias", "running_var"], ["nothing"]]))
+    def refuse_a_state(self, keys):
+        state = self.bn.state_dict() | {key: np.ones(self.channels + 1) for key in keys}
+        with refused((ValueError, RuntimeError), intact=[self.bn]):
+            self.bn.load_state_dict(state)
+
+    @rule(duplicate=st.sampled_from([copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))]))
+    def go_on_with_a_duplicate(self, duplicate):
+        # What a forward has remembered is not duplicated.
+        self.bn = duplicate(self.bn)
+        self.remembered = None
+
+    @rule()
+    def go_on_with_the_state_in_another_layer(self):
+        bn = fastbn.LazyBatchNorm2d(momentum=self.bn.momentum, dtype="float64")
+        bn.load_state_dict(self.bn.state_dict())
+        self.bn = bn.train(self.bn.training)
+        if self.frozen:
+            bn.freeze()
+        self.remembered = self.gradients = None
+
+    @invariant()
+    def holds_what_it_should(self):
+        assert self.bn.num_batches_tracked == self.batches
+        assert_close(self.bn.running_mean, self.running[0], 1e-12)
+        assert_close(self.bn.running_var, self.running[1], 1e-12)
+        if self.gradients is None:
+            assert self.bn.weight_grad is self.bn.bias_grad is None
+        else:
+            assert_close(self.bn.weight_grad, self.gradients[0], 1e-9)
+            assert_close(self.bn.bias_grad, self.gradients[1], 1e-9)
+
+
+def test_a_layer_is_right_through_any_sequence_of_calls():
+    run_state_machine_as_test(LayerMachine)

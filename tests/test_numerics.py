@@ -133,6 +133,16 @@ def test_magnitudes_of_1e30_give_the_right_output(rng, layout):
     support.assert_close(bn.running_var[::2], exact_var[::2], 2e-7)
 
 
+@pytest.mark.parametrize(("std", "weight"), [(3e37, 1e-3), (1e3, 1e-40), (1e30, 1e-9)])
+def test_a_subnormal_factor_costs_what_it_has_lost_and_no_more(rng, std, weight):
+    x = sample(rng, "N(0,1)", (8, 1, 9, 9), np.float32) * np.float32(std)
+    weight = np.array([weight], np.float32)
+    y = F.batch_norm(x, None, None, weight, training=True)
+    exact = reference.forward(x, weight)
+    lost = np.ldexp(np.longdouble(1), -150) * np.abs(reference.wide(x) - reference.moments(x)[1])
+    support.assert_within(y, exact, reference.forward_bound(exact, x.dtype, weight) + lost)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_nan_or_an_infinity_stays_in_its_channel(rng, dtype, bad, layout):
