@@ -154,9 +154,8 @@ def largest_error(result, exact, size, dtype, allowed):
         allowed = reference.over_channels(allowed, exact.ndim)
     result = reference.wide(result)
     error = np.abs(result - exact) / (reference.ulp(size, dtype) * allowed)
-    mantissa, smallest = reference.FORMATS[dtype.name]
-    largest = np.ldexp(np.longdouble(2) - np.ldexp(1.0, -mantissa), 1 - smallest)
-    beyond = np.isinf(result) & (np.abs(exact) > largest) & ((result > 0) == (exact > 0))
+    beyond = np.isinf(result) & (np.abs(exact) > reference.largest(dtype))
+    beyond &= (result > 0) == (exact > 0)
     return float(np.max(np.where(beyond, 0, error)))
 
 
