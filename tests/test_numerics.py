@@ -83,6 +83,18 @@ def test_float64_is_within_1e_14(rng, distribution, shape, layout):
     support.assert_within(y, exact, reference.forward_bound(exact, x.dtype, weight, bias, offset))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 2, 200, 160), (4, 1, 512, 500)], ids=str)
+def test_float64_does_not_depend_on_the_first_element(rng, shape, layout):
+    # Deviations are taken from the first element, and here that is far from all others.
+    x = sample(rng, "N(0,1)", shape, np.float64)
+    x[0, :, 0, 0] = 1e6
+    _, exact_mean, exact_var = reference.moments(x)
+    count, mean, m2 = F.batch_norm_stats(layout(x))
+    support.assert_within(mean, exact_mean, 1e-14 * (np.abs(exact_mean) + np.sqrt(exact_var)))
+    support.assert_within(m2 / count, exact_var, 1e-14 * exact_var)
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("running_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
