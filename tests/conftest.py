@@ -14,7 +14,7 @@ from support import DTYPES, dtype_of
 
 # The same examples in every run; --hypothesis-profile=explore looks for new ones.
 everywhere = hypothesis.settings(database=None, deadline=None)
-hypothesis.settings.register_profile("fixed", everywhere, max_examples=200, derandomize=True)
+hypothesis.settings.register_profile("fixed", everywhere, max_examples=100, derandomize=True)
 hypothesis.settings.register_profile("explore", everywhere, max_examples=5000)
 hypothesis.settings.load_profile("fixed")
 
