@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -10,6 +11,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support import DTYPES, dtype_of
+
+# The same examples in every run; --hypothesis-profile=explore looks for new ones.
+everywhere = hypothesis.settings(database=None, deadline=None)
+hypothesis.settings.register_profile("fixed", everywhere, max_examples=100, derandomize=True)
+hypothesis.settings.register_profile("explore", everywhere, max_examples=5000)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ def ulp(size, dtype):
     return np.ldexp(np.longdouble(1), exponent - mantissa)
 
 
+def largest(dtype):
+    """The largest finite number of `dtype`."""
+    mantissa, smallest = FORMATS[np.dtype(dtype).name]
+    return np.ldexp(np.longdouble(2) - np.ldexp(1.0, -mantissa), 1 - smallest)
+
+
 def over_channels(values, ndim):
     """(C,) values, shaped to broadcast against an (N, C, ...) array."""
     return wide(values).reshape((-1,) + (1,) * (ndim - 2))

@@ -79,6 +79,12 @@ def test_momentum_is_a_number_or_none(value):
         fastbn.LazyBatchNorm2d(momentum=value)
 
 
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+def test_a_number_beyond_every_float_is_refused(name):
+    with refused(ValueError, name):
+        fastbn.BatchNorm2d(3, **{name: 10**400})
+
+
 @pytest.mark.parametrize("value", [1e-3, np.float32(1e-3), np.float64(1e-3), 1, np.int64(1)])
 def test_any_real_number_serves_as_eps_and_momentum(value):
     bn = fastbn.BatchNorm2d(3, eps=value, momentum=value)
