@@ -58,12 +58,14 @@ def forward(
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
-    The running statistics move towards those of the batch, the counter is increased. A momentum of
+    The running statistics move towards those of the batch, the counter is increased:
+    ``running = (1 - momentum) * running + momentum * batch``, computed in float64. A momentum of
     None stands for 1 / counter, or 0 without one.
     """
     source = packed(x)
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3)
+    native_mean, native_var = native(running_mean), native(running_var)
     _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
     y = unpacked(target, out)
     count = math.prod(x.shape[:1] + x.shape[2:])
@@ -71,19 +73,21 @@ def forward(
         if momentum is None:
             momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         # Not before: they may share memory with weight and bias.
-        if running_mean is not None and running_var is not None:
-            move_towards(running_mean, mean, 1.0, momentum)
-            move_towards(running_var, m2, count - 1.0, momentum)
+        moves = ((running_mean, native_mean, mean, 1.0), (running_var, native_var, m2, count - 1.0))
+        for running, moved, batch, divisor in moves:
+            if running is not None and moved is not None:
+                _core.move_towards(moved, batch, divisor, momentum)
+                unpacked(moved, running)
         if counter is not None:
             counter[()] = int(counter) + 1
     return y, mean, invstd
 
 
-def move_towards(running: Array, batch: Statistics, divisor: float, factor: float) -> None:
-    """Set running to ``(1 - factor) * running + factor * batch / divisor``, computed in float64."""
-    native = running.astype(running.dtype.newbyteorder("="), copy=False)
-    _core.move_towards(native, batch, divisor, factor)
-    unpacked(native, running)
+def native(running: Array | None) -> Array | None:
+    """Running statistics in native byte order: the array itself or, before the kernel, a copy."""
+    return (
+        running if running is None else running.astype(running.dtype.newbyteorder("="), copy=False)
+    )
 
 
 def backward_reduce(
