@@ -6,6 +6,7 @@ alignment and byte order; vectors have the shape (C,) and native byte order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import Any
@@ -228,22 +229,35 @@ def available_cpus() -> int:
     return max(min(cpus, cgroup_quota()), 1)
 
 
-def cgroup_quota() -> int:
-    """The CPUs that the cgroup (version 2, then 1) grants, rounded up."""
+def cgroup_quota(root: str = "/") -> int:
+    """The CPUs that the process's cgroup and those above it grant, rounded up."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
-        try:
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-                quota = file.read()
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-                period = file.read()
-        except OSError:
-            quota, period = "max", "100000"
-    if quota == "max" or int(quota) <= 0:
-        return INT_MAX
-    return math.ceil(int(quota) / int(period))
+        lines = []
+    # Version 2 has one hierarchy, version 1 one for each controller. Where a container does not
+    # see its own path, the root of what it sees is its cgroup.
+    folders = {"sys/fs/cgroup", "sys/fs/cgroup/cpu"}
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "" or "cpu" in controllers.split(","):
+            base = "sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup"
+            parts = path.strip("/").split("/")
+            folders.update("/".join([base, *parts[:n]]) for n in range(1, len(parts) + 1))
+    return min(folder_quota(os.path.join(root, folder)) for folder in folders)
+
+
+def folder_quota(folder: str) -> int:
+    """The CPUs that the cgroup of a folder grants, rounded up, whichever version it is of."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        words: list[str] = []
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    words += file.read().split()
+            quota, period = map(int, words)
+            return math.ceil(quota / period) if quota > 0 and period > 0 else INT_MAX
+    return INT_MAX
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
