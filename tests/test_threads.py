@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import statistics
 import sysconfig
 import threading
 import time
@@ -281,7 +282,8 @@ def ticks_within(call):
 def test_other_python_threads_run_during_a_call(rng, set_num_threads, threads, call):
     set_num_threads(threads)
     x = np.zeros((16, 16, 256, 256), np.float32)  # milliseconds, for a tick every fraction of one
-    assert any(ticks_within(lambda: call(x)) for _ in range(20))
+    # Most times: a thread that is slow to start may tick before the kernel begins.
+    assert statistics.median(ticks_within(lambda: call(x)) for _ in range(9)) > 0
 
 
 def at_once(calls):
