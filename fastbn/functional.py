@@ -452,8 +452,8 @@ def forward_by_batch(
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     if out is not None:
-        vectors = {"running_mean": running_mean, "running_var": running_var}
-        out = check_out(out, x, weight=weight, bias=bias, **vectors)
+        mean, var = running_mean, running_var
+        out = check_out(out, x, weight=weight, bias=bias, running_mean=mean, running_var=var)
     return backend_of(x).forward(  # type: ignore[no-any-return]
         x,
         weight,
@@ -663,9 +663,10 @@ def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) ->
     """
     if out is None:
         return None
-    if not is_array(out) or is_masked(out):
-        raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
-    check_beside(x, out, "out")
+    if type(out) is not np.ndarray or type(x) is not np.ndarray:
+        if not is_array(out) or is_masked(out):
+            raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+        check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
@@ -678,21 +679,22 @@ def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) ->
     for name, array in (("x", x), ("dy", dy)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
-    owner = owner_of(out)
-    for name, vector in vectors.items():
-        foreign = owner is None or vector is owner or getattr(vector, "base", None) is not None
-        if foreign and is_array(vector) and share_memory(out, vector):
-            raise ValueError(f"out must not overlap {name}")
+    if vectors:
+        check_apart(out, vectors)
     return out  # type: ignore[no-any-return]
 
 
-def owner_of(array: Array) -> Any:
-    """The array that an array's memory belongs to; None where something else has it.
-
-    Two arrays that belong to themselves have no memory in common, which is the cheapest proof.
-    """
-    base = array.base
-    return array if base is None else base if getattr(base, "base", base) is None else None
+def check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
+    """Refuse an `out` that overlaps a vector."""
+    base = out.base
+    owner = out if base is None else base
+    known = base is None or getattr(base, "base", base) is None
+    for name, vector in vectors.items():
+        # Arrays that own their memory have none in common, which is the cheapest proof.
+        if vector is None or (known and vector.base is None and vector is not owner):
+            continue
+        if share_memory(out, vector):
+            raise ValueError(f"out must not overlap {name}")
 
 
 def overlaps_itself(array: Array) -> bool:

@@ -419,8 +419,7 @@ class _BatchNorm:
         dy = F.as_gradient(dy, memory.x)
         self._check_gradients(memory.x)
         if out is not None:
-            names = ("weight", "bias", "weight_grad", "bias_grad")
-            out = F.check_out(out, memory.x, dy, **{name: getattr(self, name) for name in names})
+            out = F.check_out(out, memory.x, dy, **self._vectors(memory.x))
         aside = None
         if memory.aside is not None:  # before dy may be overwritten
             channels, x = memory.aside
@@ -441,6 +440,14 @@ class _BatchNorm:
             if gradient is not None:
                 F.as_vector(gradient, name, self.num_features, x)
                 F.check_ndarray(gradient, name, writeable=True)
+
+    def _vectors(self, x: Array) -> dict[str, Array | None]:
+        """What a gradient of x must not be written over."""
+        names = ("weight", "bias", "weight_grad", "bias_grad")
+        return {
+            name: F.as_optional_vector(getattr(self, name), name, self.num_features, x)
+            for name in names
+        }
 
     def _view(self, memory: Memory) -> View:
         """How the backward sees what was remembered."""
