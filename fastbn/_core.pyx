@@ -11,6 +11,7 @@ import os
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
+from libc.math cimport isfinite, isnan
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -381,7 +382,8 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     With any element h of the block as the pivot, (h - mean)^2 <= m2, so that subtracting
     (sum of deviations)^2 / count loses no more than a factor of count of the precision. Of a
     double's 53 bits enough remain for a narrower x; for float64 the first round finds a pivot
-    near the mean, and a second one sums around that: the corrected two-pass algorithm.
+    near the mean, and a second one sums around that: the corrected two-pass algorithm. A pivot is
+    finite, so that an infinite mean comes out as such and not as NaN.
     """
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
@@ -392,16 +394,28 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double *m2 = mean + job.cut.c
     job.kernels.elements(job.x + offset_of(job, &block, block.n0),
                          job.cut.s * job.itemsize, channels, pivot)
+    for c in range(channels):
+        pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
     job.sum(job, &block, pivot, first, second)
     if job.refine:
         for c in range(channels):
-            pivot[c] += first[c] / block.count
+            mean[c] = pivot[c] + first[c] / block.count
+            pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
         job.sum(job, &block, pivot, first, second)
     for c in range(channels):
         mean[c] = first[c] / block.count
         # Rounding can take a variance of nearly zero below it.
         m2[c] = max(second[c] - first[c] * mean[c], 0.0)
         mean[c] += pivot[c]
+
+
+cdef double sum_of_means(const Job *job, Py_ssize_t c) noexcept nogil:
+    """The mean of a channel with an infinite or NaN block: what adding up its elements gives."""
+    cdef Py_ssize_t b
+    cdef double total = 0.0
+    for b in range(job.cut.blocks):
+        total += job.partial[2 * b * job.cut.c + c]
+    return total
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
@@ -426,6 +440,9 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
         count += added
         added_mean += 2 * job.cut.c
         added_m2 += 2 * job.cut.c
+    for c in range(channels):
+        if isnan(mean[c]):
+            mean[c] = sum_of_means(job, block.c0 + c)
     if job.invstd_out != NULL:
         job.kernels.invstd(m2, max(job.count, 1.0), job.eps, channels,
                            job.invstd_out + block.c0)

@@ -6,6 +6,7 @@ alignment and byte order; vectors have the shape (C,) and native byte order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import Any
@@ -58,12 +59,14 @@ def forward(
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
-    The running statistics move towards those of the batch, the counter is increased. A momentum of
+    The running statistics move towards those of the batch, the counter is increased:
+    ``running = (1 - momentum) * running + momentum * batch``, computed in float64. A momentum of
     None stands for 1 / counter, or 0 without one.
     """
     source = packed(x)
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3)
+    native_mean, native_var = native(running_mean), native(running_var)
     _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
     y = unpacked(target, out)
     count = math.prod(x.shape[:1] + x.shape[2:])
@@ -71,19 +74,21 @@ def forward(
         if momentum is None:
             momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         # Not before: they may share memory with weight and bias.
-        if running_mean is not None and running_var is not None:
-            move_towards(running_mean, mean, 1.0, momentum)
-            move_towards(running_var, m2, count - 1.0, momentum)
+        moves = ((running_mean, native_mean, mean, 1.0), (running_var, native_var, m2, count - 1.0))
+        for running, moved, batch, divisor in moves:
+            if running is not None and moved is not None:
+                _core.move_towards(moved, batch, divisor, momentum)
+                unpacked(moved, running)
         if counter is not None:
             counter[()] = int(counter) + 1
     return y, mean, invstd
 
 
-def move_towards(running: Array, batch: Statistics, divisor: float, factor: float) -> None:
-    """Set running to ``(1 - factor) * running + factor * batch / divisor``, computed in float64."""
-    native = running.astype(running.dtype.newbyteorder("="), copy=False)
-    _core.move_towards(native, batch, divisor, factor)
-    unpacked(native, running)
+def native(running: Array | None) -> Array | None:
+    """Running statistics in native byte order: the array itself or, before the kernel, a copy."""
+    return (
+        running if running is None else running.astype(running.dtype.newbyteorder("="), copy=False)
+    )
 
 
 def backward_reduce(
@@ -224,22 +229,35 @@ def available_cpus() -> int:
     return max(min(cpus, cgroup_quota()), 1)
 
 
-def cgroup_quota() -> int:
-    """The CPUs that the cgroup (version 2, then 1) grants, rounded up."""
+def cgroup_quota(root: str = "/") -> int:
+    """The CPUs that the process's cgroup and those above it grant, rounded up."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
-        try:
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-                quota = file.read()
-            with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-                period = file.read()
-        except OSError:
-            quota, period = "max", "100000"
-    if quota == "max" or int(quota) <= 0:
-        return INT_MAX
-    return math.ceil(int(quota) / int(period))
+        lines = []
+    # Version 2 has one hierarchy, version 1 one for each controller. Where a container does not
+    # see its own path, the root of what it sees is its cgroup.
+    folders = {"sys/fs/cgroup", "sys/fs/cgroup/cpu"}
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "" or "cpu" in controllers.split(","):
+            base = "sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup"
+            parts = path.strip("/").split("/")
+            folders.update("/".join([base, *parts[:n]]) for n in range(1, len(parts) + 1))
+    return min(folder_quota(os.path.join(root, folder)) for folder in folders)
+
+
+def folder_quota(folder: str) -> int:
+    """The CPUs that the cgroup of a folder grants, rounded up, whichever version it is of."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        words: list[str] = []
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    words += file.read().split()
+            quota, period = map(int, words)
+            return math.ceil(quota / period) if quota > 0 and period > 0 else INT_MAX
+    return INT_MAX
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.

@@ -190,14 +190,11 @@ def batch_norm_elemt(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend_of(x).elemt(  # type: ignore[no-any-return]
-        x,
-        as_vector(mean, "mean", c, x),
-        as_vector(invstd, "invstd", c, x),
-        as_optional_vector(weight, "weight", c, x),
-        as_optional_vector(bias, "bias", c, x),
-        check_out(out, x),
-    )
+    mean, invstd = as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
+    weight = as_optional_vector(weight, "weight", c, x)
+    bias = as_optional_vector(bias, "bias", c, x)
+    out = check_out(out, x, mean=mean, invstd=invstd, weight=weight, bias=bias)
+    return backend_of(x).elemt(x, mean, invstd, weight, bias, out)  # type: ignore[no-any-return]
 
 
 def batch_norm_forward(
@@ -249,13 +246,10 @@ def batch_norm_forward(
     """
     x = as_input(x)
     c = x.shape[1]
-    return backend_of(x).forward(  # type: ignore[no-any-return]
-        x,
-        as_optional_vector(weight, "weight", c, x),
-        as_optional_vector(bias, "bias", c, x),
-        as_eps(eps),
-        check_out(out, x),
-    )
+    weight = as_optional_vector(weight, "weight", c, x)
+    bias = as_optional_vector(bias, "bias", c, x)
+    out = check_out(out, x, weight=weight, bias=bias)
+    return backend_of(x).forward(x, weight, bias, as_eps(eps), out)  # type: ignore[no-any-return]
 
 
 def batch_norm_backward_reduce(
@@ -355,16 +349,16 @@ def batch_norm_backward_elemt(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
+    vectors = {
+        "mean": as_vector(mean, "mean", c, x),
+        "invstd": as_vector(invstd, "invstd", c, x),
+        "weight": as_optional_vector(weight, "weight", c, x),
+        "sum_dy": as_vector(sum_dy, "sum_dy", c, x),
+        "sum_dy_xhat": as_vector(sum_dy_xhat, "sum_dy_xhat", c, x),
+    }
+    out = check_out(out, x, dy, **vectors)
     return backend_of(x).backward_elemt(  # type: ignore[no-any-return]
-        dy,
-        x,
-        as_vector(mean, "mean", c, x),
-        as_vector(invstd, "invstd", c, x),
-        as_optional_vector(weight, "weight", c, x),
-        as_vector(sum_dy, "sum_dy", c, x),
-        as_vector(sum_dy_xhat, "sum_dy_xhat", c, x),
-        as_real(count, "count"),
-        check_out(out, x, dy),
+        dy, x, **vectors, count=as_real(count, "count"), out=out
     )
 
 
@@ -421,14 +415,10 @@ def batch_norm_backward(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
-    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(
-        dy,
-        x,
-        as_optional_vector(weight, "weight", c, x),
-        as_vector(mean, "mean", c, x),
-        as_vector(invstd, "invstd", c, x),
-        check_out(out, x, dy),
-    )
+    weight = as_optional_vector(weight, "weight", c, x)
+    mean, invstd = as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
+    out = check_out(out, x, dy, weight=weight, mean=mean, invstd=invstd)
+    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(dy, x, weight, mean, invstd, out)
     return dx, sum_dy_xhat, sum_dy
 
 
@@ -459,12 +449,17 @@ def forward_by_batch(
             f"Expected more than 1 value per channel when training, got input size {x.shape}; "
             f"evaluation mode takes single values"
         )
+    weight = as_optional_vector(weight, "weight", c, x)
+    bias = as_optional_vector(bias, "bias", c, x)
+    if out is not None:
+        mean, var = running_mean, running_var
+        out = check_out(out, x, weight=weight, bias=bias, running_mean=mean, running_var=var)
     return backend_of(x).forward(  # type: ignore[no-any-return]
         x,
-        as_optional_vector(weight, "weight", c, x),
-        as_optional_vector(bias, "bias", c, x),
+        weight,
+        bias,
         as_eps(eps),
-        check_out(out, x),
+        out,
         running_mean,
         running_var,
         momentum,
@@ -487,15 +482,14 @@ def forward_by_running(
         check_running(running_mean, running_var, x, writeable=False)
         raise ValueError("running_mean and running_var are needed outside training, got None")
     c = x.shape[1]
+    mean = as_vector(running_mean, "running_mean", c, x)
+    var = as_vector(running_var, "running_var", c, x)
+    weight = as_optional_vector(weight, "weight", c, x)
+    bias = as_optional_vector(bias, "bias", c, x)
+    if out is not None:
+        out = check_out(out, x, running_mean=mean, running_var=var, weight=weight, bias=bias)
     return backend_of(x).elemt(  # type: ignore[no-any-return]
-        x,
-        as_vector(running_mean, "running_mean", c, x),
-        None,
-        as_optional_vector(weight, "weight", c, x),
-        as_optional_vector(bias, "bias", c, x),
-        check_out(out, x),
-        var=as_vector(running_var, "running_var", c, x),
-        eps=as_eps(eps),
+        x, mean, None, weight, bias, out, var=var, eps=as_eps(eps)
     )
 
 
@@ -671,13 +665,17 @@ def as_eps(eps: Any) -> float:
     return float(eps)
 
 
-def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
-    """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading."""
+def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) -> Array | None:
+    """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading.
+
+    The vectors are what it must not overlap at all.
+    """
     if out is None:
         return None
-    if not is_array(out) or is_masked(out):
-        raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
-    check_beside(x, out, "out")
+    if type(out) is not np.ndarray or type(x) is not np.ndarray:
+        if not is_array(out) or is_masked(out):
+            raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+        check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
     dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
@@ -685,18 +683,38 @@ def check_out(out: Any, x: Array, dy: Array | None = None) -> Array | None:
         raise TypeError(f"out must have x's dtype {dtype}, got {out.dtype}")
     if not backend_of(out).writeable(out):
         raise ValueError("out must be writeable, got a read-only array")
-    if 0 in out.strides and repeats(out):
+    if not out.flags.c_contiguous and overlaps_itself(out):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
     for name, array in (("x", x), ("dy", dy)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
+    if vectors:
+        check_apart(out, vectors)
     return out  # type: ignore[no-any-return]
 
 
-def repeats(array: Array) -> bool:
-    """Tell whether an element has several places in an array, by strides of 0."""
-    lengths = [n for s, n in zip(array.strides, array.shape, strict=True) if s == 0]
-    return array.size > 0 and max(lengths) > 1
+def check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
+    """Refuse an `out` that overlaps a vector."""
+    base = out.base
+    owner = out if base is None else base
+    known = base is None or getattr(base, "base", base) is None
+    for name, vector in vectors.items():
+        # Arrays that own their memory have none in common, which is the cheapest proof.
+        if vector is None or (known and vector.base is None and vector is not owner):
+            continue
+        if share_memory(out, vector):
+            raise ValueError(f"out must not overlap {name}")
+
+
+def overlaps_itself(array: Array) -> bool:
+    """Tell whether elements of an array share memory; where strides do not nest, yes."""
+    extent = array.itemsize
+    axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n != 1]
+    for stride, n in sorted(axes):
+        if stride < extent:
+            return array.size > 0
+        extent += stride * (n - 1)
+    return False
 
 
 def share_memory(a: Array, b: Array) -> bool:

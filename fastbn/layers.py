@@ -324,8 +324,10 @@ class _BatchNorm:
         self, x: Array, out: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         mean, var = self.running_mean, self.running_var
+        F.check_running(mean, var, x, writeable=False)
+        statistics = F.running_statistics(mean, var, self.eps)
         y = F.forward_by_running(x, mean, var, self.weight, self.bias, self.eps, out=out)
-        return y, *F.running_statistics(mean, var, self.eps)
+        return y, *statistics
 
     def _forward_train(
         self, x: Array, out: Array | None
@@ -411,16 +413,17 @@ class _BatchNorm:
         if isinstance(memory, str):
             raise RuntimeError(memory)
         dy = F.as_gradient(dy, memory.x)
-        out = F.check_out(out, memory.x, dy)
         self._check_gradients(memory.x)
-        aside = None if memory.aside is None else (memory.aside, dy[:, memory.aside.channels])
+        if out is not None:
+            out = F.check_out(out, memory.x, dy, **self._vectors(memory.x))
+        aside = None
+        if memory.aside is not None:  # before dy may be overwritten
+            channels, x = memory.aside
+            view = self._view_aside(memory, channels, x)
+            aside = _gradients(dy[:, channels], view, memory.frozen, None)
         dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
         if aside is not None:
-            (channels, x), dy = aside
-            view = self._view_aside(memory, channels, x)
-            dx[:, channels], dweight[channels], dbias[channels] = _gradients(
-                dy, view, memory.frozen, None
-            )
+            dx[:, channels], dweight[channels], dbias[channels] = aside
         self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
         self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
         self._memory = NO_SECOND_BACKWARD
@@ -433,6 +436,14 @@ class _BatchNorm:
             if gradient is not None:
                 F.as_vector(gradient, name, self.num_features, x)
                 F.check_ndarray(gradient, name, writeable=True)
+
+    def _vectors(self, x: Array) -> dict[str, Array | None]:
+        """What a gradient of x must not be written over."""
+        names = ("weight", "bias", "weight_grad", "bias_grad")
+        return {
+            name: F.as_optional_vector(getattr(self, name), name, self.num_features, x)
+            for name in names
+        }
 
     def _view(self, memory: Memory) -> View:
         """How the backward sees what was remembered."""
@@ -521,6 +532,8 @@ class _BatchNorm:
             If a shape does not fit or, with `strict`, a name is missing or unexpected.
         TypeError
             If state is no mapping, or an entry does not hold real numbers.
+        ValueError
+            If num_batches_tracked is negative, or an array of the layer is read-only.
         """
         _check_state(state)
         if not isinstance(strict, bool):
@@ -547,9 +560,13 @@ class _BatchNorm:
                 raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
         for name in entries:
             F.check_ndarray(own[name], name, writeable=True)
-        for name, entry in entries.items():
-            with np.errstate(all="ignore"):  # What the array's dtype cannot hold is inf there.
-                own[name][...] = backend_of(own[name]).asarray(entry, own[name].dtype, self._device)
+        with np.errstate(all="ignore"):  # What an array's dtype cannot hold is inf there.
+            copies = {
+                name: backend_of(own[name]).asarray(entry, own[name].dtype, self._device)
+                for name, entry in entries.items()
+            }
+        for name, copy in copies.items():
+            own[name][...] = copy
         return missing, unexpected
 
     def __getstate__(self) -> dict[str, Any]:
@@ -874,4 +891,6 @@ def _as_entry(value: Any, key: str, array: Array) -> Array:
         raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
     if entry.shape != array.shape:
         raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}")
-    return entry.copy()  # it may share memory with what is written before it
+    if array.dtype.kind == "i" and not 0 <= int(entry) <= np.iinfo(array.dtype).max:
+        raise ValueError(f"{key} must be a number of batches, got {int(entry)}")
+    return entry

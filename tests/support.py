@@ -131,22 +131,20 @@ def assert_close(actual, expected, relative):
     assert_within(actual, expected, relative * np.abs(expected).max(initial=0))
 
 
+def bits_of(thing):
+    """All bits of an array, or of all arrays of a layer."""
+    if isinstance(thing, np.ndarray):
+        return thing.tobytes()
+    values = {name: getattr(thing, name) for name in LAYER_ARRAYS}
+    return {name: value if value is None else value.tobytes() for name, value in values.items()}
+
+
 @contextmanager
 def untouched(*things):
     """Asserts that arrays, and all arrays of layers, keep every bit through the block."""
-
-    def bits():
-        for thing in things:
-            if isinstance(thing, np.ndarray):
-                yield thing.tobytes()
-            else:
-                for name in LAYER_ARRAYS:
-                    value = getattr(thing, name)
-                    yield name, None if value is None else value.tobytes()
-
-    before = list(bits())
+    before = [bits_of(thing) for thing in things]
     yield
-    assert list(bits()) == before
+    assert [bits_of(thing) for thing in things] == before
 
 
 @contextmanager

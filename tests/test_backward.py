@@ -314,3 +314,18 @@ def test_frozen_in_place_keeps_16_bit_inputs_whatever_the_statistics(affine):
     np.testing.assert_allclose(gradients[1][0], gradients[0][0], rtol=2e-2)
     if affine:
         np.testing.assert_allclose(gradients[1][1], gradients[0][1], rtol=2e-2)
+
+
+def test_a_frozen_backward_may_overwrite_dy_after_a_forward_in_place(rng, dtype):
+    bn = fastbn.BatchNorm2d(3).freeze()
+    bn.weight[:], bn.bias[:] = support.parameters(3)
+    bn.weight[1] = 0  # a channel that cannot be recovered from the output
+    bn.running_var[:] = 4
+    x, dy = some(rng, (4, 3, 6, 5), dtype), some(rng, (4, 3, 6, 5), dtype)
+    bn(x)
+    expected = bn.backward(dy), bn.weight_grad, bn.bias_grad
+    bn.zero_grad()
+    bn(x, out=x)
+    actual = bn.backward(dy, out=dy), bn.weight_grad, bn.bias_grad
+    for a, b in zip(actual, expected, strict=True):
+        support.assert_close(a, b, 1e-5 if dtype.itemsize > 2 else 1e-2)

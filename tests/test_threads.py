@@ -1,16 +1,25 @@
 """Threads, the configuration that is shown, and the instruction sets."""
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
+import sysconfig
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from support import THREADS, output_of, run_python, some
+import support
+from support import THREADS, output_of, run_python, same_bits, some
 
 import fastbn
 import fastbn._core
+from fastbn import _cpu
+from fastbn import functional as F
 
 GET = "import fastbn; print(fastbn.get_num_threads())"
 ISAS = ["base", "avx2", "avx512"]
@@ -76,6 +85,68 @@ def test_the_affinity_mask_is_respected(tmp_path):
     assert int(output_of(code, tmp_path)) == 1
 
 
+CGROUPS = {
+    "version 2": ("0::/", {"cpu.max": "150000 100000"}, 2),
+    "version 2, whole CPUs": ("0::/", {"cpu.max": "300000 100000"}, 3),
+    "version 2, a fraction": ("0::/", {"cpu.max": "10000 100000"}, 1),
+    "version 2, no limit": ("0::/", {"cpu.max": "max 100000"}, None),
+    "version 2, of its own": ("0::/a/b", {"a/b/cpu.max": "200000 100000"}, 2),
+    "version 2, above": ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "1 1"}, 1),
+    "version 2, the least": ("0::/a/b", {"a/b/cpu.max": "4 1", "a/cpu.max": "2 1"}, 2),
+    "version 2, another's": ("0::/a", {"b/cpu.max": "1 1"}, None),
+    "version 2, path unseen": ("0::/host/path", {"cpu.max": "2 1"}, 2),
+    "version 1": ("4:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "250000"}, 3),
+    "version 1, no limit": ("4:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1"}, None),
+    "version 1, of its own": ("4:cpuacct,cpu:/a", {"cpu/a/cpu.cfs_quota_us": "200000"}, 2),
+    "version 1, path unseen": ("4:cpu:/host/path", {"cpu/cpu.cfs_quota_us": "100000"}, 1),
+    "version 1, another controller": ("4:memory:/a", {"cpu/a/cpu.cfs_quota_us": "100000"}, None),
+    "no list of cgroups": (None, {"cpu.max": "2 1"}, 2),
+    "nothing": (None, {}, None),
+    "damaged": ("0::/a", {"cpu.max": "many", "a/cpu.max": "", "cpu/cpu.cfs_quota_us": "?"}, None),
+}
+
+
+@pytest.mark.parametrize(("of_process", "files", "cpus"), CGROUPS.values(), ids=CGROUPS)
+def test_the_quota_of_the_cgroup_is_respected(tmp_path, monkeypatch, of_process, files, cpus):
+    if of_process is not None:
+        write(tmp_path / "proc/self/cgroup", of_process + "\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        write(path, text + "\n")
+        if path.name == "cpu.cfs_quota_us":
+            write(path.with_name("cpu.cfs_period_us"), "100000\n")
+    quota = _cpu.cgroup_quota(str(tmp_path))
+    assert quota == (_cpu.INT_MAX if cpus is None else cpus)
+    monkeypatch.setattr(_cpu, "cgroup_quota", lambda: quota)
+    assert _cpu.available_cpus() <= quota
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@needs_openmp
+@pytest.mark.parametrize("imports", ["", "import torch", "torch afterwards"])
+def test_threadpoolctl_limits_the_threads(tmp_path, imports):
+    pytest.importorskip("threadpoolctl")
+    if imports:
+        pytest.importorskip("torch")
+    before, after = ("", "import torch") if imports == "torch afterwards" else (imports, "")
+    code = f"""
+{before}
+import threadpoolctl
+import fastbn
+{after}
+assert "openmp" in [pool["user_api"] for pool in threadpoolctl.threadpool_info()]
+print(fastbn.get_num_threads())
+with threadpoolctl.threadpool_limits(1):
+    print(fastbn.get_num_threads())
+print(fastbn.get_num_threads())
+"""
+    assert output_of(code, tmp_path, OMP_NUM_THREADS="2").split() == ["2", "1", "2"]
+
+
 def test_there_are_no_more_threads_than_cores_by_default(tmp_path):
     assert 1 <= int(output_of(GET, tmp_path)) <= os.cpu_count()
 
@@ -132,6 +203,114 @@ def test_an_instruction_set_that_the_machine_lacks_is_an_import_error(tmp_path):
 
 def available(isa, folder):
     return run_python("import fastbn", folder, FASTBN_ISA=isa).returncode == 0
+
+
+STATISTICS = np.zeros(16), np.ones(16)
+KERNELS = {
+    "stats": lambda x: F.batch_norm_stats(x),
+    "elemt": lambda x: F.batch_norm_elemt(x, *STATISTICS, out=x),
+    "forward": lambda x: F.batch_norm_forward(x, out=x),
+    "backward_reduce": lambda x: F.batch_norm_backward_reduce(x, x, *STATISTICS),
+    "backward_elemt": lambda x: F.batch_norm_backward_elemt(
+        x, x, *STATISTICS, None, *STATISTICS, 9, out=x
+    ),
+    "backward": lambda x: F.batch_norm_backward(x, x, None, *STATISTICS, out=x),
+}
+
+
+@contextmanager
+def ticking():
+    """The times at which another Python thread got to run, as often as it could."""
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(1e-5)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        yield ticks
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_other_python_threads_run_during_a_call(monkeypatch, set_num_threads, threads, name):
+    set_num_threads(threads)
+    x = np.zeros((16, 16, 128, 128), np.float32)
+    kernel, windows = getattr(fastbn._core, name), []
+
+    def timed(*args):
+        start = time.perf_counter()
+        kernel(*args)
+        windows.append((start, time.perf_counter()))
+
+    monkeypatch.setattr(fastbn._core, name, timed)
+    with ticking() as ticks:
+        for _ in range(60):
+            KERNELS[name](x)
+    # Of the middle half: a thread may lose the GIL just before a kernel that would keep it.
+    middles = [((3 * a + b) / 4, (a + 3 * b) / 4) for a, b in windows]
+    assert sum(any(a < t < b for t in ticks) for a, b in middles) >= 6
+
+
+def at_once(calls):
+    """The results of calls, each made by a thread of its own; all begin at the same time."""
+    barrier = threading.Barrier(len(calls))
+
+    def wait_and(call):
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(wait_and, calls))
+
+
+def train(seed):
+    """Some steps of a layer of its own, large enough for concurrent regions of OpenMP."""
+    rng = np.random.default_rng(seed)
+    bn = fastbn.BatchNorm2d(8)
+    digest = hashlib.sha256()
+    for step in range(4):
+        x = some(rng, (8, 8, 64, 64))
+        y = bn(x, out=x if step % 2 else None)
+        dx = bn.backward(some(rng, x.shape))
+        for array in (y, dx, *bn.state_dict().values(), bn.weight_grad, bn.bias_grad):
+            digest.update(array.tobytes())
+    return digest.digest()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_python_threads_may_train_layers_of_their_own_at_once(set_num_threads, threads):
+    set_num_threads(threads)
+    expected = [train(seed) for seed in range(6)]
+    assert at_once([functools.partial(train, seed) for seed in range(6)]) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_python_threads_may_share_a_layer_in_evaluation_mode(rng, set_num_threads, threads):
+    set_num_threads(threads)
+    bn = fastbn.BatchNorm2d(8)
+    inputs = [some(rng, (8, 8, 64, 64)) for _ in range(6)]
+    bn(inputs[0])
+    bn.eval()
+    expected = [bn(x) for x in inputs]
+    calls = [lambda x=x: [bn(x) for _ in range(5)] for x in inputs]
+    with support.untouched(bn):
+        for results, y in zip(at_once(calls), expected, strict=True):
+            assert all(same_bits(result, y) for result in results)
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="a CPython with the GIL"
+)
+def test_importing_leaves_the_gil_disabled(tmp_path):
+    code = "import fastbn, sys; print(sys._is_gil_enabled())"
+    assert output_of(code, tmp_path, PYTHON_GIL=None) == "False\n"
 
 
 def test_many_python_threads_may_call_at_once(rng):

@@ -148,6 +148,23 @@ def test_in_place_training_agrees(rng, dtype):
     support.assert_close(ours.backward(dy, out=dy), dx, 1e-4 if dtype == "float32" else 1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [[np.inf], [-np.inf], [np.nan], [np.inf, -np.inf]], ids=str)
+@pytest.mark.parametrize("sample", [0, 7, 39], ids="sample {}".format)
+@pytest.mark.parametrize("shape", [(40, 3, 60, 60), (1000, 3)], ids=str)
+def test_what_an_infinity_does_to_the_statistics_agrees(rng, shape, sample, values, dtype):
+    ours, theirs = pair("BatchNorm2d" if len(shape) == 4 else "BatchNorm1d", 3, dtype=dtype)
+    x = some(rng, shape, dtype)
+    for i, value in enumerate(values):
+        x[sample - i, 1] = value
+    y = theirs(tensor(x)).detach().numpy()
+    support.assert_close(ours(x)[:, ::2], y[:, ::2], TOLERANCE[dtype])
+    assert np.isnan(ours(x)[:, 1]).all()
+    assert np.isnan(y[:, 1]).all()
+    for name in ("running_mean", "running_var"):
+        assert np.array_equal(getattr(ours, name)[1], getattr(theirs, name)[1], equal_nan=True)
+
+
 def test_momentum_none_agrees_after_a_reset(rng):
     ours, theirs = pair("BatchNorm2d", 3, momentum=None)
     for _ in range(2):
