@@ -263,7 +263,9 @@ class _BatchNorm:
         out : ndarray of shape (N, C, ...), optional
             Where to write the result: `x`, a view of exactly its elements, or an array that does
             not overlap it, of x's dtype. With ``out=x`` a training step allocates nothing of x's
-            size; the backward then needs the output, weight and bias as they are now.
+            size, but a copy of channels that the output does not determine: those with a weight of
+            0, or one that the bias exceeds 16 times (4 in bfloat16). The backward then needs the
+            output, weight and bias as they are now.
 
         Returns
         -------

@@ -51,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
     ValueError, TypeError
         If an argument is out of its range or of a wrong kind.
     ImportError
-        If there is no mpi4py, or no MPI library: ``pip install 'fastbn[mpi]'``.
+        If there is no mpi4py, or no MPI library: ``pip install 'fastbn[mpi]' mpich``.
 
     Notes
     -----
