@@ -38,7 +38,8 @@ def mpi() -> ModuleType:
         return importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
         raise ImportError(
-            f"SyncBatchNorm needs mpi4py and an MPI library: pip install 'fastbn[mpi]' mpich ({error})"
+            f"SyncBatchNorm needs mpi4py and an MPI library: "
+            f"pip install 'fastbn[mpi]' mpich ({error})"
         ) from error
 
 
