@@ -80,7 +80,7 @@ class Library(library.Library):
 
         restore = partial(overwrite, given, pristine) if case.in_place else None
         note = self.c.norm_implementation(norm).decode()
-        return Run(partial(repeat, 1), result, True, restore, repeat, note)
+        return Run(partial(repeat, 1), result, True, restore, repeat, note=note)
 
     def arranged(self, plain: Array, layout: int) -> Array:
         """A copy in oneDNN's layout, as a flat array; blocks of channels are padded."""
