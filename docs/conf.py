@@ -1,0 +1,58 @@
+"""Sphinx's configuration: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``.
+
+Neither the build nor the pages need a network: formulas are MathML, which browsers draw themselves.
+"""
+
+import re
+
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
+import fastbn
+
+project = "fastbn"
+author = "the fastbn developers"
+copyright = author
+version = release = fastbn.__version__
+
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
+exclude_patterns = ["_build"]
+nitpicky = True
+nitpick_ignore_regex = [
+    # In single backquotes, docstrings also name parameters and builtins.
+    ("py:obj", r"x|dy|out|input|self|correction|strict|sum|repr|Moments\.__init__"),
+]
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 4
+
+default_role = "py:obj"
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+
+html_theme = "furo"
+html_title = f"fastbn {version}"
+html_show_sourcelink = False
+html_copy_source = False
+html_math_renderer = "mathml"
+
+
+def write_formula(as_block):
+    """A visitor of Sphinx's HTML writer."""
+
+    def visit(writer, node):
+        writer.body.append(tex2mathml(node.astext(), as_block=as_block))
+        raise SkipNode
+
+    return visit
+
+
+def offer_outside_pages(app, docname, source):
+    """Let a link to Markdown outside of this folder lead to the file, as links to sources do."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+
+
+def setup(app):
+    app.connect("source-read", offer_outside_pages)
+    app.add_html_math_renderer("mathml", (write_formula(False), None), (write_formula(True), None))
