@@ -6,7 +6,10 @@ Neither the build nor the pages need a network: formulas are MathML, which brows
 import re
 
 from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+
+from sphinx.util import logging
 
 import fastbn
 
@@ -42,7 +45,10 @@ def write_formula(as_block):
     """A visitor of Sphinx's HTML writer."""
 
     def visit(writer, node):
-        writer.body.append(tex2mathml(node.astext(), as_block=as_block))
+        try:
+            writer.body.append(tex2mathml(node.astext(), as_block=as_block))
+        except MathError as error:
+            logging.getLogger(__name__).warning("%s", error, location=node)
         raise SkipNode
 
     return visit
