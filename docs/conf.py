@@ -36,6 +36,8 @@ numpydoc_show_class_members = False
 
 html_theme = "furo"
 html_title = f"fastbn {version}"
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"

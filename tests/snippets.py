@@ -4,8 +4,8 @@
 nothing but what they import themselves.
 """
 
+import contextlib
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -67,8 +67,6 @@ def is_there(name):
 
 if __name__ == "__main__":
     pages = [Path(page).resolve() for page in sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for page in pages:
             run_page(page)
-        os.chdir(os.path.dirname(folder))

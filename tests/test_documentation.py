@@ -1,5 +1,6 @@
 """What the documentation shows runs, and gives what it says; where it points, there is something."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -101,3 +102,14 @@ def test_every_public_name_is_in_the_reference():
     pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.rst"))
     named = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", pages, re.MULTILINE))
     assert named == {name.rpartition(".")[2] for name, _ in public()}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_translations_show_the_same_programs(page):
+    """Their comments differ, which the syntax tree does not have."""
+    translation = page.replace(".md", ".zh-CN.md")
+    programs, translated = (
+        [ast.dump(ast.parse(block)) for block in python_blocks(ROOT / name)]
+        for name in (page, translation)
+    )
+    assert translated == programs
