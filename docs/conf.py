@@ -8,7 +8,6 @@ import re
 from docutils.nodes import SkipNode
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
-
 from sphinx.util import logging
 
 import fastbn

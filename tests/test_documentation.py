@@ -1,4 +1,4 @@
-"""What the documentation shows runs, and gives what it says; where it points, there is something."""
+"""What the documentation shows runs, and gives what it says; where it points, something is."""
 
 import ast
 import doctest
