@@ -32,6 +32,8 @@ default_role = "py:obj"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+# A docstring is there, and names the parameters of the signature, in its order.
+numpydoc_validation_checks = {"GL08", "PR02", "PR03"}
 
 html_theme = "furo"
 html_title = f"fastbn {version}"
