@@ -68,6 +68,7 @@ cdef extern from "_kernels.h" nogil:
                                  const Affine *affine, int stream) noexcept nogil
         void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
                                 const Gradient *gradient, int stream) noexcept nogil
+        Py_ssize_t (*count)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
                        double *invstd) noexcept nogil
         void (*end_streaming)() noexcept nogil
@@ -483,16 +484,17 @@ cdef void find_parts(const Job *job) noexcept nogil:
 cdef Part masked_part(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Part part
     cdef Block block = block_of(&job.cut, g, b)
-    cdef Py_ssize_t i, _n, count, samples = (block.n1 - block.n0) * job.cut.fold + block.rest
+    cdef Py_ssize_t _n, count, length = block.length
+    cdef Py_ssize_t samples = (block.n1 - block.n0) * job.cut.fold + block.rest
     cdef const unsigned char *mask = mask_of(job, &block, block.n0)
     cdef const void *found
     part.count, part.first = 0, -1
+    if length == job.cut.s:  # one behind the other
+        length, samples = length * samples, 1
     for _n in range(samples):
-        count = 0
-        for i in range(block.length):
-            count += mask[i] & 1
+        count = job.kernels.count(mask, length)
         if count > 0 and part.first < 0:
-            found = memchr(mask, 255, block.length)
+            found = memchr(mask, 255, length)
             part.first = <const unsigned char *>found - job.mask
         part.count += count
         mask += job.cut.s

@@ -22,6 +22,24 @@ static void invstd(const double *m2, double n, double eps, ptrdiff_t count, doub
         to[c] = 1.0 / sqrt(m2[c] / n + eps);
 }
 
+/* Sums of bytes are widened before they overflow. */
+static ptrdiff_t count(const unsigned char *mask, ptrdiff_t len)
+{
+    enum { WIDTH = 64, MOST = 255 };
+    ptrdiff_t total = 0;
+    while (len >= WIDTH) {
+        unsigned char sums[WIDTH] = {0};
+        for (int i = 0; i < MOST && len >= WIDTH; i++, mask += WIDTH, len -= WIDTH)
+            for (int j = 0; j < WIDTH; j++)
+                sums[j] += mask[j] & 1;
+        for (int j = 0; j < WIDTH; j++)
+            total += sums[j];
+    }
+    for (ptrdiff_t i = 0; i < len; i++)
+        total += mask[i] & 1;
+    return total;
+}
+
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 /* One value per column, from one per channel. */
@@ -46,6 +64,33 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
                 to[c] += from[j + c * matrix->run + i];
 }
 
+/* A few rows of a matrix that are added up together: the next ones, or those of them that count,
+ * which begin at the elements that are listed. */
+typedef struct {
+    ptrdiff_t count, stride;
+    int listed;
+    ptrdiff_t at[ROWS_SUMMED];
+} some_rows;
+
+static int mode_of(const fastbn_matrix *matrix)
+{
+    if (matrix->mask == NULL)
+        return UNMASKED;
+    return matrix->mask_stride == 1 ? MASKED_BY_ROW : MASKED_BY_ELEMENT;
+}
+
+/* Lists the next rows that count, as many as there shall be; returns how many rows that takes. */
+static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
+{
+    const ptrdiff_t most = rows->count;
+    ptrdiff_t r = 0;
+    for (rows->count = 0; r < left && rows->count < most; r++) {
+        rows->at[rows->count] = r * rows->stride;
+        rows->count += mask[r] & 1;
+    }
+    return r;
+}
+
 /* A byte per column, from those of a row of the mask. */
 static void spread_mask(const fastbn_matrix *matrix, const uint8_t *mask, uint8_t *to)
 {
@@ -58,13 +103,32 @@ static void spread_mask(const fastbn_matrix *matrix, const uint8_t *mask, uint8_
                 memcpy(to + j + c * run, mask, (size_t)run);
 }
 
-/* The same for `rows` rows from row r on, each after LANES bytes of 0. */
-static void spread_mask_rows(const fastbn_matrix *matrix, ptrdiff_t r, ptrdiff_t rows, uint8_t *to)
+/* Where the mask of `rows` rows from row r on is: by row in its own memory, a byte each; by element
+ * in a buffer, MASK_ROW bytes each, with LANES bytes of 0 before them. */
+ALWAYS_INLINE const uint8_t *mask_of_rows(int masked, const fastbn_matrix *matrix, ptrdiff_t r,
+                                          ptrdiff_t rows, uint8_t *buffer)
 {
-    for (ptrdiff_t i = 0; i < rows; i++, to += MASK_ROW) {
-        memset(to, 0, LANES);
-        spread_mask(matrix, matrix->mask + (r + i) * matrix->mask_stride, to + LANES);
+    if (masked == UNMASKED)
+        return NULL;
+    if (masked == MASKED_BY_ROW)
+        return matrix->mask + r;
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        memset(buffer + i * MASK_ROW, 0, LANES);
+        spread_mask(matrix, matrix->mask + (r + i) * matrix->mask_stride,
+                    buffer + i * MASK_ROW + LANES);
     }
+    return buffer + LANES;
+}
+
+/* The mask of column i, and how far it is to that of the next row. */
+ALWAYS_INLINE const uint8_t *mask_of_column(int masked, const uint8_t *mask, ptrdiff_t i)
+{
+    return masked == MASKED_BY_ELEMENT ? mask + i : mask;
+}
+
+ALWAYS_INLINE ptrdiff_t mask_pitch(int masked)
+{
+    return masked == MASKED_BY_ELEMENT ? MASK_ROW : masked == MASKED_BY_ROW ? 1 : 0;
 }
 
 /* The last LANES elements of a run. Of a shorter run, all it has, behind something finite. */
@@ -79,6 +143,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float32
 #define MASKED_A masked_vf
+#define ROW_MASKED_A row_masked_vf
 #define T float
 #define A float
 #define VA vf
@@ -88,6 +153,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float64
 #define MASKED_A masked_vd
+#define ROW_MASKED_A row_masked_vd
 #define T double
 #define A double
 #define VA vd
@@ -97,6 +163,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float16
 #define MASKED_A masked_vf
+#define ROW_MASKED_A row_masked_vf
 #define T uint16_t
 #define A float
 #define VA vf
@@ -106,6 +173,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE bfloat16
 #define MASKED_A masked_vf
+#define ROW_MASKED_A row_masked_vf
 #define T uint16_t
 #define A float
 #define VA vf
@@ -117,7 +185,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
     { \
         elements_##dtype, put_elements_##dtype, moments_##dtype, products_##dtype, \
             normalize_##dtype, gradient_##dtype, column_moments_##dtype, column_products_##dtype, \
-            column_normalize_##dtype, column_gradient_##dtype, invstd, END_STREAMING \
+            column_normalize_##dtype, column_gradient_##dtype, count, invstd, END_STREAMING \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {

@@ -87,6 +87,8 @@ typedef struct {
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
                             const fastbn_gradient *gradient, int stream);
 
+    /* how many of so many elements count */
+    ptrdiff_t (*count)(const unsigned char *mask, ptrdiff_t len);
     /* invstd = 1 / sqrt(m2 / n + eps) */
     void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
     /* Makes what was stored around the cache visible to other threads; NULL where `stream` does

@@ -3,7 +3,7 @@
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it
  *   LOAD_A  what loads such a register
- *   MASKED_A  what masks such a register
+ *   MASKED_A, ROW_MASKED_A  what masks such a register
  *   SPREAD_A  what spreads such values over columns
  */
 #define NAME(f) PASTE(f##_, DTYPE)
@@ -125,44 +125,57 @@ static void NAME(products)(const void *dy, const void *x, const fastbn_runs *run
 
 /* Columns: a few rows at a time, so that sums are loaded and stored once for all of them, and
  * memory is read in a few streams. */
-ALWAYS_INLINE void NAME(add_rows)(NAME(add) *add, const T *dy, const T *x, ptrdiff_t rows,
-                                  ptrdiff_t stride, const double *centre, double *first,
-                                  double *second, counted which)
+ALWAYS_INLINE void NAME(add_rows)(NAME(add) *add, const T *dy, const T *x, const some_rows *rows,
+                                  const double *centre, double *first, double *second,
+                                  counted which)
 {
     const step around = load_step(centre);
+    const ptrdiff_t count = rows->count, stride = rows->stride, ahead = ROWS_SUMMED * stride;
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++, which.mask += which.masked ? MASK_ROW : 0)
-        s = add(s, dy + r * stride, x + r * stride, ROWS_SUMMED * stride, around, which);
+    for (ptrdiff_t r = 0; r < count; r++, which.mask += which.masked ? MASK_ROW : 0) {
+        const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
+        s = add(s, dy + at, x + at, ahead, around, which);
+    }
     store_sums(first, second, s);
 }
 
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int masked, const T *dy, const T *x,
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int mode, const T *dy, const T *x,
                                      const fastbn_matrix *matrix, const double *centre_of_channel,
                                      double *first_of_channel, double *second_of_channel)
 {
     /* A last step that overlaps the one before reaches, of few columns, back before the first. */
     double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
     double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
-    uint8_t mask_[ROWS_SUMMED * MASK_ROW];
-    const uint8_t *mask = masked ? mask_ + LANES : NULL;
+    uint8_t mask_buffer[ROWS_SUMMED * MASK_ROW];
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
+    const int masked = mode == MASKED_BY_ELEMENT;
+    some_rows rows;
+    rows.listed = mode == MASKED_BY_ROW;
     memset(centre_, 0, sizeof(double) * LANES);
     memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
     memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
     spread_double(matrix, centre_of_channel, centre);
+    rows.stride = matrix->stride;
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
+        const uint8_t *mask = NULL;
         ptrdiff_t i = 0;
-        n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
+        rows.count = n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
+        if (rows.listed)
+            n = list_rows(&rows, matrix->mask + r, matrix->rows - r);
         if (masked)
-            spread_mask_rows(matrix, r, n, mask_);
+            mask = mask_of_rows(MASKED_BY_ELEMENT, matrix, r, n, mask_buffer);
         for (; i <= end; i += LANES)
-            NAME(add_rows)(add, dy + i, x + i, n, stride, centre + i, first + i, second + i,
+            NAME(add_rows)(add, dy + i, x + i, &rows, centre + i, first + i, second + i,
                            (counted){masked, masked ? mask + i : NULL, 0});
-        if (i < len) {
+        if (i < len && rows.count > 0) {
+            const T *dy_end = dy + end, *x_end = x + end;
             T dy_buffer[LANES], x_buffer[LANES];
-            NAME(add_rows)(add, last_step(dy, len, sizeof(T), dy_buffer),
-                           last_step(x, len, sizeof(T), x_buffer), n, stride, centre + end,
-                           first + end, second + end,
+            if (end < 0) { /* of a single row */
+                dy_end = last_step(rows.listed ? dy + rows.at[0] : dy, len, sizeof(T), dy_buffer);
+                x_end = last_step(rows.listed ? x + rows.at[0] : x, len, sizeof(T), x_buffer);
+                rows.at[0] = 0;
+            }
+            NAME(add_rows)(add, dy_end, x_end, &rows, centre + end, first + end, second + end,
                            (counted){masked, masked ? mask + end : NULL, i - end});
         }
     }
@@ -173,19 +186,33 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int masked, const T *dy, co
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                  double *first, double *second)
 {
-    if (matrix->mask == NULL)
-        NAME(sum_columns)(NAME(add_moments), 0, x, x, matrix, pivot, first, second);
-    else
-        NAME(sum_columns)(NAME(add_moments), 1, x, x, matrix, pivot, first, second);
+    switch (mode_of(matrix)) {
+    case UNMASKED:
+        NAME(sum_columns)(NAME(add_moments), UNMASKED, x, x, matrix, pivot, first, second);
+        break;
+    case MASKED_BY_ROW:
+        NAME(sum_columns)(NAME(add_moments), MASKED_BY_ROW, x, x, matrix, pivot, first, second);
+        break;
+    default:
+        NAME(sum_columns)(NAME(add_moments), MASKED_BY_ELEMENT, x, x, matrix, pivot,
+                          first, second);
+    }
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                   const double *mean, double *first, double *second)
 {
-    if (matrix->mask == NULL)
-        NAME(sum_columns)(NAME(add_products), 0, dy, x, matrix, mean, first, second);
-    else
-        NAME(sum_columns)(NAME(add_products), 1, dy, x, matrix, mean, first, second);
+    switch (mode_of(matrix)) {
+    case UNMASKED:
+        NAME(sum_columns)(NAME(add_products), UNMASKED, dy, x, matrix, mean, first, second);
+        break;
+    case MASKED_BY_ROW:
+        NAME(sum_columns)(NAME(add_products), MASKED_BY_ROW, dy, x, matrix, mean, first, second);
+        break;
+    default:
+        NAME(sum_columns)(NAME(add_products), MASKED_BY_ELEMENT, dy, x, matrix,
+                          mean, first, second);
+    }
 }
 
 /* ------------------------------------------------------------------ element by element */
@@ -290,7 +317,10 @@ ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
     }
 
 /* A register of results at i of a run, and a single one, as the mask has them. */
-#define KEPT(v, i) (masked ? MASKED_A(mask + (i), v) : (v))
+#define KEPT(v, i) \
+    (masked == MASKED_BY_ELEMENT ? MASKED_A(mask + (i), v) \
+     : masked == MASKED_BY_ROW   ? ROW_MASKED_A(mask + (i), v) \
+                                 : (v))
 #define KEPT_ONE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
 ALWAYS_INLINE void NAME(normalize_runs)(int masked, const void *x_, void *y_,
@@ -325,9 +355,9 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
                             const fastbn_affine *affine, int streams)
 {
     if (runs->mask == NULL)
-        NAME(normalize_runs)(0, x, y, runs, affine, streams);
+        NAME(normalize_runs)(UNMASKED, x, y, runs, affine, streams);
     else
-        NAME(normalize_runs)(1, x, y, runs, affine, streams);
+        NAME(normalize_runs)(MASKED_BY_ELEMENT, x, y, runs, affine, streams);
 }
 
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, const void *dy_, const void *x_, void *dx_,
@@ -367,9 +397,9 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
                            const fastbn_gradient *gradient, int streams)
 {
     if (runs->mask == NULL)
-        NAME(gradient_runs)(0, dy, x, dx, runs, gradient, streams);
+        NAME(gradient_runs)(UNMASKED, dy, x, dx, runs, gradient, streams);
     else
-        NAME(gradient_runs)(1, dy, x, dx, runs, gradient, streams);
+        NAME(gradient_runs)(MASKED_BY_ELEMENT, dy, x, dx, runs, gradient, streams);
 }
 
 /* Columns: a register of coefficients serves a few rows. Coefficient j of column i is k[j][i]. */
@@ -387,7 +417,7 @@ ALWAYS_INLINE void NAME(normalize_strip)(int masked, const uint8_t *mask, const 
     (void)dy;
     for (ptrdiff_t r = 0; r < rows; r++, x += stride, to += pitch)
         NAME(store)(to, KEPT(Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale, shift),
-                             r * MASK_ROW));
+                             r * mask_pitch(masked)));
 }
 
 ALWAYS_INLINE void NAME(gradient_strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
@@ -400,15 +430,15 @@ ALWAYS_INLINE void NAME(gradient_strip)(int masked, const uint8_t *mask, const T
     for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, to += pitch)
         NAME(store)(to, KEPT(DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
                                 NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low, x_high,
-                                x_low, slope, scale), r * MASK_ROW));
+                                x_low, slope, scale), r * mask_pitch(masked)));
 }
 
 ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *dy, const T *x,
                                        T *out, const fastbn_matrix *matrix, const A *k,
                                        int streams)
 {
-    uint8_t mask_[ROWS_WRITTEN * MASK_ROW];
-    const uint8_t *mask = masked ? mask_ + LANES : NULL;
+    uint8_t mask_buffer[ROWS_WRITTEN * MASK_ROW];
+    const uint8_t *mask;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, last = len - VA_LANES;
     const ptrdiff_t pitch = streams ? len : stride;
     T buffer[ROWS_WRITTEN * COLUMNS], end[ROWS_WRITTEN * VA_LANES];
@@ -417,22 +447,20 @@ ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *
         if (last < 0) {
             T dy_row[VA_LANES] = {0}, x_row[VA_LANES] = {0};
             n = 1;
-            if (masked)
-                spread_mask_rows(matrix, r, n, mask_);
+            mask = mask_of_rows(masked, matrix, r, n, mask_buffer);
             memcpy(dy_row, dy, sizeof(T) * (size_t)len);
             memcpy(x_row, x, sizeof(T) * (size_t)len);
             strip(masked, mask, dy_row, x_row, 0, end, VA_LANES, n, k);
             memcpy(to, end, sizeof(T) * (size_t)len);
         } else {
             n = smaller(matrix->rows - r, ROWS_WRITTEN);
-            if (masked)
-                spread_mask_rows(matrix, r, n, mask_);
+            mask = mask_of_rows(masked, matrix, r, n, mask_buffer);
             /* It overlaps the strip before, and in place that overwrites what this is made of. */
-            strip(masked, masked ? mask + last : NULL, dy + last, x + last, stride, end, VA_LANES,
-                  n, k + last);
+            strip(masked, mask_of_column(masked, mask, last), dy + last, x + last, stride, end,
+                  VA_LANES, n, k + last);
             for (ptrdiff_t i = 0; i < last; i += VA_LANES)
-                strip(masked, masked ? mask + i : NULL, dy + i, x + i, stride, to + i, pitch, n,
-                      k + i);
+                strip(masked, mask_of_column(masked, mask, i), dy + i, x + i, stride, to + i,
+                      pitch, n, k + i);
             for (ptrdiff_t j = 0; j < n; j++)
                 memcpy(to + j * pitch + last, end + j * VA_LANES, sizeof(T) * VA_LANES);
         }
@@ -473,10 +501,17 @@ static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *
     NAME(spread_halves)(matrix, affine->centre, k[0], k[1]);
     NAME(spread)(matrix, affine->scale, k[2]);
     NAME(spread)(matrix, affine->shift, k[3]);
-    if (matrix->mask == NULL)
-        NAME(write_columns)(NAME(normalize_strip), 0, x, x, y, matrix, k[0], streams);
-    else
-        NAME(write_columns)(NAME(normalize_strip), 1, x, x, y, matrix, k[0], streams);
+    switch (mode_of(matrix)) {
+    case UNMASKED:
+        NAME(write_columns)(NAME(normalize_strip), UNMASKED, x, x, y, matrix, k[0], streams);
+        break;
+    case MASKED_BY_ROW:
+        NAME(write_columns)(NAME(normalize_strip), MASKED_BY_ROW, x, x, y, matrix, k[0], streams);
+        break;
+    default:
+        NAME(write_columns)(NAME(normalize_strip), MASKED_BY_ELEMENT, x, x, y, matrix,
+                            k[0], streams);
+    }
 }
 
 static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
@@ -488,10 +523,17 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
     NAME(spread_halves)(matrix, gradient->x_mean, k[2], k[3]);
     NAME(spread)(matrix, gradient->slope, k[4]);
     NAME(spread)(matrix, gradient->scale, k[5]);
-    if (matrix->mask == NULL)
-        NAME(write_columns)(NAME(gradient_strip), 0, dy, x, dx, matrix, k[0], streams);
-    else
-        NAME(write_columns)(NAME(gradient_strip), 1, dy, x, dx, matrix, k[0], streams);
+    switch (mode_of(matrix)) {
+    case UNMASKED:
+        NAME(write_columns)(NAME(gradient_strip), UNMASKED, dy, x, dx, matrix, k[0], streams);
+        break;
+    case MASKED_BY_ROW:
+        NAME(write_columns)(NAME(gradient_strip), MASKED_BY_ROW, dy, x, dx, matrix, k[0], streams);
+        break;
+    default:
+        NAME(write_columns)(NAME(gradient_strip), MASKED_BY_ELEMENT, dy, x, dx, matrix,
+                            k[0], streams);
+    }
 }
 
 #undef KEPT
@@ -504,6 +546,7 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
 #undef NAME
 #undef LOAD_A
 #undef MASKED_A
+#undef ROW_MASKED_A
 #undef SPREAD_A
 #undef VA
 #undef A

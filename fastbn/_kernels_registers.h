@@ -30,6 +30,7 @@
 typedef double vd __attribute__((vector_size(REGISTER)));
 typedef float vf __attribute__((vector_size(REGISTER)));
 typedef long long vi __attribute__((vector_size(REGISTER)));
+typedef signed char vb __attribute__((vector_size(REGISTER)));
 #else
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
@@ -276,6 +277,9 @@ BY_ELEMENT(bfloat16)
 
 #endif
 
+/* Whether there is a mask, which has a byte for each element or for all elements of a row. */
+enum { UNMASKED, MASKED_BY_ELEMENT, MASKED_BY_ROW };
+
 /* A register with zeros where the mask has 0, and as it is where it has 255. */
 #if defined(__AVX512F__)
 
@@ -454,8 +458,23 @@ ALWAYS_INLINE step same_step(double value)
     return s;
 }
 
-/* Which lanes of a step count: not those below `skip`, nor, of a masked step, those that the mask
- * has not. */
+/* The same, where all elements have the same byte. */
+#if defined(__GNUC__)
+ALWAYS_INLINE vd row_masked_vd(const uint8_t *mask, vd v)
+{
+    return (vd)((vb)v & ((vb){0} + (signed char)*mask));
+}
+
+ALWAYS_INLINE vf row_masked_vf(const uint8_t *mask, vf v)
+{
+    return (vf)((vb)v & ((vb){0} + (signed char)*mask));
+}
+#else
+#  define row_masked_vd masked_vd
+#  define row_masked_vf masked_vf
+#endif
+
+/* Which lanes of a step count: not those below `skip`, nor those that a mask has not. */
 typedef struct {
     int masked;
     const uint8_t *mask;

@@ -73,6 +73,16 @@ def test_statistics_are_those_of_what_counts(rng, dtype, shape, layout):
 
 
 @BOTH
+@pytest.mark.parametrize("garbage", [np.nan, 1e30])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(rng, shape, layout, garbage):
+    x, mask = layout(some(rng, shape, mean=1e6, std=1)), some_mask(rng, shape)
+    mask[0].flat[0] = mask[-1].flat[0] = False
+    count, _, m2 = F.batch_norm_stats(spoilt(x, mask, garbage), mask)
+    support.assert_close(m2 / count, reference.moments(gathered(x, mask))[2], 1e-12)
+
+
+@BOTH
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_training_step_is_that_of_what_counts(rng, dtype, shape, layout, in_place):
