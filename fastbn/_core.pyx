@@ -95,10 +95,12 @@ cdef extern from *:
     #else
     #  define FASTBN_THREAD_LOCAL _Thread_local
     #endif
-    static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone;
+    static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone, fastbn_next_alone;
     """
-    # Of each thread of Python: it has threads of OpenMP of its own.
+    # Of each thread of Python, which has threads of OpenMP of its own: the calls that shall run on
+    # one thread, and how many it will be when one has to wait for a CPU.
     Py_ssize_t calls_alone "fastbn_calls_alone"
+    Py_ssize_t next_alone "fastbn_next_alone"
 
 
 cdef extern from *:
@@ -212,8 +214,10 @@ cdef enum:
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
-    # The calls that run on one thread after one whose threads had to wait for a CPU.
-    CALLS_ALONE = 256
+    # The calls that run on one thread after one whose threads had to wait for a CPU: few after a
+    # rare wait, twice as many after each that comes soon again.
+    FEWEST_ALONE = 64
+    MOST_ALONE = 2048
 
 # The seconds from which on a wait is one for a CPU: several times what waking a thread takes, less
 # than a scheduler's slice.
@@ -847,20 +851,24 @@ cdef void avoid_waiting(double idle, double busy) noexcept nogil:
     """Let the next calls run alone if this one would have been faster so.
 
     A region of OpenMP ends when all threads have come to its end, and where another process has a
-    thread's CPU that takes a slice of the scheduler, many times a small array's time. What a call
-    waits for now and then should be rarer than one call in a hundred.
+    thread's CPU that takes a slice of the scheduler, many times a small array's time. Such waits
+    should be rarer than one call in a hundred.
     """
-    global calls_alone
+    global calls_alone, next_alone
     if waits_avoided and idle > LONG_WAIT and idle > busy:
-        calls_alone = CALLS_ALONE
+        calls_alone = max(next_alone, FEWEST_ALONE)
+        next_alone = min(2 * calls_alone, MOST_ALONE)
 
 
 cdef int threads_now(int threads) noexcept nogil:
     """How many threads a call that could use so many takes."""
-    global calls_alone
-    if waits_avoided and threads > 1 and calls_alone > 0:
+    global calls_alone, next_alone
+    if not waits_avoided or threads == 1:
+        return threads
+    if calls_alone > 0:
         calls_alone -= 1
         return 1
+    next_alone -= next_alone > 0
     return threads
 
 

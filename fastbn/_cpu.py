@@ -344,8 +344,8 @@ def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
     Results do not depend on it, to the bit. By default, after a call whose threads waited long for
-    a CPU that another process had, the next 256 calls run on one thread; with a number set here,
-    calls wait.
+    a CPU that another process had, the next 64 calls run on one thread, or more, up to 2048, where
+    such waits come again soon; with a number set here, calls wait.
 
     Parameters
     ----------
