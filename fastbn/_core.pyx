@@ -13,7 +13,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport prange
 from libc.math cimport isfinite, isnan
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 
 cdef extern from "_kernels.h" nogil:
@@ -21,6 +21,7 @@ cdef extern from "_kernels.h" nogil:
         LANES "FASTBN_LANES"
         GROUP "FASTBN_GROUP"
         COLUMNS "FASTBN_COLUMNS"
+        ADDITIONS "FASTBN_ADDITIONS"
 
     ctypedef struct Affine "fastbn_affine":
         double centre[COLUMNS]
@@ -376,6 +377,38 @@ cdef void read_invstd(const Job *job, Py_ssize_t c0, Py_ssize_t count, double *t
     job.kernels.invstd(to, 1.0, job.eps, count, to)
 
 
+# Sums of any number of parts: what rounding takes from them is kept, and added in the end.
+cdef struct Sums:
+    double sum[COLUMNS]
+    double rest[COLUMNS]
+
+
+cdef void begin(Sums *sums, const double *first, Py_ssize_t channels) noexcept nogil:
+    """Begin with a value for each channel, or with zeros where there is none."""
+    if first == NULL:
+        memset(sums.sum, 0, channels * sizeof(double))
+    else:
+        memcpy(sums.sum, first, channels * sizeof(double))
+    memset(sums.rest, 0, channels * sizeof(double))
+
+
+cdef void add(Sums *sums, const double *added, Py_ssize_t channels) noexcept nogil:
+    """Add a value to the sum of each channel (Knuth's TwoSum)."""
+    cdef Py_ssize_t c
+    cdef double total, part
+    for c in range(channels):
+        total = sums.sum[c] + added[c]
+        part = total - sums.sum[c]
+        sums.rest[c] += (sums.sum[c] - (total - part)) + (added[c] - part)
+        sums.sum[c] = total
+
+
+cdef void write_sums(const Sums *sums, Py_ssize_t channels, double *to) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(channels):  # beside an infinite sum, the rest is NaN
+        to[c] = sums.sum[c] + (0.0 if isnan(sums.rest[c]) else sums.rest[c])
+
+
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """Mean and m2 of a block: sums of deviations from a pivot, and of their squares.
 
@@ -421,25 +454,33 @@ cdef double sum_of_means(const Job *job, Py_ssize_t c) noexcept nogil:
 cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     """Merge the blocks of each channel in their order, by Chan's formula."""
     cdef Py_ssize_t b, c
-    cdef double count = 0.0, added, share, delta
+    cdef double count, added, share, delta
+    cdef double shift[COLUMNS]
+    cdef double growth[COLUMNS]
+    cdef Sums means, m2s
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
     cdef double *mean = job.mean_out + block.c0
     cdef double *m2 = job.m2_out + block.c0
     cdef const double *added_mean = job.partial + block.c0
     cdef const double *added_m2 = added_mean + job.cut.c
-    memset(mean, 0, channels * sizeof(double))
-    memset(m2, 0, channels * sizeof(double))
-    for b in range(job.cut.blocks):
+    begin(&means, added_mean if job.cut.blocks > 0 else NULL, channels)
+    begin(&m2s, added_m2 if job.cut.blocks > 0 else NULL, channels)
+    count = block.count
+    for b in range(1, job.cut.blocks):
+        added_mean += 2 * job.cut.c
+        added_m2 += 2 * job.cut.c
         added = block_of(&job.cut, g, b).count
         share = added / (count + added)
         for c in range(channels):
-            delta = added_mean[c] - mean[c]
-            m2[c] += added_m2[c] + delta * (delta * (count * share))
-            mean[c] += delta * share
+            delta = added_mean[c] - means.sum[c] - means.rest[c]
+            shift[c] = delta * share
+            growth[c] = added_m2[c] + delta * (delta * (count * share))
+        add(&means, shift, channels)
+        add(&m2s, growth, channels)
         count += added
-        added_mean += 2 * job.cut.c
-        added_m2 += 2 * job.cut.c
+    write_sums(&means, channels, mean)
+    write_sums(&m2s, channels, m2)
     for c in range(channels):
         if isnan(mean[c]):
             mean[c] = sum_of_means(job, block.c0 + c)
@@ -461,20 +502,22 @@ cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
     """Add up the blocks of each channel in their order."""
     cdef Py_ssize_t _b, c
     cdef double invstd[COLUMNS]
+    cdef Sums dy, dy_xhat
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
     cdef double *sum_dy = job.sum_dy_out + block.c0
     cdef double *sum_dy_xhat = job.sum_dy_xhat_out + block.c0
     cdef const double *first = job.partial + block.c0
     cdef const double *second = first + job.cut.c
-    memset(sum_dy, 0, channels * sizeof(double))
-    memset(sum_dy_xhat, 0, channels * sizeof(double))
-    for _b in range(job.cut.blocks):
-        for c in range(channels):
-            sum_dy[c] += first[c]
-            sum_dy_xhat[c] += second[c]
+    begin(&dy, first if job.cut.blocks > 0 else NULL, channels)
+    begin(&dy_xhat, second if job.cut.blocks > 0 else NULL, channels)
+    for _b in range(1, job.cut.blocks):
         first += 2 * job.cut.c
         second += 2 * job.cut.c
+        add(&dy, first, channels)
+        add(&dy_xhat, second, channels)
+    write_sums(&dy, channels, sum_dy)
+    write_sums(&dy_xhat, channels, sum_dy_xhat)
     read(&job.invstd, block.c0, channels, invstd)
     for c in range(channels):
         sum_dy_xhat[c] *= invstd[c]
@@ -611,6 +654,25 @@ cdef void add_columns(const Job *job, const Matrix *matrix, Py_ssize_t at, const
         job.kernels.column_moments(job.x + at, matrix, centre, first, second)
     else:
         job.kernels.column_products(job.dy + at, job.x + at, matrix, centre, first, second)
+
+
+cdef void sum_columns_in_parts(const Job *job, const Block *block, const double *centre,
+                               double *first, double *second) noexcept nogil:
+    """The same, a few rows at a time; what rows are left over go with the last ones."""
+    cdef Sums firsts, seconds
+    cdef Block part = block[0]
+    cdef Py_ssize_t i, parts = max(ceil_div(block.n1 - block.n0, ADDITIONS), 1)
+    begin(&firsts, NULL, block.c1 - block.c0)
+    begin(&seconds, NULL, block.c1 - block.c0)
+    for i in range(parts):
+        part.n0 = block.n0 + i * ADDITIONS
+        part.n1 = min(part.n0 + ADDITIONS, block.n1)
+        part.rest = block.rest if i == parts - 1 else 0
+        sum_columns(job, &part, centre, first, second)
+        add(&firsts, first, block.c1 - block.c0)
+        add(&seconds, second, block.c1 - block.c0)
+    write_sums(&firsts, block.c1 - block.c0, first)
+    write_sums(&seconds, block.c1 - block.c0, second)
 
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
@@ -850,7 +912,10 @@ cdef Job new_job(object x) except *:
     job.cut = cut_work(described.shape[0], described.shape[1], s,
                        not described.flags & C_CONTIGUOUS)
     job.count = <double>(described.shape[0] * s)
-    job.sum = sum_columns if job.cut.columns else sum_rows
+    if not job.cut.columns:
+        job.sum = sum_rows
+    else:
+        job.sum = sum_columns_in_parts if job.refine else sum_columns
     return job
 
 
