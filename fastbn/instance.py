@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn.layers import NO_BACKWARD_IN_EVAL, NO_SECOND_BACKWARD, _accumulated, _BatchNorm
+from fastbn.layers import NO_BACKWARD_IN_EVAL, NO_SECOND_BACKWARD, _BatchNorm
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
@@ -115,12 +115,15 @@ class _InstanceNorm(_BatchNorm):
         flat = self._flat(x, tracks)
         if out is None:
             out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
+        means = None
+        if tracks and flat.running_mean is not None:
+            means = np.empty_like(flat.running_mean, shape=self.num_features)
         target, is_view = _flattened(out)
         y = flat.forward(_flattened(x)[0], out=target if is_view else None)
         if not is_view:
             out[...] = y.reshape(out.shape)
-        if tracks and flat.running_mean is not None:
-            self._average(flat, len(x))
+        if means is not None:
+            self._average(flat, means)
         return out, flat
 
     def _flat(self, x: Array, tracks: bool) -> _Flat:
@@ -140,12 +143,12 @@ class _InstanceNorm(_BatchNorm):
                 setattr(flat, name, np.tile(self._vector(name, 0.0, x), n))
         return flat
 
-    def _average(self, flat: _Flat, n: int) -> None:
+    def _average(self, flat: _Flat, means: F.Statistics) -> None:
         """Take for running statistics the means of those of the samples."""
         for name in ("running_mean", "running_var"):
-            mean = getattr(flat, name).reshape(n, -1).mean(axis=0)
+            getattr(flat, name).reshape(-1, self.num_features).mean(axis=0, out=means)
             with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
-                getattr(self, name)[...] = mean
+                getattr(self, name)[...] = means
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
@@ -194,17 +197,17 @@ class _InstanceNorm(_BatchNorm):
         self._check_gradients(x)
         if out is None:
             out = np.empty_like(dy, dtype=x.dtype.newbyteorder("="))
+        # Before anything is written: all memory that the sums over the samples take.
+        sums = np.zeros_like(flat._memory.mean, shape=(2, self.num_features))
+        rooms = self._rooms(sums[0])
         target, is_view = _flattened(out)
         dx = flat.backward(_flattened(dy)[0], out=target if is_view else None)
         if not is_view:
             out[...] = dx.reshape(shape)
-        for name in ("weight", "bias"):
-            of_samples = getattr(flat, f"{name}_grad")
+        for of_samples, total in zip((flat.weight_grad, flat.bias_grad), sums, strict=True):
             if of_samples is not None:
-                added = of_samples.reshape(shape[:2]).sum(axis=0)
-                gradient = getattr(self, f"{name}_grad")
-                total = _accumulated(gradient, getattr(self, name), added)
-                setattr(self, f"{name}_grad", total)
+                of_samples.reshape(shape[:2]).sum(axis=0, out=total)
+        self._accumulate(rooms, *sums)
         self._memory = NO_SECOND_BACKWARD
         return out
 
