@@ -711,7 +711,9 @@ cdef bint streams(const Job *job) noexcept nogil:
     """Whether to store around the cache."""
     cdef Py_ssize_t arrays = 2 if job.dy == NULL else 3
     cdef Py_ssize_t moved = arrays * job.cut.n * job.cut.c * job.cut.s * job.itemsize
-    # Strips that are not the whole width of a matrix are short runs.
+    # Strips that are not the whole width of a matrix are short runs. So are groups of rows where
+    # there are many threads; but what is not stored around the cache takes longer there, too: runs
+    # of 64 to 800 bytes up to 1.8 times the CPU time of a training forward.
     cdef Py_ssize_t channels = job.cut.group if job.cut.columns else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
     return (moved > near_bytes and (job.cut.groups == 1 or run >= STREAM_RUN_BYTES)
