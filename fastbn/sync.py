@@ -97,15 +97,17 @@ class SyncBatchNorm(_BatchNorm):
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self._group = None
 
-    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Normalize this rank's part of a batch; see `BatchNorm2d.forward`.
 
         Collective in training mode, unless frozen.
         """
         if not self.training or self.frozen:
-            return super().forward(x, out=out)
+            return super().forward(x, out=out, mask=mask)
         forward = super().forward
-        return self._all_ranks().together(lambda: forward(x, out=out))
+        return self._all_ranks().together(lambda: forward(x, out=out, mask=mask))
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; see `BatchNorm2d.backward`.
@@ -128,10 +130,10 @@ class SyncBatchNorm(_BatchNorm):
         return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy(order="K"))
 
     def _forward_train(
-        self, x: Array, out: Array | None
+        self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         weight, bias = self._checked_arrays(x)
-        total = self._all_ranks().total_moments(x, Moments.of(x))
+        total = self._all_ranks().total_moments(x, Moments.of(x, mask))
         if total.count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape} "
@@ -142,7 +144,7 @@ class SyncBatchNorm(_BatchNorm):
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
         tracks = self.track_running_stats and total.count
         moved = self._moved(total) if tracks else []
-        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out)
+        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out, mask=mask)
         for array, value in moved:  # not before: they may share memory with weight and bias
             with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
                 array[...] = value
@@ -191,12 +193,13 @@ class SyncBatchNorm(_BatchNorm):
         self._check_gradients(x)
         rooms = self._rooms(memory.mean)
         weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
-        dbias, dweight = F.batch_norm_backward_reduce(dy, x, memory.mean, memory.invstd)
+        mean, invstd, mask = memory.mean, memory.invstd, memory.mask
+        dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
         sums = self._all_ranks().total_sums(x, _on_host(dbias), _on_host(dweight))
         sum_dy, sum_dy_xhat = (self._beside(x, array) for array in sums)
         count = max(self._total.count, 1)
         dx = F.batch_norm_backward_elemt(
-            dy, x, memory.mean, memory.invstd, weight, sum_dy, sum_dy_xhat, count, out=out
+            dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out=out, mask=mask
         )
         self._accumulate(rooms, dweight, dbias)
         self._memory = NO_SECOND_BACKWARD
@@ -231,6 +234,8 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     ------
     TypeError
         If it is not a batch normalization layer.
+    ValueError
+        If it has ghost batches.
     RuntimeError
         If it is lazy and has not seen its first input.
     ImportError
@@ -246,6 +251,8 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     """
     if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
         raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+    if layer.ghost_batch_size is not None:
+        raise ValueError("a layer with ghost batches normalizes less than its batch, not more")
     if layer.has_uninitialized_params():
         raise RuntimeError(
             f"{type(layer).__name__} cannot be converted yet: the first input decides num_features"
