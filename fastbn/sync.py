@@ -55,8 +55,9 @@ class SyncBatchNorm(_BatchNorm):
 
     Notes
     -----
-    Input has 2 to 5 axes, the same number and dtype on all ranks. Where a call fails on one rank,
-    it fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
+    Input has 2 to 5 axes, the same number and dtype on all ranks. A mask may leave nothing on a
+    rank; if it leaves nothing on any, that is an empty batch. Where a call fails on one rank, it
+    fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
 
     In place, a training forward keeps a copy of its input. A layer can be pickled if its
     communicator is ``MPI.COMM_WORLD``.
