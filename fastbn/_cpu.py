@@ -227,6 +227,17 @@ def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
 # What is asked of a backend besides batch normalization.
 
 
+def channels_of(x: Array, channels: NDArray[np.intp]) -> Array:
+    """A copy of some channels of an array, in its layout."""
+    copy = np.empty_like(x, shape=(x.shape[0], len(channels), *x.shape[2:]))
+    source, target, axis = x, copy, 1
+    if _core.layout(x) == 2:
+        source, target, axis = np.moveaxis(x, 1, -1), np.moveaxis(copy, 1, -1), -1
+    # With another mode, there would be a second copy for indices out of range.
+    np.take(source, channels, axis, out=target, mode="clip")
+    return copy
+
+
 def check(array: Array, name: str) -> None:
     """Refuse an array that this backend cannot take; there is none."""
 

@@ -716,6 +716,11 @@ class Addresses:
         }
 
 
+def channels_of(x: Array, channels: Array) -> Array:
+    """A copy of some channels of an array."""
+    return x[:, channels]
+
+
 def writeable(array: Array) -> bool:
     """Tell whether an array can be written to."""
     return True

@@ -17,6 +17,10 @@ enum {
     /* Element i of a run is added to lane i modulo this, whatever the width of a register is; the
      * elements of a shorter last step to the last lanes. */
     FASTBN_LANES = 16,
+    /* So many doubles are added one after the other; those sums are then added up. The rounding
+     * errors of a sum of n equal numbers may all have one sign, and take n * 2^-55 of it. Narrower
+     * elements leave bits to spare. */
+    FASTBN_ADDITIONS = 128,
     FASTBN_COLUMNS = 512,
     FASTBN_GROUP = 64,
 };

@@ -70,22 +70,44 @@ ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T 
     return sums;
 }
 
+/* Doubles are summed in parts of FASTBN_ADDITIONS. */
+enum { NAME(IN_PARTS) = sizeof(T) == sizeof(double) };
+#define PART (NAME(IN_PARTS) ? (ptrdiff_t)(FASTBN_ADDITIONS * LANES) : PTRDIFF_MAX)
+
+/* The samples of a part, whose runs take `len` elements and the rest of a step. */
+ALWAYS_INLINE ptrdiff_t NAME(samples_of_part)(ptrdiff_t len)
+{
+    return len < PART ? PART / ((len + LANES - 1) / LANES * LANES) : 1;
+}
+
 /* Rows: sums stay in registers for a run, and in memory from a sample to the next. */
 ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, int masked, const T *dy, const T *x,
                                   const fastbn_runs *runs, const double *centre, double *first,
                                   double *second)
 {
-    double sums[FASTBN_GROUP][2][LANES];
+    double sums[FASTBN_GROUP][2][LANES], totals[FASTBN_GROUP][2][LANES];
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES];
     const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
-    for (ptrdiff_t n = 0; n < runs->samples; n++, dy += down, x += down) {
+    const ptrdiff_t samples = NAME(IN_PARTS) ? NAME(samples_of_part)(len) : runs->samples;
+    for (ptrdiff_t n = 0, of_part = 0; n < runs->samples; n++, dy += down, x += down) {
+        const int begins = of_part++ == 0, last = n + 1 == runs->samples;
+        const int ends = last || of_part == samples;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
+        of_part = ends ? 0 : of_part;
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += len, x += len) {
             const step around = same_step(centre[c]);
-            registers s = n > 0 ? load_sums(sums[c][0], sums[c][1]) : no_sums();
+            registers s = begins ? no_sums() : load_sums(sums[c][0], sums[c][1]);
+            registers total = n < samples ? no_sums() : load_sums(totals[c][0], totals[c][1]);
             ptrdiff_t i = 0;
+            while (len - i > PART) {
+                for (const ptrdiff_t end = i + PART; i < end; i += LANES)
+                    s = add(s, dy + i, x + i, distance(ahead, i), around,
+                            (counted){masked, masked ? mask + i : NULL, 0});
+                total = add_sums(total, s);
+                s = no_sums();
+            }
             for (; i + LANES <= len; i += LANES)
                 s = add(s, dy + i, x + i, distance(ahead, i), around,
                         (counted){masked, masked ? mask + i : NULL, 0});
@@ -95,11 +117,15 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, int masked, const T *dy, const
                         (counted){masked, masked ? last_step(mask, len, 1, mask_buffer) : NULL,
                                   LANES - (len - i)});
             ahead.border -= len;
-            if (n < runs->samples - 1) {
-                store_sums(sums[c][0], sums[c][1], s);
-            } else {
+            if (NAME(IN_PARTS) && ends)
+                s = add_sums(total, s);
+            if (last) {
                 first[c] = collapse(s.first);
                 second[c] = collapse(s.second);
+            } else if (NAME(IN_PARTS) && ends) {
+                store_sums(totals[c][0], totals[c][1], s);
+            } else {
+                store_sums(sums[c][0], sums[c][1], s);
             }
         }
     }
@@ -536,6 +562,7 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
     }
 }
 
+#undef PART
 #undef KEPT
 #undef KEPT_ONE
 #undef WRITE

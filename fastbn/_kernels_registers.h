@@ -414,6 +414,15 @@ ALWAYS_INLINE registers no_sums(void)
     return r;
 }
 
+ALWAYS_INLINE registers add_sums(registers a, registers b)
+{
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        a.first[j] += b.first[j];
+        a.second[j] += b.second[j];
+    }
+    return a;
+}
+
 ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
 {
     UNROLL for (int j = 0; j < STEPS; j++) {

@@ -556,9 +556,12 @@ def forward_by_instance(
         result = backend.forward(x, weight, bias, eps, out, **split)
     else:
         rows = [np.tile(v.astype(np.float64), (n, 1)) for v in (running_mean, running_var)]
+        means = [np.empty_like(row, shape=c) for row in rows]  # before anything is written
         result = backend.forward(x, weight, bias, eps, out, *rows, momentum, **split)
+        for row, row_mean in zip(rows, means, strict=True):
+            row.mean(axis=0, out=row_mean)
         with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
-            running_mean[...], running_var[...] = (row.mean(axis=0) for row in rows)
+            running_mean[...], running_var[...] = means
     return result  # type: ignore[no-any-return]
 
 
@@ -601,12 +604,16 @@ def backward_by_batch(
     batch_size: int,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `forward_by_batch`, of arguments that have been checked."""
-    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(
+    # Before anything is written: room for the sums over batches.
+    totals = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)] if batch_size else []
+    dx, *sums = backend_of(x).backward(
         dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size
     )
     if batch_size:
-        sum_dy, sum_dy_xhat = sum_dy.sum(axis=0), sum_dy_xhat.sum(axis=0)
-    return dx, sum_dy_xhat, sum_dy
+        for of_batches, total in zip(sums, totals, strict=True):
+            of_batches.sum(axis=0, out=total)
+        sums = totals
+    return dx, sums[1], sums[0]
 
 
 def running_statistics(

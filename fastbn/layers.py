@@ -65,6 +65,13 @@ NO_BACKWARD_IN_EVAL = (
 NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves once"
 
 
+class Room(NamedTuple):
+    """Memory for a sum: the gradient that is added to, or a new one, and its wider total."""
+
+    gradient: Array
+    total: F.Statistics | None  # None for a new one
+
+
 class View(NamedTuple):
     """What was normalized, as a backward sees it: ``xhat = (x - mean) * invstd``."""
 
@@ -276,8 +283,9 @@ class _BatchNorm:
             Where to write the result: `x`, a view of exactly its elements, or an array that does
             not overlap it, of x's dtype. With ``out=x`` a training step allocates nothing of x's
             size, but a copy of channels that the output does not determine: those with a weight of
-            0, or one that the bias exceeds 16 times (4 in bfloat16). The backward then needs the
-            output, weight and bias as they are now.
+            0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of these,
+            unless they are all channels, the backward allocates as much again. It needs the output,
+            weight and bias as they are now.
         mask : array_like of bool, optional
             Which positions count, of a shape that broadcasts to (N, 1, ...): valid pixels, or the
             part of each sequence that is not padding. What x holds where it is False counts for
@@ -379,11 +387,11 @@ class _BatchNorm:
         """A copy of the channels of x that could not be recovered from the output."""
         if self.frozen and x.itemsize == 2:
             # Running statistics bound no normalized value; 16 bits would not hold every one.
-            return Aside(slice(None), x.copy())
+            return Aside(slice(None), x.copy(order="K"))
         if self.weight is None:
             return None
         if not backend_of(x).readable():
-            return Aside(slice(None), x.copy())
+            return Aside(slice(None), x.copy(order="K"))
         weight = np.abs(self._vector("weight", 1.0, x))
         bias = np.abs(self._vector("bias", 0.0, x))
         smallest, greatest = _limits(x.dtype)
@@ -392,7 +400,11 @@ class _BatchNorm:
         largest = weight * (F.values_per_channel(x) ** 0.5 + far)
         recoverable = (weight >= smallest) & (largest <= greatest) & (bias <= far * weight)
         channels = np.flatnonzero(~recoverable)
-        return Aside(channels, x[:, channels]) if channels.size else None
+        if not channels.size:
+            return None
+        if channels.size == self.num_features:
+            return Aside(slice(None), x.copy(order="K"))
+        return Aside(channels, backend_of(x).channels_of(x, channels))
 
     def _vector(self, name: str, default: float, x: Array) -> F.Statistics:
         """A float64 copy of weight or bias, or what stands for None."""
@@ -443,18 +455,42 @@ class _BatchNorm:
         self._check_gradients(memory.x)
         if out is not None:
             out = F.check_out(out, memory.x, dy, **self._vectors(memory.x))
-        aside = None
-        if memory.aside is not None:  # before dy may be overwritten
-            channels, x = memory.aside
-            view = self._view_aside(memory, channels, x)
-            aside = _gradients(dy[:, channels], view, memory, None)
-        dx, dweight, dbias = _gradients(dy, self._view(memory), memory, out)
-        if aside is not None:
-            dx[:, channels], dweight[channels], dbias[channels] = aside
-        self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
-        self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
+        rooms = self._rooms(memory.mean)
+        dx, dweight, dbias = self._gradients(memory, dy, out)
+        self._accumulate(rooms, dweight, dbias)
         self._memory = NO_SECOND_BACKWARD
         return dx
+
+    def _gradients(
+        self, memory: Memory, dy: Array, out: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        """The gradients of input, weight and bias."""
+        if memory.aside is None:
+            return _gradients(dy, self._view(memory), memory, out)
+        channels, x = memory.aside
+        view = self._view_aside(memory, channels, x)
+        if isinstance(channels, slice):
+            return _gradients(dy, view, memory, out)
+        # Before dy may be overwritten, and in the memory of its copy.
+        copy = backend_of(x).channels_of(dy, channels)
+        aside = _gradients(copy, view, memory, copy if copy.dtype == x.dtype else None)
+        dx, dweight, dbias = _gradients(dy, self._view(memory), memory, out)
+        dx[:, channels], dweight[channels], dbias[channels] = aside
+        return dx, dweight, dbias
+
+    def _rooms(self, like: F.Statistics) -> tuple[Room | None, Room | None]:
+        """The memory that adding to weight_grad and bias_grad takes, before anything is written."""
+        return (
+            _room(self.weight_grad, self.weight, like),
+            _room(self.bias_grad, self.bias, like),
+        )
+
+    def _accumulate(
+        self, rooms: tuple[Room | None, Room | None], dweight: Array, dbias: Array
+    ) -> None:
+        """Add to weight_grad and bias_grad."""
+        self.weight_grad = _accumulated(rooms[0], dweight)
+        self.bias_grad = _accumulated(rooms[1], dbias)
 
     def _check_gradients(self, x: Array) -> None:
         """Refuse gradients that cannot be added to."""
@@ -861,16 +897,25 @@ def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     return float(limits.smallest_normal), float(limits.max)
 
 
-def _accumulated(
-    gradient: Array | None, parameter: Array | None, added: F.Statistics
-) -> Array | None:
-    """The gradient of a parameter after adding to it, in place if it is there."""
+def _room(gradient: Array | None, parameter: Array | None, like: F.Statistics) -> Room | None:
+    """What adding to the gradient of a parameter writes to; None without one."""
     if parameter is None:
         return None
+    if gradient is None:
+        return Room(np.empty_like(like, dtype=parameter.dtype, shape=parameter.shape), None)
+    return Room(gradient, np.empty_like(like, shape=parameter.shape))
+
+
+def _accumulated(room: Room | None, added: Array) -> Array | None:
+    """The gradient of a parameter after adding to it, in place if it was there."""
+    if room is None:
+        return None
+    gradient, total = room
     with np.errstate(all="ignore"):  # What the gradient's dtype cannot hold is inf there.
-        if gradient is None:
-            return added.astype(parameter.dtype)
-        np.add(gradient, added, out=gradient, casting="unsafe")
+        if total is not None:
+            total[...] = gradient
+            total += added
+        gradient[...] = added if total is None else total
     return gradient
 
 

@@ -15,7 +15,7 @@ from fastbn import functional as F
 from fastbn._backends import backend_for, backend_of, is_cupy
 from fastbn._mpi import Ranks, mpi
 from fastbn.instance import _InstanceNorm
-from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _accumulated, _BatchNorm
+from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -128,7 +128,7 @@ class SyncBatchNorm(_BatchNorm):
     def _set_aside(self, x: Array) -> Aside | None:
         # The other layers recover the input from the output, channel by channel. Here its copy
         # keeps the backward to one reduction.
-        return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy())
+        return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy(order="K"))
 
     def _forward_train(
         self, x: Array, out: Array | None, mask: Array | None
@@ -143,9 +143,12 @@ class SyncBatchNorm(_BatchNorm):
         with np.errstate(all="ignore"):
             invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + self.eps)
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
+        tracks = self.track_running_stats and total.count
+        moved = self._moved(total) if tracks else []
         y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out, mask=mask)
-        if self.track_running_stats and total.count:
-            self._track(total)
+        for array, value in moved:  # not before: they may share memory with weight and bias
+            with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
+                array[...] = value
         self._total = total
         return y, mean, invstd
 
@@ -164,23 +167,22 @@ class SyncBatchNorm(_BatchNorm):
             F.as_optional_vector(self.bias, "bias", c, x),
         )
 
-    def _track(self, total: Moments) -> None:
-        """Move the running statistics towards those of the batch."""
-        counter = self.num_batches_tracked
-        if counter is not None:
-            counter += 1
-        factor = self.momentum
+    def _moved(self, total: Moments) -> list[tuple[Array, Any]]:
+        """Running statistics and counter, and what they become with this batch."""
+        counter, factor = self.num_batches_tracked, self.momentum
+        moved = [] if counter is None else [(counter, counter + 1)]
         if factor is None:
-            factor = 0.0 if counter is None else 1.0 / int(counter)
+            factor = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         pairs = (
             (self.running_mean, total.mean),
             (self.running_var, total.var(correction=1)),
         )
         for running, batch in pairs:
             if running is not None:
-                with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
+                with np.errstate(all="ignore"):
                     kept = (1.0 - factor) * running.astype(np.float64)
-                    running[...] = kept + factor * self._beside(running, batch)
+                    moved.append((running, kept + factor * self._beside(running, batch)))
+        return moved
 
     def _backward(self, dy: ArrayLike, out: Array | None) -> Array:
         memory = self._memory
@@ -190,6 +192,7 @@ class SyncBatchNorm(_BatchNorm):
         dy = F.as_gradient(dy, x)
         out = F.check_out(out, memory.x, dy)
         self._check_gradients(x)
+        rooms = self._rooms(memory.mean)
         weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
         mean, invstd, mask = memory.mean, memory.invstd, memory.mask
         dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
@@ -199,8 +202,7 @@ class SyncBatchNorm(_BatchNorm):
         dx = F.batch_norm_backward_elemt(
             dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out=out, mask=mask
         )
-        self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
-        self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
+        self._accumulate(rooms, dweight, dbias)
         self._memory = NO_SECOND_BACKWARD
         return dx
 

@@ -40,6 +40,11 @@ def one_outlier(rng, shape, dtype):
     return x
 
 
+def in_turns(rng, shape, dtype):
+    """Two values: all squared deviations are equal, and rounded to the same side."""
+    return np.resize([0.1, -0.1], shape)
+
+
 def subnormal(rng, shape, dtype):
     """Mostly below the smallest normal number of the dtype."""
     smallest = 2.0 ** reference.FORMATS[dtype.name][1]
@@ -55,6 +60,7 @@ DISTRIBUTIONS = {
     "one outlier": one_outlier,
     "constant": normal(1e4 / 7, 0.0),
     "N(0,1e30²)": normal(0.0, 1e30),
+    "±0.1 in turns": in_turns,
     "subnormal": subnormal,
 }
 

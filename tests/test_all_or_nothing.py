@@ -173,6 +173,68 @@ def test_an_output_that_the_system_has_no_memory_for(tmp_path):
     assert output_of(LIMITED, tmp_path).split() == ["MemoryError"] * 3 + ["True"]
 
 
+# Of so many channels that the memory of a vector is the system's, which has no more from the end of
+# the kernel on that writes the result.
+EXHAUSTED = """
+import resource
+import numpy as np
+import fastbn
+from fastbn import _core
+
+def exhausting(kernel, out):
+    def call(*args):
+        kernel(*args)
+        if any(np.may_share_memory(a, out) for a in args if isinstance(a, np.ndarray)):
+            resource.setrlimit(resource.RLIMIT_AS, (0, resource.RLIM_INFINITY))
+    return call
+
+def attempt(call, out):
+    for name, kernel in kernels.items():
+        setattr(_core, name, exhausting(kernel, out))
+    try:
+        call(out, out=out)
+        print("done")
+    except MemoryError:
+        print("MemoryError")
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for name, kernel in kernels.items():
+        setattr(_core, name, kernel)
+
+channels = 2**18
+fastbn.set_num_threads(1)
+bn = {layer}
+kernels = {{name: getattr(_core, name) for name in {kernels!r}}}
+rng = np.random.default_rng(0)
+x, dy = rng.standard_normal((2, 2, channels, 2), dtype=np.float32)
+for _ in range(2):  # gradients are new, then added to
+    buffer = dy.copy()
+    bn.weight[{aside}] = 0
+    attempt(bn, x)
+    attempt(bn.backward, buffer)
+"""
+EXHAUSTING = {
+    "batch": ("fastbn.BatchNorm1d(channels)", "slice(0, 0)", ["forward", "backward"]),
+    "some set aside": ("fastbn.BatchNorm1d(channels)", "slice(9)", ["forward", "backward"]),
+    "all set aside": ("fastbn.BatchNorm1d(channels)", "slice(None)", ["forward", "backward"]),
+    "frozen": ("fastbn.BatchNorm1d(channels).freeze()", "slice(0, 0)", ["elemt"]),
+    "instance": (
+        "fastbn.InstanceNorm1d(channels, affine=True, track_running_stats=True)",
+        "slice(0, 0)",
+        ["forward", "backward"],
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by way of /proc")
+@pytest.mark.parametrize("name", EXHAUSTING)
+def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
+    layer, aside, kernels = EXHAUSTING[name]
+    code = EXHAUSTED.format(layer=layer, aside=aside, kernels=kernels)
+    # Of the C library's own memory there is some for small things.
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "4194304"}
+    assert output_of(code, tmp_path, **malloc).split() == ["done"] * 4
+
+
 # A KeyboardInterrupt just before a kernel starts.
 
 

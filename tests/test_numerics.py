@@ -95,6 +95,36 @@ def test_float64_does_not_depend_on_the_first_element(rng, shape, layout):
     support.assert_within(m2 / count, exact_var, 1e-14 * exact_var)
 
 
+# Long and short runs, one and many blocks, folded columns, strips, blocks of many rows.
+EQUAL_TERMS = [
+    *(((1, 2, 32768), False), ((8, 1, 400, 500), False), ((700, 2, 7, 7), False)),
+    *(((600, 1, 16390), False), ((9, 3, 56, 56), False), ((2**14, 1, 15), False)),
+    *(((2**16, 3), False), ((2**12, 17, 4, 4), True), ((2**20, 16), False)),
+]
+
+
+@pytest.mark.parametrize("value", [0.3, 0.7])
+@pytest.mark.parametrize(("shape", "last"), EQUAL_TERMS, ids=str)
+def test_terms_that_are_rounded_to_one_side_add_up_within_1e_14(value, shape, last):
+    # Two values in turn: all squares are equal, and so are the rounding errors of their sum.
+    n, c, *rest = shape
+    count = n * int(np.prod(rest, dtype=int))
+    signs = np.resize([1.0, -1.0], (n, 1, *rest)) if count > n else np.resize([1.0, -1.0], (n, 1))
+    x = np.repeat(signs * value, c, axis=1)
+    if last:
+        x = support.channels_last(x)
+    _, mean, m2 = F.batch_norm_stats(x)
+    support.assert_within(mean, np.zeros(c), 1e-14 * value)
+    exact = count * np.longdouble(value)
+    support.assert_within(m2, np.full(c, exact * value), 1e-14 * exact * value)
+    # With dy = |x| and xhat = x / |x| = ±1, the sum of dy, and that of dy * xhat for dy = x.
+    zeros, ones = np.zeros(c), np.ones(c)
+    sum_dy, _ = F.batch_norm_backward_reduce(np.abs(x), x, zeros, ones)
+    _, sum_dy_x = F.batch_norm_backward_reduce(x, x, zeros, ones)
+    support.assert_within(sum_dy, np.full(c, exact), 1e-14 * exact)
+    support.assert_within(sum_dy_x, np.full(c, exact * value), 1e-14 * exact * value)
+
+
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("running_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -271,12 +271,17 @@ def at_once(calls):
 
 
 def train(seed):
-    """Some steps of a layer of its own, large enough for concurrent regions of OpenMP."""
+    """Some steps of a layer of its own, large enough for concurrent regions of OpenMP.
+
+    Channels of one block, and of many, whose sums wait for each other.
+    """
     rng = np.random.default_rng(seed)
     bn = fastbn.BatchNorm2d(8)
     digest = hashlib.sha256()
     for step in range(4):
-        x = some(rng, (8, 8, 64, 64))
+        x = some(rng, (8, 8, 64, 64) if step < 2 else (2, 8, 260, 260))
+        if seed % 2:
+            x = support.channels_last(x)
         y = bn(x, out=x if step % 2 else None)
         dx = bn.backward(some(rng, x.shape))
         for array in (y, dx, *bn.state_dict().values(), bn.weight_grad, bn.bias_grad):
