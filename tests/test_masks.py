@@ -1,5 +1,9 @@
 """Masks: what they leave out counts for nothing, against computing on the gathered values."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import reference
@@ -17,6 +21,8 @@ from support import (
 
 import fastbn
 from fastbn import functional as F
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "sequences.py"
 
 # Runs and their tails, short runs and folded rows, several blocks and pieces of a channel.
 SHAPES = [
@@ -314,3 +320,19 @@ def test_an_empty_batch_takes_a_mask_and_changes_nothing():
     assert y.shape == (0, 3, 5, 6)
     assert bn.num_batches_tracked == 0
     assert bn.backward(y).shape == y.shape
+
+
+def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
+    pytest.importorskip("tqdm")
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--epochs", "1", "--seeds", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = done.stdout.splitlines()[1:]
+    moved = {row[:13].strip(): float(row.split()[-1]) for row in rows}
+    assert moved["with masks"] < 1e-4
+    assert moved["without masks"] > 0.1
