@@ -528,6 +528,14 @@ def is_masked(value: Any) -> bool:
     return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
 
 
+def masked(name: str) -> str:
+    """What is wrong with a masked array."""
+    return (
+        f"{name} is a masked array, whose mask would be lost: pass {name}.data with the masked "
+        f"values as they are, or {name}.filled(value)"
+    )
+
+
 def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
@@ -536,7 +544,7 @@ def as_array(value: Any, name: str) -> Array:
         backend_of(value).check(value, name)
     elif type(value) is not np.ndarray:
         if is_masked(value):
-            raise TypeError(f"{name} is a masked array, whose mask would be lost")
+            raise TypeError(masked(name))
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
             value = from_dlpack(value, name)
         value = np.asarray(value)
@@ -555,6 +563,21 @@ def from_dlpack(value: Any, name: str) -> Array:
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name} of type {type(value).__name__} cannot be read: {error}") from error
     return array
+
+
+def on_host(value: Any, name: str) -> Array:
+    """An array-like, CuPy array or torch tensor, Parameter or not, as an ndarray of any dtype."""
+    if is_masked(value):
+        raise TypeError(masked(name))
+    if is_cupy(value):
+        return backend_of(value).to_host(value)  # type: ignore[no-any-return]
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        try:
+            return np.asarray(value)
+        except TypeError:  # NumPy does not know torch's bfloat16
+            return np.asarray(value.float())
+    return np.asarray(value)
 
 
 def as_input(x: Any) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn._backends import as_device, backend_for, backend_of, is_cupy
+from fastbn._backends import as_device, backend_for, backend_of
 
 __all__ = [
     "BatchNorm1d",
@@ -879,13 +879,7 @@ def _prefix_hint(state: Mapping[str, Any], prefix: str) -> str:
 
 def _as_entry(value: Any, key: str, array: Array) -> Array:
     """An entry of a state dict as an array that can be copied into the given one."""
-    if hasattr(value, "detach"):  # a torch tensor, Parameter or not
-        value = value.detach().cpu()
-        try:
-            value = np.asarray(value)
-        except TypeError:  # NumPy does not know torch's bfloat16
-            value = np.asarray(value.float())
-    entry = backend_of(value).to_host(value) if is_cupy(value) else np.asarray(value)
+    entry = F.on_host(value, key)
     if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
         raise TypeError(f"{key} must hold integers, got {entry.dtype}")
     if entry.dtype.kind not in "iu" and not F.is_float(entry.dtype):
