@@ -528,7 +528,7 @@ def is_masked(value: Any) -> bool:
     return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
 
 
-def masked(name: str) -> str:
+def mask_is_lost(name: str) -> str:
     """What is wrong with a masked array."""
     return (
         f"{name} is a masked array, whose mask would be lost: pass {name}.data with the masked "
@@ -544,7 +544,7 @@ def as_array(value: Any, name: str) -> Array:
         backend_of(value).check(value, name)
     elif type(value) is not np.ndarray:
         if is_masked(value):
-            raise TypeError(masked(name))
+            raise TypeError(mask_is_lost(name))
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
             value = from_dlpack(value, name)
         value = np.asarray(value)
@@ -561,14 +561,36 @@ def from_dlpack(value: Any, name: str) -> Array:
     try:
         array: Array = np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError) as error:
-        raise TypeError(f"{name} of type {type(value).__name__} cannot be read: {error}") from error
+        raise TypeError(
+            f"{name} of type {type(value).__name__} cannot be read: "
+            f"{str(error).rstrip('.')}{dlpack_hint(value, name)}"
+        ) from error
     return array
+
+
+CUDA_DEVICES = (2, 13)  # DLPack's numbers of CUDA memory, and of CUDA's managed memory
+
+
+def dlpack_hint(value: Any, name: str) -> str:
+    """Suggest how to pass a DLPack object that NumPy cannot read."""
+    if value.__dlpack_device__()[0] in CUDA_DEVICES:
+        return f"; on a GPU, pass cupy.from_dlpack({name})"
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        as_bits = f"{name}.view(torch.int16).numpy()"
+        return f"; of torch's bfloat16, pass {as_bits}.view(ml_dtypes.bfloat16)"
+    return ""
+
+
+def not_an_array(value: Any, name: str) -> str:
+    """What is wrong with what is no array and should be written to."""
+    hint = f"; np.from_dlpack({name}) shares its memory" if hasattr(value, "__dlpack__") else ""
+    return f"{name} must be an ndarray, got {type(value).__name__}{hint}"
 
 
 def on_host(value: Any, name: str) -> Array:
     """An array-like, CuPy array or torch tensor, Parameter or not, as an ndarray of any dtype."""
     if is_masked(value):
-        raise TypeError(masked(name))
+        raise TypeError(mask_is_lost(name))
     if is_cupy(value):
         return backend_of(value).to_host(value)  # type: ignore[no-any-return]
     if hasattr(value, "detach"):
@@ -644,7 +666,7 @@ def check_running(
 def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
     """Refuse what cannot be updated in place."""
     if not is_array(value):
-        raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
+        raise TypeError(not_an_array(value, name))
     if writeable and not backend_of(value).writeable(value):
         raise ValueError(f"{name} must be writeable, got a read-only array")
 
@@ -697,7 +719,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) ->
         return None
     if type(out) is not np.ndarray or type(x) is not np.ndarray:
         if not is_array(out) or is_masked(out):
-            raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+            raise TypeError(not_an_array(out, "out"))
         check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")

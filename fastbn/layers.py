@@ -576,12 +576,17 @@ class _BatchNorm:
         return {**self.__dict__, "_memory": NO_FORWARD}
 
     def extra_repr(self) -> str:
-        """Return the arguments as `repr` shows them."""
-        return (
+        """Return the arguments as `repr` shows them; device and dtype if not the default."""
+        shown = (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self._has_bias}, "
             f"track_running_stats={self.track_running_stats}"
         )
+        if self._device != "cpu":
+            shown += f", device={self._device}"
+        if self._dtype != np.float32:
+            shown += f", dtype={self._dtype.name}"
+        return shown
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

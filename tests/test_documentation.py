@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def python_blocks(path):
@@ -18,13 +18,14 @@ def python_blocks(path):
 
 
 @pytest.mark.parametrize("with_torch", [False, True])
-def test_readme_snippets_run_in_their_order(with_torch):
+@pytest.mark.parametrize("page", ["README.md", "docs/interoperation.md"])
+def test_snippets_run_in_their_order(page, with_torch):
     if with_torch:
         pytest.importorskip("torch")
     namespace = {}
-    for block in python_blocks(README):
+    for block in python_blocks(ROOT / page):
         if with_torch or "import torch" not in block:
-            exec(compile(block, README.name, "exec"), namespace)
+            exec(compile(block, page, "exec"), namespace)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_readme_snippets_run_in_their_order(with_torch):
     [
         "fastbn.functional",
         "fastbn.layers",
+        "fastbn.folding",
         "fastbn.instance",
         "fastbn.moments",
         "fastbn.recalibration",
