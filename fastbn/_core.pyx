@@ -10,7 +10,7 @@ The functions trust their caller: arrays have the right shapes, dtypes and layou
 import os
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport isfinite, isnan
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
@@ -78,8 +78,22 @@ cdef extern from "_platform.h" nogil:
     Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
+    double fastbn_seconds()
     const char *fastbn_compiler()
     const char *fastbn_openmp()
+
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #  define FASTBN_THREAD_LOCAL __declspec(thread)
+    #else
+    #  define FASTBN_THREAD_LOCAL _Thread_local
+    #endif
+    static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone;
+    """
+    # Of each thread of Python: it has threads of OpenMP of its own.
+    Py_ssize_t calls_alone "fastbn_calls_alone"
 
 
 cdef extern from *:
@@ -149,6 +163,12 @@ def omp_pause():
     return fastbn_omp_pause()
 
 
+def avoid_waits(bint avoid):
+    """Let calls after one whose threads waited for a CPU run alone, or not."""
+    global waits_avoided
+    waits_avoided = avoid
+
+
 # ------------------------------------------------------------------ how the work is cut
 #
 # An array is n samples of c channels of s elements each, in one of two layouts.
@@ -186,7 +206,13 @@ cdef enum:
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
+    # The calls that run on one thread after one whose threads had to wait for a CPU.
+    CALLS_ALONE = 256
 
+# The seconds from which on a wait is one for a CPU: several times what waking a thread takes, less
+# than a scheduler's slice.
+cdef double LONG_WAIT = 1e-3
+cdef bint waits_avoided = True
 
 # Half of the third-level cache, which others use too. An output is stored around it if the inputs
 # and the output are more; what all threads together walk twice should be less.
@@ -665,12 +691,49 @@ cdef void share(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_
                 int threads) noexcept nogil:
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
     cdef Py_ssize_t t
+    cdef double busy = 0.0, start
+    cdef double *busy_here = &busy
     if threads == 1:
         for t in range(tasks):
             task(job, g0, groups, t)
     else:
+        start = fastbn_seconds()
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            task(job, g0, groups, t)
+            do_timed(job, task, g0, groups, t, busy_here)
+        avoid_waiting(fastbn_seconds() - start - busy, busy)
+
+
+cdef void do_timed(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                   double *busy) noexcept nogil:
+    """Do a task; add what it takes to the time for which the calling thread was busy."""
+    cdef double start
+    if threadid() != 0:
+        task(job, g0, groups, t)
+        return
+    start = fastbn_seconds()
+    task(job, g0, groups, t)
+    busy[0] += fastbn_seconds() - start
+
+
+cdef void avoid_waiting(double idle, double busy) noexcept nogil:
+    """Let the next calls run alone if this one would have been faster so.
+
+    A region of OpenMP ends when all threads have come to its end, and where another process has a
+    thread's CPU that takes a slice of the scheduler, many times a small array's time. What a call
+    waits for now and then should be rarer than one call in a hundred.
+    """
+    global calls_alone
+    if waits_avoided and idle > LONG_WAIT and idle > busy:
+        calls_alone = CALLS_ALONE
+
+
+cdef int threads_now(int threads) noexcept nogil:
+    """How many threads a call that could use so many takes."""
+    global calls_alone
+    if waits_avoided and threads > 1 and calls_alone > 0:
+        calls_alone -= 1
+        return 1
+    return threads
 
 
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -730,7 +793,7 @@ cdef int run(Job *job, int threads) except -1:
     cdef int inputs = 1 if job.dy == NULL else 2
     cdef Py_ssize_t moved = job.cut.n * job.cut.c * job.cut.s * job.itemsize * (
         inputs * ((job.reduce != NULL) + (job.apply != NULL)) + (job.apply != NULL))
-    threads = <int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1))
+    threads = threads_now(<int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1)))
     if job.cut.columns:
         group_columns(&job.cut, threads)
     elif job.reduce != NULL:

@@ -310,7 +310,9 @@ def get_num_threads() -> int:
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
-    Results do not depend on it, to the bit.
+    Results do not depend on it, to the bit. By default, after a call whose threads waited long for
+    a CPU that another process had, the next 256 calls run on one thread; with a number set here,
+    calls wait.
 
     Parameters
     ----------
@@ -338,6 +340,7 @@ def set_num_threads(n: int | None) -> None:
             raise ValueError(f"the number of threads must be at least 1, got {n}")
         n = min(int(n), INT_MAX)
     _num_threads = n
+    _core.avoid_waits(n is None)
 
 
 def why_so_many_threads() -> str:
