@@ -620,8 +620,12 @@ def as_array_beside(x: Array, value: Any, name: str) -> Array:
 def check_beside(x: Array, array: Array, name: str) -> None:
     """Refuse an array of another kind than x: NumPy's beside CuPy's."""
     if isinstance(array, np.ndarray) != isinstance(x, np.ndarray):
-        kind, other = ("CuPy", "NumPy") if is_cupy(x) else ("NumPy", "CuPy")
-        raise TypeError(f"{name} must be a {kind} array, as x is, got a {other} array")
+        kind, other, device = ("CuPy", "NumPy", "cuda") if is_cupy(x) else ("NumPy", "CuPy", "cpu")
+        convert = "cupy.asarray" if is_cupy(x) else "cupy.asnumpy"
+        raise TypeError(
+            f"{name} must be a {kind} array, as x is, got a {other} array: {convert}({name}), or "
+            f"to({device!r}) for a layer"
+        )
 
 
 def as_gradient(dy: Any, x: Array) -> Array:

@@ -38,6 +38,7 @@ class Instances(NamedTuple):
 class _InstanceNorm(_BatchNorm):
     """What the layers have in common; they differ in the ranks of input that they take."""
 
+    _family = "InstanceNorm"
     _memory: Any  # Instances, or what a batch normalization leaves
     _input_shape: tuple[int, ...]
 
