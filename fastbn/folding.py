@@ -59,9 +59,10 @@ def fold(
     Raises
     ------
     TypeError
-        If `layer` is not a batch normalization, or weight or bias does not hold floats.
+        If the layer is not a batch normalization, or weight or bias does not hold floats.
     ValueError
-        If a shape does not fit the layer and the groups, or with `bn_first` and `transposed`.
+        If a shape does not fit the layer and the groups, or for a batch normalization before a
+        transposed convolution.
     RuntimeError
         If the layer has no running statistics, or is lazy and has not seen its first input.
 

@@ -252,7 +252,7 @@ class _BatchNorm:
     # Forward.
 
     def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
-        """Do what `forward` does."""
+        """Normalize a batch, as `forward` does."""
         return self.forward(x, out=out)
 
     def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
@@ -680,6 +680,10 @@ class BatchNorm2d(_BatchNorm):
     mode of a new layer, mean and var are those of the batch, and the running ones move towards
     them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
     evaluation mode they are the running ones.
+
+    A layer is called like a function, and has a `backward` and `zero_grad`; `train`, `eval`,
+    `freeze` and `unfreeze` set its mode; `state_dict`, `load_state_dict`, `reset_parameters` and
+    `reset_running_stats` are about its arrays, and `to` about where they are.
 
     Parameters
     ----------
