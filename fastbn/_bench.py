@@ -48,16 +48,13 @@ ROUNDS = 3
 # After a call the threads of OpenMP spin for some milliseconds, waiting for the next one.
 PAUSE_S = 0.02
 ITEMSIZE = 4  # of float32
-# Threads that share a CPU with another process wait for it in slices of milliseconds. Where they
-# waited for more than this share of the time in every round, the figure is not the machine's.
-DISTURBED = 0.15
 
 
 class Answer(NamedTuple):
     """What a library took in a round."""
 
     ms: list[float]  # of calls; none if the library has no such operation
-    waited: float  # for a CPU, so much of the time
+    quiet: bool  # whether other processes left it the CPUs
 
 
 class Worker:
@@ -154,29 +151,32 @@ def progress(steps: list[tuple[Shape, str]]) -> Iterator[tuple[Shape, str]]:
 
 
 def figures(answers: dict[str, list[Answer]]) -> dict[str, Any]:
-    """The median of each library over the rounds that count, and which were all disturbed."""
+    """The median of each library over its quiet rounds, and which libraries had none."""
     ms, disturbed = {}, []
     for name, rounds in answers.items():
+        quiet = [answer for answer in rounds if answer.quiet]
+        if not quiet:
+            disturbed.append(name)
         if rounds[0].ms:
-            least = min(answer.waited for answer in rounds)
-            if least > DISTURBED:
-                disturbed.append(name)
-            counted = [answer.ms for answer in rounds if answer.waited <= max(least, DISTURBED)]
-            ms[name] = statistics.median(chain(*counted))
+            ms[name] = statistics.median(chain(*(answer.ms for answer in quiet or rounds)))
     return {"ms": ms, "disturbed": disturbed}
 
 
 def over_floor(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each operation and library the geometric mean of its times over those of the floor."""
-    means: dict[str, dict[str, float]] = {}
-    for operation in OPERATIONS:
-        times = [result["ms"] for result in results if result["operation"] == operation]
-        means[operation] = {
-            name: statistics.geometric_mean([ms[name] / ms[FLOOR] for ms in times])
-            for name in times[0]
-            if name != FLOOR
-        }
-    return means
+    """For each operation and library the geometric mean of its times over those of the floor.
+
+    Of undisturbed times, over the shapes that have them.
+    """
+    ratios: dict[str, dict[str, list[float]]] = {operation: {} for operation in OPERATIONS}
+    for result in results:
+        ms, of_operation = result["ms"], ratios[result["operation"]]
+        for name in ms:
+            if name != FLOOR and not {name, FLOOR} & {*result["disturbed"]}:
+                of_operation.setdefault(name, []).append(ms[name] / ms[FLOOR])
+    return {
+        operation: {name: statistics.geometric_mean(found) for name, found in by_library.items()}
+        for operation, by_library in ratios.items()
+    }
 
 
 def copy_speed(results: list[dict[str, Any]]) -> float:
@@ -213,32 +213,31 @@ def report(result: dict[str, Any]) -> str:
         "what NumPy takes in as many threads: for a copy, for backwards a sum of two arrays, in",
         f"place a change of sign (NumPy {libraries[FLOOR]}).",
     ]
-    disturbed = sum(len(row["disturbed"]) for row in result["results"])
-    if disturbed:
-        count = sum(len(row["ms"]) for row in result["results"])
-        lines.append(
-            f"Other processes kept the CPUs busy: {disturbed} of {count} figures are too high."
-        )
+    if any(row["disturbed"] for row in result["results"]):
+        lines.append("* Other processes kept the CPUs busy: the figure is too high.")
     if TORCH in libraries:
         lines.append(f"torch {libraries[TORCH]} allocates its outputs, the others have theirs.")
-    title = f"{'':27}{FLOOR:>9}" + "".join(f"{name:>9}{'':8}" for name in columns)
+    title = f"{'':27}{FLOOR:>9}" + "".join(f"{name:>9}{'':9}" for name in columns)
     shape = None
     for row in result["results"]:
         if row["shape"] != shape:
             shape = row["shape"]
             megabytes = ITEMSIZE * math.prod(shape) / 1e6
             lines += ["", f"{named(shape)}, {megabytes:.1f} MB", title.rstrip()]
-        lines.append(table_row(OPERATIONS[row["operation"]], row["ms"], columns))
+        lines.append(table_row(row, columns))
     lines += ["", "Geometric means of times over the floor", title.replace(FLOOR, " " * 5).rstrip()]
     for operation, means in result["over_floor"].items():
-        cells = (f"{means[name]:9.2f}{'':8}" for name in columns if name in means)
-        lines.append(f"  {OPERATIONS[operation]:25}{'':9}{''.join(cells)}".rstrip())
+        cells = (f"{means[name]:9.2f}" if name in means else f"{'-':>9}" for name in columns)
+        lines.append(f"  {OPERATIONS[operation]:25}{'':9}{(' ' * 9).join(cells)}")
     return "\n".join(lines)
 
 
-def table_row(title: str, ms: dict[str, float], columns: list[str]) -> str:
+def table_row(row: dict[str, Any], columns: list[str]) -> str:
     """The times of an operation, and in brackets how many times that of the floor."""
-    cells = (
-        f"{ms[name]:9.3f} {f'({ms[name] / ms[FLOOR]:.2f})':7}" for name in columns if name in ms
-    )
-    return f"  {title:25}{ms[FLOOR]:9.3f}{''.join(cells)}".rstrip()
+    ms = row["ms"]
+    marks = {name: "*" if name in row["disturbed"] else "" for name in ms}
+    cells = [f"{f'{ms[FLOOR]:.3f}{marks[FLOOR]}':>9}"]
+    for name in columns:
+        if name in ms:
+            cells.append(f"{ms[name]:9.3f} {f'({ms[name] / ms[FLOOR]:.2f}){marks[name]}':8}")
+    return f"  {OPERATIONS[row['operation']]:25}{''.join(cells)}".rstrip()

@@ -1,8 +1,8 @@
 """The process of one library, which `_bench.py` starts by its path: no part of the package.
 
 Its arguments are the library's name and the number of threads. It writes the library's version, and
-then answers [shape, operation, seconds] by the milliseconds of calls and the share of the time for
-which threads waited for a CPU. Both ways a message is a line of JSON.
+then answers [shape, operation, seconds] by the milliseconds of calls, and whether other processes
+left it the CPUs meanwhile. Both ways a message is a line of JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ Repeat = Callable[[int], object]
 
 # A sample is the mean over so many calls that it takes at least this long.
 SAMPLE_S = 1e-3
+# Threads that share a CPU with another process wait for it in slices of milliseconds. A sample in
+# which they waited for more than this share of its time tells nothing about the machine.
+DISTURBED = 0.1
 
 
 class Arrays(NamedTuple):
@@ -147,23 +150,30 @@ LIBRARIES: dict[str, Callable[[int], Floor | FastBN | Torch]] = {
 }
 
 
-def samples(repeat: Repeat, seconds: float) -> list[float]:
-    """The milliseconds of a call, measured again and again, for about so many seconds."""
+def samples(repeat: Repeat, seconds: float) -> tuple[list[float], bool]:
+    """The milliseconds of a call, measured again and again, for about so many seconds.
+
+    Those of quiet samples if there are any, and whether there are.
+    """
     start = time.perf_counter()
     repeat(1)  # wakes the threads and fetches the memory
     calls = 1
-    while (took := timed(repeat, calls)) < SAMPLE_S:
+    # Of two, as one may have had to wait.
+    while (took := min(found := [timed(repeat, calls), timed(repeat, calls)])[0]) < SAMPLE_S:
         calls = max(2 * calls, int(calls * SAMPLE_S / max(took, 1e-9)))
-    found = [took / calls]
     while time.perf_counter() - start < seconds:
-        found.append(timed(repeat, calls) / calls)
-    return [1e3 * sample for sample in found]
+        found.append(timed(repeat, calls))
+    quiet = [took for took, waited in found if waited <= DISTURBED * took]
+    counted = quiet or [took for took, _ in found]
+    return [1e3 * took / calls for took in counted], bool(quiet)
 
 
-def timed(repeat: Repeat, calls: int) -> float:
-    start = time.perf_counter()
+def timed(repeat: Repeat, calls: int) -> tuple[float, float]:
+    """The seconds of so many calls, and those for which threads waited for a CPU."""
+    waited, start = waited_s(), time.perf_counter()
     repeat(calls)
-    return time.perf_counter() - start
+    took = time.perf_counter() - start
+    return took, waited_s() - waited
 
 
 def waited_s() -> float:
@@ -194,9 +204,7 @@ def serve(name: str, threads: int) -> None:
             del arrays
             arrays = arrays_of(tuple(shape))
         repeat = library.prepare(operation, arrays)
-        start, waited = time.perf_counter(), waited_s()
-        ms = [] if repeat is None else samples(repeat, seconds)
-        answer([ms, (waited_s() - waited) / (time.perf_counter() - start)])
+        answer(([], True) if repeat is None else samples(repeat, seconds))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,20 +94,30 @@ def test_bench_prints_a_table_and_its_progress_beside_it(small, capsys, monkeypa
         assert errors.splitlines()[0] == "1/12 2x3x4x5 eval"
 
 
-def test_the_rounds_that_others_disturbed_do_not_count_unless_there_are_no_others():
+def test_only_quiet_rounds_count_unless_there_are_none():
     def rounds(*answers):
         return _bench.figures({"fastbn": [_bench.Answer(*answer) for answer in answers]})
 
-    quiet, busy = ([1.0, 2.0, 3.0], 0.01), ([7.0, 8.0], 0.5)
+    quiet, busy = ([1.0, 2.0, 3.0], True), ([7.0, 8.0], False)
     assert rounds(quiet, busy) == {"ms": {"fastbn": 2.0}, "disturbed": []}
-    assert rounds(busy, ([50.0], 0.9)) == {"ms": {"fastbn": 7.5}, "disturbed": ["fastbn"]}
-    assert rounds(([], 0.0)) == {"ms": {}, "disturbed": []}
+    assert rounds(busy, ([50.0], False)) == {"ms": {"fastbn": 8.0}, "disturbed": ["fastbn"]}
+    assert rounds(([], True)) == {"ms": {}, "disturbed": []}
 
 
-def test_figures_that_others_disturbed_are_counted_in_the_table(small, capsys, monkeypatch):
-    monkeypatch.setattr(_bench, "DISTURBED", -1.0)
-    __main__.main(["bench", "--seconds", "0.1"])
-    assert "24 of 24 figures are too high" in capsys.readouterr().out
+def test_figures_that_others_disturbed_are_marked_and_not_in_the_means(small, capsys, monkeypatch):
+    def ask(worker, shape, operation, _):
+        disturbed = (worker.library, operation) in [("fastbn", "eval"), ("floor", "backward")]
+        disturbed = (disturbed and shape[0] == 2) or operation == "train"
+        ms = 1.0 if worker.library == "floor" else 3.0 if shape[0] == 2 else 5.0
+        return _bench.Answer([ms], not disturbed)
+
+    monkeypatch.setattr(_bench.Worker, "ask", ask)
+    __main__.main(["bench"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["evaluation", "1.000", "3.000", "(3.00)*"] in lines
+    assert ["backward", "1.000*", "3.000", "(3.00)"] in lines
+    means = [line[-1] for line in lines[-6:]]
+    assert means == ["5.00", "3.87", "-", "3.87", "5.00", "3.87"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
@@ -185,18 +197,64 @@ def test_fastbn_does_what_it_is_asked_for(
     assert same_bits(overwritten if in_place else arrays.out, expected[operation])
 
 
-def test_so_many_calls_are_made_and_each_sample_is_the_mean_of_many(worker, monkeypatch):
-    now, asked = 0.0, []
+@pytest.fixture
+def clock(worker, monkeypatch):
+    """Times that only `tick` lets pass: running, and waiting for a CPU."""
+    now = {"run": 0.0, "waited": 0.0}
+
+    def tick(run, waited=0.0):
+        now["run"] += run
+        now["waited"] += waited
+
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now["run"])
+    monkeypatch.setattr(worker, "waited_s", lambda: now["waited"])
+    return tick
+
+
+def test_each_sample_is_the_mean_of_as_many_calls_as_a_clock_can_measure(worker, clock):
+    asked = []
 
     def repeat(calls):
-        nonlocal now
         asked.append(calls)
-        now += 1e-4 * calls
+        clock(1e-4 * calls)
 
-    monkeypatch.setattr(worker.time, "perf_counter", lambda: now)
-    samples = worker.samples(repeat, 0.01)
+    samples, quiet = worker.samples(repeat, 0.01)
+    assert quiet
     assert samples == pytest.approx([0.1] * len(samples))
     assert asked[0] == 1
     assert sum(asked) * 1e-4 == pytest.approx(0.01, rel=0.3)
     assert set(asked[-len(samples) :]) == {asked[-1]}
     assert asked[-1] * 1e-4 >= worker.SAMPLE_S
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_samples_in_which_threads_waited_count_only_if_all_did(worker, clock, always):
+    busy = True
+
+    def repeat(calls):
+        nonlocal busy
+        busy = always or not busy
+        clock(5e-3 if busy else 2e-3, 1e-3 if busy else 0)
+
+    samples, quiet = worker.samples(repeat, 0.1)
+    assert quiet != always
+    assert len(samples) > 5
+    assert samples == pytest.approx([5.0 if always else 2.0] * len(samples))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+def test_waiting_for_a_cpu_is_seen(worker):
+    code = "import time\nend = time.time() + 1\nwhile time.time() < end: pass"
+    cpus = os.sched_getaffinity(0)
+    others = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        os.sched_setaffinity(0, {min(cpus)})
+        os.sched_setaffinity(others.pid, {min(cpus)})
+        before, end = worker.waited_s(), time.perf_counter() + 0.3
+        while time.perf_counter() < end:
+            pass
+        assert worker.waited_s() - before > 0.05
+    finally:
+        os.sched_setaffinity(0, cpus)
+        others.kill()
+        others.wait()
