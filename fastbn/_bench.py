@@ -217,7 +217,7 @@ def report(result: dict[str, Any]) -> str:
         lines.append("* Other processes kept the CPUs busy: the figure is too high.")
     if TORCH in libraries:
         lines.append(f"torch {libraries[TORCH]} allocates its outputs, the others have theirs.")
-    title = f"{'':27}{FLOOR:>9}" + "".join(f"{name:>9}{'':9}" for name in columns)
+    title = f"{'':27}{FLOOR:>9}" + "".join(f"{name:>9}{'':11}" for name in columns)
     shape = None
     for row in result["results"]:
         if row["shape"] != shape:
@@ -228,7 +228,7 @@ def report(result: dict[str, Any]) -> str:
     lines += ["", "Geometric means of times over the floor", title.replace(FLOOR, " " * 5).rstrip()]
     for operation, means in result["over_floor"].items():
         cells = (f"{means[name]:9.2f}" if name in means else f"{'-':>9}" for name in columns)
-        lines.append(f"  {OPERATIONS[operation]:25}{'':9}{(' ' * 9).join(cells)}")
+        lines.append(f"  {OPERATIONS[operation]:25}{'':9}{(' ' * 11).join(cells)}")
     return "\n".join(lines)
 
 
@@ -239,5 +239,5 @@ def table_row(row: dict[str, Any], columns: list[str]) -> str:
     cells = [f"{f'{ms[FLOOR]:.3f}{marks[FLOOR]}':>9}"]
     for name in columns:
         if name in ms:
-            cells.append(f"{ms[name]:9.3f} {f'({ms[name] / ms[FLOOR]:.2f}){marks[name]}':8}")
+            cells.append(f"{ms[name]:9.3f} {f'({ms[name] / ms[FLOOR]:.2f}){marks[name]}':10}")
     return f"  {OPERATIONS[row['operation']]:25}{''.join(cells)}".rstrip()
