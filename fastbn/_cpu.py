@@ -337,7 +337,9 @@ def set_num_threads(n: int | None) -> None:
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
             raise TypeError(f"the number of threads must be an int or None, got {n!r}")
         if n < 1:
-            raise ValueError(f"the number of threads must be at least 1, got {n}")
+            raise ValueError(
+                f"the number of threads must be at least 1, got {n}; None is the default again"
+            )
         n = min(int(n), INT_MAX)
     _num_threads = n
     _core.avoid_waits(n is None)

@@ -480,7 +480,10 @@ def forward_by_running(
     """Normalize by the running statistics."""
     if running_mean is None or running_var is None:
         check_running(running_mean, running_var, x, writeable=False)
-        raise ValueError("running_mean and running_var are needed outside training, got None")
+        raise ValueError(
+            "running_mean and running_var are needed outside training, got None; "
+            "training=True normalizes by the batch"
+        )
     c = x.shape[1]
     mean = as_vector(running_mean, "running_mean", c, x)
     var = as_vector(running_var, "running_var", c, x)

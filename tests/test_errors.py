@@ -671,6 +671,16 @@ def test_what_initializes_a_lazy_layer_is_named(call):
         call(fastbn.LazyBatchNorm2d())
 
 
+def test_training_is_suggested_where_there_are_no_running_statistics(x):
+    with pytest.raises(ValueError, match="training=True"):
+        F.batch_norm(x, None, None)
+
+
+def test_none_is_suggested_for_the_default_number_of_threads():
+    with pytest.raises(ValueError, match="None is the default"):
+        fastbn.set_num_threads(0)
+
+
 def test_running_statistics_are_suggested_to_whom_they_lack():
     with pytest.raises(RuntimeError, match="track_running_stats=True"):
         fastbn.BatchNorm2d(3, track_running_stats=False).freeze()
