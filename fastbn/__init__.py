@@ -3,6 +3,7 @@
 from fastbn import functional
 from fastbn._cpu import get_num_threads, set_num_threads, show_config
 from fastbn._version import __version__
+from fastbn.folding import fold
 from fastbn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastbn.layers import (
     BatchNorm1d,
@@ -30,6 +31,7 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "convert_sync_batchnorm",
+    "fold",
     "functional",
     "get_num_threads",
     "recalibrate",

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,13 +267,13 @@ def asarray(array: Any, dtype: Any, device: str) -> Array:
 INT_MAX = 2**31 - 1
 
 
-def available_cpus() -> int:
+def granted_cpus() -> dict[str, int]:
     """The CPUs that this process may use, by its affinity and by the quota of its cgroup."""
     try:
-        cpus = len(os.sched_getaffinity(0))
+        affinity = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        cpus = os.cpu_count() or 1
-    return max(min(cpus, cgroup_quota()), 1)
+        affinity = os.cpu_count() or 1
+    return {"affinity": affinity, "cgroup": max(cgroup_quota(), 1)}
 
 
 def cgroup_quota(root: str = "/") -> int:
@@ -308,7 +308,10 @@ def folder_quota(folder: str) -> int:
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
-_cpus = INT_MAX if "OMP_NUM_THREADS" in os.environ else available_cpus()
+_granted = granted_cpus()
+_omp_num_threads = os.environ.get("OMP_NUM_THREADS")
+_omp_max_threads = _core.omp_max_threads()
+_cpus = min(_granted.values()) if _omp_num_threads is None else INT_MAX
 _num_threads: int | None = None
 
 
@@ -381,24 +384,86 @@ def set_num_threads(n: int | None) -> None:
         if isinstance(n, bool) or not isinstance(n, int | np.integer):
             raise TypeError(f"the number of threads must be an int or None, got {n!r}")
         if n < 1:
-            raise ValueError(f"the number of threads must be at least 1, got {n}")
+            raise ValueError(
+                f"the number of threads must be at least 1, got {n}; None is the default again"
+            )
         n = min(int(n), INT_MAX)
     _num_threads = n
     _core.avoid_waits(n is None)
 
 
-def show_config() -> None:
-    """Print version, compiler, OpenMP runtime, instruction set in use and number of threads.
+def why_so_many_threads() -> str:
+    """What decides `get_num_threads`."""
+    maximum = _core.omp_max_threads()
+    if _limit < INT_MAX:
+        return "forked from a process whose threads could not be ended"
+    if _num_threads is not None:
+        return "set_num_threads"
+    if _core.platform()["openmp"] == "none":
+        return "built without OpenMP"
+    if maximum != _omp_max_threads and maximum <= _cpus:
+        return "changed in the OpenMP runtime since the import, as threadpoolctl does"
+    if _omp_num_threads is not None:
+        return f"OMP_NUM_THREADS={_omp_num_threads}"
+    if maximum < _cpus:
+        return "the default of the OpenMP runtime"
+    if _granted["cgroup"] < _granted["affinity"]:
+        return f"the cgroup grants {_granted['cgroup']} CPUs, rounded up"
+    return f"{_granted['affinity']} of {os.cpu_count()} CPUs are in the affinity mask"
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] | None:
+    """Print version, compiler, OpenMP runtime, instruction set in use, and threads and why so many.
+
+    ``python -m fastbn`` does so, too.
+
+    Parameters
+    ----------
+    mode : "stdout" or "dicts", default "stdout"
+        Whether to print, or to return a dict.
+
+    Returns
+    -------
+    dict or None
+        With "dicts": version, compiler, openmp, instruction_set, instruction_sets (those that this
+        machine could use), threads and threads_reason.
+
+    Raises
+    ------
+    ValueError
+        If there is no such mode.
 
     Examples
     --------
     >>> import fastbn
     >>> fastbn.show_config()  # doctest: +ELLIPSIS
     fastbn ...
+    >>> fastbn.show_config("dicts")["instruction_set"] in ("base", "avx2", "avx512")
+    True
     """
-    config = _core.platform()
-    print(f"fastbn {__version__}")
-    print(f"compiler: {config['compiler']}")
-    print(f"OpenMP: {config['openmp']}")
-    print(f"instruction set: {config['isa']} (of {', '.join(config['isas'])})")
-    print(f"threads: {get_num_threads()}")
+    platform = _core.platform()
+    shown = {
+        "version": __version__,
+        "compiler": platform["compiler"],
+        "openmp": platform["openmp"],
+        "instruction_set": platform["isa"],
+        "instruction_sets": list(platform["isas"]),
+        "threads": get_num_threads(),
+        "threads_reason": why_so_many_threads(),
+    }
+    if mode == "dicts":
+        return shown
+    if mode != "stdout":
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    print(f"fastbn {shown['version']}")
+    print(f"compiler: {shown['compiler']}")
+    print(f"OpenMP: {shown['openmp']}")
+    print(
+        f"instruction set: {shown['instruction_set']} (of {', '.join(shown['instruction_sets'])})"
+    )
+    print(f"threads: {shown['threads']} ({shown['threads_reason']})")
+    return None

@@ -579,7 +579,10 @@ def forward_by_running(
     """Normalize by the running statistics."""
     if running_mean is None or running_var is None:
         check_running(running_mean, running_var, x, writeable=False)
-        raise ValueError("running_mean and running_var are needed outside training, got None")
+        raise ValueError(
+            "running_mean and running_var are needed outside training, got None; "
+            "training=True normalizes by the batch"
+        )
     c = x.shape[1]
     mean = as_vector(running_mean, "running_mean", c, x)
     var = as_vector(running_var, "running_var", c, x)
@@ -678,6 +681,14 @@ def is_masked(value: Any) -> bool:
     return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
 
 
+def mask_is_lost(name: str) -> str:
+    """What is wrong with a masked array."""
+    return (
+        f"{name} is a masked array, whose mask would be lost: pass {name}.filled(0) and, with x, "
+        f"mask= for the positions that count"
+    )
+
+
 def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
@@ -686,7 +697,7 @@ def as_array(value: Any, name: str) -> Array:
         backend_of(value).check(value, name)
     elif type(value) is not np.ndarray:
         if is_masked(value):
-            raise TypeError(f"{name} is a masked array, whose mask would be lost")
+            raise TypeError(mask_is_lost(name))
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
             value = from_dlpack(value, name)
         value = np.asarray(value)
@@ -703,8 +714,45 @@ def from_dlpack(value: Any, name: str) -> Array:
     try:
         array: Array = np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError) as error:
-        raise TypeError(f"{name} of type {type(value).__name__} cannot be read: {error}") from error
+        raise TypeError(
+            f"{name} of type {type(value).__name__} cannot be read: "
+            f"{str(error).rstrip('.')}{dlpack_hint(value, name)}"
+        ) from error
     return array
+
+
+CUDA_DEVICES = (2, 13)  # DLPack's numbers of CUDA memory, and of CUDA's managed memory
+
+
+def dlpack_hint(value: Any, name: str) -> str:
+    """Suggest how to pass a DLPack object that NumPy cannot read."""
+    if value.__dlpack_device__()[0] in CUDA_DEVICES:
+        return f"; on a GPU, pass cupy.from_dlpack({name})"
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        as_bits = f"{name}.view(torch.int16).numpy()"
+        return f"; of torch's bfloat16, pass {as_bits}.view(ml_dtypes.bfloat16)"
+    return ""
+
+
+def not_an_array(value: Any, name: str) -> str:
+    """What is wrong with what is no array and should be written to."""
+    hint = f"; np.from_dlpack({name}) shares its memory" if hasattr(value, "__dlpack__") else ""
+    return f"{name} must be an ndarray, got {type(value).__name__}{hint}"
+
+
+def on_host(value: Any, name: str) -> Array:
+    """An array-like, CuPy array or torch tensor, Parameter or not, as an ndarray of any dtype."""
+    if is_masked(value):
+        raise TypeError(mask_is_lost(name))
+    if is_cupy(value):
+        return backend_of(value).to_host(value)  # type: ignore[no-any-return]
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        try:
+            return np.asarray(value)
+        except TypeError:  # NumPy does not know torch's bfloat16
+            return np.asarray(value.float())
+    return np.asarray(value)
 
 
 def as_input(x: Any) -> Array:
@@ -725,8 +773,12 @@ def as_array_beside(x: Array, value: Any, name: str) -> Array:
 def check_beside(x: Array, array: Array, name: str) -> None:
     """Refuse an array of another kind than x: NumPy's beside CuPy's."""
     if isinstance(array, np.ndarray) != isinstance(x, np.ndarray):
-        kind, other = ("CuPy", "NumPy") if is_cupy(x) else ("NumPy", "CuPy")
-        raise TypeError(f"{name} must be a {kind} array, as x is, got a {other} array")
+        kind, other, device = ("CuPy", "NumPy", "cuda") if is_cupy(x) else ("NumPy", "CuPy", "cpu")
+        convert = "cupy.asarray" if is_cupy(x) else "cupy.asnumpy"
+        raise TypeError(
+            f"{name} must be a {kind} array, as x is, got a {other} array: {convert}({name}), or "
+            f"to({device!r}) for a layer"
+        )
 
 
 def as_gradient(dy: Any, x: Array) -> Array:
@@ -821,7 +873,7 @@ def check_running(
 def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
     """Refuse what cannot be updated in place."""
     if not is_array(value):
-        raise TypeError(f"{name} must be an ndarray, got {type(value).__name__}")
+        raise TypeError(not_an_array(value, name))
     if writeable and not backend_of(value).writeable(value):
         raise ValueError(f"{name} must be writeable, got a read-only array")
 
@@ -874,7 +926,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) ->
         return None
     if type(out) is not np.ndarray or type(x) is not np.ndarray:
         if not is_array(out) or is_masked(out):
-            raise TypeError(f"out must be an ndarray, got {type(out).__name__}")
+            raise TypeError(not_an_array(out, "out"))
         check_beside(x, out, "out")
     if out.shape != x.shape:
         raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")

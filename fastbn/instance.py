@@ -21,6 +21,7 @@ Array = NDArray[Any]
 class _InstanceNorm(_BatchNorm):
     """What the layers have in common; they differ in the ranks of input that they take."""
 
+    _family = "InstanceNorm"
     _input_shape: tuple[int, ...]
 
     def __init__(

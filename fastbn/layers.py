@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn._backends import as_device, backend_for, backend_of, is_cupy
+from fastbn._backends import as_device, backend_for, backend_of
 
 __all__ = [
     "BatchNorm1d",
@@ -56,6 +56,9 @@ class Memory(NamedTuple):
     batch_size: int  # as the functions take it: 0 for a single batch
 
 
+# The layers for inputs of so many axes end in this number and a "d".
+SPATIAL_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
+
 # What a layer has in its place when it has none: why a backward cannot be.
 NO_FORWARD = "backward() needs a forward in training mode before it"
 NO_BACKWARD_IN_EVAL = (
@@ -85,6 +88,7 @@ class View(NamedTuple):
 class _BatchNorm:
     """What the layers have in common; they differ in the ranks of input that they take."""
 
+    _family: ClassVar[str] = "BatchNorm"
     _ranks: ClassVar[tuple[int, ...]]
     _state_names: ClassVar[tuple[str, ...]] = (
         "weight",
@@ -248,7 +252,10 @@ class _BatchNorm:
             If the layer has no running statistics.
         """
         if any(getattr(self, name, "to come") is None for name in ("running_mean", "running_var")):
-            raise RuntimeError("freeze() needs running statistics, and this layer tracks none")
+            raise RuntimeError(
+                "freeze() needs running statistics, and this layer tracks none: "
+                "make it with track_running_stats=True"
+            )
         self.frozen = True
         return self
 
@@ -262,7 +269,7 @@ class _BatchNorm:
     def __call__(
         self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
-        """Do what `forward` does."""
+        """Normalize a batch, as `forward` does."""
         return self.forward(x, out=out, mask=mask)
 
     def forward(
@@ -329,7 +336,7 @@ class _BatchNorm:
         """x as an array of a rank and a number of channels that fit."""
         x = self._of_rank(x)
         if x.shape[1] != self.num_features:
-            hint = ""
+            hint = f": {_other_layers(type(self), x.shape[1])}"
             if x.shape[-1] == self.num_features:
                 hint = "; if they come last, pass np.moveaxis(x, -1, 1)"
             raise ValueError(
@@ -343,7 +350,14 @@ class _BatchNorm:
         x = F.as_array(x, "x")
         if x.ndim not in self._ranks:
             expected = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {expected} input, got {x.ndim}D input of shape {x.shape}")
+            hint = ""
+            if x.ndim + 1 == self._ranks[-1]:
+                hint = "; x[np.newaxis] is a batch of one sample"
+            if x.ndim in SPATIAL_AXES:
+                hint += f"; {self._family}{SPATIAL_AXES[x.ndim]}d takes {x.ndim}D"
+            raise ValueError(
+                f"expected {expected} input, got {x.ndim}D input of shape {x.shape}{hint}"
+            )
         return x
 
     def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
@@ -552,7 +566,8 @@ class _BatchNorm:
         """
         if self.has_uninitialized_params():
             raise RuntimeError(
-                f"{type(self).__name__} has no state yet: the first input decides num_features"
+                f"{type(self).__name__} has no state yet: the first input, or load_state_dict(), "
+                f"decides num_features"
             )
         return {prefix + name: array.copy() for name, array in self._state().items()}
 
@@ -610,10 +625,10 @@ class _BatchNorm:
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
-                f"missing keys {missing}, unexpected keys {unexpected}{_prefix_hint(state, prefix)}"
+                f"missing keys {missing}, unexpected keys {unexpected}{_state_hint(state, prefix)}"
             )
         entries = {
-            name: _as_entry(state[prefix + name], prefix + name, array)
+            name: _as_entry(state[prefix + name], prefix + name, array, type(self))
             for name, array in own.items()
             if prefix + name in state
         }
@@ -637,13 +652,18 @@ class _BatchNorm:
         return {**self.__dict__, "_memory": NO_FORWARD}
 
     def extra_repr(self) -> str:
-        """Return the arguments as `repr` shows them."""
-        return (
+        """Return the arguments as `repr` shows them; device and dtype if not the default."""
+        shown = (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self._has_bias}, "
             f"track_running_stats={self.track_running_stats}"
             + (f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else "")
         )
+        if self._device != "cpu":
+            shown += f", device={self._device}"
+        if self._dtype != np.float32:
+            shown += f", dtype={self._dtype.name}"
+        return shown
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -679,7 +699,8 @@ class _LazyBatchNorm(_BatchNorm):
         # Called for what is not there: the arrays whose shape is not known yet.
         if name in self._state_names:
             raise AttributeError(
-                f"{type(self).__name__} has no {name} yet: the first input decides num_features"
+                f"{type(self).__name__} has no {name} yet: the first input, or load_state_dict(), "
+                f"decides num_features"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -725,6 +746,10 @@ class BatchNorm2d(_BatchNorm):
     mode of a new layer, mean and var are those of the batch, and the running ones move towards
     them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
     evaluation mode they are the running ones.
+
+    A layer is called like a function, and has a `backward` and `zero_grad`; `train`, `eval`,
+    `freeze` and `unfreeze` set its mode; `state_dict`, `load_state_dict`, `reset_parameters` and
+    `reset_running_stats` are about its arrays, and `to` about where they are.
 
     Parameters
     ----------
@@ -951,31 +976,33 @@ def _check_state(state: Any) -> None:
         raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
 
 
-def _prefix_hint(state: Mapping[str, Any], prefix: str) -> str:
-    """Suggest the prefix under which a state has a layer."""
+def _other_layers(layer: type[_BatchNorm], num_features: int) -> str:
+    """Suggest layers that take another number of channels."""
+    lazy = [other.__name__ for other in _LazyBatchNorm.__subclasses__() if other._becomes is layer]
+    return ", or ".join([f"{layer.__name__}({num_features})", *lazy])
+
+
+def _state_hint(state: Mapping[str, Any], prefix: str) -> str:
+    """Suggest the prefix under which a state has a layer, or not to be strict."""
     for key in state:
         other = key.removesuffix("weight")
         if other not in (key, prefix) and other + "running_mean" in state:
             return f"; perhaps with prefix={other!r}"
-    return ""
+    return "; strict=False loads those that fit"
 
 
-def _as_entry(value: Any, key: str, array: Array) -> Array:
-    """An entry of a state dict as an array that can be copied into the given one."""
-    if hasattr(value, "detach"):  # a torch tensor, Parameter or not
-        value = value.detach().cpu()
-        try:
-            value = np.asarray(value)
-        except TypeError:  # NumPy does not know torch's bfloat16
-            value = np.asarray(value.float())
-    entry = backend_of(value).to_host(value) if is_cupy(value) else np.asarray(value)
+def _as_entry(value: Any, key: str, array: Array, layer: type[_BatchNorm]) -> Array:
+    """An entry of a layer's state as an array that can be copied into the given one."""
+    entry = F.on_host(value, key)
     if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
         raise TypeError(f"{key} must hold integers, got {entry.dtype}")
     if entry.dtype.kind not in "iu" and not F.is_float(entry.dtype):
         hint = "; .npz does not keep bfloat16, safetensors does" if entry.dtype == "V2" else ""
         raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
     if entry.shape != array.shape:
-        raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}")
+        fits = array.ndim == entry.ndim == 1
+        hint = f": {_other_layers(layer, entry.size)}" if fits else ""
+        raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}{hint}")
     if array.dtype.kind == "i" and not 0 <= int(entry) <= np.iinfo(array.dtype).max:
         raise ValueError(f"{key} must be a number of batches, got {int(entry)}")
     return entry

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn import functional as F
-from fastbn._backends import backend_of, is_cupy
 
 __all__ = ["Moments"]
 
@@ -267,7 +266,7 @@ def _as_count(value: Any) -> int:
 
 def _as_statistics(value: Any, name: str) -> Statistics:
     """A read-only copy, of float64 in host memory, of one real number per channel."""
-    array = backend_of(value).to_host(value) if is_cupy(value) else np.asarray(value)
+    array = F.on_host(value, name)
     if array.size and array.dtype.kind not in "iu" and not F.is_float(array.dtype):
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     if array.ndim != 1:

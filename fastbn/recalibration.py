@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,14 +83,19 @@ def _checked(layers: tuple[Any, ...]) -> tuple[_BatchNorm, ...]:
         raise ValueError("recalibrate() needs at least one layer")
     for layer in layers:
         if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
+            hint = ": recalibrate(*layers)" if isinstance(layer, Iterable) else ""
             raise TypeError(
-                f"recalibrate() takes batch normalization layers, got {type(layer).__name__}"
+                f"recalibrate() takes batch normalization layers, got {type(layer).__name__}{hint}"
             )
         if not layer.track_running_stats:
-            raise RuntimeError(f"recalibrate() needs running statistics, {layer!r} tracks none")
+            raise RuntimeError(
+                f"recalibrate() needs running statistics, {layer!r} tracks none: "
+                f"make it with track_running_stats=True"
+            )
         if layer.frozen:
             raise RuntimeError(
-                f"recalibrate() needs the statistics of batches, {layer!r} is frozen"
+                f"recalibrate() needs the statistics of batches, {layer!r} is frozen: "
+                f"unfreeze() it first"
             )
         if "_forward_train" in layer.__dict__:
             raise RuntimeError(f"{layer!r} is being recalibrated already")

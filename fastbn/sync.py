@@ -256,7 +256,8 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
         raise ValueError("a layer with ghost batches normalizes less than its batch, not more")
     if layer.has_uninitialized_params():
         raise RuntimeError(
-            f"{type(layer).__name__} cannot be converted yet: the first input decides num_features"
+            f"{type(layer).__name__} cannot be converted yet: the first input, or "
+            f"load_state_dict(), decides num_features"
         )
     sync = SyncBatchNorm(
         layer.num_features,

@@ -69,6 +69,7 @@ def test_every_page_is_in_the_sdist():
     [
         "fastbn.functional",
         "fastbn.layers",
+        "fastbn.folding",
         "fastbn.instance",
         "fastbn.moments",
         "fastbn.recalibration",

@@ -606,6 +606,87 @@ def test_channels_that_come_last_are_recognized(bn):
 
 
 @pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (fastbn.BatchNorm1d, (4, 2), ": BatchNorm1d(2), or LazyBatchNorm1d"),
+        (fastbn.BatchNorm2d, (4, 2, 1, 1), ": BatchNorm2d(2), or LazyBatchNorm2d"),
+        (fastbn.BatchNorm3d, (4, 2, 1, 1, 1), ": BatchNorm3d(2), or LazyBatchNorm3d"),
+        (fastbn.InstanceNorm2d, (4, 2, 5, 5), ": InstanceNorm2d(2)"),
+    ],
+)
+def test_layers_for_other_channels_are_suggested(layer, shape, words):
+    with pytest.raises(ValueError, match="this layer 3") as caught:
+        layer(3)(np.zeros(shape, np.float32))
+    assert str(caught.value).endswith(words)
+
+
+@pytest.mark.parametrize("layer", [fastbn.BatchNorm2d, fastbn.LazyBatchNorm2d])
+def test_a_batch_of_one_sample_is_suggested(layer):
+    bn = layer() if layer is fastbn.LazyBatchNorm2d else layer(3)
+    x = np.zeros((3, 4, 5), np.float32)
+    with pytest.raises(ValueError, match=r"x\[np.newaxis\] .*; BatchNorm1d takes 3D$"):
+        bn(x)
+    assert bn.eval()(x[np.newaxis]).shape == (1, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (fastbn.BatchNorm2d, (4, 3), "BatchNorm1d takes 2D"),
+        (fastbn.BatchNorm1d, (4, 3, 2, 2), "BatchNorm2d takes 4D"),
+        (fastbn.BatchNorm2d, (4, 3, 2, 2, 2), "BatchNorm3d takes 5D"),
+        (fastbn.InstanceNorm3d, (4, 3, 2), "InstanceNorm1d takes 3D"),
+        (fastbn.InstanceNorm1d, (4, 3, 2, 2), "InstanceNorm2d takes 4D"),
+    ],
+)
+def test_layers_for_another_rank_are_suggested(layer, shape, words):
+    x = np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match=f"; {words}$"):
+        layer(3)(x)
+    getattr(fastbn, words.split()[0])(3).eval()(x)
+
+
+def test_no_layer_is_suggested_where_there_is_none(bn):
+    with pytest.raises(ValueError, match=r"of shape \(3,\)$"):
+        bn(np.zeros(3, np.float32))
+
+
+def test_layers_for_the_channels_of_a_state_are_suggested(bn):
+    with pytest.raises(RuntimeError, match=r": BatchNorm2d\(4\), or LazyBatchNorm2d$"):
+        bn.load_state_dict(fastbn.BatchNorm2d(4).state_dict())
+
+
+def test_not_to_be_strict_is_suggested_where_the_prefix_is_right(bn):
+    state = bn.state_dict("a.") | {"a.extra": np.zeros(3)}
+    with pytest.raises(RuntimeError, match="strict=False"):
+        bn.load_state_dict(state, prefix="a.")
+    bn.load_state_dict(state, strict=False, prefix="a.")
+
+
+@pytest.mark.parametrize(
+    "call", [lambda bn: bn.weight, lambda bn: bn.state_dict()], ids=["weight", "state_dict"]
+)
+def test_what_initializes_a_lazy_layer_is_named(call):
+    with pytest.raises((AttributeError, RuntimeError), match=r"the first input, or load_state_d"):
+        call(fastbn.LazyBatchNorm2d())
+
+
+def test_training_is_suggested_where_there_are_no_running_statistics(x):
+    with pytest.raises(ValueError, match="training=True"):
+        F.batch_norm(x, None, None)
+
+
+def test_none_is_suggested_for_the_default_number_of_threads():
+    with pytest.raises(ValueError, match="None is the default"):
+        fastbn.set_num_threads(0)
+
+
+def test_running_statistics_are_suggested_to_whom_they_lack():
+    with pytest.raises(RuntimeError, match="track_running_stats=True"):
+        fastbn.BatchNorm2d(3, track_running_stats=False).freeze()
+
+
+@pytest.mark.parametrize(
     ("mode", "words"), [("none", "before it"), ("eval", "freeze"), ("twice", "each serves once")]
 )
 def test_a_backward_says_why_it_cannot_be(bn, x, dy, mode, words):

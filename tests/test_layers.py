@@ -90,6 +90,12 @@ def test_repr_is_that_of_torch(layer, expected):
     assert expected == f"{type(layer).__name__}({layer.extra_repr()})"
 
 
+def test_repr_shows_another_dtype_than_the_default(dtype):
+    shown = repr(fastbn.BatchNorm2d(3, dtype=dtype))
+    assert shown.endswith(f", dtype={dtype})") == (dtype != np.float32)
+    assert ("dtype" in shown) == (dtype != np.float32)
+
+
 def test_methods_that_set_something_return_the_layer():
     bn = fastbn.BatchNorm2d(3)
     assert bn.train() is bn.eval() is bn.freeze() is bn.unfreeze() is bn.zero_grad() is bn

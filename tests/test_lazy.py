@@ -33,7 +33,7 @@ def test_the_first_input_makes_it_a_layer_of_as_many_channels(rng, lazy, becomes
 def test_the_arguments_hold_for_the_layer_it_becomes(rng):
     bn = fastbn.LazyBatchNorm2d(1e-3, None, True, True, None, np.float64, bias=False)
     bn(some(rng, (16, 3, 6, 7)))
-    assert repr(bn) == repr(fastbn.BatchNorm2d(3, 1e-3, None, bias=False))
+    assert repr(bn) == repr(fastbn.BatchNorm2d(3, 1e-3, None, bias=False, dtype=np.float64))
     assert bn.weight.dtype == bn.running_mean.dtype == np.float64
     assert bn.bias is None
 
@@ -232,7 +232,7 @@ def test_an_uninitialized_layer_can_be_duplicated(rng, duplicate):
     assert twin.has_uninitialized_params()
     x = some(rng, (16, 3, 6, 7))
     assert same_bits(twin(x), fastbn.BatchNorm2d(3)(x))
-    assert repr(twin) == repr(fastbn.BatchNorm2d(3, momentum=0.3))
+    assert repr(twin) == repr(fastbn.BatchNorm2d(3, momentum=0.3, dtype=np.float64))
     assert bn.has_uninitialized_params()
 
 

@@ -6,9 +6,11 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,8 @@ def test_a_tree_of_dask_tasks_on_a_cluster_of_processes_gives_the_whole(rng):
     x = some(rng, (37, 3, 10), np.float32, 100.0, 1.0)
     chunks = dask_array.from_array(x, chunks=(8, -1, 5))
     with (
+        # A cluster sets the number of threads of the processes that it starts, and leaves it so.
+        unittest.mock.patch.dict(os.environ),
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, dashboard_address=None
         ) as cluster,

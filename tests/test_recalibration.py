@@ -143,9 +143,10 @@ def test_all_layers_or_none(rng):
     [
         ([], ValueError, "at least one"),
         ([None], TypeError, "NoneType"),
+        ([[fastbn.BatchNorm2d(3)]], TypeError, "got list: recalibrate(*layers)"),
         ([fastbn.InstanceNorm2d(3, track_running_stats=True)], TypeError, "InstanceNorm2d"),
-        ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none"),
-        ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "frozen"),
+        ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none: "),
+        ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "unfreeze()"),
     ],
 )
 def test_what_cannot_be_recalibrated_is_refused(layers, error, words):

@@ -118,7 +118,7 @@ def test_the_quota_of_the_cgroup_is_respected(tmp_path, monkeypatch, of_process,
     quota = _cpu.cgroup_quota(str(tmp_path))
     assert quota == (_cpu.INT_MAX if cpus is None else cpus)
     monkeypatch.setattr(_cpu, "cgroup_quota", lambda: quota)
-    assert _cpu.available_cpus() <= quota
+    assert _cpu.granted_cpus()["cgroup"] == quota
 
 
 def write(path, text):
@@ -167,6 +167,62 @@ def test_show_config_names_what_is_in_use(capsys, set_num_threads):
     for word in ("compiler", "openmp", "instruction set", "threads"):
         assert word in shown.lower()
     assert any(isa in shown for isa in ISAS)
+
+
+def test_show_config_returns_what_it_prints(capsys):
+    dicts = fastbn.show_config("dicts")
+    assert capsys.readouterr().out == ""
+    shown = config(capsys)
+    for name in ("version", "compiler", "openmp", "instruction_set", "threads", "threads_reason"):
+        assert str(dicts[name]) in shown
+    assert dicts["threads"] == fastbn.get_num_threads()
+    assert dicts["instruction_set"] in dicts["instruction_sets"]
+
+
+@pytest.mark.parametrize("mode", ["stderr", None])
+def test_show_config_refuses_another_mode(mode):
+    with pytest.raises(ValueError, match="'dicts'"):
+        fastbn.show_config(mode)
+
+
+REASON = "import fastbn; print(fastbn.show_config('dicts')['threads_reason'])"
+
+
+@needs_openmp
+@pytest.mark.parametrize(
+    ("before", "environment", "reason"),
+    [
+        ("", {"OMP_NUM_THREADS": "3"}, "OMP_NUM_THREADS=3"),
+        ("import fastbn; fastbn.set_num_threads(3)", {"OMP_NUM_THREADS": "2"}, "set_num_threads"),
+        (
+            "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])",
+            {},
+            f"1 of {os.cpu_count()} CPUs are in the affinity mask",
+        ),
+        (
+            "import fastbn, threadpoolctl; limits = threadpoolctl.threadpool_limits(1)",
+            {"OMP_NUM_THREADS": "2"},
+            "changed in the OpenMP runtime since the import, as threadpoolctl does",
+        ),
+        (
+            "from fastbn import _cpu; _cpu._granted = {'affinity': 9, 'cgroup': 1}; _cpu._cpus = 1",
+            {},
+            "the cgroup grants 1 CPUs, rounded up",
+        ),
+        (
+            "from fastbn import _cpu; _cpu._limit = 1",
+            {},
+            "forked from a process whose threads could not be ended",
+        ),
+    ],
+    ids=["OMP_NUM_THREADS", "set_num_threads", "affinity", "threadpoolctl", "cgroup", "fork"],
+)
+def test_show_config_tells_why_so_many_threads(tmp_path, before, environment, reason):
+    if "affinity" in before and not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no affinity masks here")
+    if "threadpoolctl" in before:
+        pytest.importorskip("threadpoolctl")
+    assert output_of(f"{before}\n{REASON}", tmp_path, **environment).strip() == reason
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from functools import partial
 
 import numpy as np
@@ -26,13 +24,14 @@ class Library(library.Library):
         fastbn.set_num_threads(threads)
 
     def versions(self) -> dict[str, str]:
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            fastbn.show_config()
-        lines = text.getvalue().splitlines()
-        config = dict(line.split(": ", 1) for line in lines if ": " in line)
-        told = {name: config[name] for name in ("compiler", "instruction set")}
-        return {"fastbn": fastbn.__version__, "numpy": np.__version__, **told}
+        config = fastbn.show_config("dicts")
+        isas = ", ".join(config["instruction_sets"])
+        return {
+            "fastbn": fastbn.__version__,
+            "numpy": np.__version__,
+            "compiler": config["compiler"],
+            "instruction set": f"{config['instruction_set']} (of {isas})",
+        }
 
     def variants(self, case: Case) -> list[str]:
         return ["nchw"] if case.in_place or case.operation == CALL else ["nchw", "nhwc"]

@@ -1,0 +1,45 @@
+"""`python -m fastbn` shows the configuration, `python -m fastbn bench` measures this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from fastbn import _bench
+from fastbn._cpu import show_config
+
+
+def main(arguments: list[str]) -> None:
+    """Do what the arguments of a command line ask for."""
+    options = parser().parse_args(arguments)
+    if options.command == "bench":
+        result = _bench.measure(options.seconds)
+        print(json.dumps(result, indent=1) if options.json else _bench.report(result))
+    elif options.json:
+        print(json.dumps(show_config("dicts"), indent=1))
+    else:
+        show_config()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m fastbn", description=__doc__)
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["bench"],
+        help="time batch normalization against the speed of memory, and torch if it is installed",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=_bench.SECONDS,
+        help="how long to measure, besides starting and preparing (default: %(default)s)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

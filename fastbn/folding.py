@@ -1,0 +1,194 @@
+"""Folding: a batch normalization becomes part of the weights of the layer beside it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import functional as F
+from fastbn.instance import _InstanceNorm
+from fastbn.layers import _BatchNorm
+
+__all__ = ["fold"]
+
+Array = NDArray[Any]
+
+
+def fold(
+    layer: _BatchNorm,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    bn_first: bool = False,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Array, Array]:
+    """Return the weight and bias of a convolution that includes a batch normalization.
+
+    With them the convolution, or linear layer, alone gives what the two give one after the other in
+    evaluation mode, whichever mode the layer is in. Computed in float64.
+
+    Parameters
+    ----------
+    layer : BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+        With running statistics. It is not changed.
+    weight : array_like of shape (out, in / groups, ...)
+        Of a convolution in torch's layout or, without further axes, of a linear layer; of a
+        transposed convolution (in, out / groups, ...). A torch Parameter serves.
+    bias : array_like of shape (out,), optional
+        None stands for zeros.
+    bn_first : bool, default False
+        Whether the batch normalization comes before the convolution, not after it. The result is
+        exact only if the convolution does not pad with zeros: padded zeros are not normalized, and
+        folding cannot leave them out. (Other modes of padding repeat normalized values: they fold.)
+    transposed : bool, default False
+        Whether the convolution is a transposed one. A batch normalization before such a one cannot
+        be folded: the shift would reach border and interior differently.
+    groups : int, default 1
+        The groups of the convolution.
+
+    Returns
+    -------
+    weight : ndarray of the weight's shape and dtype
+    bias : ndarray of shape (out,), of the weight's dtype
+
+    Raises
+    ------
+    TypeError
+        If the layer is not a batch normalization, or weight or bias does not hold floats.
+    ValueError
+        If a shape does not fit the layer and the groups, or for a batch normalization before a
+        transposed convolution.
+    RuntimeError
+        If the layer has no running statistics, or is lazy and has not seen its first input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm1d(2, dtype=np.float64)
+    >>> y = bn(np.array([[1.0, 5.0], [3.0, 9.0]]))
+    >>> weight, bias = np.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]), np.array([0.5, -0.5])
+    >>> x = np.array([[1.0, -2.0, 4.0]])
+    >>> folded_weight, folded_bias = fastbn.fold(bn, weight, bias)
+    >>> np.allclose(x @ folded_weight.T + folded_bias, bn.eval()(x @ weight.T + bias))
+    True
+    """
+    scale, shift = _scale_and_shift(layer)
+    weight = _as_floats(weight, "weight")
+    groups = _as_groups(groups, weight, transposed)
+    if bn_first and transposed:
+        raise ValueError(
+            "a batch normalization before a transposed convolution cannot be folded: its shift "
+            "would reach border and interior differently"
+        )
+    first, second, *kernel = weight.shape
+    folded = weight.astype(np.float64).reshape(groups, first // groups, second, math.prod(kernel))
+    if transposed:
+        folded = folded.swapaxes(1, 2)
+    _, outputs, inputs, _ = folded.shape  # of a group
+    old_bias = _as_bias(bias, groups * outputs)
+    _check_channels(layer, weight, groups * (inputs if bn_first else outputs), bn_first, transposed)
+    with np.errstate(all="ignore"):  # What the weight's dtype cannot hold is inf there.
+        if bn_first:
+            of_inputs = groups, 1, inputs, 1
+            reached = (folded * shift.reshape(of_inputs)).sum(axis=(2, 3))
+            folded *= scale.reshape(of_inputs)
+            new_bias = old_bias + reached.reshape(old_bias.shape)
+        else:
+            folded *= scale.reshape(groups, outputs, 1, 1)
+            new_bias = old_bias * scale + shift
+        if transposed:
+            folded = folded.swapaxes(1, 2)
+        return folded.reshape(weight.shape).astype(weight.dtype), new_bias.astype(weight.dtype)
+
+
+def _check_channels(
+    layer: _BatchNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
+) -> None:
+    """Refuse a weight of another number of channels than the layer has."""
+    if channels == layer.num_features:
+        return
+    hint = ""
+    if weight.shape[1] == layer.num_features and not bn_first and not transposed:
+        hint = "; if axis 1 is meant: bn_first=True or, for a transposed one, transposed=True"
+    raise ValueError(
+        f"weight, of the shape {weight.shape}, has {channels} {'in' if bn_first else 'out'}put "
+        f"channels, this layer {layer.num_features}{hint}"
+    )
+
+
+def _scale_and_shift(layer: Any) -> tuple[F.Statistics, F.Statistics]:
+    """What the layer does in evaluation mode, channel by channel: ``y = x * scale + shift``."""
+    if isinstance(layer, _InstanceNorm):
+        raise TypeError(
+            f"{type(layer).__name__} cannot be folded: it normalizes each sample by statistics of "
+            f"its own"
+        )
+    if not isinstance(layer, _BatchNorm):
+        raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+    if layer.has_uninitialized_params():
+        raise RuntimeError(
+            f"{type(layer).__name__} cannot be folded yet: the first input, or "
+            f"load_state_dict(), decides num_features"
+        )
+    mean, var, weight, bias = (
+        None if value is None else _as_vector(value, name, layer.num_features)
+        for name in ("running_mean", "running_var", "weight", "bias")
+        for value in [getattr(layer, name)]
+    )
+    if mean is None or var is None:
+        raise RuntimeError("fold() needs running statistics, and this layer has none")
+    mean, scale = F.running_statistics(mean, var, layer.eps)
+    with np.errstate(all="ignore"):
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+
+def _as_vector(value: Any, name: str, c: int) -> F.Statistics:
+    """One value per channel of the layer, in float64 on the host."""
+    vector = F.on_host(value, name)
+    return F.as_vector(vector, name, c, vector).astype(np.float64)
+
+
+def _as_floats(value: Any, name: str) -> Array:
+    """An ndarray of one of the four dtypes, in native byte order."""
+    array = F.as_array(F.on_host(value, name), name)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _as_bias(value: Any, outputs: int) -> F.Statistics:
+    """The bias of a convolution in float64; zeros for None."""
+    if value is None:
+        return np.zeros(outputs)
+    bias = _as_floats(value, "bias")
+    if bias.shape != (outputs,):
+        raise ValueError(
+            f"bias must have the shape ({outputs},), one value per output channel of weight, "
+            f"got {bias.shape}"
+        )
+    return bias.astype(np.float64)
+
+
+def _as_groups(value: Any, weight: Array, transposed: bool) -> int:
+    """A number of groups into which the channels of a weight can be divided."""
+    if isinstance(value, bool):
+        raise TypeError("groups must be an integer, got a bool")
+    try:
+        groups = operator.index(value)
+    except TypeError:
+        raise TypeError(f"groups must be an integer, got {type(value).__name__}") from None
+    if weight.ndim < 2:
+        axes = "(in, out / groups, ...)" if transposed else "(out, in / groups, ...)"
+        raise ValueError(f"weight must have the shape {axes}, got {weight.shape}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"groups must divide the first axis of weight, {weight.shape[0]}, got {groups}"
+        )
+    return groups
