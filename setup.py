@@ -132,6 +132,9 @@ class BuildExt(build_ext):
         return True
 
 
+# One library for CPython 3.11 and later, by the stable ABI, which free-threaded builds do not have.
+STABLE_ABI = os.environ.get("FASTBN_LIMITED_API") == "1"
+
 core = Extension(
     "fastbn._core",
     sources=["fastbn/_core.pyx", "fastbn/_platform.c"],
@@ -143,6 +146,12 @@ core = Extension(
         "fastbn/_platform.h",
     ],
     include_dirs=["fastbn"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
+    py_limited_api=STABLE_ABI,
 )
 
-setup(ext_modules=cythonize([core], build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+setup(
+    ext_modules=cythonize([core], build_dir="build/cython"),
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
+)
