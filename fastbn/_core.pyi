@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -7,10 +8,14 @@ Array = NDArray[Any]
 def platform() -> dict[str, Any]: ...
 def omp_max_threads() -> int: ...
 def omp_pause() -> bool: ...
+def avoid_waits(avoid: bool) -> None: ...
 def layout(array: Array) -> int: ...
-def stats(x: Array, mean: Array, m2: Array, threads: int) -> None: ...
+def stats(
+    x: Array, mask: Array | None, batch_size: int, mean: Array, m2: Array, threads: int
+) -> None: ...
 def elemt(
     x: Array,
+    mask: Array | None,
     mean: Array | None,
     invstd: Array | None,
     var: Array | None,
@@ -22,6 +27,8 @@ def elemt(
 ) -> None: ...
 def forward(
     x: Array,
+    mask: Array | None,
+    batch_size: int,
     weight: Array | None,
     bias: Array | None,
     eps: float,
@@ -31,10 +38,13 @@ def forward(
     invstd: Array,
     threads: int,
 ) -> None: ...
-def move_towards(running: Array, batch: Array, divisor: float, factor: float) -> None: ...
+def move_towards(
+    running: Array, batches: Array, divisors: Sequence[float], factors: Sequence[float]
+) -> None: ...
 def backward_reduce(
     dy: Array,
     x: Array,
+    mask: Array | None,
     mean: Array | None,
     invstd: Array | None,
     sum_dy: Array,
@@ -44,6 +54,7 @@ def backward_reduce(
 def backward_elemt(
     dy: Array,
     x: Array,
+    mask: Array | None,
     mean: Array | None,
     invstd: Array | None,
     weight: Array | None,
@@ -56,6 +67,8 @@ def backward_elemt(
 def backward(
     dy: Array,
     x: Array,
+    mask: Array | None,
+    batch_size: int,
     weight: Array | None,
     mean: Array | None,
     invstd: Array | None,

@@ -10,10 +10,10 @@ The functions trust their caller: arrays have the right shapes, dtypes and layou
 import os
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport isfinite, isnan
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 
 
 cdef extern from "_kernels.h" nogil:
@@ -39,9 +39,13 @@ cdef extern from "_kernels.h" nogil:
     ctypedef struct Runs "fastbn_runs":
         Py_ssize_t samples, stride, channels, len
         Ahead ahead
+        const unsigned char *mask
+        Py_ssize_t mask_stride
 
     ctypedef struct Matrix "fastbn_matrix":
         Py_ssize_t rows, len, stride, channels, run
+        const unsigned char *mask
+        Py_ssize_t mask_stride
 
     ctypedef struct Kernels "fastbn_kernels":
         void (*elements)(const void *x, Py_ssize_t stride, Py_ssize_t count,
@@ -78,8 +82,22 @@ cdef extern from "_platform.h" nogil:
     Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
+    double fastbn_seconds()
     const char *fastbn_compiler()
     const char *fastbn_openmp()
+
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER)
+    #  define FASTBN_THREAD_LOCAL __declspec(thread)
+    #else
+    #  define FASTBN_THREAD_LOCAL _Thread_local
+    #endif
+    static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone;
+    """
+    # Of each thread of Python: it has threads of OpenMP of its own.
+    Py_ssize_t calls_alone "fastbn_calls_alone"
 
 
 cdef extern from *:
@@ -149,9 +167,16 @@ def omp_pause():
     return fastbn_omp_pause()
 
 
+def avoid_waits(bint avoid):
+    """Let calls after one whose threads waited for a CPU run alone, or not."""
+    global waits_avoided
+    waits_avoided = avoid
+
+
 # ------------------------------------------------------------------ how the work is cut
 #
-# An array is n samples of c channels of s elements each, in one of two layouts.
+# An array is one or more batches, each with statistics of its own, of n samples of c channels of s
+# elements each. A batch is cut like any other one. It has one of two layouts.
 #
 # Rows: a channel of a sample is one run of memory. Short runs of neighbouring channels are walked
 # together, as a group.
@@ -186,7 +211,13 @@ cdef enum:
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
+    # The calls that run on one thread after one whose threads had to wait for a CPU.
+    CALLS_ALONE = 256
 
+# The seconds from which on a wait is one for a CPU: several times what waking a thread takes, less
+# than a scheduler's slice.
+cdef double LONG_WAIT = 1e-3
+cdef bint waits_avoided = True
 
 # Half of the third-level cache, which others use too. An output is stored around it if the inputs
 # and the output are more; what all threads together walk twice should be less.
@@ -195,6 +226,7 @@ cdef Py_ssize_t near_bytes = (fastbn_l3_bytes() or 16777216) // 2
 
 cdef struct Cut:
     bint columns
+    Py_ssize_t batches
     Py_ssize_t n, c, s
     Py_ssize_t group, groups      # channels that are walked together, and how many times
     Py_ssize_t rows, blocks       # samples, or rows of the matrix, of a block; blocks of a channel
@@ -225,7 +257,7 @@ cdef void group_rows(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noe
     cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), RUN_BYTES // run)
     cut.group = min(cut.group, GROUP)
     if threads > 1:  # enough groups for all threads to be busy to the end
-        cut.group = min(cut.group, cut.c // (4 * threads))
+        cut.group = min(cut.group, cut.batches * cut.c // (4 * threads))
     if cut.pieces > 1:  # a piece of a channel does not end where the next channel begins
         cut.group = 1
     cut.group = max(cut.group, 1)
@@ -239,7 +271,7 @@ cdef void block_rows(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
     if cut.pieces <= 1:
         cut.group = min(LONG_RUN_BYTES // max(cut.s * itemsize, 1), min(cut.c, COLUMNS))
         cut.rows = max(COEFFICIENT_ELEMENTS // max(cut.s, 1), 1)
-        tasks = ceil_div(cut.c, max(cut.group, 1)) * ceil_div(cut.n, cut.rows)
+        tasks = cut.batches * ceil_div(cut.c, max(cut.group, 1)) * ceil_div(cut.n, cut.rows)
         if threads > 1 and tasks < 4 * threads:
             cut.group = cut.group * tasks // (4 * threads)
         cut.group = max(cut.group, 1)
@@ -264,7 +296,7 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     """Choose how wide strips are, which no result depends on."""
     cdef Py_ssize_t strips = max(ceil_div(cut.width, COLUMNS), 1)
     # Enough strips for all threads, if there are few blocks. A folded row is one strip.
-    if cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
+    if cut.batches * cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
         strips = max(strips, 2 * threads)
     # Of nearly the same width, in whole steps.
     cut.group = ceil_div(ceil_div(cut.c, strips), LANES) * LANES
@@ -272,12 +304,13 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cut.groups = ceil_div(cut.c, cut.group)
 
 
-cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last) noexcept nogil:
+cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
+                  bint channels_last) noexcept nogil:
     cdef Cut cut
     memset(&cut, 0, sizeof(Cut))
     if channels_last:
         n, s = n * s, 1
-    cut.n, cut.c, cut.s = n, c, s
+    cut.batches, cut.n, cut.c, cut.s = batches, n, c, s
     if channels_last or s < ROW_MIN:
         cut_columns(&cut)
     else:
@@ -285,16 +318,17 @@ cdef Cut cut_work(Py_ssize_t n, Py_ssize_t c, Py_ssize_t s, bint channels_last) 
     return cut
 
 
-# A block of a group: the channels [c0, c1) of the samples, or folded rows, [n0, n1); of them the
-# elements [s0, s0 + length), or all columns and `rest` more rows of the matrix.
+# A block of a group: the channels [c0, c1) of the samples, or folded rows, [n0, n1) of a batch; of
+# them the elements [s0, s0 + length), or all columns and `rest` more rows of the matrix.
 cdef struct Block:
-    Py_ssize_t n0, n1, c0, c1, s0, length, rest
-    double count                  # the elements of a channel
+    Py_ssize_t batch, n0, n1, c0, c1, s0, length, rest
 
 
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    """A block of a group; the groups of the first batch come first, then those of the next."""
     cdef Block block
-    block.c0 = g * cut.group
+    block.batch = g // cut.groups
+    block.c0 = g % cut.groups * cut.group
     block.c1 = min(block.c0 + cut.group, cut.c)
     block.n0 = b // max(cut.pieces, 1) * cut.rows
     block.n1 = min(block.n0 + cut.rows, cut.n // cut.fold)
@@ -303,7 +337,6 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     block.rest = 0
     if cut.columns and b == cut.blocks - 1:
         block.rest = cut.rest
-    block.count = <double>(((block.n1 - block.n0) * cut.fold + block.rest) * block.length)
     return block
 
 
@@ -320,15 +353,24 @@ ctypedef void (*BlockSum)(const Job *job, const Block *block, const double *cent
                           double *first, double *second) noexcept nogil
 ctypedef void (*BlockWrite)(const Job *job, const Block *block) noexcept nogil
 
-# One value per channel, of any of the four dtypes, alignments and strides.
+# One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
 cdef struct Vector:
     const char *data              # NULL stands for a vector of one and the same value
     Py_ssize_t stride
+    Py_ssize_t batch_stride       # 0 if all batches have the same values
     const Kernels *kernels
     double value
 
+# What of a block counts, if there is a mask.
+cdef struct Part:
+    Py_ssize_t count              # the elements of a channel
+    Py_ssize_t first              # the first one, in the order of the mask's memory
+
 cdef struct Job:
     Cut cut
+    Py_ssize_t samples            # of a batch
+    Py_ssize_t rest               # samples after the batches, which make up a smaller one
+    bint channels_last
     Py_ssize_t itemsize
     const Kernels *kernels
     BlockStep reduce
@@ -337,7 +379,9 @@ cdef struct Job:
     BlockSum sum
     bint refine                   # whether a pivot must be near the mean
     bint stream                   # whether to store around the cache
-    double *partial               # of (blocks, 2, c): mean and m2, or the two sums
+    double *partial               # of (batches, blocks, 2, c): mean and m2, or the two sums
+    const unsigned char *mask     # of (batches, n, s), 255 for what counts; NULL if all does
+    Part *parts                   # of (batches, blocks), if there is a mask
     const char *dy
     const char *x
     char *out
@@ -350,30 +394,109 @@ cdef struct Job:
     double *sum_dy_out
     double *sum_dy_xhat_out
     double eps
-    double count
+    double count                  # the elements of a channel that the sums are over
+    double *counts                # the same for each batch, if there is a mask
 
 
-cdef void read(const Vector *vector, Py_ssize_t c0, Py_ssize_t count, double *to) noexcept nogil:
-    """The values of some channels."""
-    cdef Py_ssize_t c
+cdef const char *start_of_vector(const Vector *vector, const Block *block) noexcept nogil:
+    """Where the value of a block's first channel is."""
+    return vector.data + block.batch * vector.batch_stride + block.c0 * vector.stride
+
+
+cdef void read(const Vector *vector, const Block *block, double *to) noexcept nogil:
+    """The values of a block's channels."""
+    cdef Py_ssize_t c, count = block.c1 - block.c0
     if vector.data != NULL:
-        vector.kernels.elements(vector.data + c0 * vector.stride, vector.stride, count, to)
+        vector.kernels.elements(start_of_vector(vector, block), vector.stride, count, to)
         return
     for c in range(count):
         to[c] = vector.value
 
 
+cdef void read_invstd(const Job *job, const Block *block, double *to) noexcept nogil:
+    if job.var.data == NULL:
+        read(&job.invstd, block, to)
+        return
+    read(&job.var, block, to)
+    job.kernels.invstd(to, 1.0, job.eps, block.c1 - block.c0, to)
+
+
+cdef double *results_of(const Job *job, double *vectors, const Block *block) noexcept nogil:
+    """Where the results of a block's channels are in an array of (batches, c)."""
+    return vectors + block.batch * job.cut.c + block.c0
+
+
+cdef double *partial_of(const Job *job, const Block *block, Py_ssize_t b) noexcept nogil:
+    """Where the first of the partial sums of a block's channels are; the second are c further."""
+    return job.partial + 2 * (block.batch * job.cut.blocks + b) * job.cut.c + block.c0
+
+
+cdef Py_ssize_t sample_of(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
+    """The number of a sample, or folded row, of a batch among the samples of the array."""
+    return block.batch * job.cut.n + n * job.cut.fold
+
+
 cdef Py_ssize_t offset_of(const Job *job, const Block *block, Py_ssize_t n) noexcept nogil:
     """The bytes before the block's part of sample, or folded row, n."""
-    return ((n * job.cut.fold * job.cut.c + block.c0) * job.cut.s + block.s0) * job.itemsize
+    cdef Py_ssize_t runs = sample_of(job, block, n) * job.cut.c + block.c0
+    return (runs * job.cut.s + block.s0) * job.itemsize
 
 
-cdef void read_invstd(const Job *job, Py_ssize_t c0, Py_ssize_t count, double *to) noexcept nogil:
-    if job.var.data == NULL:
-        read(&job.invstd, c0, count, to)
-        return
-    read(&job.var, c0, count, to)
-    job.kernels.invstd(to, 1.0, job.eps, count, to)
+cdef const unsigned char *mask_of(const Job *job, const Block *block,
+                                  Py_ssize_t n) noexcept nogil:
+    """The mask of the block's part of sample, or folded row, n."""
+    if job.mask == NULL:
+        return NULL
+    return job.mask + sample_of(job, block, n) * job.cut.s + block.s0
+
+
+# ------------------------------------------------------------------ what counts
+
+cdef Part part_of(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    """What of a block counts."""
+    cdef Part part
+    cdef Block block = block_of(&job.cut, g, b)
+    if job.mask != NULL:
+        return job.parts[block.batch * job.cut.blocks + b]
+    part.count = ((block.n1 - block.n0) * job.cut.fold + block.rest) * block.length
+    part.first = sample_of(job, &block, block.n0) * job.cut.s + block.s0
+    return part
+
+
+cdef double count_of(const Job *job, const Block *block) noexcept nogil:
+    """The elements of a channel that the sums of a batch are over."""
+    return job.count if job.counts == NULL else job.counts[block.batch]
+
+
+cdef void find_parts(const Job *job) noexcept nogil:
+    """See what of each block the mask has."""
+    cdef Py_ssize_t k, b
+    cdef Part part
+    for k in range(job.cut.batches):
+        job.counts[k] = 0.0
+        for b in range(job.cut.blocks):
+            part = masked_part(job, k * job.cut.groups, b)
+            job.parts[k * job.cut.blocks + b] = part
+            job.counts[k] += <double>part.count
+
+
+cdef Part masked_part(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    cdef Part part
+    cdef Block block = block_of(&job.cut, g, b)
+    cdef Py_ssize_t i, _n, count, samples = (block.n1 - block.n0) * job.cut.fold + block.rest
+    cdef const unsigned char *mask = mask_of(job, &block, block.n0)
+    cdef const void *found
+    part.count, part.first = 0, -1
+    for _n in range(samples):
+        count = 0
+        for i in range(block.length):
+            count += mask[i] & 1
+        if count > 0 and part.first < 0:
+            found = memchr(mask, 255, block.length)
+            part.first = <const unsigned char *>found - job.mask
+        part.count += count
+        mask += job.cut.s
+    return part
 
 
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -389,32 +512,43 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
+    cdef Part part = part_of(job, g, b)
     cdef Py_ssize_t c, channels = block.c1 - block.c0
-    cdef double *mean = job.partial + 2 * b * job.cut.c + block.c0
+    cdef double *mean = partial_of(job, &block, b)
     cdef double *m2 = mean + job.cut.c
-    job.kernels.elements(job.x + offset_of(job, &block, block.n0),
+    if part.count == 0:
+        return
+    job.kernels.elements(job.x + element_of(job, &block, part.first) * job.itemsize,
                          job.cut.s * job.itemsize, channels, pivot)
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
     job.sum(job, &block, pivot, first, second)
     if job.refine:
         for c in range(channels):
-            mean[c] = pivot[c] + first[c] / block.count
+            mean[c] = pivot[c] + first[c] / part.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
         job.sum(job, &block, pivot, first, second)
     for c in range(channels):
-        mean[c] = first[c] / block.count
+        mean[c] = first[c] / part.count
         # Rounding can take a variance of nearly zero below it.
         m2[c] = max(second[c] - first[c] * mean[c], 0.0)
         mean[c] += pivot[c]
 
 
-cdef double sum_of_means(const Job *job, Py_ssize_t c) noexcept nogil:
+cdef Py_ssize_t element_of(const Job *job, const Block *block, Py_ssize_t at) noexcept nogil:
+    """The number, in the array, of an element of the block's first channel."""
+    cdef Py_ssize_t s = job.cut.s
+    return (at // s * job.cut.c + block.c0) * s + at % s
+
+
+cdef double sum_of_means(const Job *job, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
     """The mean of a channel with an infinite or NaN block: what adding up its elements gives."""
+    cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t b
     cdef double total = 0.0
     for b in range(job.cut.blocks):
-        total += job.partial[2 * b * job.cut.c + c]
+        if part_of(job, g, b).count > 0:
+            total += partial_of(job, &block, b)[c]
     return total
 
 
@@ -424,86 +558,89 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     cdef double count = 0.0, added, share, delta
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
-    cdef double *mean = job.mean_out + block.c0
-    cdef double *m2 = job.m2_out + block.c0
-    cdef const double *added_mean = job.partial + block.c0
-    cdef const double *added_m2 = added_mean + job.cut.c
+    cdef double *mean = results_of(job, job.mean_out, &block)
+    cdef double *m2 = results_of(job, job.m2_out, &block)
+    cdef const double *added_mean
+    cdef const double *added_m2
     memset(mean, 0, channels * sizeof(double))
     memset(m2, 0, channels * sizeof(double))
     for b in range(job.cut.blocks):
-        added = block_of(&job.cut, g, b).count
+        added = <double>part_of(job, g, b).count
+        if added == 0.0:
+            continue
+        added_mean = partial_of(job, &block, b)
+        added_m2 = added_mean + job.cut.c
         share = added / (count + added)
         for c in range(channels):
             delta = added_mean[c] - mean[c]
             m2[c] += added_m2[c] + delta * (delta * (count * share))
             mean[c] += delta * share
         count += added
-        added_mean += 2 * job.cut.c
-        added_m2 += 2 * job.cut.c
     for c in range(channels):
         if isnan(mean[c]):
-            mean[c] = sum_of_means(job, block.c0 + c)
+            mean[c] = sum_of_means(job, g, c)
     if job.invstd_out != NULL:
-        job.kernels.invstd(m2, max(job.count, 1.0), job.eps, channels,
-                           job.invstd_out + block.c0)
+        job.kernels.invstd(m2, max(count_of(job, &block), 1.0), job.eps, channels,
+                           results_of(job, job.invstd_out, &block))
 
 
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
     cdef double mean[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
-    cdef double *first = job.partial + 2 * b * job.cut.c + block.c0
-    read(&job.mean, block.c0, block.c1 - block.c0, mean)
+    cdef double *first = partial_of(job, &block, b)
+    read(&job.mean, &block, mean)
     job.sum(job, &block, mean, first, first + job.cut.c)
 
 
 cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
     """Add up the blocks of each channel in their order."""
-    cdef Py_ssize_t _b, c
+    cdef Py_ssize_t b, c
     cdef double invstd[COLUMNS]
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
-    cdef double *sum_dy = job.sum_dy_out + block.c0
-    cdef double *sum_dy_xhat = job.sum_dy_xhat_out + block.c0
-    cdef const double *first = job.partial + block.c0
-    cdef const double *second = first + job.cut.c
+    cdef double *sum_dy = results_of(job, job.sum_dy_out, &block)
+    cdef double *sum_dy_xhat = results_of(job, job.sum_dy_xhat_out, &block)
+    cdef const double *first
+    cdef const double *second
     memset(sum_dy, 0, channels * sizeof(double))
     memset(sum_dy_xhat, 0, channels * sizeof(double))
-    for _b in range(job.cut.blocks):
+    for b in range(job.cut.blocks):
+        first = partial_of(job, &block, b)
+        second = first + job.cut.c
         for c in range(channels):
             sum_dy[c] += first[c]
             sum_dy_xhat[c] += second[c]
-        first += 2 * job.cut.c
-        second += 2 * job.cut.c
-    read(&job.invstd, block.c0, channels, invstd)
+    read(&job.invstd, &block, invstd)
     for c in range(channels):
         sum_dy_xhat[c] *= invstd[c]
 
 
 cdef void affine_of(const Job *job, const Block *block, Affine *affine) noexcept nogil:
     """y = (x - mean) * invstd * weight + bias."""
-    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    cdef Py_ssize_t c
     cdef double weight[COLUMNS]
-    read(&job.mean, block.c0, channels, affine.centre)
-    read(&job.weight, block.c0, channels, weight)
-    read(&job.bias, block.c0, channels, affine.shift)
-    read_invstd(job, block.c0, channels, affine.scale)
-    for c in range(channels):
+    read(&job.mean, block, affine.centre)
+    read(&job.weight, block, weight)
+    read(&job.bias, block, affine.shift)
+    read_invstd(job, block, affine.scale)
+    for c in range(block.c1 - block.c0):
         affine.scale[c] *= weight[c]
 
 
 cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) noexcept nogil:
     """dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight."""
-    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    cdef Py_ssize_t c
+    cdef double count = count_of(job, block)
     cdef double invstd[COLUMNS]
-    read(&job.invstd, block.c0, channels, invstd)
-    read(&job.mean, block.c0, channels, gradient.x_mean)
-    read(&job.sum_dy, block.c0, channels, gradient.dy_mean)
-    read(&job.sum_dy_xhat, block.c0, channels, gradient.slope)
-    read(&job.weight, block.c0, channels, gradient.scale)
-    for c in range(channels):
-        gradient.dy_mean[c] /= job.count
-        gradient.slope[c] = invstd[c] * (gradient.slope[c] / job.count)
+    read(&job.invstd, block, invstd)
+    read(&job.mean, block, gradient.x_mean)
+    read(&job.sum_dy, block, gradient.dy_mean)
+    read(&job.sum_dy_xhat, block, gradient.slope)
+    read(&job.weight, block, gradient.scale)
+    for c in range(block.c1 - block.c0):
+        gradient.dy_mean[c] /= count
+        gradient.slope[c] = invstd[c] * (gradient.slope[c] / count)
         gradient.scale[c] *= invstd[c]
 
 
@@ -512,6 +649,8 @@ cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) no
 cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
     """The runs of a block, from the first sample to the last or backwards."""
     cdef Runs runs
+    runs.mask = mask_of(job, block, block.n1 - 1 if backwards else block.n0)
+    runs.mask_stride = -job.cut.s if backwards else job.cut.s
     runs.samples = block.n1 - block.n0
     runs.stride = -job.cut.c * job.cut.s if backwards else job.cut.c * job.cut.s
     runs.channels = block.c1 - block.c0
@@ -577,6 +716,8 @@ cdef void gradient_rows(const Job *job, const Block *block) noexcept nogil:
 cdef Matrix folded_rows(const Job *job, const Block *block) noexcept nogil:
     """The rows of a block."""
     cdef Matrix matrix
+    matrix.mask = mask_of(job, block, block.n0)
+    matrix.mask_stride = job.cut.fold * job.cut.s
     matrix.rows = block.n1 - block.n0
     matrix.stride = job.cut.width
     matrix.channels = block.c1 - block.c0
@@ -588,6 +729,7 @@ cdef Matrix folded_rows(const Job *job, const Block *block) noexcept nogil:
 cdef Matrix rest_rows(const Job *job, const Block *block) noexcept nogil:
     """The rows that are left over after the last folded one, as one row."""
     cdef Matrix matrix = folded_rows(job, block)
+    matrix.mask = mask_of(job, block, block.n1)
     matrix.rows = 1 if block.rest > 0 else 0
     matrix.len = matrix.channels * matrix.run * block.rest
     return matrix
@@ -639,16 +781,26 @@ cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
 
 # ------------------------------------------------------------------ who does what
 
+cdef Py_ssize_t bytes_of(const Job *job) noexcept nogil:
+    """The size of an array."""
+    return job.cut.batches * job.cut.n * job.cut.c * job.cut.s * job.itemsize
+
+
 cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
-    """What a group reads."""
+    """What a group of a batch reads."""
     cdef Py_ssize_t inputs = 1 if job.dy == NULL else 2
     return max(job.cut.n * job.cut.group * job.cut.s * job.itemsize * inputs, 1)
+
+
+cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
+    """The groups of all batches."""
+    return job.cut.batches * job.cut.groups
 
 
 cdef bint streams(const Job *job) noexcept nogil:
     """Whether to store around the cache."""
     cdef Py_ssize_t arrays = 2 if job.dy == NULL else 3
-    cdef Py_ssize_t moved = arrays * job.cut.n * job.cut.c * job.cut.s * job.itemsize
+    cdef Py_ssize_t moved = arrays * bytes_of(job)
     # Strips that are not the whole width of a matrix are short runs.
     cdef Py_ssize_t channels = job.cut.group if job.cut.columns else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
@@ -665,12 +817,49 @@ cdef void share(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_
                 int threads) noexcept nogil:
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
     cdef Py_ssize_t t
+    cdef double busy = 0.0, start
+    cdef double *busy_here = &busy
     if threads == 1:
         for t in range(tasks):
             task(job, g0, groups, t)
     else:
+        start = fastbn_seconds()
         for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            task(job, g0, groups, t)
+            do_timed(job, task, g0, groups, t, busy_here)
+        avoid_waiting(fastbn_seconds() - start - busy, busy)
+
+
+cdef void do_timed(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                   double *busy) noexcept nogil:
+    """Do a task; add what it takes to the time for which the calling thread was busy."""
+    cdef double start
+    if threadid() != 0:
+        task(job, g0, groups, t)
+        return
+    start = fastbn_seconds()
+    task(job, g0, groups, t)
+    busy[0] += fastbn_seconds() - start
+
+
+cdef void avoid_waiting(double idle, double busy) noexcept nogil:
+    """Let the next calls run alone if this one would have been faster so.
+
+    A region of OpenMP ends when all threads have come to its end, and where another process has a
+    thread's CPU that takes a slice of the scheduler, many times a small array's time. What a call
+    waits for now and then should be rarer than one call in a hundred.
+    """
+    global calls_alone
+    if waits_avoided and idle > LONG_WAIT and idle > busy:
+        calls_alone = CALLS_ALONE
+
+
+cdef int threads_now(int threads) noexcept nogil:
+    """How many threads a call that could use so many takes."""
+    global calls_alone
+    if waits_avoided and threads > 1 and calls_alone > 0:
+        calls_alone -= 1
+        return 1
+    return threads
 
 
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -720,17 +909,17 @@ cdef void run_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups, int thread
 
 cdef void run_rounds(const Job *job, int threads) noexcept nogil:
     """Rounds of so many groups that the second walk finds them in the third-level cache."""
-    cdef Py_ssize_t r, most = max(near_bytes // (2 * group_bytes(job)), 1)
-    for r in range(ceil_div(job.cut.groups, most)):
-        run_round(job, r * most, min(most, job.cut.groups - r * most), threads)
+    cdef Py_ssize_t r, most = max(near_bytes // (2 * group_bytes(job)), 1), groups = groups_of(job)
+    for r in range(ceil_div(groups, most)):
+        run_round(job, r * most, min(most, groups - r * most), threads)
 
 
-cdef int run(Job *job, int threads) except -1:
-    """Run a job on at most so many threads; nothing has been written if this raises."""
+cdef void run_batches(Job *job, int threads) noexcept nogil:
+    """Run a job on at most so many threads, but for its rest."""
     cdef int inputs = 1 if job.dy == NULL else 2
-    cdef Py_ssize_t moved = job.cut.n * job.cut.c * job.cut.s * job.itemsize * (
+    cdef Py_ssize_t moved = bytes_of(job) * (
         inputs * ((job.reduce != NULL) + (job.apply != NULL)) + (job.apply != NULL))
-    threads = <int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1))
+    threads = threads_now(<int>min(<Py_ssize_t>threads, max(moved // BYTES_PER_THREAD, 1)))
     if job.cut.columns:
         group_columns(&job.cut, threads)
     elif job.reduce != NULL:
@@ -738,20 +927,76 @@ cdef int run(Job *job, int threads) except -1:
     else:
         block_rows(&job.cut, job.itemsize, threads)
     job.stream = job.apply != NULL and job.kernels.end_streaming != NULL and streams(job)
-    if job.reduce != NULL:
-        job.partial = <double *>malloc((2 * job.cut.c * job.cut.blocks + 1) * sizeof(double))
-        if job.partial == NULL:
-            raise MemoryError("no memory for the partial sums of the blocks")
+    if job.parts != NULL and job.cut.groups > 0:
+        find_parts(job)
+    if job.reduce == NULL:
+        run_round(job, 0, groups_of(job), threads)
+    elif threads == 1 or job.cut.blocks < 2 or (
+            groups_of(job) >= 4 * threads and group_bytes(job) * threads <= near_bytes):
+        share(job, finish_group, 0, groups_of(job), groups_of(job), threads)
+    else:
+        run_rounds(job, threads)
+
+
+cdef Job rest_of(const Job *job) noexcept nogil:
+    """The job on the samples after the batches, as a batch of its own."""
+    cdef Job rest = job[0]
+    cdef Py_ssize_t batches = job.cut.batches, results = batches * job.cut.c
+    cdef Py_ssize_t elements = job.cut.n * job.cut.s, done = bytes_of(job)
+    cdef Vector *vectors[6]
+    cdef int i
+    rest.cut = cut_work(1, job.rest, job.cut.c, elements // job.samples, job.channels_last)
+    rest.count = <double>(job.rest * (elements // job.samples))
+    rest.x += done
+    rest.dy += 0 if job.dy == NULL else done
+    rest.out += 0 if job.out == NULL else done
+    rest.mask += 0 if job.mask == NULL else batches * elements
+    vectors[:] = [&rest.weight, &rest.mean, &rest.invstd, &rest.bias, &rest.sum_dy,
+                  &rest.sum_dy_xhat]
+    for i in range(6):
+        vectors[i].data += batches * vectors[i].batch_stride
+    if job.mean_out != NULL:
+        rest.mean_out, rest.m2_out = rest.mean_out + results, rest.m2_out + results
+    if job.invstd_out != NULL:
+        rest.invstd_out += results
+    if job.sum_dy_out != NULL:
+        rest.sum_dy_out += results
+        rest.sum_dy_xhat_out += results
+    return rest
+
+
+cdef int run(Job *job, int threads) except -1:
+    """Run a job on at most so many threads; nothing has been written if this raises."""
+    cdef Job rest
+    allocate(job)
     with nogil:
-        if job.reduce == NULL:
-            run_round(job, 0, job.cut.groups, threads)
-        elif threads == 1 or job.cut.blocks < 2 or (
-                job.cut.groups >= 4 * threads and group_bytes(job) * threads <= near_bytes):
-            share(job, finish_group, 0, job.cut.groups, job.cut.groups, threads)
-        else:
-            run_rounds(job, threads)
-    free(job.partial)
+        run_batches(job, threads)
+        if job.rest > 0:
+            rest = rest_of(job)
+            run_batches(&rest, threads)
+    release(job)
     return 0
+
+
+cdef int allocate(Job *job) except -1:
+    """Get the memory for sums, if there are any."""
+    cdef Py_ssize_t blocks = job.cut.batches * job.cut.blocks
+    if job.reduce == NULL:
+        return 0
+    job.partial = <double *>malloc((2 * job.cut.c * blocks + 1) * sizeof(double))
+    if job.mask != NULL:
+        job.parts = <Part *>malloc((blocks + 1) * sizeof(Part))
+        job.counts = <double *>malloc((job.cut.batches + 1) * sizeof(double))
+    if job.partial == NULL or job.mask != NULL and (job.parts == NULL or job.counts == NULL):
+        release(job)
+        raise MemoryError("no memory for the partial sums of the blocks")
+    return 0
+
+
+cdef void release(Job *job) noexcept:
+    free(job.partial)
+    free(job.parts)
+    free(job.counts)
 
 
 # ------------------------------------------------------------------ arrays
@@ -809,7 +1054,7 @@ cdef const Kernels *kernels_of(const ArrayStruct *x) noexcept:
 
 
 cdef Vector vector_of(object array, double default) except *:
-    """An array of one value per channel; the default for None."""
+    """An array of one value per channel, or per batch and channel; the default for None."""
     cdef Vector vector
     cdef const ArrayStruct *described
     memset(&vector, 0, sizeof(Vector))
@@ -818,7 +1063,8 @@ cdef Vector vector_of(object array, double default) except *:
         capsule = array.__array_struct__
         described = struct_of(capsule)
         vector.data = described.data
-        vector.stride = described.strides[0]
+        vector.stride = described.strides[described.nd - 1]
+        vector.batch_stride = described.strides[0] if described.nd == 2 else 0
         vector.kernels = kernels_of(described)
     return vector
 
@@ -831,26 +1077,35 @@ cdef double *written(object array, Vector *vector) except NULL:
 
 # ------------------------------------------------------------------ the jobs
 #
-# x has a layout that is not 0, dy and out the same layout, shape and dtype.
+# x has a layout that is not 0, dy and out the same layout, shape and dtype. A batch has so many
+# samples, of which x has a multiple; 0 stands for all of them. Where there is more than one batch,
+# what is written per channel has the shape (batches, c), and what is read may have it. A mask is
+# None or a C-contiguous array of the shape of x without its channels, of 255 and 0.
 
-cdef Job new_job(object x) except *:
+cdef Job new_job(object x, object mask, Py_ssize_t batch_size) except *:
     """A job on x that has no steps yet."""
     cdef Job job
-    cdef Py_ssize_t s = 1
+    cdef Py_ssize_t n, batches = 1, rest = 0, s = 1
     cdef int axis
     capsule = x.__array_struct__
     cdef const ArrayStruct *described = struct_of(capsule)
+    n = described.shape[0]
     for axis in range(2, described.nd):
         s *= described.shape[axis]
+    if 0 < batch_size < n:
+        batches, rest, n = n // batch_size, n % batch_size, batch_size
     memset(&job, 0, sizeof(Job))
     job.x = described.data
     job.itemsize = described.itemsize
     job.refine = described.itemsize == sizeof(double)
     job.kernels = kernels_of(described)
-    job.cut = cut_work(described.shape[0], described.shape[1], s,
-                       not described.flags & C_CONTIGUOUS)
-    job.count = <double>(described.shape[0] * s)
+    job.channels_last = not described.flags & C_CONTIGUOUS
+    job.cut = cut_work(batches, n, described.shape[1], s, job.channels_last)
+    job.samples, job.rest = n, rest
+    job.count = <double>(n * s)
     job.sum = sum_columns if job.cut.columns else sum_rows
+    if mask is not None:
+        job.mask = <const unsigned char *>address(mask)
     return job
 
 
@@ -861,18 +1116,18 @@ cdef int write_to(Job *job, object out, BlockWrite rows, BlockWrite columns) exc
     return 0
 
 
-def stats(x, mean, m2, int threads):
+def stats(x, mask, Py_ssize_t batch_size, mean, m2, int threads):
     """Write the mean and m2 of every channel of x."""
-    cdef Job job = new_job(x)
+    cdef Job job = new_job(x, mask, batch_size)
     cdef Vector unread
     job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
     job.reduce, job.merge = reduce_moments, merge_moments
     run(&job, threads)
 
 
-def elemt(x, mean, invstd, var, double eps, weight, bias, out, int threads):
+def elemt(x, mask, mean, invstd, var, double eps, weight, bias, out, int threads):
     """Write x, normalized by mean and either invstd or var and eps, into out."""
-    cdef Job job = new_job(x)
+    cdef Job job = new_job(x, mask, 0)
     job.mean, job.invstd, job.var = vector_of(mean, 0), vector_of(invstd, 1), vector_of(var, 1)
     job.weight, job.bias = vector_of(weight, 1.0), vector_of(bias, 0.0)
     job.eps = eps
@@ -880,9 +1135,10 @@ def elemt(x, mean, invstd, var, double eps, weight, bias, out, int threads):
     run(&job, threads)
 
 
-def forward(x, weight, bias, double eps, out, mean, m2, invstd, int threads):
+def forward(x, mask, Py_ssize_t batch_size, weight, bias, double eps, out, mean, m2, invstd,
+            int threads):
     """Write x, normalized by its own statistics, into out, and those statistics."""
-    cdef Job job = new_job(x)
+    cdef Job job = new_job(x, mask, batch_size)
     cdef Vector unread
     job.mean_out, job.m2_out = written(mean, &job.mean), written(m2, &unread)
     job.invstd_out = written(invstd, &job.invstd)
@@ -893,41 +1149,54 @@ def forward(x, weight, bias, double eps, out, mean, m2, invstd, int threads):
     run(&job, threads)
 
 
-def move_towards(running, batch, double divisor, double factor):
-    """Set running to (1 - factor) * running + factor * batch / divisor."""
-    cdef Vector moved = vector_of(running, 0.0), target = vector_of(batch, 0.0)
+def move_towards(running, batches, divisors, factors):
+    """Set running to (1 - factor) * running + factor * batch / divisor, batch after batch.
+
+    Running statistics that have the shape of the batches take a row each.
+    """
+    cdef Vector moved = vector_of(running, 0.0), target = vector_of(batches, 0.0)
+    cdef Py_ssize_t k
+    for k in range(len(factors)):
+        move_once(&moved, &target, k, running.shape[-1], divisors[k], factors[k])
+
+
+cdef void move_once(const Vector *moved, const Vector *target, Py_ssize_t batch, Py_ssize_t count,
+                    double divisor, double factor) noexcept:
     cdef double values[COLUMNS]
-    cdef const double *targets = <const double *>target.data
-    cdef Py_ssize_t c, c0, i, count = len(running)
+    cdef double targets[COLUMNS]
+    cdef Block block
+    cdef Py_ssize_t c, i
+    block.batch = batch
     for i in range(ceil_div(count, COLUMNS)):
-        c0 = i * COLUMNS
-        read(&moved, c0, min(<Py_ssize_t>COLUMNS, count - c0), values)
-        for c in range(min(<Py_ssize_t>COLUMNS, count - c0)):
-            values[c] = (1.0 - factor) * values[c] + factor * (targets[c0 + c] / divisor)
-        moved.kernels.put(values, moved.stride, min(<Py_ssize_t>COLUMNS, count - c0),
-                          <char *>moved.data + c0 * moved.stride)
+        block.c0, block.c1 = i * COLUMNS, min((i + 1) * COLUMNS, count)
+        read(moved, &block, values)
+        read(target, &block, targets)
+        for c in range(block.c1 - block.c0):
+            values[c] = (1.0 - factor) * values[c] + factor * (targets[c] / divisor)
+        moved.kernels.put(values, moved.stride, block.c1 - block.c0,
+                          <char *>start_of_vector(moved, &block))
 
 
-cdef Job new_backward_job(dy, x, mean, invstd) except *:
-    cdef Job job = new_job(x)
+cdef Job new_backward_job(dy, x, mask, Py_ssize_t batch_size, mean, invstd) except *:
+    cdef Job job = new_job(x, mask, batch_size)
     job.dy = address(dy)
     job.mean, job.invstd = vector_of(mean, 0.0), vector_of(invstd, 1.0)
     return job
 
 
-def backward_reduce(dy, x, mean, invstd, sum_dy, sum_dy_xhat, int threads):
+def backward_reduce(dy, x, mask, mean, invstd, sum_dy, sum_dy_xhat, int threads):
     """Write the sums of dy and of dy * xhat of every channel."""
-    cdef Job job = new_backward_job(dy, x, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mask, 0, mean, invstd)
     job.sum_dy_out = written(sum_dy, &job.sum_dy)
     job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
     job.reduce, job.merge = reduce_products, merge_products
     run(&job, threads)
 
 
-def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, double count, out,
+def backward_elemt(dy, x, mask, mean, invstd, weight, sum_dy, sum_dy_xhat, double count, out,
                    int threads):
     """Write the gradient of x into out, by the given sums over count elements."""
-    cdef Job job = new_backward_job(dy, x, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mask, 0, mean, invstd)
     job.sum_dy, job.sum_dy_xhat = vector_of(sum_dy, 0.0), vector_of(sum_dy_xhat, 0.0)
     job.weight = vector_of(weight, 1.0)
     job.count = count
@@ -935,9 +1204,10 @@ def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, double coun
     run(&job, threads)
 
 
-def backward(dy, x, weight, mean, invstd, out, sum_dy, sum_dy_xhat, int threads):
+def backward(dy, x, mask, Py_ssize_t batch_size, weight, mean, invstd, out, sum_dy, sum_dy_xhat,
+             int threads):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat."""
-    cdef Job job = new_backward_job(dy, x, mean, invstd)
+    cdef Job job = new_backward_job(dy, x, mask, batch_size, mean, invstd)
     job.sum_dy_out = written(sum_dy, &job.sum_dy)
     job.sum_dy_xhat_out = written(sum_dy_xhat, &job.sum_dy_xhat)
     job.weight = vector_of(weight, 1.0)

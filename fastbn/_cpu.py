@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ Array = NDArray[Any]
 Statistics = NDArray[np.float64]
 
 
-def stats(x: Array) -> tuple[Statistics, Statistics]:
+def stats(x: Array, mask: Array | None = None) -> tuple[Statistics, Statistics]:
     """Mean and m2 of each channel."""
     mean, m2 = vectors(x, 2)
-    _core.stats(packed(x), mean, m2, get_num_threads())
+    _core.stats(packed(x), packed_mask(mask), 0, mean, m2, get_num_threads())
     return mean, m2
 
 
@@ -38,11 +39,13 @@ def elemt(
     *,
     var: Array | None = None,
     eps: float = 0.0,
+    mask: Array | None = None,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
     source = packed(x)
     target, out = output(x, source, out)
-    _core.elemt(source, mean, invstd, var, eps, weight, bias, target, get_num_threads())
+    threads, mask = get_num_threads(), packed_mask(mask)
+    _core.elemt(source, mask, mean, invstd, var, eps, weight, bias, target, threads)
     return unpacked(target, out)
 
 
@@ -56,31 +59,45 @@ def forward(
     running_var: Array | None = None,
     momentum: float | None = 0.0,
     counter: Array | None = None,
+    *,
+    mask: Array | None = None,
+    batch_size: int = 0,
+    counts: Sequence[int] = (),
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased:
     ``running = (1 - momentum) * running + momentum * batch``, computed in float64. A momentum of
     None stands for 1 / counter, or 0 without one.
+
+    With a batch size the array is a sequence of batches, and mean and invstd have the shape
+    (batches, C); running statistics of that shape take a row each. The counts are the numbers of
+    values per channel, of each batch.
     """
     source = packed(x)
     target, out = output(x, source, out)
-    mean, m2, invstd = vectors(x, 3)
+    mean, m2, invstd = vectors(x, 3, batch_size)
     native_mean, native_var = native(running_mean), native(running_var)
-    _core.forward(source, weight, bias, eps, target, mean, m2, invstd, get_num_threads())
+    threads, mask = get_num_threads(), packed_mask(mask)
+    _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd, threads)
     y = unpacked(target, out)
-    count = math.prod(x.shape[:1] + x.shape[2:])
-    if count:
+    if any(counts):
         if momentum is None:
-            momentum = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+            first = 0 if counter is None else int(counter) + 1
+            factors = [1.0 / (first + k) if first else 0.0 for k in range(len(counts))]
+        else:
+            factors = [momentum] * len(counts)
         # Not before: they may share memory with weight and bias.
-        moves = ((running_mean, native_mean, mean, 1.0), (running_var, native_var, m2, count - 1.0))
-        for running, moved, batch, divisor in moves:
+        moves = (
+            (running_mean, native_mean, mean, [1.0] * len(counts)),
+            (running_var, native_var, m2, [count - 1.0 for count in counts]),
+        )
+        for running, moved, batch, divisors in moves:
             if running is not None and moved is not None:
-                _core.move_towards(moved, batch, divisor, momentum)
+                _core.move_towards(moved, batch, divisors, factors)
                 unpacked(moved, running)
         if counter is not None:
-            counter[()] = int(counter) + 1
+            counter[()] = int(counter) + len(counts)
     return y, mean, invstd
 
 
@@ -92,13 +109,14 @@ def native(running: Array | None) -> Array | None:
 
 
 def backward_reduce(
-    dy: Array, x: Array, mean: Array, invstd: Array
+    dy: Array, x: Array, mean: Array, invstd: Array, mask: Array | None = None
 ) -> tuple[Statistics, Statistics]:
     """The sums of dy and of dy * xhat."""
     source = packed(x)
     dy = packed_like(source, dy)
     sum_dy, sum_dy_xhat = vectors(x, 2)
-    _core.backward_reduce(dy, source, mean, invstd, sum_dy, sum_dy_xhat, get_num_threads())
+    threads, mask = get_num_threads(), packed_mask(mask)
+    _core.backward_reduce(dy, source, mask, mean, invstd, sum_dy, sum_dy_xhat, threads)
     return sum_dy, sum_dy_xhat
 
 
@@ -112,14 +130,15 @@ def backward_elemt(
     sum_dy_xhat: Array,
     count: float,
     out: Array | None,
+    mask: Array | None = None,
 ) -> Array:
     """The gradient of x, from the two sums."""
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
-    threads = get_num_threads()
+    threads, mask = get_num_threads(), packed_mask(mask)
     _core.backward_elemt(
-        dy, source, mean, invstd, weight, sum_dy, sum_dy_xhat, count, target, threads
+        dy, source, mask, mean, invstd, weight, sum_dy, sum_dy_xhat, count, target, threads
     )
     return unpacked(target, out)
 
@@ -131,15 +150,30 @@ def backward(
     mean: Array,
     invstd: Array,
     out: Array | None,
+    *,
+    mask: Array | None = None,
+    batch_size: int = 0,
 ) -> tuple[Array, Statistics, Statistics]:
-    """The gradient of x, and the sums of dy and of dy * xhat."""
+    """The gradient of x, and the sums of dy and of dy * xhat.
+
+    With a batch size, mean, invstd, the sums and perhaps the weight have the shape (batches, C).
+    """
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
-    sum_dy, sum_dy_xhat = vectors(x, 2)
-    threads = get_num_threads()
-    _core.backward(dy, source, weight, mean, invstd, target, sum_dy, sum_dy_xhat, threads)
+    sum_dy, sum_dy_xhat = vectors(x, 2, batch_size)
+    threads, mask = get_num_threads(), packed_mask(mask)
+    _core.backward(
+        dy, source, mask, batch_size, weight, mean, invstd, target, sum_dy, sum_dy_xhat, threads
+    )
     return unpacked(target, out), sum_dy, sum_dy_xhat
+
+
+def packed_mask(mask: Array | None) -> Array | None:
+    """A boolean mask of shape (N, 1, ...) as the core takes it: (N, ...), of 255 and 0."""
+    if mask is None:
+        return None
+    return np.negative(mask[:, 0].view(np.uint8), order="C")
 
 
 # Layouts. The core takes arrays that are C-contiguous, as they are or with the channels last. Which
@@ -183,9 +217,11 @@ def unpacked(target: Array, out: Array) -> Array:
     return out
 
 
-def vectors(x: Array, count: int) -> NDArray[np.float64]:
-    """So many new vectors of one value per channel."""
-    return np.empty((count, x.shape[1]))
+def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
+    """So many new vectors of one value per channel, or with a batch size per batch and channel."""
+    if not batch_size:
+        return np.empty((count, x.shape[1]))
+    return np.empty((count, max(-(-len(x) // batch_size), 1), x.shape[1]))
 
 
 # What is asked of a backend besides batch normalization.
@@ -308,7 +344,9 @@ def get_num_threads() -> int:
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
-    Results do not depend on it, to the bit.
+    Results do not depend on it, to the bit. By default, after a call whose threads waited long for
+    a CPU that another process had, the next 256 calls run on one thread; with a number set here,
+    calls wait.
 
     Parameters
     ----------
@@ -336,6 +374,7 @@ def set_num_threads(n: int | None) -> None:
             raise ValueError(f"the number of threads must be at least 1, got {n}")
         n = min(int(n), INT_MAX)
     _num_threads = n
+    _core.avoid_waits(n is None)
 
 
 def show_config() -> None:

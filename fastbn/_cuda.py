@@ -2,7 +2,7 @@
 
 The functions are those of the CPU backend. They expect checked arguments: `x` and `dy` of the shape
 (N, C, ...), any strides; vectors of the shape (C,); all arrays on the current device. They run on
-CuPy's current stream and wait for nothing.
+CuPy's current stream and wait for nothing. There are no masks, and batches run one by one.
 
 CuPy compiles the kernels when they are first needed, for one dtype at a time, and keeps them in its
 cache on disk.
@@ -14,6 +14,7 @@ import functools
 import math
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ FORMATS = {"f": 0, "d": 1, "e": 2, "E": 3}
 ITEMSIZES = (4, 8, 2, 2)
 
 
-def stats(x: Array) -> tuple[Array, Array]:
+def stats(x: Array, mask: None = None) -> tuple[Array, Array]:
     """Mean and m2 of each channel."""
     source = packed(x)
     mean, m2 = vectors(source, 2)
@@ -50,6 +51,7 @@ def elemt(
     *,
     var: Array | None = None,
     eps: float = 0.0,
+    mask: None = None,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
     source = packed(x)
@@ -79,12 +81,29 @@ def forward(
     running_var: Array | None = None,
     momentum: float | None = 0.0,
     counter: Array | None = None,
+    *,
+    mask: None = None,
+    batch_size: int = 0,
+    counts: Sequence[int] = (),
 ) -> tuple[Array, Array, Array]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased. A momentum of
     None stands for 1 / counter, or 0 without one.
+
+    With a batch size the array is a sequence of batches, and mean and invstd have the shape
+    (batches, C); running statistics of that shape take a row each.
     """
+    if batch_size:
+        y = empty_like(packed(x)) if out is None else out
+        rows = []
+        for k, batch in enumerate(batches_of(x, batch_size)):
+            running = [
+                v[k] if v is not None and v.ndim == 2 else v for v in (running_mean, running_var)
+            ]
+            parameters = x[batch], weight, bias, eps, y[batch], *running, momentum, counter
+            rows.append(forward(*parameters)[1:])
+        return y, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)
     target, out = output(x, source, out)
     mean, invstd = vectors(source, 2)
@@ -128,7 +147,19 @@ def forward(
     return unpacked(target, out), mean, invstd
 
 
-def backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array) -> tuple[Array, Array]:
+def batches_of(x: Array, batch_size: int) -> list[slice]:
+    """The samples of each batch; a single empty batch if there are none."""
+    return [slice(k, k + batch_size) for k in range(0, max(len(x), 1), batch_size)]
+
+
+def row_of(vectors: Array | None, k: int) -> Array | None:
+    """Those of a batch, if there is a row for each of them."""
+    return vectors[k] if vectors is not None and vectors.ndim == 2 else vectors
+
+
+def backward_reduce(
+    dy: Array, x: Array, mean: Array, invstd: Array, mask: None = None
+) -> tuple[Array, Array]:
     """The sums of dy and of dy * xhat."""
     source = packed(x)
     sum_dy, sum_dy_xhat = vectors(source, 2)
@@ -152,6 +183,7 @@ def backward_elemt(
     sum_dy_xhat: Array,
     count: float,
     out: Array | None,
+    mask: None = None,
 ) -> Array:
     """The gradient of x, from the two sums."""
     source = packed(x)
@@ -171,8 +203,21 @@ def backward(
     mean: Array,
     invstd: Array,
     out: Array | None,
+    *,
+    mask: None = None,
+    batch_size: int = 0,
 ) -> tuple[Array, Array, Array]:
-    """The gradient of x, and the sums of dy and of dy * xhat."""
+    """The gradient of x, and the sums of dy and of dy * xhat.
+
+    With a batch size, mean, invstd, the sums and perhaps the weight have the shape (batches, C).
+    """
+    if batch_size:
+        dx = empty_like(packed(x)) if out is None else out
+        rows = []
+        for k, batch in enumerate(batches_of(x, batch_size)):
+            arguments = dy[batch], x[batch], row_of(weight, k), mean[k], invstd[k], dx[batch]
+            rows.append(backward(*arguments)[1:])
+        return dx, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)

@@ -12,6 +12,8 @@ enum {
     ROWS_SUMMED = 8,
     ROWS_WRITTEN = 4,
     BUFFER_BYTES = 4096,
+    /* bytes of a row of columns of a mask: before the first one a step may begin */
+    MASK_ROW = FASTBN_LANES + FASTBN_COLUMNS,
 };
 
 static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
@@ -44,7 +46,39 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
                 to[c] += from[j + c * matrix->run + i];
 }
 
+/* A byte per column, from those of a row of the mask. */
+static void spread_mask(const fastbn_matrix *matrix, const uint8_t *mask, uint8_t *to)
+{
+    const ptrdiff_t channels = matrix->channels, run = matrix->run;
+    for (ptrdiff_t j = 0; j < matrix->len; j += channels * run, mask += run)
+        if (run == 1)
+            memset(to + j, *mask, (size_t)channels);
+        else
+            for (ptrdiff_t c = 0; c < channels; c++)
+                memcpy(to + j + c * run, mask, (size_t)run);
+}
+
+/* The same for `rows` rows from row r on, each after LANES bytes of 0. */
+static void spread_mask_rows(const fastbn_matrix *matrix, ptrdiff_t r, ptrdiff_t rows, uint8_t *to)
+{
+    for (ptrdiff_t i = 0; i < rows; i++, to += MASK_ROW) {
+        memset(to, 0, LANES);
+        spread_mask(matrix, matrix->mask + (r + i) * matrix->mask_stride, to + LANES);
+    }
+}
+
+/* The last LANES elements of a run. Of a shorter run, all it has, behind something finite. */
+ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, void *buffer)
+{
+    if (len >= LANES)
+        return (const char *)x + (size_t)(len - LANES) * size;
+    memset(buffer, 0, LANES * size);
+    memcpy((char *)buffer + (size_t)(LANES - len) * size, x, (size_t)len * size);
+    return buffer;
+}
+
 #define DTYPE float32
+#define MASKED_A masked_vf
 #define T float
 #define A float
 #define VA vf
@@ -53,6 +87,7 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
 #include "_kernels_dtype.h"
 
 #define DTYPE float64
+#define MASKED_A masked_vd
 #define T double
 #define A double
 #define VA vd
@@ -61,6 +96,7 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
 #include "_kernels_dtype.h"
 
 #define DTYPE float16
+#define MASKED_A masked_vf
 #define T uint16_t
 #define A float
 #define VA vf
@@ -69,6 +105,7 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
 #include "_kernels_dtype.h"
 
 #define DTYPE bfloat16
+#define MASKED_A masked_vf
 #define T uint16_t
 #define A float
 #define VA vf

@@ -5,7 +5,8 @@
  *
  * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix of which
  * each column does. Outputs may be one of the inputs. `stream` asks for stores around the cache,
- * into another array whose elements are aligned.
+ * into another array whose elements are aligned. A mask, of 255 and 0 where it is not NULL, tells
+ * which elements count: the others add nothing to a sum, and results are 0 there.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -40,17 +41,23 @@ typedef struct {
 
 /* In each of the samples, `stride` elements apart (less than 0 to walk backwards), a run of `len`
  * elements for each of the channels, one behind the other. There are at most FASTBN_GROUP channels
- * for sums, FASTBN_COLUMNS for results. */
+ * for sums, FASTBN_COLUMNS for results. The mask is the same for all channels; its samples are
+ * `mask_stride` apart. */
 typedef struct {
     ptrdiff_t samples, stride, channels, len;
     fastbn_ahead ahead;
+    const unsigned char *mask;
+    ptrdiff_t mask_stride;
 } fastbn_runs;
 
 /* `rows` rows of `len` columns, at most FASTBN_COLUMNS; rows begin `stride` elements apart. The
  * first `run` columns belong to the first channel, the next to the second, and after so many
- * `channels` it begins again with the first. */
+ * `channels` it begins again with the first. The mask has `run` bytes for the columns of every
+ * channel, and as many whenever it begins again; its rows are `mask_stride` apart. */
 typedef struct {
     ptrdiff_t rows, len, stride, channels, run;
+    const unsigned char *mask;
+    ptrdiff_t mask_stride;
 } fastbn_matrix;
 
 typedef struct {

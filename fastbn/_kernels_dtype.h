@@ -3,6 +3,7 @@
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it
  *   LOAD_A  what loads such a register
+ *   MASKED_A  what masks such a register
  *   SPREAD_A  what spreads such values over columns
  */
 #define NAME(f) PASTE(f##_, DTYPE)
@@ -38,29 +39,17 @@ static void NAME(put_elements)(const double *from, ptrdiff_t stride, ptrdiff_t c
  * Elements come in steps of LANES. A run, or the columns, end with a step that overlaps the one
  * before it: `skip` tells how many of its lanes have been counted. */
 
-/* The last LANES elements of a run. Of a shorter run, all it has, behind something finite. */
-ALWAYS_INLINE const T *NAME(end)(const T *x, ptrdiff_t len, T *buffer)
-{
-    if (len >= LANES)
-        return x + len - LANES;
-    memset(buffer, 0, LANES * sizeof(T));
-    memcpy(buffer + LANES - len, x, (size_t)len * sizeof(T));
-    return buffer;
-}
-
 /* Adds a step to its sums, and prefetches what lies `ahead` elements further on. */
 typedef registers NAME(add)(registers sums, const T *dy, const T *x, ptrdiff_t ahead, step centre,
-                            long long skip);
+                            counted which);
 
 ALWAYS_INLINE registers NAME(add_moments)(registers sums, const T *dy, const T *x, ptrdiff_t ahead,
-                                          step pivot, long long skip)
+                                          step pivot, counted which)
 {
     (void)dy;
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
-        vd d = NAME(widen)(x + j * VD) - pivot.at[j];
-        if (skip)
-            d = drop_below(skip, j, d);
+        const vd d = counted_of(which, j, NAME(widen)(x + j * VD) - pivot.at[j]);
         sums.first[j] += d;
         sums.second[j] += d * d;
     }
@@ -68,16 +57,13 @@ ALWAYS_INLINE registers NAME(add_moments)(registers sums, const T *dy, const T *
 }
 
 ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T *x,
-                                           ptrdiff_t ahead, step mean, long long skip)
+                                           ptrdiff_t ahead, step mean, counted which)
 {
     PREFETCH(dy + ahead);
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
-        vd g = NAME(widen)(dy + j * VD), d = NAME(widen)(x + j * VD) - mean.at[j];
-        if (skip) {
-            g = drop_below(skip, j, g);
-            d = drop_below(skip, j, d);
-        }
+        const vd g = counted_of(which, j, NAME(widen)(dy + j * VD));
+        const vd d = counted_of(which, j, NAME(widen)(x + j * VD) - mean.at[j]);
         sums.first[j] += g;
         sums.second[j] += g * d;
     }
@@ -85,23 +71,29 @@ ALWAYS_INLINE registers NAME(add_products)(registers sums, const T *dy, const T 
 }
 
 /* Rows: sums stay in registers for a run, and in memory from a sample to the next. */
-ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, const T *dy, const T *x, const fastbn_runs *runs,
-                                  const double *centre, double *first, double *second)
+ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, int masked, const T *dy, const T *x,
+                                  const fastbn_runs *runs, const double *centre, double *first,
+                                  double *second)
 {
     double sums[FASTBN_GROUP][2][LANES];
     T dy_buffer[LANES], x_buffer[LANES];
+    uint8_t mask_buffer[LANES];
     const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
     for (ptrdiff_t n = 0; n < runs->samples; n++, dy += down, x += down) {
+        const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += len, x += len) {
             const step around = same_step(centre[c]);
             registers s = n > 0 ? load_sums(sums[c][0], sums[c][1]) : no_sums();
             ptrdiff_t i = 0;
             for (; i + LANES <= len; i += LANES)
-                s = add(s, dy + i, x + i, distance(ahead, i), around, 0);
+                s = add(s, dy + i, x + i, distance(ahead, i), around,
+                        (counted){masked, masked ? mask + i : NULL, 0});
             if (i < len)
-                s = add(s, NAME(end)(dy, len, dy_buffer), NAME(end)(x, len, x_buffer), 0, around,
-                        LANES - (len - i));
+                s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
+                        last_step(x, len, sizeof(T), x_buffer), 0, around,
+                        (counted){masked, masked ? last_step(mask, len, 1, mask_buffer) : NULL,
+                                  LANES - (len - i)});
             ahead.border -= len;
             if (n < runs->samples - 1) {
                 store_sums(sums[c][0], sums[c][1], s);
@@ -116,35 +108,43 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, const T *dy, const T *x, const
 static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *pivot,
                           double *first, double *second)
 {
-    NAME(sum_runs)(NAME(add_moments), x, x, runs, pivot, first, second);
+    if (runs->mask == NULL)
+        NAME(sum_runs)(NAME(add_moments), 0, x, x, runs, pivot, first, second);
+    else
+        NAME(sum_runs)(NAME(add_moments), 1, x, x, runs, pivot, first, second);
 }
 
 static void NAME(products)(const void *dy, const void *x, const fastbn_runs *runs,
                            const double *mean, double *first, double *second)
 {
-    NAME(sum_runs)(NAME(add_products), dy, x, runs, mean, first, second);
+    if (runs->mask == NULL)
+        NAME(sum_runs)(NAME(add_products), 0, dy, x, runs, mean, first, second);
+    else
+        NAME(sum_runs)(NAME(add_products), 1, dy, x, runs, mean, first, second);
 }
 
 /* Columns: a few rows at a time, so that sums are loaded and stored once for all of them, and
  * memory is read in a few streams. */
 ALWAYS_INLINE void NAME(add_rows)(NAME(add) *add, const T *dy, const T *x, ptrdiff_t rows,
                                   ptrdiff_t stride, const double *centre, double *first,
-                                  double *second, long long skip)
+                                  double *second, counted which)
 {
     const step around = load_step(centre);
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < rows; r++)
-        s = add(s, dy + r * stride, x + r * stride, ROWS_SUMMED * stride, around, skip);
+    for (ptrdiff_t r = 0; r < rows; r++, which.mask += which.masked ? MASK_ROW : 0)
+        s = add(s, dy + r * stride, x + r * stride, ROWS_SUMMED * stride, around, which);
     store_sums(first, second, s);
 }
 
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, const T *dy, const T *x,
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int masked, const T *dy, const T *x,
                                      const fastbn_matrix *matrix, const double *centre_of_channel,
                                      double *first_of_channel, double *second_of_channel)
 {
     /* A last step that overlaps the one before reaches, of few columns, back before the first. */
     double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
     double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
+    uint8_t mask_[ROWS_SUMMED * MASK_ROW];
+    const uint8_t *mask = masked ? mask_ + LANES : NULL;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
     memset(centre_, 0, sizeof(double) * LANES);
     memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
@@ -153,14 +153,17 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, const T *dy, const T *x,
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
         ptrdiff_t i = 0;
         n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
+        if (masked)
+            spread_mask_rows(matrix, r, n, mask_);
         for (; i <= end; i += LANES)
-            NAME(add_rows)(add, dy + i, x + i, n, stride, centre + i, first + i, second + i, 0);
+            NAME(add_rows)(add, dy + i, x + i, n, stride, centre + i, first + i, second + i,
+                           (counted){masked, masked ? mask + i : NULL, 0});
         if (i < len) {
             T dy_buffer[LANES], x_buffer[LANES];
-            const int narrow = end < 0;
-            NAME(add_rows)(add, narrow ? NAME(end)(dy, len, dy_buffer) : dy + end,
-                           narrow ? NAME(end)(x, len, x_buffer) : x + end, n, stride, centre + end,
-                           first + end, second + end, i - end);
+            NAME(add_rows)(add, last_step(dy, len, sizeof(T), dy_buffer),
+                           last_step(x, len, sizeof(T), x_buffer), n, stride, centre + end,
+                           first + end, second + end,
+                           (counted){masked, masked ? mask + end : NULL, i - end});
         }
     }
     gather(matrix, first, first_of_channel);
@@ -170,13 +173,19 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, const T *dy, const T *x,
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                  double *first, double *second)
 {
-    NAME(sum_columns)(NAME(add_moments), x, x, matrix, pivot, first, second);
+    if (matrix->mask == NULL)
+        NAME(sum_columns)(NAME(add_moments), 0, x, x, matrix, pivot, first, second);
+    else
+        NAME(sum_columns)(NAME(add_moments), 1, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                   const double *mean, double *first, double *second)
 {
-    NAME(sum_columns)(NAME(add_products), dy, x, matrix, mean, first, second);
+    if (matrix->mask == NULL)
+        NAME(sum_columns)(NAME(add_products), 0, dy, x, matrix, mean, first, second);
+    else
+        NAME(sum_columns)(NAME(add_products), 1, dy, x, matrix, mean, first, second);
 }
 
 /* ------------------------------------------------------------------ element by element */
@@ -280,8 +289,13 @@ ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
         NAME(advance)(w, n); \
     }
 
-static void NAME(normalize)(const void *x_, void *y_, const fastbn_runs *runs,
-                            const fastbn_affine *affine, int streams)
+/* A register of results at i of a run, and a single one, as the mask has them. */
+#define KEPT(v, i) (masked ? MASKED_A(mask + (i), v) : (v))
+#define KEPT_ONE(a, i) (masked && !mask[i] ? (A)0 : (a))
+
+ALWAYS_INLINE void NAME(normalize_runs)(int masked, const void *x_, void *y_,
+                                        const fastbn_runs *runs, const fastbn_affine *affine,
+                                        int streams)
 {
     A high[COLUMNS], low[COLUMNS], scale[COLUMNS], shift[COLUMNS];
     NAME(halves)(affine->centre, runs->channels, high, low);
@@ -289,13 +303,15 @@ static void NAME(normalize)(const void *x_, void *y_, const fastbn_runs *runs,
     NAME(narrow)(affine->shift, runs->channels, shift);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
+        const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
         NAME(start)(&w, (T *)y_ + n * runs->stride, streams);
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
 #define AT(i) \
-    Y(NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), high[c], low[c], scale[c], shift[c])
-#define ONE(i) Y(NAME(get)(x[i0 + (i)]), high[c], low[c], scale[c], shift[c])
+    KEPT(Y(NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), high[c], low[c], scale[c], \
+           shift[c]), i0 + (i))
+#define ONE(i) KEPT_ONE(Y(NAME(get)(x[i0 + (i)]), high[c], low[c], scale[c], shift[c]), i0 + (i))
             WRITE(&w, runs->len, AT, ONE)
 #undef AT
 #undef ONE
@@ -305,8 +321,18 @@ static void NAME(normalize)(const void *x_, void *y_, const fastbn_runs *runs,
     }
 }
 
-static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, const fastbn_runs *runs,
-                           const fastbn_gradient *gradient, int streams)
+static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
+                            const fastbn_affine *affine, int streams)
+{
+    if (runs->mask == NULL)
+        NAME(normalize_runs)(0, x, y, runs, affine, streams);
+    else
+        NAME(normalize_runs)(1, x, y, runs, affine, streams);
+}
+
+ALWAYS_INLINE void NAME(gradient_runs)(int masked, const void *dy_, const void *x_, void *dx_,
+                                       const fastbn_runs *runs, const fastbn_gradient *gradient,
+                                       int streams)
 {
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
     A slope[COLUMNS], scale[COLUMNS];
@@ -316,17 +342,18 @@ static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, const fas
     NAME(narrow)(gradient->scale, runs->channels, scale);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
+        const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
         NAME(start)(&w, (T *)dx_ + n * runs->stride, streams);
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define AT(i) \
-    DX(NAME(fetch)(dy + i0 + (i), distance(ahead, i0 + (i))), \
-       NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), dy_high[c], dy_low[c], x_high[c], \
-       x_low[c], slope[c], scale[c])
+    KEPT(DX(NAME(fetch)(dy + i0 + (i), distance(ahead, i0 + (i))), \
+            NAME(fetch)(x + i0 + (i), distance(ahead, i0 + (i))), dy_high[c], dy_low[c], \
+            x_high[c], x_low[c], slope[c], scale[c]), i0 + (i))
 #define ONE(i) \
-    DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high[c], dy_low[c], x_high[c], \
-       x_low[c], slope[c], scale[c])
+    KEPT_ONE(DX(NAME(get)(dy[i0 + (i)]), NAME(get)(x[i0 + (i)]), dy_high[c], dy_low[c], \
+                x_high[c], x_low[c], slope[c], scale[c]), i0 + (i))
             WRITE(&w, runs->len, AT, ONE)
 #undef AT
 #undef ONE
@@ -336,37 +363,52 @@ static void NAME(gradient)(const void *dy_, const void *x_, void *dx_, const fas
     }
 }
 
+static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
+                           const fastbn_gradient *gradient, int streams)
+{
+    if (runs->mask == NULL)
+        NAME(gradient_runs)(0, dy, x, dx, runs, gradient, streams);
+    else
+        NAME(gradient_runs)(1, dy, x, dx, runs, gradient, streams);
+}
+
 /* Columns: a register of coefficients serves a few rows. Coefficient j of column i is k[j][i]. */
 
 /* Writes some rows of a strip that is one register wide. */
-typedef void NAME(strip)(const T *dy, const T *x, ptrdiff_t stride, T *to, ptrdiff_t pitch,
-                         ptrdiff_t rows, const A *k);
+typedef void NAME(strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
+                         ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows, const A *k);
 
-ALWAYS_INLINE void NAME(normalize_strip)(const T *dy, const T *x, ptrdiff_t stride, T *to,
-                                         ptrdiff_t pitch, ptrdiff_t rows, const A *k)
+ALWAYS_INLINE void NAME(normalize_strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
+                                         ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows,
+                                         const A *k)
 {
     const VA high = LOAD_A(k), low = LOAD_A(k + COLUMNS);
     const VA scale = LOAD_A(k + 2 * COLUMNS), shift = LOAD_A(k + 3 * COLUMNS);
     (void)dy;
     for (ptrdiff_t r = 0; r < rows; r++, x += stride, to += pitch)
-        NAME(store)(to, Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale, shift));
+        NAME(store)(to, KEPT(Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale, shift),
+                             r * MASK_ROW));
 }
 
-ALWAYS_INLINE void NAME(gradient_strip)(const T *dy, const T *x, ptrdiff_t stride, T *to,
-                                        ptrdiff_t pitch, ptrdiff_t rows, const A *k)
+ALWAYS_INLINE void NAME(gradient_strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
+                                        ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows,
+                                        const A *k)
 {
     const VA dy_high = LOAD_A(k), dy_low = LOAD_A(k + COLUMNS);
     const VA x_high = LOAD_A(k + 2 * COLUMNS), x_low = LOAD_A(k + 3 * COLUMNS);
     const VA slope = LOAD_A(k + 4 * COLUMNS), scale = LOAD_A(k + 5 * COLUMNS);
     for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, to += pitch)
-        NAME(store)(to, DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
-                           NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low, x_high,
-                           x_low, slope, scale));
+        NAME(store)(to, KEPT(DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
+                                NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low, x_high,
+                                x_low, slope, scale), r * MASK_ROW));
 }
 
-ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, const T *dy, const T *x, T *out,
-                                       const fastbn_matrix *matrix, const A *k, int streams)
+ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *dy, const T *x,
+                                       T *out, const fastbn_matrix *matrix, const A *k,
+                                       int streams)
 {
+    uint8_t mask_[ROWS_WRITTEN * MASK_ROW];
+    const uint8_t *mask = masked ? mask_ + LANES : NULL;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, last = len - VA_LANES;
     const ptrdiff_t pitch = streams ? len : stride;
     T buffer[ROWS_WRITTEN * COLUMNS], end[ROWS_WRITTEN * VA_LANES];
@@ -375,16 +417,22 @@ ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, const T *dy, const T 
         if (last < 0) {
             T dy_row[VA_LANES] = {0}, x_row[VA_LANES] = {0};
             n = 1;
+            if (masked)
+                spread_mask_rows(matrix, r, n, mask_);
             memcpy(dy_row, dy, sizeof(T) * (size_t)len);
             memcpy(x_row, x, sizeof(T) * (size_t)len);
-            strip(dy_row, x_row, 0, end, VA_LANES, n, k);
+            strip(masked, mask, dy_row, x_row, 0, end, VA_LANES, n, k);
             memcpy(to, end, sizeof(T) * (size_t)len);
         } else {
             n = smaller(matrix->rows - r, ROWS_WRITTEN);
+            if (masked)
+                spread_mask_rows(matrix, r, n, mask_);
             /* It overlaps the strip before, and in place that overwrites what this is made of. */
-            strip(dy + last, x + last, stride, end, VA_LANES, n, k + last);
+            strip(masked, masked ? mask + last : NULL, dy + last, x + last, stride, end, VA_LANES,
+                  n, k + last);
             for (ptrdiff_t i = 0; i < last; i += VA_LANES)
-                strip(dy + i, x + i, stride, to + i, pitch, n, k + i);
+                strip(masked, masked ? mask + i : NULL, dy + i, x + i, stride, to + i, pitch, n,
+                      k + i);
             for (ptrdiff_t j = 0; j < n; j++)
                 memcpy(to + j * pitch + last, end + j * VA_LANES, sizeof(T) * VA_LANES);
         }
@@ -425,7 +473,10 @@ static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *
     NAME(spread_halves)(matrix, affine->centre, k[0], k[1]);
     NAME(spread)(matrix, affine->scale, k[2]);
     NAME(spread)(matrix, affine->shift, k[3]);
-    NAME(write_columns)(NAME(normalize_strip), x, x, y, matrix, k[0], streams);
+    if (matrix->mask == NULL)
+        NAME(write_columns)(NAME(normalize_strip), 0, x, x, y, matrix, k[0], streams);
+    else
+        NAME(write_columns)(NAME(normalize_strip), 1, x, x, y, matrix, k[0], streams);
 }
 
 static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
@@ -437,9 +488,14 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
     NAME(spread_halves)(matrix, gradient->x_mean, k[2], k[3]);
     NAME(spread)(matrix, gradient->slope, k[4]);
     NAME(spread)(matrix, gradient->scale, k[5]);
-    NAME(write_columns)(NAME(gradient_strip), dy, x, dx, matrix, k[0], streams);
+    if (matrix->mask == NULL)
+        NAME(write_columns)(NAME(gradient_strip), 0, dy, x, dx, matrix, k[0], streams);
+    else
+        NAME(write_columns)(NAME(gradient_strip), 1, dy, x, dx, matrix, k[0], streams);
 }
 
+#undef KEPT
+#undef KEPT_ONE
 #undef WRITE
 #undef RUN
 #undef DX
@@ -447,6 +503,7 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
 #undef VA_LANES
 #undef NAME
 #undef LOAD_A
+#undef MASKED_A
 #undef SPREAD_A
 #undef VA
 #undef A

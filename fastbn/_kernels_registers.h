@@ -276,6 +276,82 @@ BY_ELEMENT(bfloat16)
 
 #endif
 
+/* A register with zeros where the mask has 0, and as it is where it has 255. */
+#if defined(__AVX512F__)
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+{
+    const __m512i wide = _mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i *)mask));
+    return (vd)_mm512_and_si512((__m512i)v, wide);
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+{
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)mask));
+    return (vf)_mm512_and_si512((__m512i)v, wide);
+}
+
+#elif defined(__AVX2__)
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+{
+    int32_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(_mm_cvtsi32_si128(bytes)));
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+{
+    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)mask));
+    return (vf)_mm256_and_si256((__m256i)v, wide);
+}
+
+#elif defined(__SSE2__)
+
+/* Each byte four times. */
+ALWAYS_INLINE __m128i repeated(int32_t bytes)
+{
+    const __m128i once = _mm_cvtsi32_si128(bytes), twice = _mm_unpacklo_epi8(once, once);
+    return _mm_unpacklo_epi16(twice, twice);
+}
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+{
+    uint16_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    const __m128i wide = repeated(bytes);
+    return (vd)_mm_and_si128((__m128i)v, _mm_unpacklo_epi32(wide, wide));
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+{
+    int32_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    return (vf)_mm_and_si128((__m128i)v, repeated(bytes));
+}
+
+#else
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+{
+    double wide[VD];
+    store_float64(wide, v);
+    for (int i = 0; i < VD; i++)
+        wide[i] = mask[i] ? wide[i] : 0.0;
+    return load_float64(wide);
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+{
+    float wide[VF];
+    store_float32(wide, v);
+    for (int i = 0; i < VF; i++)
+        wide[i] = mask[i] ? wide[i] : 0.0f;
+    return load_float32(wide);
+}
+
+#endif
+
 /* Copies memory with stores around the cache: what is written there is not read first. A line that
  * is stored in part, or in both ways, costs more than an ordinary one. */
 ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
@@ -378,6 +454,14 @@ ALWAYS_INLINE step same_step(double value)
     return s;
 }
 
+/* Which lanes of a step count: not those below `skip`, nor, of a masked step, those that the mask
+ * has not. */
+typedef struct {
+    int masked;
+    const uint8_t *mask;
+    long long skip;
+} counted;
+
 /* Zeros the lanes below `skip` in the j-th register of a step. */
 ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
 {
@@ -389,6 +473,14 @@ ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
 #else
     return lanes[j] >= skip ? v : 0.0;
 #endif
+}
+
+/* The j-th register of a step, with zeros in the lanes that do not count. */
+ALWAYS_INLINE vd counted_of(counted which, int j, vd v)
+{
+    if (which.masked)
+        v = masked_vd(which.mask + j * VD, v);
+    return which.skip ? drop_below(which.skip, j, v) : v;
 }
 
 #endif

@@ -82,6 +82,15 @@ int fastbn_omp_pause(void)
 #endif
 }
 
+double fastbn_seconds(void)
+{
+#if defined(_OPENMP)
+    return omp_get_wtime();
+#else
+    return 0.0;
+#endif
+}
+
 const char *fastbn_compiler(void)
 {
 #if defined(__clang__)

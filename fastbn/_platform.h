@@ -17,6 +17,9 @@ int fastbn_omp_max_threads(void);
  * them. Returns whether that could be done. */
 int fastbn_omp_pause(void);
 
+/* A clock; it stands still in a build without OpenMP. */
+double fastbn_seconds(void);
+
 const char *fastbn_compiler(void);
 
 /* The date of the OpenMP specification, and the file of the library in use where the system tells;

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     out: Array | None = None,
+    mask: ArrayLike | None = None,
+    ghost_batch_size: int | None = None,
 ) -> Array:
     """Normalize each channel of a batch, as ``torch.nn.functional.batch_norm`` does.
 
@@ -77,6 +80,13 @@ def batch_norm(
     out : ndarray of shape (N, C, ...), optional
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.
+    mask : array_like of bool, optional
+        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
+        add nothing to the statistics, and the result is 0 there.
+    ghost_batch_size : int, optional
+        Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
+        left over at the end as well; the running statistics take one after the other. Without
+        effect outside training.
 
     Returns
     -------
@@ -86,8 +96,9 @@ def batch_norm(
     Raises
     ------
     ValueError
-        If a shape is wrong, a training batch has a single value per channel, running statistics are
-        needed and not there, or `out` cannot be written or overlaps `input` in part.
+        If a shape is wrong, a training batch has a single value per channel or its mask leaves
+        none, running statistics are needed and not there, or `out` cannot be written or overlaps
+        `input` in part.
     TypeError
         If a dtype is not one of the four, or `out` has another than `input`.
 
@@ -104,13 +115,20 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     x = as_input(input)
-    if training:
-        factor = as_real(momentum, "momentum")
-        return forward_by_batch(x, running_mean, running_var, weight, bias, factor, eps, out=out)[0]
-    return forward_by_running(x, running_mean, running_var, weight, bias, eps, out=out)
+    mask = as_mask(mask, x)
+    size = as_batch_size(ghost_batch_size)
+    running = running_mean, running_var
+    if not training:
+        return forward_by_running(x, *running, weight, bias, eps, out=out, mask=mask)
+    factor = as_real(momentum, "momentum")
+    return forward_by_batch(
+        x, *running, weight, bias, factor, eps, out=out, mask=mask, batch_size=size
+    )[0]
 
 
-def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
+def batch_norm_stats(
+    x: ArrayLike, mask: ArrayLike | None = None
+) -> tuple[int, Statistics, Statistics]:
     """Count, mean and m2 of each channel.
 
     m2 is the sum of the squared deviations from the mean: ``m2 / count`` is the biased variance,
@@ -121,18 +139,20 @@ def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
     ----------
     x : array_like of shape (N, C, ...)
         float32, float64, float16 or bfloat16.
+    mask : array_like of bool, optional
+        Which positions count, of a shape that broadcasts to (N, 1, ...).
 
     Returns
     -------
     count : int
-        The number of values of a channel.
+        The number of values of a channel that count.
     mean, m2 : ndarray of shape (C,), float64
-        Zeros for an empty batch.
+        Zeros if nothing counts.
 
     Raises
     ------
     ValueError, TypeError
-        If x has fewer than two axes, or another dtype.
+        If x has fewer than two axes, or another dtype; if the mask does not fit.
 
     Examples
     --------
@@ -140,10 +160,13 @@ def batch_norm_stats(x: ArrayLike) -> tuple[int, Statistics, Statistics]:
     >>> from fastbn.functional import batch_norm_stats
     >>> batch_norm_stats(np.array([[1.0, 5.0], [3.0, 5.0]]))
     (2, array([2., 5.]), array([2., 0.]))
+    >>> batch_norm_stats(np.array([[1.0, 5.0], [3.0, 5.0]]), mask=[[True], [False]])
+    (1, array([1., 5.]), array([0., 0.]))
     """
     x = as_input(x)
-    mean, m2 = backend_of(x).stats(x)
-    return values_per_channel(x), mean, m2
+    mask = as_mask(mask, x)
+    mean, m2 = backend_of(x).stats(x, mask)
+    return values_per_channel(x, mask), mean, m2
 
 
 def batch_norm_elemt(
@@ -154,6 +177,7 @@ def batch_norm_elemt(
     bias: ArrayLike | None = None,
     *,
     out: Array | None = None,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """Normalize by given statistics: ``(x - mean) * invstd * weight + bias``.
 
@@ -168,6 +192,8 @@ def batch_norm_elemt(
     out : ndarray of shape (N, C, ...), optional
         Where to write the result: `x`, a view of exactly its elements, or an array that does not
         overlap it, of x's dtype.
+    mask : array_like of bool, optional
+        Of a shape that broadcasts to (N, 1, ...): where it is False, the result is 0.
 
     Returns
     -------
@@ -194,7 +220,10 @@ def batch_norm_elemt(
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     out = check_out(out, x, mean=mean, invstd=invstd, weight=weight, bias=bias)
-    return backend_of(x).elemt(x, mean, invstd, weight, bias, out)  # type: ignore[no-any-return]
+    mask = as_mask(mask, x)
+    return backend_of(x).elemt(  # type: ignore[no-any-return]
+        x, mean, invstd, weight, bias, out, mask=mask
+    )
 
 
 def batch_norm_forward(
@@ -204,6 +233,8 @@ def batch_norm_forward(
     eps: float = 1e-5,
     *,
     out: Array | None = None,
+    mask: ArrayLike | None = None,
+    ghost_batch_size: int | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the statistics of the batch itself.
 
@@ -221,13 +252,19 @@ def batch_norm_forward(
     out : ndarray of shape (N, C, ...), optional
         Where to write the result: `x`, a view of exactly its elements, or an array that does not
         overlap it, of x's dtype.
+    mask : array_like of bool, optional
+        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
+        add nothing to the statistics, and the result is 0 there.
+    ghost_batch_size : int, optional
+        Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
+        left over at the end as well.
 
     Returns
     -------
     y : ndarray of shape (N, C, ...)
         `out`, or a new array of x's dtype and memory layout.
     mean, invstd : ndarray of shape (C,), float64
-        What `batch_norm_backward` needs.
+        What `batch_norm_backward` needs. With ghost batches a row for each of them.
 
     Raises
     ------
@@ -249,11 +286,19 @@ def batch_norm_forward(
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     out = check_out(out, x, weight=weight, bias=bias)
-    return backend_of(x).forward(x, weight, bias, as_eps(eps), out)  # type: ignore[no-any-return]
+    mask, size = as_mask(mask, x), as_batch_size(ghost_batch_size)
+    return backend_of(x).forward(  # type: ignore[no-any-return]
+        x, weight, bias, as_eps(eps), out, mask=mask, batch_size=size
+    )
 
 
 def batch_norm_backward_reduce(
-    dy: ArrayLike, x: ArrayLike, mean: ArrayLike, invstd: ArrayLike
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
 ) -> tuple[Statistics, Statistics]:
     """The two sums of a backward: the gradients of bias and of weight.
 
@@ -265,6 +310,8 @@ def batch_norm_backward_reduce(
         What was normalized: float32, float64, float16 or bfloat16.
     mean, invstd : array_like of shape (C,)
         The statistics by which it was normalized.
+    mask : array_like of bool, optional
+        Which positions count, of a shape that broadcasts to (N, 1, ...).
 
     Returns
     -------
@@ -286,8 +333,9 @@ def batch_norm_backward_reduce(
     """
     x = as_input(x)
     c = x.shape[1]
+    mean, invstd = as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
     return backend_of(x).backward_reduce(  # type: ignore[no-any-return]
-        as_gradient(dy, x), x, as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
+        as_gradient(dy, x), x, mean, invstd, as_mask(mask, x)
     )
 
 
@@ -302,6 +350,7 @@ def batch_norm_backward_elemt(
     count: float,
     *,
     out: Array | None = None,
+    mask: ArrayLike | None = None,
 ) -> Array:
     """The gradient of x, from the two sums of `batch_norm_backward_reduce`.
 
@@ -325,6 +374,8 @@ def batch_norm_backward_elemt(
     out : ndarray of shape (N, C, ...), optional
         Where to write the result: `dy`, `x`, a view of exactly the elements of one of them, or an
         array that overlaps neither, of x's dtype.
+    mask : array_like of bool, optional
+        Of a shape that broadcasts to (N, 1, ...): where it is False, the gradient is 0.
 
     Returns
     -------
@@ -358,7 +409,7 @@ def batch_norm_backward_elemt(
     }
     out = check_out(out, x, dy, **vectors)
     return backend_of(x).backward_elemt(  # type: ignore[no-any-return]
-        dy, x, **vectors, count=as_real(count, "count"), out=out
+        dy, x, **vectors, count=as_real(count, "count"), out=out, mask=as_mask(mask, x)
     )
 
 
@@ -370,6 +421,8 @@ def batch_norm_backward(
     invstd: ArrayLike,
     *,
     out: Array | None = None,
+    mask: ArrayLike | None = None,
+    ghost_batch_size: int | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `batch_norm_forward`.
 
@@ -385,10 +438,12 @@ def batch_norm_backward(
     weight : array_like of shape (C,) or None
         None stands for ones.
     mean, invstd : array_like of shape (C,)
-        What `batch_norm_forward` returned.
+        What `batch_norm_forward` returned; with ghost batches a row for each of them.
     out : ndarray of shape (N, C, ...), optional
         Where to write dx: `dy`, `x`, a view of exactly the elements of one of them, or an array
         that overlaps neither, of x's dtype.
+    mask, ghost_batch_size
+        What `batch_norm_forward` was given. The gradient is 0 where the mask is False.
 
     Returns
     -------
@@ -415,11 +470,11 @@ def batch_norm_backward(
     x = as_input(x)
     dy = as_gradient(dy, x)
     c = x.shape[1]
+    mask, size = as_mask(mask, x), as_batch_size(ghost_batch_size)
     weight = as_optional_vector(weight, "weight", c, x)
-    mean, invstd = as_vector(mean, "mean", c, x), as_vector(invstd, "invstd", c, x)
+    mean, invstd = as_rows(mean, "mean", size, x), as_rows(invstd, "invstd", size, x)
     out = check_out(out, x, dy, weight=weight, mean=mean, invstd=invstd)
-    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(dy, x, weight, mean, invstd, out)
-    return dx, sum_dy_xhat, sum_dy
+    return backward_by_batch(dy, x, weight, mean, invstd, out=out, mask=mask, batch_size=size)
 
 
 # What `batch_norm` and the layers share.
@@ -436,19 +491,18 @@ def forward_by_batch(
     *,
     counter: Array | None = None,
     out: Array | None,
+    mask: Array | None = None,
+    batch_size: int = 0,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the statistics of the batch, then move the running ones towards them.
 
     The counter of batches is increased; a momentum of None stands for 1 / counter, or for 0 without
-    one. Returns y and, for the backward, mean and invstd.
+    one. Returns y and, for the backward, mean and invstd. A batch size makes several batches of x.
     """
     c = x.shape[1]
     check_running(running_mean, running_var, x, writeable=True)
-    if values_per_channel(x) == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}; "
-            f"evaluation mode takes single values"
-        )
+    counts = values_of_batches(x, mask, batch_size)
+    check_counts(counts, x, mask)
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     if out is not None:
@@ -464,7 +518,48 @@ def forward_by_batch(
         running_var,
         momentum,
         counter,
+        mask=mask,
+        batch_size=batch_size,
+        counts=counts,
     )
+
+
+def forward_by_instance(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    momentum: float,
+    eps: float,
+    *,
+    out: Array | None,
+    mask: Array | None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize each sample by its own statistics; the running ones move towards their means."""
+    n, c = x.shape[:2]
+    check_running(running_mean, running_var, x, writeable=True)
+    counts = values_of_batches(x, mask, 1)
+    if 1 in counts:
+        raise ValueError(
+            f"Expected more than 1 spatial element when training, got input size {x.shape}"
+        )
+    check_counts(counts, x, mask)
+    weight = as_optional_vector(weight, "weight", c, x)
+    bias = as_optional_vector(bias, "bias", c, x)
+    out = check_out(
+        out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    eps, backend = as_eps(eps), backend_of(x)
+    split = {"mask": mask, "batch_size": 1, "counts": counts}
+    if running_mean is None or running_var is None or not x.size:
+        result = backend.forward(x, weight, bias, eps, out, **split)
+    else:
+        rows = [np.tile(v.astype(np.float64), (n, 1)) for v in (running_mean, running_var)]
+        result = backend.forward(x, weight, bias, eps, out, *rows, momentum, **split)
+        with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
+            running_mean[...], running_var[...] = (row.mean(axis=0) for row in rows)
+    return result  # type: ignore[no-any-return]
 
 
 def forward_by_running(
@@ -476,6 +571,7 @@ def forward_by_running(
     eps: float,
     *,
     out: Array | None,
+    mask: Array | None = None,
 ) -> Array:
     """Normalize by the running statistics."""
     if running_mean is None or running_var is None:
@@ -489,8 +585,28 @@ def forward_by_running(
     if out is not None:
         out = check_out(out, x, running_mean=mean, running_var=var, weight=weight, bias=bias)
     return backend_of(x).elemt(  # type: ignore[no-any-return]
-        x, mean, None, weight, bias, out, var=var, eps=as_eps(eps)
+        x, mean, None, weight, bias, out, var=var, eps=as_eps(eps), mask=mask
     )
+
+
+def backward_by_batch(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    *,
+    out: Array | None,
+    mask: Array | None,
+    batch_size: int,
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of `forward_by_batch`, of arguments that have been checked."""
+    dx, sum_dy, sum_dy_xhat = backend_of(x).backward(
+        dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size
+    )
+    if batch_size:
+        sum_dy, sum_dy_xhat = sum_dy.sum(axis=0), sum_dy_xhat.sum(axis=0)
+    return dx, sum_dy_xhat, sum_dy
 
 
 def running_statistics(
@@ -502,9 +618,36 @@ def running_statistics(
     return running_mean.astype(np.float64), invstd
 
 
-def values_per_channel(x: Array) -> int:
-    """The number of values of x that a channel has."""
+def values_per_channel(x: Array, mask: Array | None = None) -> int:
+    """The number of values of x that a channel has, or of those that count."""
+    if mask is not None:
+        return int(np.count_nonzero(mask))
     return math.prod(x.shape[:1] + x.shape[2:])
+
+
+def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int]:
+    """The number of values that count of each batch, of so many samples."""
+    if not batch_size:
+        return [values_per_channel(x, mask)]
+    n = len(x)
+    if mask is None:
+        sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+        return [size * math.prod(x.shape[2:]) for size in sizes]
+    of_samples = np.count_nonzero(mask, axis=tuple(range(1, mask.ndim)))
+    return (
+        [int(count) for count in np.add.reduceat(of_samples, range(0, n, batch_size))] if n else []
+    )
+
+
+def check_counts(counts: list[int], x: Array, mask: Array | None) -> None:
+    """Refuse batches in which there is nothing to normalize by; an empty one is legal."""
+    if 1 in counts:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+            f"{'' if mask is None else ' with a mask'}; evaluation mode takes single values"
+        )
+    if mask is not None and 0 in counts and x.size:
+        raise ValueError("mask leaves no value of a batch; expected at least 2 when training")
 
 
 # The checks. None of them writes.
@@ -604,6 +747,56 @@ def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
 def as_optional_vector(value: Any, name: str, c: int, x: Array) -> Array | None:
     """One value per channel, as an array beside x, or None."""
     return None if value is None else as_vector(value, name, c, x)
+
+
+def as_mask(mask: Any, x: Array) -> Array | None:
+    """The positions of x that count, as a boolean array of shape (N, 1, ...)."""
+    if mask is None:
+        return None
+    if is_cupy(x):
+        raise TypeError("mask works on NumPy arrays; x is a CuPy array")
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}")
+    shape = (x.shape[0], 1, *x.shape[2:])
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask must broadcast to the shape {shape}, x's with one channel, got {mask.shape}"
+        ) from None
+
+
+def as_batch_size(value: Any) -> int:
+    """A number of samples of a batch, at least 1; 0 for None, which stands for all of them."""
+    if value is None:
+        return 0
+    if isinstance(value, bool):
+        raise TypeError("ghost_batch_size must be an integer or None, got a bool")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"ghost_batch_size must be an integer or None, got {type(value).__name__}"
+        ) from None
+    if size < 1:
+        raise ValueError(f"ghost_batch_size must be at least 1, got {size}")
+    return size
+
+
+def as_rows(value: Any, name: str, batch_size: int, x: Array) -> Array:
+    """One value per channel or, with a batch size, per batch and channel."""
+    c = x.shape[1]
+    if not batch_size:
+        return as_vector(value, name, c, x)
+    value = as_array_beside(x, value, name)
+    shape = (max(-(-len(x) // batch_size), 1), c)
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape {shape}, one value per batch and channel of x, "
+            f"got {value.shape}"
+        )
+    return value.astype(value.dtype.newbyteorder("="), copy=False)  # type: ignore[no-any-return]
 
 
 def check_running(

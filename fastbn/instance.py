@@ -1,44 +1,26 @@
 """Instance normalization as layers: batch normalization of each sample by itself.
 
-The semantics are those of ``torch.nn.InstanceNorm1d`` to ``InstanceNorm3d``. An array of the shape
-(N, C, ...) is seen as one sample of N * C channels, (1, N * C, ...), which a batch normalization of
-so many channels takes.
+The semantics are those of ``torch.nn.InstanceNorm1d`` to ``InstanceNorm3d``.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn.layers import NO_BACKWARD_IN_EVAL, NO_SECOND_BACKWARD, _accumulated, _BatchNorm
+from fastbn.layers import _BatchNorm
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
 Array = NDArray[Any]
 
 
-class _Flat(_BatchNorm):
-    """The batch normalization of N * C channels that a forward uses, and then its backward."""
-
-    _ranks = (3, 4, 5)
-    _memory: Any
-
-
-class Instances(NamedTuple):
-    """What a forward that normalized each sample by itself leaves for its backward."""
-
-    flat: _Flat
-    shape: tuple[int, ...]  # of the input, (N, C, ...)
-
-
 class _InstanceNorm(_BatchNorm):
     """What the layers have in common; they differ in the ranks of input that they take."""
 
-    _memory: Any  # Instances, or what a batch normalization leaves
     _input_shape: tuple[int, ...]
 
     def __init__(
@@ -57,7 +39,9 @@ class _InstanceNorm(_BatchNorm):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
 
-    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Normalize each sample of a batch.
 
         By its own statistics in training mode, and in evaluation mode if the layer tracks none;
@@ -71,6 +55,8 @@ class _InstanceNorm(_BatchNorm):
         out : ndarray of x's shape, optional
             Where to write the result: `x`, a view of exactly its elements, or an array that does
             not overlap it, of x's dtype.
+        mask : array_like of bool, optional
+            Which positions count, as `BatchNorm2d.forward` takes it.
 
         Returns
         -------
@@ -80,72 +66,49 @@ class _InstanceNorm(_BatchNorm):
         Raises
         ------
         ValueError
-            If x has a wrong rank or number of channels, a single value per channel of a sample, or
-            `out` cannot serve. Nothing has been changed then.
+            If x has a wrong rank or number of channels, a single value per channel of a sample or
+            none that counts, or `out` or `mask` cannot serve. Nothing has been changed then.
         TypeError
-            If the dtype of x is not one of the four, or `out` has another.
+            If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
         x = self._of_rank(x)
         out = F.check_out(out, x)
         if x.ndim == self._ranks[0]:  # without the axis of samples
-            y = self._forward_batch(x[np.newaxis], None if out is None else out[np.newaxis])[0]
+            batch_out = None if out is None else out[np.newaxis]
+            y = super().forward(x[np.newaxis], out=batch_out, mask=mask)[0]
         else:
-            y = self._forward_batch(x, out)
+            y = super().forward(x, out=out, mask=mask)
         self._input_shape = x.shape
         return y if out is None else out
 
-    def _forward_batch(self, x: Array, out: Array | None) -> Array:
-        x = self._checked(x)
-        by_running = self.frozen if self.training else self.running_mean is not None
-        if by_running:
-            return super().forward(x, out=out)
-        y, flat = self._forward_instances(x, out)
-        self._memory = Instances(flat, x.shape) if self.training else NO_BACKWARD_IN_EVAL
-        return y
+    def _batch_size(self) -> int:
+        return 1
 
-    def _forward_instances(self, x: Array, out: Array | None) -> tuple[Array, _Flat]:
-        """Normalize each sample by itself; return y and what did it."""
-        if math.prod(x.shape[2:]) == 1:
-            raise ValueError(
-                f"Expected more than 1 spatial element when training, got input size {x.shape}"
-            )
-        tracks = self.training and self.track_running_stats and x.size > 0
-        if tracks:
-            F.check_running(self.running_mean, self.running_var, x, writeable=True)
-        flat = self._flat(x, tracks)
-        if out is None:
-            out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
-        target, is_view = _flattened(out)
-        y = flat.forward(_flattened(x)[0], out=target if is_view else None)
-        if not is_view:
-            out[...] = y.reshape(out.shape)
-        if tracks and flat.running_mean is not None:
-            self._average(flat, len(x))
-        return out, flat
+    def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
+        if self.running_mean is None and self.running_var is None:
+            return self._forward_instances(x, out, mask, tracks=False)[0]
+        return super()._forward_eval(x, out, mask)
 
-    def _flat(self, x: Array, tracks: bool) -> _Flat:
-        """A layer with the arrays of this one, in float64, once for each sample."""
-        n = len(x)
-        flat = _Flat(n * self.num_features, self.eps, affine=False, track_running_stats=False)
-        flat._device = self._device
-        flat.training = self.training
-        # None leaves the running statistics alone: so it does in torch.
-        flat.momentum = 0.0 if self.momentum is None else F.as_real(self.momentum, "momentum")
-        names = ["weight", "bias"]
-        if tracks:
-            names += ["running_mean", "running_var"]
-            flat.track_running_stats = True
-        for name in names:
-            if getattr(self, name) is not None:
-                setattr(flat, name, np.tile(self._vector(name, 0.0, x), n))
-        return flat
+    def _forward_train(
+        self, x: Array, out: Array | None, mask: Array | None
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        return self._forward_instances(x, out, mask, tracks=self.track_running_stats)
 
-    def _average(self, flat: _Flat, n: int) -> None:
-        """Take for running statistics the means of those of the samples."""
-        for name in ("running_mean", "running_var"):
-            mean = getattr(flat, name).reshape(n, -1).mean(axis=0)
-            with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
-                getattr(self, name)[...] = mean
+    def _forward_instances(
+        self, x: Array, out: Array | None, mask: Array | None, *, tracks: bool
+    ) -> tuple[Array, F.Statistics, F.Statistics]:
+        return F.forward_by_instance(
+            x,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.weight,
+            self.bias,
+            # None leaves the running statistics alone: so it does in torch.
+            0.0 if self.momentum is None else F.as_real(self.momentum, "momentum"),
+            self.eps,
+            out=out,
+            mask=mask,
+        )
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
@@ -163,7 +126,7 @@ class _InstanceNorm(_BatchNorm):
         Returns
         -------
         ndarray of the input's shape
-            `out`, or a new array of the input's dtype and dy's memory layout.
+            `out`, or a new array of the input's dtype and memory layout.
 
         Raises
         ------
@@ -179,42 +142,16 @@ class _InstanceNorm(_BatchNorm):
             raise ValueError(f"dy must have x's shape {self._input_shape}, got {dy.shape}")
         if dy.ndim == self._ranks[0]:  # without the axis of samples
             out_batch = out if out is None or not F.is_array(out) else out[np.newaxis]
-            dx = self._backward_batch(dy[np.newaxis], out_batch)
+            dx = super().backward(dy[np.newaxis], out=out_batch)
             return dx[0] if out is None else out
-        return self._backward_batch(dy, out)
-
-    def _backward_batch(self, dy: Array, out: Array | None) -> Array:
-        memory = self._memory
-        if not isinstance(memory, Instances):
-            return super().backward(dy, out=out)
-        flat, shape = memory
-        x = flat._memory.x.reshape(shape)
-        dy = F.as_gradient(dy, x)
-        out = F.check_out(out, x, dy)
-        self._check_gradients(x)
-        if out is None:
-            out = np.empty_like(dy, dtype=x.dtype.newbyteorder("="))
-        target, is_view = _flattened(out)
-        dx = flat.backward(_flattened(dy)[0], out=target if is_view else None)
-        if not is_view:
-            out[...] = dx.reshape(shape)
-        for name in ("weight", "bias"):
-            of_samples = getattr(flat, f"{name}_grad")
-            if of_samples is not None:
-                added = of_samples.reshape(shape[:2]).sum(axis=0)
-                gradient = getattr(self, f"{name}_grad")
-                total = _accumulated(gradient, getattr(self, name), added)
-                setattr(self, f"{name}_grad", total)
-        self._memory = NO_SECOND_BACKWARD
-        return out
+        return super().backward(dy, out=out)
 
 
 class InstanceNorm2d(_InstanceNorm):
     """Instance normalization of (N, C, H, W) arrays, with the semantics of torch.nn.InstanceNorm2d.
 
     Each channel of each sample is normalized by its own mean and variance, as image generation and
-    style transfer want it. An array of the shape (C, H, W) is a single sample. A C-contiguous array
-    is read as it lies; others, channels-last ones included, work through a copy.
+    style transfer want it. An array of the shape (C, H, W) is a single sample.
 
     Parameters
     ----------
@@ -291,10 +228,3 @@ class InstanceNorm3d(_InstanceNorm):
     """
 
     _ranks = (4, 5)
-
-
-def _flattened(x: Array) -> tuple[Array, bool]:
-    """(N, C, ...) as (1, N * C, ...), and whether it is a view; else it is a copy."""
-    n, c, *rest = x.shape
-    flat = x.reshape(1, n * c, *rest)
-    return flat, F.share_memory(flat, x)

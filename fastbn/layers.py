@@ -52,6 +52,8 @@ class Memory(NamedTuple):
     frozen: bool
     in_place: bool
     aside: Aside | None
+    mask: Array | None
+    batch_size: int  # as the functions take it: 0 for a single batch
 
 
 # What a layer has in its place when it has none: why a backward cannot be.
@@ -107,9 +109,15 @@ class _BatchNorm:
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        ghost_batch_size: int | None = None,
     ) -> None:
         self._set_options(eps, momentum, affine, track_running_stats, device, dtype, bias)
+        self._set_ghosts(ghost_batch_size)
         self._allocate(_as_num_features(num_features))
+
+    def _set_ghosts(self, ghost_batch_size: int | None) -> None:
+        """Check and keep the size of ghost batches."""
+        self.ghost_batch_size = F.as_batch_size(ghost_batch_size) or None
 
     def _set_options(
         self,
@@ -244,11 +252,15 @@ class _BatchNorm:
 
     # Forward.
 
-    def __call__(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Do what `forward` does."""
-        return self.forward(x, out=out)
+        return self.forward(x, out=out, mask=mask)
 
-    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Normalize a batch.
 
         In training mode by its own statistics, towards which the running ones then move; what the
@@ -266,6 +278,11 @@ class _BatchNorm:
             size, but a copy of channels that the output does not determine: those with a weight of
             0, or one that the bias exceeds 16 times (4 in bfloat16). The backward then needs the
             output, weight and bias as they are now.
+        mask : array_like of bool, optional
+            Which positions count, of a shape that broadcasts to (N, 1, ...): valid pixels, or the
+            part of each sequence that is not padding. What x holds where it is False counts for
+            nothing, neither here nor in the backward, and output and gradient are 0 there. Kept by
+            reference for the backward, as x is.
 
         Returns
         -------
@@ -275,25 +292,30 @@ class _BatchNorm:
         Raises
         ------
         ValueError
-            If x has a wrong rank or number of channels, a single value per channel in training,
-            or `out` cannot serve. Nothing has been changed then.
+            If x has a wrong rank or number of channels, a single value per channel in training or
+            none that counts, or `out` or `mask` cannot serve. Nothing has been changed then.
         TypeError
-            If the dtype of x is not one of the four, or `out` has another.
+            If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
         x = self._checked(x)
+        mask = F.as_mask(mask, x)
         if not self.training:
-            y = self._forward_eval(x, out)
+            y = self._forward_eval(x, out, mask)
             self._memory = NO_BACKWARD_IN_EVAL
             return y
         out = F.check_out(out, x)
         in_place = out is not None and F.share_memory(out, x)
         aside = self._set_aside(x) if in_place else None
-        if self.frozen:
-            y, mean, invstd = self._forward_frozen(x, out)
-        else:
-            y, mean, invstd = self._forward_train(x, out)
-        self._memory = Memory(y if in_place else x, mean, invstd, self.frozen, in_place, aside)
+        forward = self._forward_frozen if self.frozen else self._forward_train
+        y, mean, invstd = forward(x, out, mask)
+        size = 0 if self.frozen else self._batch_size()
+        kept = y if in_place else x
+        self._memory = Memory(kept, mean, invstd, self.frozen, in_place, aside, mask, size)
         return y
+
+    def _batch_size(self) -> int:
+        """The samples that are normalized together in training, 0 for all."""
+        return F.as_batch_size(self.ghost_batch_size)
 
     def _checked(self, x: ArrayLike) -> Array:
         """x as an array of a rank and a number of channels that fit."""
@@ -316,23 +338,24 @@ class _BatchNorm:
             raise ValueError(f"expected {expected} input, got {x.ndim}D input of shape {x.shape}")
         return x
 
-    def _forward_eval(self, x: Array, out: Array | None) -> Array:
-        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        if mean is None and var is None:
-            return F.forward_by_batch(x, None, None, weight, bias, 0.0, self.eps, out=out)[0]
-        return F.forward_by_running(x, mean, var, weight, bias, self.eps, out=out)
+    def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
+        parameters = self.running_mean, self.running_var, self.weight, self.bias
+        if self.running_mean is None and self.running_var is None:
+            return F.forward_by_batch(x, *parameters, 0.0, self.eps, out=out, mask=mask)[0]
+        return F.forward_by_running(x, *parameters, self.eps, out=out, mask=mask)
 
     def _forward_frozen(
-        self, x: Array, out: Array | None
+        self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         mean, var = self.running_mean, self.running_var
         F.check_running(mean, var, x, writeable=False)
         statistics = F.running_statistics(mean, var, self.eps)
-        y = F.forward_by_running(x, mean, var, self.weight, self.bias, self.eps, out=out)
+        weight, bias, eps = self.weight, self.bias, self.eps
+        y = F.forward_by_running(x, mean, var, weight, bias, eps, out=out, mask=mask)
         return y, *statistics
 
     def _forward_train(
-        self, x: Array, out: Array | None
+        self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         tracks = self.track_running_stats
         counter = self.num_batches_tracked if tracks else None
@@ -348,6 +371,8 @@ class _BatchNorm:
             self.eps,
             counter=counter,
             out=out,
+            mask=mask,
+            batch_size=self._batch_size(),
         )
 
     def _set_aside(self, x: Array) -> Aside | None:
@@ -422,8 +447,8 @@ class _BatchNorm:
         if memory.aside is not None:  # before dy may be overwritten
             channels, x = memory.aside
             view = self._view_aside(memory, channels, x)
-            aside = _gradients(dy[:, channels], view, memory.frozen, None)
-        dx, dweight, dbias = _gradients(dy, self._view(memory), memory.frozen, out)
+            aside = _gradients(dy[:, channels], view, memory, None)
+        dx, dweight, dbias = _gradients(dy, self._view(memory), memory, out)
         if aside is not None:
             dx[:, channels], dweight[channels], dbias[channels] = aside
         self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
@@ -465,7 +490,7 @@ class _BatchNorm:
 
     def _view_aside(self, memory: Memory, channels: NDArray[np.intp] | slice, x: Array) -> View:
         """How the backward sees the channels that were set aside."""
-        mean, invstd = memory.mean[channels], memory.invstd[channels]
+        mean, invstd = memory.mean[..., channels], memory.invstd[..., channels]
         weight = self._vector("weight", 1.0, x)[channels]
         return View(x, mean, invstd, weight, invstd * weight)
 
@@ -581,6 +606,7 @@ class _BatchNorm:
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self._has_bias}, "
             f"track_running_stats={self.track_running_stats}"
+            + (f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else "")
         )
 
     def __repr__(self) -> str:
@@ -602,8 +628,10 @@ class _LazyBatchNorm(_BatchNorm):
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        ghost_batch_size: int | None = None,
     ) -> None:
         self._set_options(eps, momentum, affine, track_running_stats, device, dtype, bias)
+        self._set_ghosts(ghost_batch_size)
         if not self.affine:
             self.weight = None
         if not self._has_bias:
@@ -619,10 +647,12 @@ class _LazyBatchNorm(_BatchNorm):
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Take the number of channels from x, then do what the layer that this becomes does."""
         x = self._of_rank(x)
-        y: Array = self._initialized(x.shape[1], "forward", x, out=out)
+        y: Array = self._initialized(x.shape[1], "forward", x, out=out, mask=mask)
         return y
 
     def load_state_dict(
@@ -682,6 +712,10 @@ class BatchNorm2d(_BatchNorm):
         dtype of the input may be another, and is the dtype of the output.
     bias : bool, default True
         Whether an affine layer has a bias.
+    ghost_batch_size : int, optional
+        In training, normalize each so many samples by themselves, and what is left over at the end
+        as well, as if the layer were called for one after the other: the noise of small batches at
+        the speed of large ones (Hoffer, Hubara and Soudry 2017).
 
     Attributes
     ----------
@@ -801,19 +835,23 @@ class LazyBatchNorm3d(_LazyBatchNorm):
 
 
 def _gradients(
-    dy: Array, view: View, frozen: bool, out: Array | None
+    dy: Array, view: View, memory: Memory, out: Array | None
 ) -> tuple[Array, F.Statistics, F.Statistics]:
     """The gradients of input, weight and bias."""
     x, mean, invstd, weight, scale = view
-    if not frozen or scale is None:
-        return F.batch_norm_backward(dy, x, weight, mean, invstd, out=out)
+    mask, batch_size = memory.mask, memory.batch_size
+    if not memory.frozen or scale is None:
+        return F.backward_by_batch(
+            dy, x, weight, mean, invstd, out=out, mask=mask, batch_size=batch_size
+        )
     # The statistics are constants: dx = dy * weight * invstd.
-    dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd)
+    dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
     if out is None:
         out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
-    return F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out), dweight, dbias
+    dx = F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out, mask=mask)
+    return dx, dweight, dbias
 
 
 @functools.cache

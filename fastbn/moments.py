@@ -73,13 +73,15 @@ class Moments:
         self.__dict__.update(count=_as_count(self.count), mean=mean, m2=m2)
 
     @classmethod
-    def of(cls, x: ArrayLike) -> Self:
+    def of(cls, x: ArrayLike, mask: ArrayLike | None = None) -> Self:
         """Return the statistics of the channels of an array.
 
         Parameters
         ----------
         x : array_like of shape (N, C, ...)
             float32, float64, float16 or bfloat16. May be empty.
+        mask : array_like of bool, optional
+            Which positions count, of a shape that broadcasts to (N, 1, ...).
 
         Returns
         -------
@@ -88,7 +90,7 @@ class Moments:
         Raises
         ------
         ValueError, TypeError
-            If x has fewer than two axes, or another dtype.
+            If x has fewer than two axes, or another dtype; if the mask does not fit.
 
         Examples
         --------
@@ -96,7 +98,7 @@ class Moments:
         >>> fastbn.Moments.of([[1.0, 5.0], [3.0, 5.0]])
         Moments(count=2, mean=[2.0, 5.0], m2=[2.0, 0.0])
         """
-        return cls(*F.batch_norm_stats(x))
+        return cls(*F.batch_norm_stats(x, mask))
 
     def var(self, correction: float = 0) -> Statistics:
         """Return the variances, ``m2 / (count - correction)``.

@@ -113,14 +113,14 @@ class _Recorder:
         del self.layer.__dict__["_forward_train"]
 
     def forward_train(
-        self, x: Array, out: Array | None
+        self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         """What the layer's own method does, but with the running statistics left alone."""
         layer = self.layer
-        batch = Moments.of(x)  # before `out` may take the place of x
+        batch = Moments.of(x, mask)  # before `out` may take the place of x
         layer.track_running_stats = False
         try:
-            result = type(layer)._forward_train(layer, x, out)
+            result = type(layer)._forward_train(layer, x, out, mask)
         finally:
             layer.track_running_stats = True
         if isinstance(layer, SyncBatchNorm):

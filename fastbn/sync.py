@@ -55,8 +55,9 @@ class SyncBatchNorm(_BatchNorm):
 
     Notes
     -----
-    Input has 2 to 5 axes, the same number and dtype on all ranks. Where a call fails on one rank,
-    it fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
+    Input has 2 to 5 axes, the same number and dtype on all ranks. A mask may leave nothing on a
+    rank; if it leaves nothing on any, that is an empty batch. Where a call fails on one rank, it
+    fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
 
     In place, a training forward keeps a copy of its input. A layer can be pickled if its
     communicator is ``MPI.COMM_WORLD``.
@@ -97,15 +98,17 @@ class SyncBatchNorm(_BatchNorm):
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self._group = None
 
-    def forward(self, x: ArrayLike, *, out: Array | None = None) -> Array:
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
         """Normalize this rank's part of a batch; see `BatchNorm2d.forward`.
 
         Collective in training mode, unless frozen.
         """
         if not self.training or self.frozen:
-            return super().forward(x, out=out)
+            return super().forward(x, out=out, mask=mask)
         forward = super().forward
-        return self._all_ranks().together(lambda: forward(x, out=out))
+        return self._all_ranks().together(lambda: forward(x, out=out, mask=mask))
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; see `BatchNorm2d.backward`.
@@ -128,10 +131,10 @@ class SyncBatchNorm(_BatchNorm):
         return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy())
 
     def _forward_train(
-        self, x: Array, out: Array | None
+        self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         weight, bias = self._checked_arrays(x)
-        total = self._all_ranks().total_moments(x, Moments.of(x))
+        total = self._all_ranks().total_moments(x, Moments.of(x, mask))
         if total.count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape} "
@@ -140,7 +143,7 @@ class SyncBatchNorm(_BatchNorm):
         with np.errstate(all="ignore"):
             invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + self.eps)
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
-        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out)
+        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out, mask=mask)
         if self.track_running_stats and total.count:
             self._track(total)
         self._total = total
@@ -188,12 +191,13 @@ class SyncBatchNorm(_BatchNorm):
         out = F.check_out(out, memory.x, dy)
         self._check_gradients(x)
         weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
-        dbias, dweight = F.batch_norm_backward_reduce(dy, x, memory.mean, memory.invstd)
+        mean, invstd, mask = memory.mean, memory.invstd, memory.mask
+        dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
         sums = self._all_ranks().total_sums(x, _on_host(dbias), _on_host(dweight))
         sum_dy, sum_dy_xhat = (self._beside(x, array) for array in sums)
         count = max(self._total.count, 1)
         dx = F.batch_norm_backward_elemt(
-            dy, x, memory.mean, memory.invstd, weight, sum_dy, sum_dy_xhat, count, out=out
+            dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out=out, mask=mask
         )
         self.weight_grad = _accumulated(self.weight_grad, self.weight, dweight)
         self.bias_grad = _accumulated(self.bias_grad, self.bias, dbias)
@@ -229,6 +233,8 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     ------
     TypeError
         If it is not a batch normalization layer.
+    ValueError
+        If it has ghost batches.
     RuntimeError
         If it is lazy and has not seen its first input.
     ImportError
@@ -244,6 +250,8 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     """
     if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
         raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+    if layer.ghost_batch_size is not None:
+        raise ValueError("a layer with ghost batches normalizes less than its batch, not more")
     if layer.has_uninitialized_params():
         raise RuntimeError(
             f"{type(layer).__name__} cannot be converted yet: the first input decides num_features"

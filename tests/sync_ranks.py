@@ -223,6 +223,24 @@ def recalibrated():
     assert sync.num_batches_tracked == 3
 
 
+def masked():
+    """Masks leave out what they leave out of the same batch on one process, all of a rank too."""
+    rng = generator()
+    mask = rng.random((9, 1, 5, 2)) < 0.5
+    for sizes in SPLITS[WORLD.size]:
+        sync, plain = pair()
+        x, dy = some(rng, (9, 3, 5, 2)), some(rng, (9, 3, 5, 2))
+        mask[: sizes[0] - 1] = WORLD.size == 1
+        mask[-1] = True
+        y, dx = plain(x, mask=mask), plain.backward(dy)
+        spoilt = np.where(mask, x, np.nan)
+        assert_within_2_ulp(
+            sync(part(spoilt, sizes), mask=part(mask, sizes)), part(y, sizes), plain.weight
+        )
+        assert_within_2_ulp(sync.backward(part(dy, sizes)), part(dx, sizes), np.zeros(3))
+        support.assert_close(sync.running_var, plain.running_var, 1e-6)
+
+
 def copies():
     """Copies synchronize as their original does."""
     sync, plain = pair()

@@ -18,10 +18,10 @@ def names(function):
     return list(inspect.signature(function).parameters)
 
 
-def test_batch_norm_has_the_signature_of_torch():
+def test_batch_norm_has_the_signature_of_torch_and_more_by_keyword():
     assert names(F.batch_norm) == [
         *["input", "running_mean", "running_var", "weight", "bias"],
-        *["training", "momentum", "eps", "out"],
+        *["training", "momentum", "eps", "out", "mask", "ghost_batch_size"],
     ]
 
 

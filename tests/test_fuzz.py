@@ -58,6 +58,7 @@ JUNK = [
     lambda: np.broadcast_to(np.float32(1), (2, 3)),
 ]
 ARRAYS, RUNNING = ("input", "x", "dy"), ("running_mean", "running_var")
+GHOSTS = "ghost_batch_size"
 
 
 @st.composite
@@ -81,6 +82,16 @@ def outputs(draw, x, dy):
 
 
 @st.composite
+def masks(draw, shape, rng):
+    """Often none; else one that broadcasts, with anything from nothing to everything."""
+    if draw(st.integers(0, 2)) > 0:
+        return None
+    full = (shape[0], 1, *shape[2:])
+    shape = [draw(st.sampled_from([1, n])) for n in full][draw(st.integers(0, len(full) - 1)) :]
+    return rng.random(shape) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+
+
+@st.composite
 def calls(draw, function):
     """The arguments of a function, by name."""
     seed = draw(st.integers(0, 2**32 - 1))
@@ -94,7 +105,10 @@ def calls(draw, function):
         return draw(strategies.laid_out(a))
 
     arguments = {}
-    for name in inspect.signature(function).parameters:
+    names = list(inspect.signature(function).parameters)
+    ghosts = draw(st.sampled_from([None, None, 1, 2, 3, 50])) if GHOSTS in names else None
+    rows = () if ghosts is None else (max(-(-shape[0] // ghosts), 1),)
+    for name in names:
         if draw(st.integers(0, 11)) == 0:
             value = draw(st.sampled_from(JUNK))()
         elif name in ARRAYS:
@@ -102,6 +116,10 @@ def calls(draw, function):
         elif name == "out":
             x = arguments.get("x", arguments.get("input"))
             value = draw(outputs(x, arguments.get("dy")))
+        elif name == GHOSTS:
+            value = ghosts
+        elif name == "mask":
+            value = draw(masks(shape, rng))
         elif name == "eps":
             value = draw(strategies.EPS)
         elif name == "momentum":
@@ -113,9 +131,45 @@ def calls(draw, function):
         elif name in (*RUNNING, "weight", "bias") and draw(st.integers(0, 3)) == 0:
             value = None
         else:
-            value = array((channels,), 0.5 if name in ("invstd", "running_var") else None)
+            of_batches = rows if name in ("mean", "invstd") else ()
+            low = 0.5 if name in ("invstd", "running_var") else None
+            value = array((*of_batches, channels), low)
         arguments[name] = value
     return arguments
+
+
+def gathered(a, mask):
+    """The positions of an array that count, of shape (n, C), if it has positions at all."""
+    if mask is None or np.ndim(a) < 2:
+        return a
+    return np.moveaxis(a, 1, -1)[mask[:, 0]]
+
+
+def parts_of(a):
+    """The arguments of each batch that a call normalizes by itself, of what counts in it."""
+    key = "input" if "input" in a else "x"
+    x, mask, size = np.asarray(a[key]), a.get("mask"), a.get(GHOSTS)
+    if size is None or not a.get("training", True):
+        size = max(len(x), 1)
+    if mask is not None:
+        mask = np.broadcast_to(mask, (x.shape[0], 1, *x.shape[2:]))
+    for k, start in enumerate(range(0, max(len(x), 1), size)):
+        part = slice(start, start + size)
+        m = None if mask is None else mask[part]
+        arrays = {name: gathered(np.asarray(a[name])[part], m) for name in ARRAYS if name in a}
+        rows = {n: a[n][k] for n in ("mean", "invstd") if np.ndim(a.get(n, 0)) == 2}
+        yield a | arrays | rows
+
+
+def joined(name, ghosts, parts):
+    """The results of a call from those of its batches."""
+    if ghosts is None:
+        return parts[0]
+    if name == "batch_norm":
+        return np.concatenate(parts)
+    arrays, *others = zip(*parts, strict=True)
+    join = np.stack if name == "batch_norm_forward" else sum
+    return np.concatenate(arrays), *(join(values) for values in others)
 
 
 def expected(name, a):
@@ -165,6 +219,20 @@ def agree(result, exact):
     )
 
 
+def counted(result, a):
+    """A result, of an array only what counts; the rest must be 0."""
+    x, mask = np.asarray(a.get("x", a.get("input"))), a.get("mask")
+    if mask is None:
+        return result
+    if isinstance(result, tuple):
+        return tuple(counted(r, a) if np.shape(r) == x.shape else r for r in result)
+    if np.shape(result) != x.shape:
+        return result
+    mask = np.broadcast_to(mask, (x.shape[0], 1, *x.shape[2:]))
+    assert (gathered(result, ~mask) == 0).all()
+    return gathered(result, mask)
+
+
 def bits(value):
     """What an argument holds, to compare later."""
     plain = type(value) is np.ndarray and not value.dtype.hasobject
@@ -179,8 +247,8 @@ def test_a_function_gives_the_right_result_or_changes_nothing(name, data):
     before = {key: bits(value) for key, value in arguments.items()}
     kept = {k: v.copy() if type(v) is np.ndarray else v for k, v in arguments.items()}
     out = arguments.get("out")
-    keyword = {"out": out} if "out" in arguments else {}
-    positional = [value for key, value in arguments.items() if key != "out"]
+    keyword = {key: arguments[key] for key in ("out", "mask", GHOSTS) if key in arguments}
+    positional = [value for key, value in arguments.items() if key not in keyword]
     try:
         result = function(*positional, **keyword)
     except (TypeError, ValueError):
@@ -193,9 +261,11 @@ def test_a_function_gives_the_right_result_or_changes_nothing(name, data):
             assert bits(value) == before[key], key
     if out is not None:
         assert (result[0] if isinstance(result, tuple) else result) is out
-    if np.size(kept.get("x", kept.get("input"))):
+    parts = list(parts_of(kept))
+    if all(np.size(part.get("x", part.get("input"))) for part in parts):
         with np.errstate(all="ignore"):
-            assert agree(result, expected(name, kept))
+            exact = joined(name, kept.get(GHOSTS), [expected(name, part) for part in parts])
+            assert agree(counted(result, kept), exact)
 
 
 class LayerMachine(RuleBasedStateMachine):

@@ -34,7 +34,8 @@ def run_ranks(ranks, case):
 @with_mpi
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
-    "case", ["equal", "nowhere", "failing", "modes", "communicators", "recalibrated", "copies"]
+    "case",
+    ["equal", "nowhere", "failing", "modes", "communicators", "recalibrated", "masked", "copies"],
 )
 def test_on_ranks(case, ranks):
     run_ranks(ranks, case)
@@ -76,6 +77,7 @@ except ImportError as error:
         (None, TypeError),
         (fastbn.InstanceNorm2d(3), TypeError),
         (fastbn.LazyBatchNorm2d(), RuntimeError),
+        (fastbn.BatchNorm2d(3, ghost_batch_size=4), ValueError),
     ],
 )
 def test_what_cannot_be_converted_is_refused(layer, error):
