@@ -29,8 +29,11 @@ ISAS = {
 ISAS_MSVC = {"base": ([], None, "1")}
 
 # Every instruction set gives the same bits only where no compiler fuses or reorders a sum. Square
-# roots are computed in registers where none has to set errno.
+# roots are computed in registers where none has to set errno. Most Pythons ask for debug symbols,
+# which are four fifths of the file; they are made where CFLAGS asks.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno"]
+if not any(flag.startswith("-g") for flag in os.environ.get("CFLAGS", "").split()):
+    FLAGS.append("-g0")
 FLAGS_MSVC = ["/O2", "/fp:precise"]
 
 ISA_PROBE = """
@@ -56,7 +59,12 @@ def openmp_candidates(msvc):
     """Pairs of compiler and linker flags that may switch OpenMP on."""
     if msvc:
         return [(["/openmp"], [])]
-    candidates = [(["-fopenmp"], ["-fopenmp"]), (["-Xpreprocessor", "-fopenmp"], ["-lomp"])]
+    candidates = [
+        # Bound to one runtime as a whole, at import: a process may load others later.
+        (["-fopenmp"], ["-fopenmp", "-Wl,-z,now"]),
+        (["-fopenmp"], ["-fopenmp"]),
+        (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),
+    ]
     try:  # Homebrew's libomp lies where Apple's clang does not look.
         brew = subprocess.run(["brew", "--prefix", "libomp"], capture_output=True, text=True)
     except OSError:
@@ -124,6 +132,9 @@ class BuildExt(build_ext):
         return True
 
 
+# One library for CPython 3.11 and later, by the stable ABI, which free-threaded builds do not have.
+STABLE_ABI = os.environ.get("FASTBN_LIMITED_API") == "1"
+
 core = Extension(
     "fastbn._core",
     sources=["fastbn/_core.pyx", "fastbn/_platform.c"],
@@ -135,6 +146,12 @@ core = Extension(
         "fastbn/_platform.h",
     ],
     include_dirs=["fastbn"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
+    py_limited_api=STABLE_ABI,
 )
 
-setup(ext_modules=cythonize([core], build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+setup(
+    ext_modules=cythonize([core], build_dir="build/cython"),
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
+)

@@ -349,8 +349,9 @@ def get_num_threads() -> int:
     >>> fastbn.get_num_threads() >= 1
     True
     """
-    if _num_threads is not None:
-        return min(_num_threads, _limit)
+    n = _num_threads  # read once: another Python thread may set it meanwhile
+    if n is not None:
+        return min(n, _limit)
     return min(_core.omp_max_threads(), _cpus, _limit)
 
 

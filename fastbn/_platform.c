@@ -1,4 +1,4 @@
-#define _GNU_SOURCE /* dladdr */
+#define _GNU_SOURCE /* dladdr, RTLD_NOLOAD */
 #include "_platform.h"
 
 #include <stdio.h>
@@ -55,12 +55,26 @@ int fastbn_omp_max_threads(void)
 #endif
 }
 
+#if defined(_OPENMP) && !defined(_WIN32)
+/* The file of the OpenMP runtime that this library is bound to: of several in the process, one. */
+static const char *runtime(void)
+{
+    Dl_info info;
+    return dladdr((void *)omp_get_max_threads, &info) ? info.dli_fname : NULL;
+}
+#endif
+
 int fastbn_omp_pause(void)
 {
 #if defined(_OPENMP) && !defined(_WIN32)
+    const char *path = runtime();
+    void *library = path ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    if (library == NULL)
+        return 0;
     /* Looked up, since runtimes before OpenMP 5.0 have no such function. */
     int (*pause)(int);
-    *(void **)&pause = dlsym(RTLD_DEFAULT, "omp_pause_resource_all");
+    *(void **)&pause = dlsym(library, "omp_pause_resource_all");
+    dlclose(library);
     const int soft = 1;
     return pause != NULL && pause(soft) == 0;
 #else
@@ -96,13 +110,11 @@ const char *fastbn_openmp(void)
 {
 #if defined(_OPENMP)
     static char name[512];
-    const char *library = "unknown";
+    const char *library = NULL;
 #  if !defined(_WIN32)
-    Dl_info info;
-    if (dladdr((void *)omp_get_max_threads, &info) && info.dli_fname)
-        library = info.dli_fname;
+    library = runtime();
 #  endif
-    snprintf(name, sizeof name, "%d (%s)", _OPENMP, library);
+    snprintf(name, sizeof name, "%d (%s)", _OPENMP, library ? library : "unknown");
     return name;
 #else
     return "none";

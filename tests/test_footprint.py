@@ -15,8 +15,8 @@ def test_importing_brings_neither_torch_nor_cupy(tmp_path):
 
 def test_importing_adds_less_than_50_ms_to_importing_numpy(tmp_path):
     code = (
-        "import numpy, time; start = time.perf_counter(); import fastbn;"
-        "print(time.perf_counter() - start)"
+        "import numpy, time; start = time.process_time(); import fastbn;"
+        "print(time.process_time() - start)"
     )
     seconds = [float(output_of(code, tmp_path)) for _ in range(7)]
     assert min(seconds) < 0.05  # the others are those of a busy machine
@@ -48,7 +48,9 @@ def peak(call):
 
 x, dy = buffer(), buffer()
 bn = fastbn.BatchNorm2d(64)
-bn(np.array(x[:2], order="K")), bn.backward(np.array(dy[:2], order="K"))  # starts the threads
+# First calls start threads and map code from files, a megabyte at once on some systems.
+warm = np.array(x[:2], order="K")
+bn(warm, out=warm), bn.backward(warm, out=warm)
 bn.weight[:{aside}] = 0
 if {frozen}:
     bn.freeze()

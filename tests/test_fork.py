@@ -1,9 +1,12 @@
 """A forked process can call the library, whatever its parent did before."""
 
 import os
+import sys
 
 import pytest
 from support import output_of
+
+import fastbn
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -119,3 +122,31 @@ for thread in threads:
 print(all(children) and right())
 """
     assert output_of(CODE + EXPECTED + code, tmp_path) == "True\n"
+
+
+# As torch loads the runtime that it brings along: its symbols come before those of all others.
+LOAD_ANOTHER_RUNTIME = """
+import ctypes, shutil
+
+def another_runtime():
+    ours = fastbn._core.platform()["openmp"].partition("(")[2].rstrip(")")
+    ctypes.CDLL(shutil.copy(ours, os.path.abspath("another.so")), ctypes.RTLD_GLOBAL)
+    return True
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or fastbn._core.platform()["openmp"] == "none",
+    reason="no OpenMP runtime that could be there twice",
+)
+@pytest.mark.parametrize(
+    "order",
+    [
+        "another_runtime() and right() and in_child(right) and right()",
+        "right() and another_runtime() and in_child(right) and right()",
+        "right() and another_runtime() and right() and pool() and right()",
+    ],
+)
+def test_a_fork_beside_another_openmp_runtime(tmp_path, order):
+    code = CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + POOL + f"print({order})"
+    assert output_of(code, tmp_path) == "True\n"
