@@ -16,11 +16,11 @@ def new(rng, shape, dtype, channels_last):
     return np.moveaxis(np.moveaxis(array, 1, -1).copy(), -1, 1) if channels_last else array
 
 
-def call_all(x, dy):
+def call_all(x, dy, **options):
     vectors = np.linspace(1, 2, x.shape[1]), np.linspace(-1, 1, x.shape[1])
-    y, mean, invstd = F.batch_norm_forward(x, *vectors)
-    dx = F.batch_norm_backward(dy, x, vectors[0], mean, invstd)[0]
-    F.batch_norm(x, mean, invstd, *vectors, out=y)
+    y, mean, invstd = F.batch_norm_forward(x, *vectors, **options)
+    dx = F.batch_norm_backward(dy, x, vectors[0], mean, invstd, **options)[0]
+    F.batch_norm(x, vectors[1], vectors[0], *vectors, out=y, **options)
     assert np.isfinite(y).all()
     assert np.isfinite(dx).all()
 
@@ -29,4 +29,8 @@ rng = np.random.default_rng(0)
 for case in itertools.product(SHAPES, DTYPES, (False, True)):
     for threads in (1, 2):
         fastbn.set_num_threads(threads)
-        call_all(new(rng, *case), new(rng, *case))
+        x, dy = new(rng, *case), new(rng, *case)
+        mask = rng.random((x.shape[0], 1, *x.shape[2:])) < 0.5
+        call_all(x, dy)
+        call_all(x, dy, mask=mask)
+        call_all(x, dy, mask=mask, ghost_batch_size=2)
