@@ -635,6 +635,11 @@ def values_per_channel(x: Array, mask: Array | None = None) -> int:
     return math.prod(x.shape[:1] + x.shape[2:])
 
 
+def batches_of(x: Array, batch_size: int) -> int:
+    """The number of batches, of so many samples, that x is."""
+    return max(-(-len(x) // batch_size), 1) if batch_size else 1
+
+
 def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int]:
     """The number of values that count of each batch, of so many samples."""
     if not batch_size:
@@ -849,7 +854,7 @@ def as_rows(value: Any, name: str, batch_size: int, x: Array) -> Array:
     if not batch_size:
         return as_vector(value, name, c, x)
     value = as_array_beside(x, value, name)
-    shape = (max(-(-len(x) // batch_size), 1), c)
+    shape = (batches_of(x, batch_size), c)
     if value.shape != shape:
         raise ValueError(
             f"{name} must have the shape {shape}, one value per batch and channel of x, "

@@ -131,7 +131,7 @@ class _Recorder:
         if isinstance(layer, SyncBatchNorm):
             batch = layer._total  # of all ranks
         self.total += batch
-        self.batches += batch.count > 0
+        self.batches += F.batches_of(x, layer._batch_size()) if batch.count else 0
         return result
 
     def check(self) -> None:

@@ -147,6 +147,16 @@ def test_evaluation_and_frozen_layers_have_no_ghost_batches(rng):
     assert same_bits(ghosts.backward(x), plain.backward(x))
 
 
+def test_recalibration_counts_them_as_training_does(rng):
+    x = some(rng, (10, 3, 6, 7))
+    ghosts, plain = pair(x.shape, 4)
+    with fastbn.recalibrate(ghosts, plain):
+        ghosts(x)
+        plain(x)
+    assert ghosts.num_batches_tracked == 3
+    assert same_bits(ghosts.running_var, plain.running_var)
+
+
 def test_a_lazy_layer_keeps_the_size(rng):
     bn = fastbn.LazyBatchNorm2d(ghost_batch_size=4)
     bn(some(rng, (10, 3, 6, 7)))
