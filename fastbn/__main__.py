@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 
 from fastbn import _bench
@@ -22,6 +23,13 @@ def main(arguments: list[str]) -> None:
         show_config()
 
 
+def positive(text: str) -> float:
+    """A number greater than 0."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser("python -m fastbn", description=__doc__)
@@ -34,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=positive,
         default=_bench.SECONDS,
         help="how long to measure, besides starting and preparing (default: %(default)s)",
     )

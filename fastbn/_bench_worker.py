@@ -101,7 +101,8 @@ class FastBN:
         sys.path.insert(0, str(Path(__file__).parents[1]))  # the package that is asked
         import fastbn
 
-        fastbn.set_num_threads(threads)
+        if threads != fastbn.get_num_threads():
+            fastbn.set_num_threads(threads)
         self.fastbn = fastbn
         self.version = fastbn.__version__
 

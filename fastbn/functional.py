@@ -502,7 +502,7 @@ def forward_by_batch(
     c = x.shape[1]
     check_running(running_mean, running_var, x, writeable=True)
     counts = values_of_batches(x, mask, batch_size)
-    check_counts(counts, x, mask)
+    check_counts(counts, x, mask, batch_size, "value per channel")
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     if out is not None:
@@ -540,11 +540,7 @@ def forward_by_instance(
     n, c = x.shape[:2]
     check_running(running_mean, running_var, x, writeable=True)
     counts = values_of_batches(x, mask, 1)
-    if 1 in counts:
-        raise ValueError(
-            f"Expected more than 1 spatial element when training, got input size {x.shape}"
-        )
-    check_counts(counts, x, mask)
+    check_counts(counts, x, mask, 1, "spatial element")
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     out = check_out(
@@ -654,15 +650,32 @@ def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int
     )
 
 
-def check_counts(counts: list[int], x: Array, mask: Array | None) -> None:
+def check_counts(
+    counts: list[int], x: Array, mask: Array | None, batch_size: int, values: str
+) -> None:
     """Refuse batches in which there is nothing to normalize by; an empty one is legal."""
+    masked = "" if mask is None else " and a mask"
     if 1 in counts:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
-            f"{'' if mask is None else ' with a mask'}; evaluation mode takes single values"
+            f"Expected more than 1 {values} when training, got input size {x.shape}{masked}"
+            f"{samples_of(counts.index(1), batch_size, len(x))}; evaluation mode by running "
+            f"statistics takes single values"
         )
     if mask is not None and 0 in counts and x.size:
-        raise ValueError("mask leaves no value of a batch; expected at least 2 when training")
+        raise ValueError(
+            f"mask leaves no value per channel, expected at least 2 when training, got input size "
+            f"{x.shape}{samples_of(counts.index(0), batch_size, len(x))}"
+        )
+
+
+def samples_of(batch: int, batch_size: int, n: int) -> str:
+    """Which samples a batch has, for a message; nothing if it is all of them."""
+    if not batch_size:
+        return ""
+    first, last = batch * batch_size, min((batch + 1) * batch_size, n) - 1
+    if first == last:
+        return f", in which sample {first} is normalized by itself"
+    return f", in which samples {first} to {last} are normalized by themselves"
 
 
 # The checks. None of them writes.
@@ -826,8 +839,14 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:
+        hint = ""
+        if mask.shape == shape[:1] + shape[2:]:
+            hint = "; pass mask[:, np.newaxis]"
+        elif mask.shape == x.shape:
+            hint = "; it is the same for all channels: pass that of one, mask[:, :1]"
         raise ValueError(
-            f"mask must broadcast to the shape {shape}, x's with one channel, got {mask.shape}"
+            f"mask must broadcast to the shape {shape}, x's with one channel, "
+            f"got {mask.shape}{hint}"
         ) from None
 
 

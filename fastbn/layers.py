@@ -296,8 +296,8 @@ class _BatchNorm:
         mask : array_like of bool, optional
             Which positions count, of a shape that broadcasts to (N, 1, ...): valid pixels, or the
             part of each sequence that is not padding. What x holds where it is False counts for
-            nothing, neither here nor in the backward, and output and gradient are 0 there. Kept by
-            reference for the backward, as x is.
+            nothing, neither here nor in the backward, and output and gradient are 0 there. The
+            backward has a copy.
 
         Returns
         -------
@@ -318,6 +318,7 @@ class _BatchNorm:
             y = self._forward_eval(x, out, mask)
             self._memory = NO_BACKWARD_IN_EVAL
             return y
+        mask = None if mask is None else mask.copy()  # the backward's
         out = F.check_out(out, x)
         in_place = out is not None and F.share_memory(out, x)
         aside = self._set_aside(x) if in_place else None
@@ -336,7 +337,7 @@ class _BatchNorm:
         """x as an array of a rank and a number of channels that fit."""
         x = self._of_rank(x)
         if x.shape[1] != self.num_features:
-            hint = f": {_other_layers(type(self), x.shape[1])}"
+            hint = f"; use {_other_layers(type(self), x.shape[1])}"
             if x.shape[-1] == self.num_features:
                 hint = "; if they come last, pass np.moveaxis(x, -1, 1)"
             raise ValueError(

@@ -266,3 +266,10 @@ def test_waiting_for_a_cpu_is_seen(worker):
         os.sched_setaffinity(0, cpus)
         others.kill()
         others.wait()
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(capsys, seconds):
+    with pytest.raises(SystemExit):
+        __main__.parser().parse_args(["bench", "--seconds", seconds])
+    assert "--seconds" in capsys.readouterr().err

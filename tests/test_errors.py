@@ -608,10 +608,10 @@ def test_channels_that_come_last_are_recognized(bn):
 @pytest.mark.parametrize(
     ("layer", "shape", "words"),
     [
-        (fastbn.BatchNorm1d, (4, 2), ": BatchNorm1d(2), or LazyBatchNorm1d"),
-        (fastbn.BatchNorm2d, (4, 2, 1, 1), ": BatchNorm2d(2), or LazyBatchNorm2d"),
-        (fastbn.BatchNorm3d, (4, 2, 1, 1, 1), ": BatchNorm3d(2), or LazyBatchNorm3d"),
-        (fastbn.InstanceNorm2d, (4, 2, 5, 5), ": InstanceNorm2d(2)"),
+        (fastbn.BatchNorm1d, (4, 2), "; use BatchNorm1d(2), or LazyBatchNorm1d"),
+        (fastbn.BatchNorm2d, (4, 2, 1, 1), "; use BatchNorm2d(2), or LazyBatchNorm2d"),
+        (fastbn.BatchNorm3d, (4, 2, 1, 1, 1), "; use BatchNorm3d(2), or LazyBatchNorm3d"),
+        (fastbn.InstanceNorm2d, (4, 2, 5, 5), "; use InstanceNorm2d(2)"),
     ],
 )
 def test_layers_for_other_channels_are_suggested(layer, shape, words):

@@ -173,7 +173,7 @@ def test_a_size_that_is_none_is_refused(size):
 
 def test_a_rest_of_a_single_value_is_an_error_that_changes_nothing(rng):
     bn, x = fastbn.BatchNorm1d(3, ghost_batch_size=4), some(rng, (9, 3))
-    with refused(ValueError, "more than 1 value", intact=(bn, x)):
+    with refused(ValueError, "more than 1 value", "sample 8 ", intact=(bn, x)):
         bn(x, out=x)
 
 

@@ -291,7 +291,8 @@ def test_a_lazy_layer_takes_a_mask(rng):
     [
         (np.zeros((4, 1, 5, 6), bool), ValueError, ["mask", "no value"]),
         (np.arange(120).reshape(4, 1, 5, 6) == 7, ValueError, ["more than 1 value"]),
-        (np.ones((4, 3, 5, 6), bool), ValueError, ["mask", "(4, 1, 5, 6)"]),
+        (np.ones((4, 3, 5, 6), bool), ValueError, ["mask", "(4, 1, 5, 6)", "mask[:, :1]"]),
+        (np.ones((4, 5, 6), bool), ValueError, ["(4, 1, 5, 6)", "mask[:, np.newaxis]"]),
         (np.ones((4, 1, 5, 7), bool), ValueError, ["mask", "(4, 1, 5, 6)"]),
         (np.ones((4, 1, 5, 6)), TypeError, ["mask", "float64"]),
         (np.ones((4, 1, 5, 6), np.uint8), TypeError, ["mask", "uint8"]),
@@ -310,8 +311,19 @@ def test_a_sample_with_nothing_left_is_an_error_of_instance_normalization(rng):
     norm, x = fastbn.InstanceNorm1d(3), some(rng, (4, 3, 30))
     mask = np.ones((4, 1, 30), bool)
     mask[2] = False
-    with refused(ValueError, "mask", "no value", intact=(x,)):
+    with refused(ValueError, "mask", "no value", "sample 2", intact=(x,)):
         norm(x, mask=mask, out=x)
+
+
+def test_the_mask_may_be_overwritten_before_the_backward(rng):
+    x, mask = some(rng, (4, 3, 5, 6)), some_mask(rng, (4, 3, 5, 6))
+    bn, other = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    other(x, mask=mask)
+    kept = mask.copy()
+    bn(x, mask=mask)
+    mask[...] = True
+    assert same_bits(bn.backward(x), other.backward(x))
+    assert (left_out(bn(x, mask=kept), kept) == 0).all()
 
 
 def test_an_empty_batch_takes_a_mask_and_changes_nothing():
