@@ -79,26 +79,33 @@ def forward(
     mean, m2, invstd = vectors(x, 3, batch_size)
     native_mean, native_var = native(running_mean), native(running_var)
     threads, mask = get_num_threads(), packed_mask(mask)
+    # Before anything is written.
+    ones, divisors = [1.0] * len(counts), [count - 1.0 for count in counts]
+    factors = factors_of(momentum, counter, len(counts))
     _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd, threads)
     y = unpacked(target, out)
     if any(counts):
-        if momentum is None:
-            first = 0 if counter is None else int(counter) + 1
-            factors = [1.0 / (first + k) if first else 0.0 for k in range(len(counts))]
-        else:
-            factors = [momentum] * len(counts)
         # Not before: they may share memory with weight and bias.
         moves = (
-            (running_mean, native_mean, mean, [1.0] * len(counts)),
-            (running_var, native_var, m2, [count - 1.0 for count in counts]),
+            (running_mean, native_mean, mean, ones),
+            (running_var, native_var, m2, divisors),
         )
-        for running, moved, batch, divisors in moves:
+        for running, moved, batch, by in moves:
             if running is not None and moved is not None:
-                _core.move_towards(moved, batch, divisors, factors)
+                _core.move_towards(moved, batch, by, factors)
                 unpacked(moved, running)
         if counter is not None:
             counter[()] = int(counter) + len(counts)
     return y, mean, invstd
+
+
+def factors_of(momentum: float | None, counter: Array | None, batches: int) -> list[float]:
+    """The weight of each batch in the running statistics."""
+    if momentum is not None:
+        return [momentum] * batches
+    if counter is None:
+        return [0.0] * batches
+    return [1.0 / (int(counter) + k) for k in range(1, batches + 1)]
 
 
 def native(running: Array | None) -> Array | None:

@@ -12,7 +12,8 @@ enum {
     ROWS_SUMMED = 8,
     ROWS_WRITTEN = 4,
     BUFFER_BYTES = 4096,
-    /* bytes of a row of columns of a mask: before the first one a step may begin */
+    /* bytes of a row of columns of a mask: before the first one a step may begin; behind the last
+     * row as many may be overwritten */
     MASK_ROW = FASTBN_LANES + FASTBN_COLUMNS,
 };
 
@@ -94,13 +95,22 @@ static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
 /* A byte per column, from those of a row of the mask. */
 static void spread_mask(const fastbn_matrix *matrix, const uint8_t *mask, uint8_t *to)
 {
-    const ptrdiff_t channels = matrix->channels, run = matrix->run;
-    for (ptrdiff_t j = 0; j < matrix->len; j += channels * run, mask += run)
+    const ptrdiff_t run = matrix->run, columns = matrix->channels * run;
+    const ptrdiff_t step = run == 1 ? LANES : run; /* runs are shorter than LANES */
+    if (matrix->channels == 1) {
+        memcpy(to, mask, (size_t)matrix->len);
+        return;
+    }
+    for (ptrdiff_t j = 0; j < matrix->len; j += columns, mask += run) {
+        uint8_t bytes[LANES] = {0};
         if (run == 1)
-            memset(to + j, *mask, (size_t)channels);
+            memset(bytes, *mask, LANES);
         else
-            for (ptrdiff_t c = 0; c < channels; c++)
-                memcpy(to + j + c * run, mask, (size_t)run);
+            memcpy(bytes, mask, (size_t)run);
+        /* Whatever goes too far is overwritten by what comes next. */
+        for (ptrdiff_t i = 0; i < columns; i += step)
+            memcpy(to + j + i, bytes, LANES);
+    }
 }
 
 /* Where the mask of `rows` rows from row r on is: by row in its own memory, a byte each; by element

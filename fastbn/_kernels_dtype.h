@@ -172,7 +172,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int mode, const T *dy, cons
     /* A last step that overlaps the one before reaches, of few columns, back before the first. */
     double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
     double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
-    uint8_t mask_buffer[ROWS_SUMMED * MASK_ROW];
+    uint8_t mask_buffer[ROWS_SUMMED * MASK_ROW + LANES];
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
     const int masked = mode == MASKED_BY_ELEMENT;
     some_rows rows;
@@ -463,7 +463,7 @@ ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *
                                        T *out, const fastbn_matrix *matrix, const A *k,
                                        int streams)
 {
-    uint8_t mask_buffer[ROWS_WRITTEN * MASK_ROW];
+    uint8_t mask_buffer[ROWS_WRITTEN * MASK_ROW + LANES];
     const uint8_t *mask;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, last = len - VA_LANES;
     const ptrdiff_t pitch = streams ? len : stride;

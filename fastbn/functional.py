@@ -21,6 +21,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -503,6 +505,8 @@ def forward_by_batch(
     check_running(running_mean, running_var, x, writeable=True)
     counts = values_of_batches(x, mask, batch_size)
     check_counts(counts, x, mask, batch_size, "value per channel")
+    if counter is not None:
+        check_counter(counter, len(counts))
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     if out is not None:
@@ -546,19 +550,69 @@ def forward_by_instance(
     out = check_out(
         out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
-    eps, backend = as_eps(eps), backend_of(x)
-    split = {"mask": mask, "batch_size": 1, "counts": counts}
+    eps, run = as_eps(eps), backend_of(x).forward
     if running_mean is None or running_var is None or not x.size:
-        result = backend.forward(x, weight, bias, eps, out, **split)
-    else:
-        rows = [np.tile(v.astype(np.float64), (n, 1)) for v in (running_mean, running_var)]
-        means = [np.empty_like(row, shape=c) for row in rows]  # before anything is written
-        result = backend.forward(x, weight, bias, eps, out, *rows, momentum, **split)
-        for row, row_mean in zip(rows, means, strict=True):
-            row.mean(axis=0, out=row_mean)
-        with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
-            running_mean[...], running_var[...] = means
-    return result  # type: ignore[no-any-return]
+        return run_by_instance(run, x, weight, bias, eps, out, None, None, momentum, counts, mask)
+    mean, var = (np.tile(v.astype(np.float64), (n, 1)) for v in (running_mean, running_var))
+    means = [np.empty_like(mean, shape=c) for _ in range(2)]  # before anything is written
+    result = run_by_instance(run, x, weight, bias, eps, out, mean, var, momentum, counts, mask)
+    mean.mean(axis=0, out=means[0])
+    var.mean(axis=0, out=means[1])
+    with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
+        running_mean[...], running_var[...] = means
+    return result
+
+
+def run_by_instance(
+    run: Callable[..., tuple[Array, Statistics, Statistics]],
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    mean_rows: Array | None,
+    var_rows: Array | None,
+    momentum: float,
+    counts: list[int],
+    mask: Array | None,
+) -> tuple[Array, Statistics, Statistics]:
+    """A backend's forward of each sample by itself."""
+    if mask is not None or not is_sequence_of_runs(x, out):
+        running = mean_rows, var_rows, momentum
+        return run(x, weight, bias, eps, out, *running, mask=mask, batch_size=1, counts=counts)
+    flat = flat_shape(x)
+    parameters = tiled(weight, x), tiled(bias, x), eps
+    running = flat_rows(mean_rows), flat_rows(var_rows), momentum
+    target = None if out is None else out.reshape(flat)
+    y, mean, invstd = run(x.reshape(flat), *parameters, target, *running, counts=counts[:1])
+    y = y.reshape(x.shape) if out is None else out
+    return y, mean.reshape(x.shape[:2]), invstd.reshape(x.shape[:2])
+
+
+# An array of the shape (N, C, ...) that is C-contiguous is also one sample of N * C channels, of
+# which the core walks many together where they are short.
+
+
+def is_sequence_of_runs(*arrays: Array | None) -> bool:
+    """Tell whether arrays of one shape, and not empty, can be seen as one sample."""
+    return all(a is None or (a.flags.c_contiguous and len(a) > 0) for a in arrays)
+
+
+def flat_shape(x: Array) -> tuple[int, ...]:
+    """The shape of x as one sample."""
+    return (1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def flat_rows(rows: Array | None) -> Array | None:
+    """A row for each sample as one vector, a view."""
+    return None if rows is None else rows.reshape(-1)
+
+
+def tiled(vector: Array | None, x: Array) -> Array | None:
+    """One value per channel, or a row of them for each sample, for x as one sample."""
+    if vector is None or vector.ndim == 2:
+        return flat_rows(vector)
+    return np.tile(vector, len(x))
 
 
 def forward_by_running(
@@ -603,16 +657,23 @@ def backward_by_batch(
     batch_size: int,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `forward_by_batch`, of arguments that have been checked."""
+    run = backend_of(x).backward
+    if not batch_size:
+        dx, sum_dy, sum_dy_xhat = run(dy, x, weight, mean, invstd, out, mask=mask)
+        return dx, sum_dy_xhat, sum_dy
     # Before anything is written: room for the sums over batches.
-    totals = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)] if batch_size else []
-    dx, *sums = backend_of(x).backward(
-        dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size
-    )
-    if batch_size:
-        for of_batches, total in zip(sums, totals, strict=True):
-            of_batches.sum(axis=0, out=total)
-        sums = totals
-    return dx, sums[1], sums[0]
+    totals = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)]
+    if batch_size == 1 and mask is None and is_sequence_of_runs(x, dy, out):
+        flat = flat_shape(x)
+        target = None if out is None else out.reshape(flat)
+        statistics = tiled(weight, x), tiled(mean, x), tiled(invstd, x)
+        dx, *sums = run(dy.reshape(flat), x.reshape(flat), *statistics, target)
+        dx = dx.reshape(x.shape) if out is None else out
+    else:
+        dx, *sums = run(dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size)
+    for of_batches, total in zip(sums, totals, strict=True):
+        of_batches.reshape(-1, x.shape[1]).sum(axis=0, out=total)
+    return dx, totals[1], totals[0]
 
 
 def running_statistics(
@@ -642,8 +703,8 @@ def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int
         return [values_per_channel(x, mask)]
     n = len(x)
     if mask is None:
-        sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-        return [size * math.prod(x.shape[2:]) for size in sizes]
+        (full, rest), positions = divmod(n, batch_size), math.prod(x.shape[2:])
+        return [batch_size * positions] * full + [rest * positions] * (rest > 0)
     of_samples = np.count_nonzero(mask, axis=tuple(range(1, mask.ndim)))
     return (
         [int(count) for count in np.add.reduceat(of_samples, range(0, n, batch_size))] if n else []
@@ -832,10 +893,13 @@ def as_mask(mask: Any, x: Array) -> Array | None:
         return None
     if is_cupy(x):
         raise TypeError("mask works on NumPy arrays; x is a CuPy array")
+    if is_masked(mask):
+        raise TypeError("mask is a masked array, whose own mask would be lost")
     mask = np.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}")
     shape = (x.shape[0], 1, *x.shape[2:])
+    mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:
@@ -864,7 +928,7 @@ def as_batch_size(value: Any) -> int:
         ) from None
     if size < 1:
         raise ValueError(f"ghost_batch_size must be at least 1, got {size}")
-    return size
+    return min(size, sys.maxsize)
 
 
 def as_rows(value: Any, name: str, batch_size: int, x: Array) -> Array:
@@ -902,23 +966,23 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
         raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
-def check_counter(counter: Any) -> None:
-    """Refuse what cannot count one more batch. A value on a GPU is not read: that would wait."""
+def check_counter(counter: Any, batches: int = 1) -> None:
+    """Refuse what cannot count more batches. A value on a GPU is not read: that would wait."""
     check_ndarray(counter, "num_batches_tracked", writeable=True)
-    if counter.shape != () or counter.dtype.kind not in "iu" or not counts_on(counter):
+    if counter.shape != () or counter.dtype.kind not in "iu" or not counts_on(counter, batches):
         raise ValueError(
             f"num_batches_tracked must be a non-negative integer array of shape (), and less than "
             f"the largest of its dtype, got {counter!r}"
         )
 
 
-def counts_on(counter: Array) -> bool:
-    """Tell whether a counter is not negative and its dtype has a next number."""
+def counts_on(counter: Array, batches: int) -> bool:
+    """Tell whether a counter is not negative and its dtype has the number after more batches."""
     if is_cupy(counter):
         return True
     value = int(counter)
     bits = 8 * counter.itemsize - (counter.dtype.kind == "i")
-    return value >= 0 and (value + 1).bit_length() <= bits
+    return value >= 0 and (value + batches).bit_length() <= bits
 
 
 def as_real(value: Any, name: str) -> float:

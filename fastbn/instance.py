@@ -114,7 +114,7 @@ class _InstanceNorm(_BatchNorm):
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
 
-        As `BatchNorm2d.backward` does. The weight is that of the forward.
+        As `BatchNorm2d.backward` does.
 
         Parameters
         ----------

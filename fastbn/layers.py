@@ -318,7 +318,6 @@ class _BatchNorm:
             y = self._forward_eval(x, out, mask)
             self._memory = NO_BACKWARD_IN_EVAL
             return y
-        mask = None if mask is None else mask.copy()  # the backward's
         out = F.check_out(out, x)
         in_place = out is not None and F.share_memory(out, x)
         aside = self._set_aside(x) if in_place else None
@@ -382,8 +381,6 @@ class _BatchNorm:
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         tracks = self.track_running_stats
         counter = self.num_batches_tracked if tracks else None
-        if counter is not None:
-            F.check_counter(counter)
         return F.forward_by_batch(
             x,
             self.running_mean if tracks else None,

@@ -177,6 +177,21 @@ def test_a_rest_of_a_single_value_is_an_error_that_changes_nothing(rng):
         bn(x, out=x)
 
 
+def test_a_counter_that_cannot_take_all_parts_is_refused_and_nothing_changes(rng):
+    bn, x = fastbn.BatchNorm2d(2, ghost_batch_size=2), some(rng, (8, 2, 3, 3))
+    bn.num_batches_tracked[...] = 2**63 - 4
+    with refused(ValueError, "num_batches_tracked", intact=(bn, x)):
+        bn(x, out=x)
+    bn.num_batches_tracked[...] -= 1
+    bn(x)
+    assert bn.num_batches_tracked == 2**63 - 1
+
+
+def test_a_size_beyond_every_batch_is_one_batch(rng):
+    x = some(rng, (8, 2, 3, 3))
+    assert same_bits(fastbn.BatchNorm2d(2, ghost_batch_size=2**70)(x), fastbn.BatchNorm2d(2)(x))
+
+
 def test_an_empty_batch_changes_nothing():
     bn = fastbn.BatchNorm2d(3, ghost_batch_size=4)
     y = bn(np.zeros((0, 3, 6, 7), np.float32))

@@ -297,6 +297,7 @@ def test_a_lazy_layer_takes_a_mask(rng):
         (np.ones((4, 1, 5, 6)), TypeError, ["mask", "float64"]),
         (np.ones((4, 1, 5, 6), np.uint8), TypeError, ["mask", "uint8"]),
         ("yes", TypeError, ["mask"]),
+        (np.ma.ones((4, 1, 5, 6), bool), TypeError, ["mask", "masked array"]),
     ],
 )
 def test_a_mask_that_cannot_serve_is_refused_and_nothing_changes(rng, mask, error, names):
@@ -313,6 +314,15 @@ def test_a_sample_with_nothing_left_is_an_error_of_instance_normalization(rng):
     mask[2] = False
     with refused(ValueError, "mask", "no value", "sample 2", intact=(x,)):
         norm(x, mask=mask, out=x)
+
+
+@pytest.mark.parametrize("byte", [2, 3, 128, 255])
+def test_true_may_be_any_byte(rng, byte):
+    x, mask = some(rng, (4, 3, 5, 6)), some_mask(rng, (4, 3, 5, 6))
+    viewed = (mask.view(np.uint8) * np.uint8(byte)).view(bool)
+    for a, b in zip(F.batch_norm_stats(x, viewed), F.batch_norm_stats(x, mask), strict=True):
+        assert same_bits(a, b)
+    assert same_bits(F.batch_norm_forward(x, mask=viewed)[0], F.batch_norm_forward(x, mask=mask)[0])
 
 
 def test_the_mask_may_be_overwritten_before_the_backward(rng):
