@@ -53,8 +53,8 @@ def fold(
 
     Returns
     -------
-    weight : ndarray of the weight's shape and dtype
-    bias : ndarray of shape (out,), of the weight's dtype
+    weight : ndarray of the weight's shape and dtype; float32 for a bfloat16 tensor of torch's
+    bias : ndarray of shape (out,), of that dtype
 
     Raises
     ------
