@@ -98,11 +98,9 @@ def forward(
         y = empty_like(packed(x)) if out is None else out
         rows = []
         for k, batch in enumerate(batches_of(x, batch_size)):
-            running = [
-                v[k] if v is not None and v.ndim == 2 else v for v in (running_mean, running_var)
-            ]
-            parameters = x[batch], weight, bias, eps, y[batch], *running, momentum, counter
-            rows.append(forward(*parameters)[1:])
+            running = row_of(running_mean, k), row_of(running_var, k)
+            arguments = x[batch], weight, bias, eps, y[batch], *running, momentum, counter
+            rows.append(forward(*arguments)[1:])
         return y, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)
     target, out = output(x, source, out)
