@@ -22,6 +22,7 @@ cdef extern from "_kernels.h" nogil:
         GROUP "FASTBN_GROUP"
         COLUMNS "FASTBN_COLUMNS"
         ADDITIONS "FASTBN_ADDITIONS"
+        MASK_BYTES "FASTBN_MASK_BYTES"
 
     ctypedef struct Affine "fastbn_affine":
         double centre[COLUMNS]
@@ -1160,7 +1161,11 @@ cdef double *written(object array, Vector *vector) except NULL:
 # x has a layout that is not 0, dy and out the same layout, shape and dtype. A batch has so many
 # samples, of which x has a multiple; 0 stands for all of them. Where there is more than one batch,
 # what is written per channel has the shape (batches, c), and what is read may have it. A mask is
-# None or a C-contiguous array of the shape of x without its channels, of 255 and 0.
+# None or a C-contiguous array of the shape of x without its channels, of 255 and 0, behind which
+# are mask_padding more bytes.
+
+mask_padding = MASK_BYTES
+
 
 cdef Job new_job(object x, object mask, Py_ssize_t batch_size) except *:
     """A job on x that has no steps yet."""

@@ -180,7 +180,10 @@ def packed_mask(mask: Array | None) -> Array | None:
     """A boolean mask of shape (N, 1, ...) as the core takes it: (N, ...), of 255 and 0."""
     if mask is None:
         return None
-    return np.negative(mask[:, 0].view(np.uint8), order="C")
+    source = mask[:, 0].view(np.uint8)
+    memory = np.empty(source.size + _core.mask_padding, np.uint8)
+    memory[source.size :] = 0
+    return np.negative(source, out=memory[: source.size].reshape(source.shape))
 
 
 # Layouts. The core takes arrays that are C-contiguous, as they are or with the channels last. Which

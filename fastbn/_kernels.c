@@ -12,9 +12,6 @@ enum {
     ROWS_SUMMED = 8,
     ROWS_WRITTEN = 4,
     BUFFER_BYTES = 4096,
-    /* bytes of a row of columns of a mask: before the first one a step may begin; behind the last
-     * row as many may be overwritten */
-    MASK_ROW = FASTBN_LANES + FASTBN_COLUMNS,
 };
 
 static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
@@ -65,20 +62,16 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
                 to[c] += from[j + c * matrix->run + i];
 }
 
+/* How sums of columns heed a mask: step by step, or by a list of the rows that count. */
+enum { UNMASKED, MASKED, LISTED };
+
 /* A few rows of a matrix that are added up together: the next ones, or those of them that count,
  * which begin at the elements that are listed. */
 typedef struct {
-    ptrdiff_t count, stride;
+    ptrdiff_t count, stride, mask_stride;
     int listed;
     ptrdiff_t at[ROWS_SUMMED];
 } some_rows;
-
-static int mode_of(const fastbn_matrix *matrix)
-{
-    if (matrix->mask == NULL)
-        return UNMASKED;
-    return matrix->mask_stride == 1 ? MASKED_BY_ROW : MASKED_BY_ELEMENT;
-}
 
 /* Lists the next rows that count, as many as there shall be; returns how many rows that takes. */
 static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
@@ -92,53 +85,58 @@ static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
     return r;
 }
 
-/* A byte per column, from those of a row of the mask. */
-static void spread_mask(const fastbn_matrix *matrix, const uint8_t *mask, uint8_t *to)
+/* Repeats the first `len` of some numbers up to `end`, each time by so much greater. */
+static void repeat(int16_t *numbers, ptrdiff_t len, ptrdiff_t end, int16_t by)
 {
-    const ptrdiff_t run = matrix->run, columns = matrix->channels * run;
-    const ptrdiff_t step = run == 1 ? LANES : run; /* runs are shorter than LANES */
-    if (matrix->channels == 1) {
-        memcpy(to, mask, (size_t)matrix->len);
-        return;
-    }
-    for (ptrdiff_t j = 0; j < matrix->len; j += columns, mask += run) {
-        uint8_t bytes[LANES] = {0};
-        if (run == 1)
-            memset(bytes, *mask, LANES);
-        else
-            memcpy(bytes, mask, (size_t)run);
-        /* Whatever goes too far is overwritten by what comes next. */
-        for (ptrdiff_t i = 0; i < columns; i += step)
-            memcpy(to + j + i, bytes, LANES);
-    }
+    for (; len < end; len *= 2, by *= 2)
+        for (ptrdiff_t i = 0; i < smaller(len, end - len); i++)
+            numbers[len + i] = numbers[i] + by;
 }
 
-/* Where the mask of `rows` rows from row r on is: by row in its own memory, a byte each; by element
- * in a buffer, MASK_ROW bytes each, with LANES bytes of 0 before them. */
-ALWAYS_INLINE const uint8_t *mask_of_rows(int masked, const fastbn_matrix *matrix, ptrdiff_t r,
-                                          ptrdiff_t rows, uint8_t *buffer)
+/* The byte of a row of the mask that each column has. */
+static void bytes_of_columns(const fastbn_matrix *matrix, int16_t *to)
 {
-    if (masked == UNMASKED)
-        return NULL;
-    if (masked == MASKED_BY_ROW)
-        return matrix->mask + r;
-    for (ptrdiff_t i = 0; i < rows; i++) {
-        memset(buffer + i * MASK_ROW, 0, LANES);
-        spread_mask(matrix, matrix->mask + (r + i) * matrix->mask_stride,
-                    buffer + i * MASK_ROW + LANES);
+    const ptrdiff_t run = matrix->run, group = matrix->channels * run;
+    to[0] = 0;
+    repeat(to, 1, run, 1);
+    repeat(to, run, group, 0);
+    repeat(to, group, matrix->len, (int16_t)run);
+}
+
+/* The mask of some columns side by side: the byte of lane i is index[i] behind `offset` in a row of
+ * the mask. Runs are shorter than LANES, so that the bytes of LANES columns span no more. */
+typedef struct {
+    ptrdiff_t offset;
+    uint8_t index[LANES + MASK_BYTES];
+} mask_step;
+
+static mask_step mask_step_of(const int16_t *bytes)
+{
+    mask_step step = {0};
+    int16_t least = bytes[0];
+    for (int i = 1; i < LANES; i++)
+        least = bytes[i] < least ? bytes[i] : least;
+    for (int i = 0; i < LANES; i++)
+        step.index[i] = (uint8_t)(bytes[i] - least);
+    step.offset = least;
+    return step;
+}
+
+/* The masks of all whole steps of `lanes` columns, and behind them that of the columns from `last`
+ * on. Lanes that are no columns have the mask of another. */
+static void find_masks(const fastbn_matrix *matrix, ptrdiff_t lanes, ptrdiff_t last,
+                       mask_step *steps)
+{
+    const ptrdiff_t len = matrix->len;
+    int16_t bytes_[LANES + COLUMNS + LANES], *bytes = bytes_ + LANES;
+    bytes_of_columns(matrix, bytes);
+    for (int i = 0; i < LANES; i++) {
+        bytes_[i] = 0;
+        bytes[len + i] = bytes[len - 1];
     }
-    return buffer + LANES;
-}
-
-/* The mask of column i, and how far it is to that of the next row. */
-ALWAYS_INLINE const uint8_t *mask_of_column(int masked, const uint8_t *mask, ptrdiff_t i)
-{
-    return masked == MASKED_BY_ELEMENT ? mask + i : mask;
-}
-
-ALWAYS_INLINE ptrdiff_t mask_pitch(int masked)
-{
-    return masked == MASKED_BY_ELEMENT ? MASK_ROW : masked == MASKED_BY_ROW ? 1 : 0;
+    for (ptrdiff_t i = 0; i + lanes <= len; i += lanes)
+        *steps++ = mask_step_of(bytes + i);
+    *steps = mask_step_of(bytes + last);
 }
 
 /* The last LANES elements of a run. Of a shorter run, all it has, behind something finite. */
@@ -153,7 +151,6 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float32
 #define MASKED_A masked_vf
-#define ROW_MASKED_A row_masked_vf
 #define T float
 #define A float
 #define VA vf
@@ -163,7 +160,6 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float64
 #define MASKED_A masked_vd
-#define ROW_MASKED_A row_masked_vd
 #define T double
 #define A double
 #define VA vd
@@ -173,7 +169,6 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE float16
 #define MASKED_A masked_vf
-#define ROW_MASKED_A row_masked_vf
 #define T uint16_t
 #define A float
 #define VA vf
@@ -183,7 +178,6 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define DTYPE bfloat16
 #define MASKED_A masked_vf
-#define ROW_MASKED_A row_masked_vf
 #define T uint16_t
 #define A float
 #define VA vf

@@ -23,6 +23,8 @@ enum {
     FASTBN_ADDITIONS = 128,
     FASTBN_COLUMNS = 512,
     FASTBN_GROUP = 64,
+    /* A mask is read so many bytes at a time: as many behind its end are memory, too. */
+    FASTBN_MASK_BYTES = 16,
 };
 
 /* y = (x - centre) * scale + shift, for each channel */

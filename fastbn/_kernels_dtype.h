@@ -3,7 +3,7 @@
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it
  *   LOAD_A  what loads such a register
- *   MASKED_A, ROW_MASKED_A  what masks such a register
+ *   MASKED_A  what masks such a register
  *   SPREAD_A  what spreads such values over columns
  */
 #define NAME(f) PASTE(f##_, DTYPE)
@@ -87,7 +87,7 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, int masked, const T *dy, const
 {
     double sums[FASTBN_GROUP][2][LANES], totals[FASTBN_GROUP][2][LANES];
     T dy_buffer[LANES], x_buffer[LANES];
-    uint8_t mask_buffer[LANES];
+    uint8_t mask_buffer[LANES + MASK_BYTES];
     const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
     const ptrdiff_t samples = NAME(IN_PARTS) ? NAME(samples_of_part)(len) : runs->samples;
     for (ptrdiff_t n = 0, of_part = 0; n < runs->samples; n++, dy += down, x += down) {
@@ -104,18 +104,18 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add) *add, int masked, const T *dy, const
             while (len - i > PART) {
                 for (const ptrdiff_t end = i + PART; i < end; i += LANES)
                     s = add(s, dy + i, x + i, distance(ahead, i), around,
-                            (counted){masked, masked ? mask + i : NULL, 0});
+                            (counted){masked, masked ? mask + i : NULL, NULL, 0});
                 total = add_sums(total, s);
                 s = no_sums();
             }
             for (; i + LANES <= len; i += LANES)
                 s = add(s, dy + i, x + i, distance(ahead, i), around,
-                        (counted){masked, masked ? mask + i : NULL, 0});
+                        (counted){masked, masked ? mask + i : NULL, NULL, 0});
             if (i < len)
                 s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
                         last_step(x, len, sizeof(T), x_buffer), 0, around,
                         (counted){masked, masked ? last_step(mask, len, 1, mask_buffer) : NULL,
-                                  LANES - (len - i)});
+                                  NULL, LANES - (len - i)});
             ahead.border -= len;
             if (NAME(IN_PARTS) && ends)
                 s = add_sums(total, s);
@@ -158,7 +158,7 @@ ALWAYS_INLINE void NAME(add_rows)(NAME(add) *add, const T *dy, const T *x, const
     const step around = load_step(centre);
     const ptrdiff_t count = rows->count, stride = rows->stride, ahead = ROWS_SUMMED * stride;
     registers s = load_sums(first, second);
-    for (ptrdiff_t r = 0; r < count; r++, which.mask += which.masked ? MASK_ROW : 0) {
+    for (ptrdiff_t r = 0; r < count; r++, which.mask += which.masked ? rows->mask_stride : 0) {
         const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
         s = add(s, dy + at, x + at, ahead, around, which);
     }
@@ -172,27 +172,28 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int mode, const T *dy, cons
     /* A last step that overlaps the one before reaches, of few columns, back before the first. */
     double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
     double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
-    uint8_t mask_buffer[ROWS_SUMMED * MASK_ROW + LANES];
+    mask_step masks[COLUMNS / LANES + 1];
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
-    const int masked = mode == MASKED_BY_ELEMENT;
-    some_rows rows;
-    rows.listed = mode == MASKED_BY_ROW;
+    const uint8_t *mask = matrix->mask;
+    some_rows rows = {
+        .stride = stride, .mask_stride = matrix->mask_stride, .listed = mode == LISTED};
+#define COUNTED(i, skip) \
+    (mode == MASKED ? (counted){1, mask + masks[i].offset, masks[i].index, skip} \
+                    : (counted){0, NULL, NULL, skip})
     memset(centre_, 0, sizeof(double) * LANES);
     memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
     memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
     spread_double(matrix, centre_of_channel, centre);
-    rows.stride = matrix->stride;
+    if (mode == MASKED)
+        find_masks(matrix, LANES, end, masks);
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
-        const uint8_t *mask = NULL;
         ptrdiff_t i = 0;
         rows.count = n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
         if (rows.listed)
-            n = list_rows(&rows, matrix->mask + r, matrix->rows - r);
-        if (masked)
-            mask = mask_of_rows(MASKED_BY_ELEMENT, matrix, r, n, mask_buffer);
+            n = list_rows(&rows, mask, matrix->rows - r);
         for (; i <= end; i += LANES)
             NAME(add_rows)(add, dy + i, x + i, &rows, centre + i, first + i, second + i,
-                           (counted){masked, masked ? mask + i : NULL, 0});
+                           COUNTED(i / LANES, 0));
         if (i < len && rows.count > 0) {
             const T *dy_end = dy + end, *x_end = x + end;
             T dy_buffer[LANES], x_buffer[LANES];
@@ -202,9 +203,12 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int mode, const T *dy, cons
                 rows.at[0] = 0;
             }
             NAME(add_rows)(add, dy_end, x_end, &rows, centre + end, first + end, second + end,
-                           (counted){masked, masked ? mask + end : NULL, i - end});
+                           COUNTED(len / LANES, i - end));
         }
+        if (mode != UNMASKED)
+            mask += n * matrix->mask_stride;
     }
+#undef COUNTED
     gather(matrix, first, first_of_channel);
     gather(matrix, second, second_of_channel);
 }
@@ -212,33 +216,23 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add) *add, int mode, const T *dy, cons
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                  double *first, double *second)
 {
-    switch (mode_of(matrix)) {
-    case UNMASKED:
+    if (matrix->mask == NULL)
         NAME(sum_columns)(NAME(add_moments), UNMASKED, x, x, matrix, pivot, first, second);
-        break;
-    case MASKED_BY_ROW:
-        NAME(sum_columns)(NAME(add_moments), MASKED_BY_ROW, x, x, matrix, pivot, first, second);
-        break;
-    default:
-        NAME(sum_columns)(NAME(add_moments), MASKED_BY_ELEMENT, x, x, matrix, pivot,
-                          first, second);
-    }
+    else if (matrix->mask_stride == 1)
+        NAME(sum_columns)(NAME(add_moments), LISTED, x, x, matrix, pivot, first, second);
+    else
+        NAME(sum_columns)(NAME(add_moments), MASKED, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                   const double *mean, double *first, double *second)
 {
-    switch (mode_of(matrix)) {
-    case UNMASKED:
+    if (matrix->mask == NULL)
         NAME(sum_columns)(NAME(add_products), UNMASKED, dy, x, matrix, mean, first, second);
-        break;
-    case MASKED_BY_ROW:
-        NAME(sum_columns)(NAME(add_products), MASKED_BY_ROW, dy, x, matrix, mean, first, second);
-        break;
-    default:
-        NAME(sum_columns)(NAME(add_products), MASKED_BY_ELEMENT, dy, x, matrix,
-                          mean, first, second);
-    }
+    else if (matrix->mask_stride == 1)
+        NAME(sum_columns)(NAME(add_products), LISTED, dy, x, matrix, mean, first, second);
+    else
+        NAME(sum_columns)(NAME(add_products), MASKED, dy, x, matrix, mean, first, second);
 }
 
 /* ------------------------------------------------------------------ element by element */
@@ -343,10 +337,7 @@ ALWAYS_INLINE ptrdiff_t NAME(piece)(const NAME(writer) *w, ptrdiff_t left)
     }
 
 /* A register of results at i of a run, and a single one, as the mask has them. */
-#define KEPT(v, i) \
-    (masked == MASKED_BY_ELEMENT ? MASKED_A(mask + (i), v) \
-     : masked == MASKED_BY_ROW   ? ROW_MASKED_A(mask + (i), v) \
-                                 : (v))
+#define KEPT(v, i) (masked ? MASKED_A(mask + (i), NULL, v) : (v))
 #define KEPT_ONE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
 ALWAYS_INLINE void NAME(normalize_runs)(int masked, const void *x_, void *y_,
@@ -381,9 +372,9 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
                             const fastbn_affine *affine, int streams)
 {
     if (runs->mask == NULL)
-        NAME(normalize_runs)(UNMASKED, x, y, runs, affine, streams);
+        NAME(normalize_runs)(0, x, y, runs, affine, streams);
     else
-        NAME(normalize_runs)(MASKED_BY_ELEMENT, x, y, runs, affine, streams);
+        NAME(normalize_runs)(1, x, y, runs, affine, streams);
 }
 
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, const void *dy_, const void *x_, void *dx_,
@@ -423,18 +414,23 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
                            const fastbn_gradient *gradient, int streams)
 {
     if (runs->mask == NULL)
-        NAME(gradient_runs)(UNMASKED, dy, x, dx, runs, gradient, streams);
+        NAME(gradient_runs)(0, dy, x, dx, runs, gradient, streams);
     else
-        NAME(gradient_runs)(MASKED_BY_ELEMENT, dy, x, dx, runs, gradient, streams);
+        NAME(gradient_runs)(1, dy, x, dx, runs, gradient, streams);
 }
 
 /* Columns: a register of coefficients serves a few rows. Coefficient j of column i is k[j][i]. */
 
-/* Writes some rows of a strip that is one register wide. */
-typedef void NAME(strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
-                         ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows, const A *k);
+/* Writes some rows of a strip that is one register wide. There is a mask unless its index is NULL.
+ */
+typedef void NAME(strip)(const uint8_t *mask, ptrdiff_t mask_stride, const uint8_t *index,
+                         const T *dy, const T *x, ptrdiff_t stride, T *to, ptrdiff_t pitch,
+                         ptrdiff_t rows, const A *k);
 
-ALWAYS_INLINE void NAME(normalize_strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
+#define KEPT_OF_ROW(v, r) (index == NULL ? (v) : MASKED_A(mask + (r) * mask_stride, index, v))
+
+ALWAYS_INLINE void NAME(normalize_strip)(const uint8_t *mask, ptrdiff_t mask_stride,
+                                         const uint8_t *index, const T *dy, const T *x,
                                          ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows,
                                          const A *k)
 {
@@ -442,11 +438,12 @@ ALWAYS_INLINE void NAME(normalize_strip)(int masked, const uint8_t *mask, const 
     const VA scale = LOAD_A(k + 2 * COLUMNS), shift = LOAD_A(k + 3 * COLUMNS);
     (void)dy;
     for (ptrdiff_t r = 0; r < rows; r++, x += stride, to += pitch)
-        NAME(store)(to, KEPT(Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale, shift),
-                             r * mask_pitch(masked)));
+        NAME(store)(to, KEPT_OF_ROW(Y(NAME(fetch)(x, ROWS_SUMMED * stride), high, low, scale,
+                                      shift), r));
 }
 
-ALWAYS_INLINE void NAME(gradient_strip)(int masked, const uint8_t *mask, const T *dy, const T *x,
+ALWAYS_INLINE void NAME(gradient_strip)(const uint8_t *mask, ptrdiff_t mask_stride,
+                                        const uint8_t *index, const T *dy, const T *x,
                                         ptrdiff_t stride, T *to, ptrdiff_t pitch, ptrdiff_t rows,
                                         const A *k)
 {
@@ -454,39 +451,39 @@ ALWAYS_INLINE void NAME(gradient_strip)(int masked, const uint8_t *mask, const T
     const VA x_high = LOAD_A(k + 2 * COLUMNS), x_low = LOAD_A(k + 3 * COLUMNS);
     const VA slope = LOAD_A(k + 4 * COLUMNS), scale = LOAD_A(k + 5 * COLUMNS);
     for (ptrdiff_t r = 0; r < rows; r++, dy += stride, x += stride, to += pitch)
-        NAME(store)(to, KEPT(DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
-                                NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low, x_high,
-                                x_low, slope, scale), r * mask_pitch(masked)));
+        NAME(store)(to, KEPT_OF_ROW(DX(NAME(fetch)(dy, ROWS_SUMMED * stride),
+                                       NAME(fetch)(x, ROWS_SUMMED * stride), dy_high, dy_low,
+                                       x_high, x_low, slope, scale), r));
 }
 
 ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *dy, const T *x,
                                        T *out, const fastbn_matrix *matrix, const A *k,
                                        int streams)
 {
-    uint8_t mask_buffer[ROWS_WRITTEN * MASK_ROW + LANES];
-    const uint8_t *mask;
+    mask_step masks[COLUMNS / VA_LANES + 1];
+    const uint8_t *mask = matrix->mask;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, last = len - VA_LANES;
     const ptrdiff_t pitch = streams ? len : stride;
     T buffer[ROWS_WRITTEN * COLUMNS], end[ROWS_WRITTEN * VA_LANES];
+#define MASK(i) \
+    masked ? mask + masks[i].offset : NULL, matrix->mask_stride, masked ? masks[i].index : NULL
+    if (masked)
+        find_masks(matrix, VA_LANES, last < 0 ? 0 : last, masks);
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n) {
         T *to = streams ? buffer : out;
         if (last < 0) {
             T dy_row[VA_LANES] = {0}, x_row[VA_LANES] = {0};
             n = 1;
-            mask = mask_of_rows(masked, matrix, r, n, mask_buffer);
             memcpy(dy_row, dy, sizeof(T) * (size_t)len);
             memcpy(x_row, x, sizeof(T) * (size_t)len);
-            strip(masked, mask, dy_row, x_row, 0, end, VA_LANES, n, k);
+            strip(MASK(0), dy_row, x_row, 0, end, VA_LANES, n, k);
             memcpy(to, end, sizeof(T) * (size_t)len);
         } else {
             n = smaller(matrix->rows - r, ROWS_WRITTEN);
-            mask = mask_of_rows(masked, matrix, r, n, mask_buffer);
             /* It overlaps the strip before, and in place that overwrites what this is made of. */
-            strip(masked, mask_of_column(masked, mask, last), dy + last, x + last, stride, end,
-                  VA_LANES, n, k + last);
+            strip(MASK(len / VA_LANES), dy + last, x + last, stride, end, VA_LANES, n, k + last);
             for (ptrdiff_t i = 0; i < last; i += VA_LANES)
-                strip(masked, mask_of_column(masked, mask, i), dy + i, x + i, stride, to + i,
-                      pitch, n, k + i);
+                strip(MASK(i / VA_LANES), dy + i, x + i, stride, to + i, pitch, n, k + i);
             for (ptrdiff_t j = 0; j < n; j++)
                 memcpy(to + j * pitch + last, end + j * VA_LANES, sizeof(T) * VA_LANES);
         }
@@ -497,7 +494,10 @@ ALWAYS_INLINE void NAME(write_columns)(NAME(strip) *strip, int masked, const T *
                 stream((char *)(out + j * stride), (const char *)(buffer + j * len),
                        sizeof(T) * (size_t)len);
         dy += n * stride, x += n * stride, out += n * stride;
+        if (masked)
+            mask += n * matrix->mask_stride;
     }
+#undef MASK
 }
 
 /* The coefficients of columns, and something finite for the rest of a register. */
@@ -527,17 +527,10 @@ static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *
     NAME(spread_halves)(matrix, affine->centre, k[0], k[1]);
     NAME(spread)(matrix, affine->scale, k[2]);
     NAME(spread)(matrix, affine->shift, k[3]);
-    switch (mode_of(matrix)) {
-    case UNMASKED:
-        NAME(write_columns)(NAME(normalize_strip), UNMASKED, x, x, y, matrix, k[0], streams);
-        break;
-    case MASKED_BY_ROW:
-        NAME(write_columns)(NAME(normalize_strip), MASKED_BY_ROW, x, x, y, matrix, k[0], streams);
-        break;
-    default:
-        NAME(write_columns)(NAME(normalize_strip), MASKED_BY_ELEMENT, x, x, y, matrix,
-                            k[0], streams);
-    }
+    if (matrix->mask == NULL)
+        NAME(write_columns)(NAME(normalize_strip), 0, x, x, y, matrix, k[0], streams);
+    else
+        NAME(write_columns)(NAME(normalize_strip), 1, x, x, y, matrix, k[0], streams);
 }
 
 static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
@@ -549,22 +542,16 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
     NAME(spread_halves)(matrix, gradient->x_mean, k[2], k[3]);
     NAME(spread)(matrix, gradient->slope, k[4]);
     NAME(spread)(matrix, gradient->scale, k[5]);
-    switch (mode_of(matrix)) {
-    case UNMASKED:
-        NAME(write_columns)(NAME(gradient_strip), UNMASKED, dy, x, dx, matrix, k[0], streams);
-        break;
-    case MASKED_BY_ROW:
-        NAME(write_columns)(NAME(gradient_strip), MASKED_BY_ROW, dy, x, dx, matrix, k[0], streams);
-        break;
-    default:
-        NAME(write_columns)(NAME(gradient_strip), MASKED_BY_ELEMENT, dy, x, dx, matrix,
-                            k[0], streams);
-    }
+    if (matrix->mask == NULL)
+        NAME(write_columns)(NAME(gradient_strip), 0, dy, x, dx, matrix, k[0], streams);
+    else
+        NAME(write_columns)(NAME(gradient_strip), 1, dy, x, dx, matrix, k[0], streams);
 }
 
 #undef PART
 #undef KEPT
 #undef KEPT_ONE
+#undef KEPT_OF_ROW
 #undef WRITE
 #undef RUN
 #undef DX
@@ -573,7 +560,6 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
 #undef NAME
 #undef LOAD_A
 #undef MASKED_A
-#undef ROW_MASKED_A
 #undef SPREAD_A
 #undef VA
 #undef A

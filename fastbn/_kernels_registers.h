@@ -30,7 +30,6 @@
 typedef double vd __attribute__((vector_size(REGISTER)));
 typedef float vf __attribute__((vector_size(REGISTER)));
 typedef long long vi __attribute__((vector_size(REGISTER)));
-typedef signed char vb __attribute__((vector_size(REGISTER)));
 #else
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
@@ -41,6 +40,7 @@ typedef float vf;
 
 enum {
     LANES = FASTBN_LANES,
+    MASK_BYTES = FASTBN_MASK_BYTES,
     VD = sizeof(vd) / sizeof(double),
     VF = sizeof(vf) / sizeof(float),
     STEPS = LANES / VD, /* registers of doubles that make up a step of LANES elements */
@@ -277,83 +277,81 @@ BY_ELEMENT(bfloat16)
 
 #endif
 
-/* Whether there is a mask, which has a byte for each element or for all elements of a row. */
-enum { UNMASKED, MASKED_BY_ELEMENT, MASKED_BY_ROW };
+/* A register with zeros where the mask has 0, and as it is where it has 255. Lane i has byte i of
+ * the mask or, if there is an index, byte index[i]. MASK_BYTES bytes of both are read. */
 
-/* A register with zeros where the mask has 0, and as it is where it has 255. */
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index)
 {
-    const __m512i wide = _mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i *)mask));
-    return (vd)_mm512_and_si512((__m512i)v, wide);
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)mask);
+    if (index == NULL)
+        return bytes;
+    return _mm_shuffle_epi8(bytes, _mm_loadu_si128((const __m128i *)index));
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+#endif
+#if defined(__AVX512F__)
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
-    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)mask));
-    return (vf)_mm512_and_si512((__m512i)v, wide);
+    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index)));
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index)));
 }
 
 #elif defined(__AVX2__)
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
-    int32_t bytes;
-    memcpy(&bytes, mask, sizeof bytes);
-    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(_mm_cvtsi32_si128(bytes)));
+    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(mask_bytes(mask, index)));
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
-    const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)mask));
-    return (vf)_mm256_and_si256((__m256i)v, wide);
-}
-
-#elif defined(__SSE2__)
-
-/* Each byte four times. */
-ALWAYS_INLINE __m128i repeated(int32_t bytes)
-{
-    const __m128i once = _mm_cvtsi32_si128(bytes), twice = _mm_unpacklo_epi8(once, once);
-    return _mm_unpacklo_epi16(twice, twice);
-}
-
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
-{
-    uint16_t bytes;
-    memcpy(&bytes, mask, sizeof bytes);
-    const __m128i wide = repeated(bytes);
-    return (vd)_mm_and_si128((__m128i)v, _mm_unpacklo_epi32(wide, wide));
-}
-
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
-{
-    int32_t bytes;
-    memcpy(&bytes, mask, sizeof bytes);
-    return (vf)_mm_and_si128((__m128i)v, repeated(bytes));
+    return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index)));
 }
 
 #else
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
+ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, const uint8_t *index, int i)
 {
-    double wide[VD];
-    store_float64(wide, v);
-    for (int i = 0; i < VD; i++)
-        wide[i] = mask[i] ? wide[i] : 0.0;
-    return load_float64(wide);
+    return (signed char)mask[index == NULL ? i : index[i]];
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
+#  if defined(__GNUC__) /* registers of two doubles, of four floats */
+
+typedef int vw __attribute__((vector_size(REGISTER)));
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
-    float wide[VF];
-    store_float32(wide, v);
-    for (int i = 0; i < VF; i++)
-        wide[i] = mask[i] ? wide[i] : 0.0f;
-    return load_float32(wide);
+    const vi wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1)};
+    return (vd)((vi)v & wide);
 }
 
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    const vw wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1),
+                     mask_byte(mask, index, 2), mask_byte(mask, index, 3)};
+    return (vf)((vw)v & wide);
+}
+
+#  else
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+{
+    return mask_byte(mask, index, 0) ? v : 0.0;
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    return mask_byte(mask, index, 0) ? v : 0.0f;
+}
+
+#  endif
 #endif
 
 /* Copies memory with stores around the cache: what is written there is not read first. A line that
@@ -467,26 +465,10 @@ ALWAYS_INLINE step same_step(double value)
     return s;
 }
 
-/* The same, where all elements have the same byte. */
-#if defined(__GNUC__)
-ALWAYS_INLINE vd row_masked_vd(const uint8_t *mask, vd v)
-{
-    return (vd)((vb)v & ((vb){0} + (signed char)*mask));
-}
-
-ALWAYS_INLINE vf row_masked_vf(const uint8_t *mask, vf v)
-{
-    return (vf)((vb)v & ((vb){0} + (signed char)*mask));
-}
-#else
-#  define row_masked_vd masked_vd
-#  define row_masked_vf masked_vf
-#endif
-
 /* Which lanes of a step count: not those below `skip`, nor those that a mask has not. */
 typedef struct {
     int masked;
-    const uint8_t *mask;
+    const uint8_t *mask, *index;
     long long skip;
 } counted;
 
@@ -506,8 +488,10 @@ ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
 /* The j-th register of a step, with zeros in the lanes that do not count. */
 ALWAYS_INLINE vd counted_of(counted which, int j, vd v)
 {
-    if (which.masked)
-        v = masked_vd(which.mask + j * VD, v);
+    if (which.masked && which.index == NULL)
+        v = masked_vd(which.mask + j * VD, NULL, v);
+    else if (which.masked)
+        v = masked_vd(which.mask, which.index + j * VD, v);
     return which.skip ? drop_below(which.skip, j, v) : v;
 }
 
