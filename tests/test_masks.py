@@ -358,3 +358,16 @@ def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
     moved = {row[:13].strip(): float(row.split()[-1]) for row in rows}
     assert moved["with masks"] < 1e-4
     assert moved["without masks"] > 0.1
+
+
+@pytest.mark.parametrize("run", range(1, 18))
+def test_every_run_and_number_of_channels_has_its_own_part_of_the_mask(rng, run):
+    for channels in (*range(1, 20), 31, 40, 57, 170):
+        shape = (9, channels, run)
+        x = np.ones(shape, np.float32)
+        mask = rng.random((9, 1, run)) < 0.5
+        mask[0] = True
+        count, mean, m2 = F.batch_norm_stats(spoilt(x, mask), mask)
+        assert (count, *set(mean), *set(m2)) == (mask.sum(), 1.0, 0.0)
+        y = F.batch_norm_elemt(spoilt(x, mask), np.zeros(channels), np.ones(channels), mask=mask)
+        assert same_bits(y, (x * mask).astype(np.float32))
