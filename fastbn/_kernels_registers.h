@@ -429,19 +429,49 @@ ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
     }
 }
 
-/* The sum of a register's lanes and of the registers, by halves: lane i is added to lane i + 8,
- * then to lane i + 4 and so on, whatever the width of a register is. */
+/* The sum of a register's lanes: its halves are added up, then those of the sum. */
+#if defined(__GNUC__)
+typedef double vd2 __attribute__((vector_size(16)));
+
+ALWAYS_INLINE double sum_of_2(vd2 v) { return v[0] + v[1]; }
+
+#  if REGISTER >= 32
+typedef double vd4 __attribute__((vector_size(32)));
+
+ALWAYS_INLINE double sum_of_4(vd4 v)
+{
+    vd2 halves[2];
+    memcpy(halves, &v, sizeof halves);
+    return sum_of_2(halves[0] + halves[1]);
+}
+
+#  endif
+#  if REGISTER == 64
+
+ALWAYS_INLINE double sum_of_lanes(vd v)
+{
+    vd4 halves[2];
+    memcpy(halves, &v, sizeof halves);
+    return sum_of_4(halves[0] + halves[1]);
+}
+
+#  elif REGISTER == 32
+#    define sum_of_lanes sum_of_4
+#  else
+#    define sum_of_lanes sum_of_2
+#  endif
+#else
+#  define sum_of_lanes(v) (v)
+#endif
+
+/* The sum of a step's lanes: lane i is added to lane i + 8, then to lane i + 4 and so on, whatever
+ * the width of a register is. */
 ALWAYS_INLINE double collapse(vd *v)
 {
-    double lanes[VD];
     UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
         UNROLL for (int j = 0; j < half; j++)
             v[j] += v[j + half];
-    store_float64(lanes, v[0]);
-    UNROLL for (int half = VD / 2; half > 0; half /= 2)
-        UNROLL for (int i = 0; i < half; i++)
-            lanes[i] += lanes[i + half];
-    return lanes[0];
+    return sum_of_lanes(v[0]);
 }
 
 /* A value for each lane of a step. */
