@@ -15,19 +15,11 @@
 
 typedef long long i64;
 
-/* ------------------------------------------------------------------ numbers */
+/* ------------------------------------------------------------------ instructions
+ *
+ * Those that C++ has no word for; a simulation of a GPU brings its own. */
 
-#if FORMAT == FLOAT32
-typedef float Storage;
-typedef float Real;
-#elif FORMAT == FLOAT64
-typedef double Storage;
-typedef double Real;
-#else
-typedef unsigned short Storage;
-typedef float Real;
-#endif
-
+#ifndef SIMULATED
 __device__ float float_of_half(unsigned short half)
 {
     float value;
@@ -42,6 +34,80 @@ __device__ unsigned short half_of_float(float value)
     return half;
 }
 
+#if __CUDA_ARCH__ >= 800
+__device__ unsigned two_halves_of_floats(float low, float high)
+{
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+__device__ unsigned short nearest_bfloat16(float value)
+{
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ unsigned two_bfloat16_of_floats(float low, float high)
+{
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+/* Begins to copy the 16 bytes of `from[index]` to shared memory, where this thread alone reads them
+ * after `finish_copies`. */
+template <typename Bytes> __device__ void begin_copy(Bytes *to, const Bytes *from, i64 index)
+{
+    const unsigned address = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from + index)
+                 : "memory");
+}
+
+__device__ void finish_copies()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+#endif
+
+#if CLUSTER > 1
+__device__ void cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ double read_from_block(const double *address, int rank)
+{
+    double value;
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(there)
+                 : "r"((unsigned)__cvta_generic_to_shared(address)), "r"(rank));
+    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(there) : "memory");
+    return value;
+}
+#endif
+#endif
+
+/* ------------------------------------------------------------------ numbers */
+
+#if FORMAT == FLOAT32
+typedef float Storage;
+typedef float Real;
+#elif FORMAT == FLOAT64
+typedef double Storage;
+typedef double Real;
+#else
+typedef unsigned short Storage;
+typedef float Real;
+#endif
+
 __device__ float float_of_bfloat16(unsigned short bits)
 {
     return __uint_as_float((unsigned)bits << 16);
@@ -50,9 +116,7 @@ __device__ float float_of_bfloat16(unsigned short bits)
 __device__ unsigned short bfloat16_of_float(float value)
 {
 #if __CUDA_ARCH__ >= 800
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
+    return nearest_bfloat16(value);
 #else
     unsigned bits = __float_as_uint(value);
     if (value != value)
@@ -87,11 +151,10 @@ __device__ Storage encode(Real value)
 __device__ void encode(Real first, Real second, Storage *to)
 {
 #if __CUDA_ARCH__ >= 800 && (FORMAT == FLOAT16 || FORMAT == BFLOAT16)
-    unsigned both;
 #if FORMAT == FLOAT16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    const unsigned both = two_halves_of_floats(first, second);
 #else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    const unsigned both = two_bfloat16_of_floats(first, second);
 #endif
     to[0] = (Storage)both;
     to[1] = (Storage)(both >> 16);
@@ -237,10 +300,7 @@ __device__ void fetch(const Job &job, Chunk *to, const Storage *from, i64 index)
 {
 #if __CUDA_ARCH__ >= 800
     if (index < whole_chunks(job)) {
-        const unsigned address = (unsigned)__cvta_generic_to_shared(to);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address),
-                     "l"(reinterpret_cast<const Chunk *>(from) + index)
-                     : "memory");
+        begin_copy(to, reinterpret_cast<const Chunk *>(from), index);
         return;
     }
 #endif
@@ -250,7 +310,7 @@ __device__ void fetch(const Job &job, Chunk *to, const Storage *from, i64 index)
 __device__ void arrived()
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    finish_copies();
 #endif
 }
 
@@ -356,27 +416,6 @@ template <typename Sums> __device__ Sums merge_block(const Sums &own)
 
 #if CLUSTER > 1
 #define CLUSTER_OF_BLOCKS __cluster_dims__(CLUSTER, 1, 1)
-
-__device__ void cluster_arrive()
-{
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ void cluster_wait()
-{
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ double read_from_block(const double *address, int rank)
-{
-    double value;
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(there)
-                 : "r"((unsigned)__cvta_generic_to_shared(address)), "r"(rank));
-    asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(there) : "memory");
-    return value;
-}
 
 /* All blocks of a cluster merged, in the first warp of each. No block may end before
  * `leave_cluster`. */

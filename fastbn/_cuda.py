@@ -207,13 +207,15 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """The gradient of x, and the sums of dy and of dy * xhat.
 
-    With a batch size, mean, invstd, the sums and perhaps the weight have the shape (batches, C).
+    With a batch size the sums have the shape (batches, C), and the weight, mean and invstd have it
+    or are the same for all batches.
     """
     if batch_size:
         dx = empty_like(packed(x)) if out is None else out
         rows = []
         for k, batch in enumerate(batches_of(x, batch_size)):
-            arguments = dy[batch], x[batch], row_of(weight, k), mean[k], invstd[k], dx[batch]
+            of_batch = [row_of(each, k) for each in (weight, mean, invstd)]
+            arguments = dy[batch], x[batch], *of_batch, dx[batch]
             rows.append(backward(*arguments)[1:])
         return dx, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)

@@ -1,4 +1,7 @@
-"""The CUDA backend, on a GPU: the contract of the functions and layers, on CuPy arrays."""
+"""The CUDA backend: the contract of the functions and layers, on CuPy arrays.
+
+On a GPU, or on the two simulated ones: with clusters of blocks and without.
+"""
 
 import copy
 import pickle
@@ -7,16 +10,11 @@ import numpy as np
 import pytest
 import reference
 import support
+from gpu import SIMULATED, cupy, on_hardware, to_gpu
 from support import dtype_of, parameters, same_bits, some
 
 import fastbn
 from fastbn import functional as F
-
-cupy = pytest.importorskip("cupy")
-try:
-    cupy.cuda.runtime.getDeviceCount()
-except cupy.cuda.runtime.CUDARuntimeError as error:
-    pytest.skip(f"no GPU: {error}", allow_module_level=True)
 
 # Channels that fit a block, a cluster of blocks, and neither; runs that are whole chunks of 16
 # bytes or not; more and fewer channels than a strip of columns has.
@@ -26,20 +24,28 @@ SHAPES = [
     (2, 3, 4, 5),
     (1, 4, 3, 3),
     (5, 33, 7, 7),
-    (32, 48, 7, 7),
+    (16, 48, 7, 7),
     (2, 3, 2, 3, 4),
-    (40, 6, 32, 32),
-    (3, 5, 131, 127),
-    (2, 1, 300, 300),
-    (700, 300, 1, 1),
+    (68, 2, 32, 32),
+    (5, 1, 131, 127),
+    (260, 70, 1, 1),
     (130, 70, 3, 3),
-    (150, 2, 96, 96),
 ]
+# More than a cluster of blocks can keep of a channel; a device without clusters can keep less.
+PIECES = [(0, (150, 2, 96, 96))]
+DEVICES = range(1)
+if SIMULATED:
+    PIECES = [(1, (68, 2, 32, 32)), (1, (9, 2, 81, 79))]
+    DEVICES = range(2)
 
 
-def to_gpu(a):
-    """A CuPy array of the same values, strides included if they are those of a dense array."""
-    return cupy.array(a, order="K")
+@pytest.fixture(autouse=True)
+def device(request):
+    """The first device or the one that a test names; what it writes beyond its arrays fails it."""
+    with cupy.cuda.Device(getattr(request, "param", 0)) as device:
+        yield device
+    if SIMULATED:
+        assert not cupy.cuda.memory.check_all()
 
 
 def contiguous(a):
@@ -73,7 +79,14 @@ def sliced(a):
 DENSE = [contiguous, channels_last]
 LAYOUTS = [*DENSE, odd_offset, odd_offset_channels_last, sliced]
 
-by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+def by_shape(*shapes):
+    """These shapes on the first device, and those of which channels are summed in pieces."""
+    cases = [*((0, shape) for shape in shapes), *PIECES]
+    ids = [f"{shape}-gpu{device}" for device, shape in cases]
+    return pytest.mark.parametrize(("device", "shape"), cases, indirect=["device"], ids=ids)
+
+
 by_dense_layout = pytest.mark.parametrize("layout", DENSE)
 
 
@@ -88,7 +101,7 @@ def offset_of(x):
     return np.abs(mean) / np.sqrt(var)
 
 
-@by_shape
+@by_shape(*SHAPES)
 @by_dense_layout
 def test_training_forward_normalizes_with_the_statistics_of_the_batch(rng, dtype, shape, layout):
     x, _, weight, bias = case(rng, shape, dtype)
@@ -104,7 +117,7 @@ def test_training_forward_normalizes_with_the_statistics_of_the_batch(rng, dtype
         support.assert_close(moved.get(), expected, 1e-6 if dtype.itemsize < 8 else 1e-13)
 
 
-@by_shape
+@by_shape(*SHAPES)
 @by_dense_layout
 def test_eval_forward_normalizes_with_the_running_statistics(rng, dtype, shape, layout):
     x, _, weight, bias = case(rng, shape, dtype)
@@ -116,7 +129,7 @@ def test_eval_forward_normalizes_with_the_running_statistics(rng, dtype, shape, 
     support.assert_within(y.get(), exact, bound)
 
 
-@by_shape
+@by_shape(*SHAPES)
 @by_dense_layout
 def test_backward_gives_the_gradients(rng, dtype, shape, layout):
     x, dy, weight, _ = case(rng, shape, dtype)
@@ -129,7 +142,7 @@ def test_backward_gives_the_gradients(rng, dtype, shape, layout):
         support.assert_within(actual.get(), exact, bound)
 
 
-@by_shape
+@by_shape(*SHAPES)
 @by_dense_layout
 def test_fused_functions_give_the_bits_of_the_primitives_they_are_made_of(
     rng, dtype, shape, layout
@@ -150,7 +163,7 @@ def test_fused_functions_give_the_bits_of_the_primitives_they_are_made_of(
         assert same_bits(one.get(), other.get())
 
 
-@by_shape
+@by_shape(*SHAPES)
 @by_dense_layout
 def test_results_have_the_same_bits_in_place_and_in_every_run(rng, dtype, shape, layout):
     x, dy, weight, bias = case(rng, shape, dtype)
@@ -168,8 +181,9 @@ def test_results_have_the_same_bits_in_place_and_in_every_run(rng, dtype, shape,
 
 
 @by_dense_layout
-def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout):
-    x, dy, weight, bias = case(rng, (9, 10, 256, 256))
+def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout, monkeypatch):
+    monkeypatch.setattr("fastbn._cuda.STREAM_BYTES", 0)
+    x, dy, weight, bias = case(rng, (9, 10, 64, 65))
     y, mean, invstd = F.batch_norm_forward(layout(x), to_gpu(weight), to_gpu(bias))
     dx, _, _ = F.batch_norm_backward(layout(dy), layout(x), to_gpu(weight), mean, invstd)
     cpu_y, cpu_mean, cpu_invstd = F.batch_norm_forward(x, weight, bias)
@@ -178,7 +192,7 @@ def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout):
     support.assert_close(dx.get(), cpu_dx, 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(5, 33, 7, 7), (6, 8, 16, 16), (40, 6, 32, 32), (9, 20, 1, 1)])
+@pytest.mark.parametrize("shape", [(5, 33, 7, 7), (6, 8, 12, 12), (68, 2, 32, 32), (9, 20, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_alignment_change_no_bit(rng, dtype, shape, layout):
     x, dy, weight, bias = case(rng, shape, dtype)
@@ -212,7 +226,7 @@ def with_outlier(x):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [(8, 5, 7, 7), (16, 4, 56, 56), (150, 2, 96, 96)], ids=str)
+@by_shape((8, 5, 7, 7), (16, 4, 56, 56))
 @by_dense_layout
 def test_statistics_are_right_to_the_last_place(rng, distribution, dtype, shape, layout):
     dtype = np.dtype(dtype)
@@ -236,7 +250,7 @@ def test_statistics_are_right_to_the_last_place(rng, distribution, dtype, shape,
 
 
 @by_dense_layout
-@pytest.mark.parametrize("shape", [(8, 5, 7, 7), (4, 3, 56, 56), (150, 2, 96, 96)], ids=str)
+@by_shape((8, 5, 7, 7), (16, 4, 56, 56))
 def test_a_constant_has_no_variance(dtype, shape, layout):
     x = np.full(shape, 0.1, dtype)
     bias = np.linspace(-1, 1, shape[1]).astype(np.float32)
@@ -353,7 +367,7 @@ def step(bn, x, dy, in_place=False):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}])
 def test_a_layer_does_on_a_gpu_what_it_does_on_the_cpu(rng, dtype, options, frozen, in_place):
-    x, dy, weight, bias = case(rng, (16, 6, 9, 9), dtype)
+    x, dy, weight, bias = case(rng, (9, 6, 9, 9), dtype)
     cpu = fastbn.BatchNorm2d(6, **options)
     if cpu.weight is not None:
         cpu.weight[...] = weight
@@ -441,6 +455,7 @@ def test_an_unknown_device_is_refused():
 # Streams and graphs.
 
 
+@on_hardware
 def test_everything_runs_on_the_current_stream(rng):
     x, dy, _, _ = case(rng, (64, 64, 28, 28))
     expected = step(fastbn.BatchNorm2d(64, device="cuda"), to_gpu(x), to_gpu(dy))
@@ -453,6 +468,7 @@ def test_everything_runs_on_the_current_stream(rng):
     assert all(map(same_bits, actual, expected))
 
 
+@on_hardware
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shape", [(8, 4, 14, 14), (150, 2, 96, 96), (64, 40, 1, 1)], ids=str)
 @pytest.mark.parametrize("in_place", [False, True])

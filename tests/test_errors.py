@@ -1,6 +1,6 @@
 """What bad input gets: the right exception, a message that says why, and nothing written."""
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import support
 from support import parameters, refused, some
 
 import fastbn
+from fastbn import _backends
 from fastbn import functional as F
 
 SHAPE = (4, 3, 6, 5)
@@ -102,7 +103,17 @@ def test_an_unknown_device_is_refused():
         fastbn.BatchNorm2d(3, device="tpu")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+@pytest.fixture
+def without_cupy(monkeypatch):
+    """As if CuPy could not be imported, whether it is installed or not."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "fastbn._cuda", raising=False)
+    _backends.cuda.cache_clear()
+    yield
+    _backends.cuda.cache_clear()
+
+
+@pytest.mark.usefixtures("without_cupy")
 def test_a_gpu_without_cupy_is_refused_with_what_to_install():
     bn = fastbn.BatchNorm2d(3)
     with refused(ImportError, "fastbn[cuda12]", "fastbn[cuda13]"):
