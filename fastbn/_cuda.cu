@@ -1,7 +1,8 @@
 /* The kernels of the CUDA backend: what is done to the channels of an array, for every dtype.
  *
  * The text is compiled for one dtype of x at a time (FORMAT) and, for the kernels that keep a
- * channel on chip, for one number of blocks that share it (CLUSTER). It includes nothing.
+ * channel on chip, for one number of blocks that share it (CLUSTER); and once more for calls with a
+ * mask (WITH_MASK). It includes nothing.
  *
  * Memory is read and written in chunks of 16 bytes, aligned as the elements are counted from the
  * array's first. Which thread takes which elements depends on the shape alone, and sums merge in a
@@ -231,6 +232,10 @@ struct Job {
     i64 *batches;    /* counts the batches in the running statistics, or null */
     i64 cumulative;  /* whether the factor of a batch is 1 / (batches + 1) instead of momentum */
     double momentum;
+#if WITH_MASK
+    const unsigned char *valid; /* which of the s positions of each sample count */
+    const double *valid_count;  /* how many, or null, where `count` is it */
+#endif
 };
 
 /* ------------------------------------------------------------------ chunks */
@@ -255,6 +260,75 @@ __device__ i64 whole_chunks(const Job &job)
     return job.aligned ? job.size / V : 0;
 }
 
+__device__ i64 quotient(i64 a, i64 b)
+{
+    return (a | b) >> 32 ? a / b : i64(unsigned(a) / unsigned(b));
+}
+
+#if WITH_MASK
+/* Those elements of a mask that count. */
+__device__ unsigned counted(const Job &job, i64 index, unsigned mask)
+{
+    const i64 first = index * V, sample_size = job.c * job.s;
+    const i64 sample = quotient(first, sample_size);
+    const unsigned char *valid = job.valid + sample * job.s;
+    i64 position = first - quotient(first, job.s) * job.s;
+    i64 left = (sample + 1) * sample_size - first; /* elements to the next sample */
+    for (int i = 0; i < V; i++) {
+        if (mask >> i & 1 && !valid[position])
+            mask &= ~(1u << i);
+        if (++position == job.s)
+            position = 0;
+        if (--left == 0)
+            valid += job.s, left = sample_size;
+    }
+    return mask;
+}
+
+/* A result, with zeros for what does not count. */
+__device__ Chunk of_counted(const Job &job, i64 index, Chunk chunk, unsigned mask)
+{
+    const unsigned kept = counted(job, index, mask);
+#pragma unroll
+    for (int i = 0; i < V; i++)
+        if (!(kept >> i & 1))
+            chunk.of[i] = Storage(0);
+    return chunk;
+}
+
+/* How many values a channel has. */
+__device__ double count_of(const Job &job)
+{
+    return job.valid_count == nullptr ? job.count : *job.valid_count;
+}
+
+/* Whether they are enough to move the running statistics: not told before, if nobody can wait. */
+__device__ bool enough(const Job &job)
+{
+    return count_of(job) > 1.0;
+}
+#else
+__device__ unsigned counted(const Job &, i64, unsigned mask)
+{
+    return mask;
+}
+
+__device__ const Chunk &of_counted(const Job &, i64, const Chunk &chunk, unsigned)
+{
+    return chunk;
+}
+
+__device__ double count_of(const Job &job)
+{
+    return job.count;
+}
+
+__device__ bool enough(const Job &)
+{
+    return true;
+}
+#endif
+
 __device__ Chunk load(const Job &job, const Storage *from, i64 index)
 {
     if (index < whole_chunks(job))
@@ -265,7 +339,7 @@ __device__ Chunk load(const Job &job, const Storage *from, i64 index)
     return chunk;
 }
 
-__device__ void store(const Job &job, i64 index, const Chunk &chunk)
+__device__ void write(const Job &job, i64 index, const Chunk &chunk)
 {
     if (job.stream)
         __stcs(reinterpret_cast<int4 *>(job.out) + index, *reinterpret_cast<const int4 *>(&chunk));
@@ -273,16 +347,26 @@ __device__ void store(const Job &job, i64 index, const Chunk &chunk)
         reinterpret_cast<Chunk *>(job.out)[index] = chunk;
 }
 
-__device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
+__device__ void write(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
 {
     if (job.aligned && mask == FULL) {
-        store(job, index, chunk);
+        write(job, index, chunk);
         return;
     }
 #pragma unroll
     for (int i = 0; i < V; i++)
         if (mask >> i & 1)
             job.out[index * V + i] = chunk.of[i];
+}
+
+__device__ void store(const Job &job, i64 index, const Chunk &chunk)
+{
+    write(job, index, of_counted(job, index, chunk, FULL));
+}
+
+__device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
+{
+    write(job, index, of_counted(job, index, chunk, mask), mask);
 }
 
 /* The elements `of(i)`, for i from 0 on. */
@@ -379,11 +463,16 @@ struct Around {
     }
 };
 
-/* All lanes of a warp merged; lane 0 has values if any lane has. A constant remains one: around its
- * own mean all sums are zero. */
+/* All lanes of a warp merged. A constant remains one: around its own mean all sums are zero. */
 __device__ Moments merge_warp(const Moments &own)
 {
-    const double pivot = __shfl_sync(~0u, own.mean, 0);
+#if WITH_MASK
+    const int with_values = __ffs(__ballot_sync(~0u, own.count != 0.0));
+    const int lane = with_values == 0 ? 0 : with_values - 1;
+#else
+    constexpr int lane = 0; /* it has values, if any lane has */
+#endif
+    const double pivot = __shfl_sync(~0u, own.mean, lane);
     Around sums(own, pivot);
     sums.count = warp_sum(sums.count);
     sums.sum = warp_sum(sums.sum);
@@ -619,8 +708,8 @@ struct Gradient {
     {
         const double invstd = at(job.invstd, channel);
         const Centre centre = centre_of(at(job.mean, channel), invstd);
-        return {centre.high, centre.low, Real(sums.dy / job.count),
-                Real(invstd * (sums.dy_xhat / job.count)),
+        return {centre.high, centre.low, Real(sums.dy / count_of(job)),
+                Real(invstd * (sums.dy_xhat / count_of(job))),
                 Real(invstd * at(job.weight, channel, 1.0))};
     }
 
@@ -634,7 +723,7 @@ struct Gradient {
 
 __device__ double invstd_of(const Job &job, const Moments &moments)
 {
-    return 1.0 / sqrt(moments.m2 / job.count + job.eps);
+    return 1.0 / sqrt(moments.m2 / count_of(job) + job.eps);
 }
 
 /* The running statistics of a channel, before it is published. */
@@ -656,14 +745,14 @@ __device__ void publish(const Job &job, i64 channel, const Moments &moments,
         job.m2_out[channel] = moments.m2;
     if (job.invstd_out != nullptr)
         job.invstd_out[channel] = invstd_of(job, moments);
-    if (job.running_mean.data != nullptr) {
+    if (job.running_mean.data != nullptr && enough(job)) {
         const double factor = job.cumulative ? 1.0 / double(*job.batches + 1) : job.momentum;
-        const double variance = moments.m2 / (job.count - 1.0);
+        const double variance = moments.m2 / (count_of(job) - 1.0);
         put(job.running_mean, channel, (1.0 - factor) * running.mean + factor * moments.mean);
         put(job.running_var, channel, (1.0 - factor) * running.var + factor * variance);
     }
     /* Not where other channels may still read it. */
-    if (channel == 0 && job.batches != nullptr && !job.cumulative)
+    if (channel == 0 && job.batches != nullptr && !job.cumulative && enough(job))
         *job.batches += 1;
 }
 
@@ -675,11 +764,6 @@ __device__ void publish(const Job &job, i64 channel, const Products &sums)
 
 /* ------------------------------------------------------------------ rows: a channel of a sample
  * is one run of memory */
-
-__device__ i64 quotient(i64 a, i64 b)
-{
-    return (a | b) >> 32 ? a / b : i64(unsigned(a) / unsigned(b));
-}
 
 /* The chunks of a piece of a channel that a thread takes, one after the other. */
 struct Walk {
@@ -748,7 +832,7 @@ __device__ Moments moments_of_rows(const Job &job, Walk walk, Read read)
             masks[u] = 0;
             if (walk.more()) {
                 run[u] = read(job.x, walk, slot);
-                masks[u] = walk.mask(job);
+                masks[u] = counted(job, walk.index(), walk.mask(job));
                 walk.next(job);
             }
             common &= masks[u];
@@ -781,7 +865,7 @@ __device__ Products products_of_rows(const Job &job, Walk walk, const Centre &ce
             if (walk.more()) {
                 dy[u] = read(job.dy, walk, slot);
                 x[u] = read(job.x, walk, slot);
-                masks[u] = walk.mask(job);
+                masks[u] = counted(job, walk.index(), walk.mask(job));
                 walk.next(job);
             }
             common &= masks[u];
@@ -955,11 +1039,21 @@ struct Strip {
     {
         return row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
     }
+
+    __device__ unsigned counted_mask(const Job &job, i64 row) const
+    {
+        return counted(job, index(job, row), mask(job, row));
+    }
 };
 
 __device__ Moments merge_some(const Moments *some, int count, int stride)
 {
-    const double pivot = some[0].mean;
+    int first = 0; /* one that has values, if any has */
+#if WITH_MASK
+    while (first < count - 1 && some[first * stride].count == 0.0)
+        first++;
+#endif
+    const double pivot = some[first * stride].mean;
     Around sums(some[0], pivot);
     for (int i = 1; i < count; i++)
         sums.add(Around(some[i * stride], pivot));
@@ -1008,7 +1102,7 @@ template <bool SCALED> __device__ void moments_of_strip(const Job &job, const St
 #pragma unroll
         for (int u = 0; u < STRIP_RUN; u++) {
             run[u] = {};
-            masks[u] = strip.mask(job, row + u * strip.lanes);
+            masks[u] = strip.counted_mask(job, row + u * strip.lanes);
             if (masks[u])
                 run[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
             common &= masks[u];
@@ -1058,7 +1152,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_columns(const Job 
             unsigned masks[RUN];
 #pragma unroll
             for (int u = 0; u < RUN; u++) {
-                masks[u] = strip.mask(job, row + u * strip.lanes);
+                masks[u] = strip.counted_mask(job, row + u * strip.lanes);
                 if (masks[u]) {
                     dy[u] = load(job, job.dy, strip.index(job, row + u * strip.lanes));
                     x[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));

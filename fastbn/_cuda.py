@@ -2,10 +2,10 @@
 
 The functions are those of the CPU backend. They expect checked arguments: `x` and `dy` of the shape
 (N, C, ...), any strides; vectors of the shape (C,); all arrays on the current device. They run on
-CuPy's current stream and wait for nothing. There are no masks, and batches run one by one.
+CuPy's current stream and wait for nothing. Batches run one by one.
 
-CuPy compiles the kernels when they are first needed, for one dtype at a time, and keeps them in its
-cache on disk.
+CuPy compiles the kernels when they are first needed, for one dtype at a time and with a mask or
+without, and keeps them in its cache on disk.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ FORMATS = {"f": 0, "d": 1, "e": 2, "E": 3}
 ITEMSIZES = (4, 8, 2, 2)
 
 
-def stats(x: Array, mask: None = None) -> tuple[Array, Array]:
+def stats(x: Array, mask: Array | None = None) -> tuple[Array, Array]:
     """Mean and m2 of each channel."""
     source = packed(x)
     mean, m2 = vectors(source, 2)
     if source.size:
-        where = geometry(source)
-        reduction_of("moments", where)(x=source, mean_out=mean, m2_out=m2, count=where.per_channel)
+        where, valid = geometry(source, mask), packed_mask(mask)
+        results = {"mean_out": mean, "m2_out": m2}
+        reduction_of("moments", where)(x=source, valid=valid, **results)
     else:
         mean[...] = m2[...] = 0.0
     return mean, m2
@@ -51,13 +52,13 @@ def elemt(
     *,
     var: Array | None = None,
     eps: float = 0.0,
-    mask: None = None,
+    mask: Array | None = None,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
     source = packed(x)
     target, out = output(x, source, out)
     if source.size:
-        launch = element_wise("normalize", geometry(source))
+        launch = element_wise("normalize", geometry(source, mask))
         launch(
             x=source,
             out=target,
@@ -67,6 +68,7 @@ def elemt(
             mean=mean,
             invstd=invstd,
             var=var,
+            valid=packed_mask(mask),
         )
     return unpacked(target, out)
 
@@ -82,14 +84,15 @@ def forward(
     momentum: float | None = 0.0,
     counter: Array | None = None,
     *,
-    mask: None = None,
+    mask: Array | None = None,
     batch_size: int = 0,
     counts: Sequence[int] = (),
 ) -> tuple[Array, Array, Array]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased. A momentum of
-    None stands for 1 / counter, or 0 without one.
+    None stands for 1 / counter, or 0 without one. A batch of which a mask leaves less than two
+    values does nothing to them.
 
     With a batch size the array is a sequence of batches, and mean and invstd have the shape
     (batches, C); running statistics of that shape take a row each.
@@ -100,7 +103,7 @@ def forward(
         for k, batch in enumerate(batches_of(x, batch_size)):
             running = row_of(running_mean, k), row_of(running_var, k)
             arguments = x[batch], weight, bias, eps, y[batch], *running, momentum, counter
-            rows.append(forward(*arguments)[1:])
+            rows.append(forward(*arguments, mask=part_of(mask, batch))[1:])
         return y, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)
     target, out = output(x, source, out)
@@ -119,7 +122,8 @@ def forward(
     batches = counter if counted else None
     if cumulative:
         batches = counter.astype(np.int64, copy=False)  # type: ignore[union-attr]
-    where = geometry(source)
+    where, valid = geometry(source, mask), packed_mask(mask)
+    valid_count = count_of(valid)
     reduction = reduction_of("moments", where)
     resident = reduction.resident is not None
     reduction(
@@ -136,12 +140,15 @@ def forward(
         batches=batches,
         cumulative=cumulative,
         momentum=momentum or 0.0,
+        valid=valid,
+        valid_count=valid_count,
     )
     if not resident:
         launch = element_wise("normalize", where)
-        launch(x=source, out=target, mean=mean, invstd=invstd, weight=weight, bias=bias)
+        statistics = {"mean": mean, "invstd": invstd}
+        launch(x=source, out=target, **statistics, weight=weight, bias=bias, valid=valid)
     if counter is not None and not counted:
-        counter += 1
+        counter += 1 if valid_count is None else (valid_count > 1).astype(counter.dtype)
     return unpacked(target, out), mean, invstd
 
 
@@ -150,13 +157,18 @@ def batches_of(x: Array, batch_size: int) -> list[slice]:
     return [slice(k, k + batch_size) for k in range(0, max(len(x), 1), batch_size)]
 
 
+def part_of(mask: Array | None, batch: slice) -> Array | None:
+    """That of a batch."""
+    return None if mask is None else mask[batch]
+
+
 def row_of(vectors: Array | None, k: int) -> Array | None:
     """Those of a batch, if there is a row for each of them."""
     return vectors[k] if vectors is not None and vectors.ndim == 2 else vectors
 
 
 def backward_reduce(
-    dy: Array, x: Array, mean: Array, invstd: Array, mask: None = None
+    dy: Array, x: Array, mean: Array, invstd: Array, mask: Array | None = None
 ) -> tuple[Array, Array]:
     """The sums of dy and of dy * xhat."""
     source = packed(x)
@@ -164,8 +176,8 @@ def backward_reduce(
     if source.size:
         sums = {"sum_dy_out": sum_dy, "sum_dy_xhat_out": sum_dy_xhat}
         dy = packed_like(source, dy)
-        reduction = reduction_of("products", geometry(source))
-        reduction(x=source, dy=dy, mean=mean, invstd=invstd, **sums)
+        reduction = reduction_of("products", geometry(source, mask))
+        reduction(x=source, dy=dy, mean=mean, invstd=invstd, **sums, valid=packed_mask(mask))
     else:
         sum_dy[...] = sum_dy_xhat[...] = 0.0
     return sum_dy, sum_dy_xhat
@@ -181,7 +193,7 @@ def backward_elemt(
     sum_dy_xhat: Array,
     count: float,
     out: Array | None,
-    mask: None = None,
+    mask: Array | None = None,
 ) -> Array:
     """The gradient of x, from the two sums."""
     source = packed(x)
@@ -189,8 +201,9 @@ def backward_elemt(
     target, out = output(x, source, out)
     if source.size:
         sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "count": count}
-        launch = element_wise("differentiate", geometry(source))
-        launch(x=source, dy=dy, out=target, mean=mean, invstd=invstd, weight=weight, **sums)
+        launch = element_wise("differentiate", geometry(source, mask))
+        given = {"mean": mean, "invstd": invstd, "weight": weight, "valid": packed_mask(mask)}
+        launch(x=source, dy=dy, out=target, **given, **sums)
     return unpacked(target, out)
 
 
@@ -202,7 +215,7 @@ def backward(
     invstd: Array,
     out: Array | None,
     *,
-    mask: None = None,
+    mask: Array | None = None,
     batch_size: int = 0,
 ) -> tuple[Array, Array, Array]:
     """The gradient of x, and the sums of dy and of dy * xhat.
@@ -216,14 +229,15 @@ def backward(
         for k, batch in enumerate(batches_of(x, batch_size)):
             of_batch = [row_of(each, k) for each in (weight, mean, invstd)]
             arguments = dy[batch], x[batch], *of_batch, dx[batch]
-            rows.append(backward(*arguments)[1:])
+            rows.append(backward(*arguments, mask=part_of(mask, batch))[1:])
         return dx, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(source, 2)
     if source.size:
-        where = geometry(source)
+        where, valid = geometry(source, mask), packed_mask(mask)
+        valid_count = count_of(valid)
         reduction = reduction_of("products", where)
         resident = reduction.resident is not None
         reduction(
@@ -236,6 +250,8 @@ def backward(
             weight=weight,
             mean=mean,
             invstd=invstd,
+            valid=valid,
+            valid_count=valid_count,
         )
         if not resident:
             launch = element_wise("differentiate", where)
@@ -249,6 +265,8 @@ def backward(
                 invstd=invstd,
                 sum_dy=sum_dy,
                 sum_dy_xhat=sum_dy_xhat,
+                valid=valid,
+                valid_count=valid_count,
             )
     else:
         sum_dy[...] = sum_dy_xhat[...] = 0.0
@@ -303,6 +321,16 @@ def packed_like(source: Array, array: Array) -> Array:
     return copy
 
 
+def packed_mask(mask: Array | None) -> Array | None:
+    """A boolean mask of shape (N, 1, ...) as the kernels take it: of shape (N, ...), dense."""
+    return None if mask is None else cupy.ascontiguousarray(mask[:, 0])
+
+
+def count_of(valid: Array | None) -> Array | None:
+    """How many positions count, where the kernels read it: nobody waits for it."""
+    return None if valid is None else valid.sum(dtype=np.float64)
+
+
 def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
     """Where the kernels shall write, and where the result shall be in the end."""
     if out is None:
@@ -339,6 +367,7 @@ class Geometry(NamedTuple):
     """All that a plan depends on: n samples of c channels of s elements each.
 
     `rows` tells that the s elements lie one behind the other; channels-last arrays have s = 1.
+    `masked` tells that not all of them may count.
     """
 
     format: int
@@ -347,11 +376,17 @@ class Geometry(NamedTuple):
     s: int
     rows: bool
     device: int
+    masked: bool
 
     @property
     def vector(self) -> int:
         """The elements of a chunk of 16 bytes."""
         return 16 // ITEMSIZES[self.format]
+
+    @property
+    def compiled_for(self) -> tuple[int, int, bool]:
+        """Dtype, device and whether with a mask."""
+        return self.format, self.device, self.masked
 
     @property
     def size(self) -> int:
@@ -363,13 +398,13 @@ class Geometry(NamedTuple):
         return float(self.n * self.s)
 
 
-def geometry(x: Array) -> Geometry:
+def geometry(x: Array, mask: Array | None) -> Geometry:
     """How the kernels see an array that is packed."""
     n, c, *image = x.shape
     s, rows = math.prod(image), x.flags.c_contiguous
     if not rows:
         n, s = n * s, 1
-    return Geometry(FORMATS[x.dtype.char], n, c, s, rows, x.data.device_id)
+    return Geometry(FORMATS[x.dtype.char], n, c, s, rows, x.data.device_id, mask is not None)
 
 
 # Launches.
@@ -410,6 +445,8 @@ class Launch(NamedTuple):
         batches: Array | None = None,
         cumulative: bool = False,
         momentum: float = 0.0,
+        valid: Array | None = None,
+        valid_count: Array | None = None,
     ) -> None:
         """Launch it on the current stream; the argument is the source's Job."""
         arrays = x.data.ptr, pointer(dy), pointer(out)
@@ -439,6 +476,8 @@ class Launch(NamedTuple):
             cumulative,
             momentum,
         )
+        if valid is not None:
+            job += MASK.pack(valid.data.ptr, pointer(valid_count))
         argument = array("b", job)
         arguments = array("Q", argument.buffer_info()[:1])
         driver.launchKernel(
@@ -453,8 +492,9 @@ class Launch(NamedTuple):
 
 
 # The source's Job: x, dy, out and whether they are aligned; the geometry; results, eps and count;
-# nine vectors; the counter and the momentum.
+# nine vectors; the counter and the momentum. With a mask, that and its count follow.
 JOB = struct.Struct("4q 11q 6q2d 18q 2qd")
+MASK = struct.Struct("2q")
 NO_VECTOR = (0, 0)
 
 
@@ -486,10 +526,12 @@ def device_of(index: int) -> Device:
 
 
 @functools.lru_cache(None)
-def module(format: int, cluster: int) -> Any:
+def module(format: int, cluster: int, masked: bool) -> Any:
     """The source, compiled for a dtype and a number of blocks that share a channel."""
     source = Path(__file__).with_name("_cuda.cu").read_text()
-    options = (f"-DFORMAT={format}", f"-DCLUSTER={cluster}", "--std=c++17")
+    options: tuple[str, ...] = (f"-DFORMAT={format}", f"-DCLUSTER={cluster}", "--std=c++17")
+    if masked:
+        options += ("-DWITH_MASK=1",)
     return cupy.RawModule(code=source, options=options)
 
 
@@ -498,9 +540,9 @@ NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 
 @functools.lru_cache(None)
-def kernel(name: str, format: int, device: int, cluster: int = 1) -> int:
+def kernel(name: str, format: int, device: int, masked: bool, cluster: int = 1) -> int:
     """A kernel, ready to be launched on the current device."""
-    function = module(format, cluster).get_function(name)
+    function = module(format, cluster, masked).get_function(name)
     if name in RESIDENT.values():
         function.max_dynamic_shared_size_bytes = device_of(device).shared_bytes
         if cluster > 8:
@@ -594,7 +636,7 @@ def resident_of(kind: str, g: Geometry) -> Launch | None:
     threads = 32
     while threads < 512 and threads * KEPT_BYTES_OF_THREAD < kept:
         threads *= 2
-    function = kernel(RESIDENT[kind], g.format, g.device, cluster)
+    function = kernel(RESIDENT[kind], *g.compiled_for, cluster)
     numbers = numbers_of_rows(g, threads, 1)
     return Launch(function, g.c * cluster, threads, kept, numbers)
 
@@ -622,7 +664,7 @@ def reduction_of_rows(kind: str, g: Geometry) -> Reduction:
     chunks = g.n * chunks_of_row(g)
     splits = min(ceil_div(chunks, THREADS * CHUNKS_OF_PIECE), PIECES_MAX)
     reduce = Launch(
-        kernel(f"{kind}_rows", g.format, g.device),
+        kernel(f"{kind}_rows", *g.compiled_for),
         g.c * splits,
         THREADS,
         0,
@@ -642,14 +684,14 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
     splits = max(splits, ceil_div(height, ROWS_MAX * lanes))
     numbers = numbers_of_columns(g, splits, width, height)
     reduce = Launch(
-        kernel(f"{kind}_columns", g.format, g.device), strips * splits, THREADS, 0, numbers
+        kernel(f"{kind}_columns", *g.compiled_for), strips * splits, THREADS, 0, numbers
     )
     return Reduction(None, reduce, merge_of(kind, g, numbers), splits * width * DOUBLES[kind])
 
 
 def merge_of(kind: str, g: Geometry, numbers: tuple[int, ...]) -> Launch:
     """A block for each channel merges its pieces."""
-    return Launch(kernel(f"merge_{kind}", g.format, g.device), g.c, THREADS, 0, numbers)
+    return Launch(kernel(f"merge_{kind}", *g.compiled_for), g.c, THREADS, 0, numbers)
 
 
 def folded(g: Geometry, chunks: int) -> tuple[int, int]:
@@ -678,7 +720,7 @@ def element_wise(name: str, g: Geometry) -> Launch:
     if mixed:
         name += "_mixed"
     numbers = numbers_of_columns(g, splits, width, height)
-    return Launch(kernel(name, g.format, g.device), strips * splits, THREADS, 0, numbers)
+    return Launch(kernel(name, *g.compiled_for), strips * splits, THREADS, 0, numbers)
 
 
 def ceil_div(a: int, b: int) -> int:

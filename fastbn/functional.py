@@ -503,8 +503,7 @@ def forward_by_batch(
     """
     c = x.shape[1]
     check_running(running_mean, running_var, x, writeable=True)
-    counts = values_of_batches(x, mask, batch_size)
-    check_counts(counts, x, mask, batch_size, "value per channel")
+    counts = checked_counts(x, mask, batch_size, "value per channel")
     if counter is not None:
         check_counter(counter, len(counts))
     weight = as_optional_vector(weight, "weight", c, x)
@@ -543,8 +542,7 @@ def forward_by_instance(
     """Normalize each sample by its own statistics; the running ones move towards their means."""
     n, c = x.shape[:2]
     check_running(running_mean, running_var, x, writeable=True)
-    counts = values_of_batches(x, mask, 1)
-    check_counts(counts, x, mask, 1, "spatial element")
+    counts = checked_counts(x, mask, 1, "spatial element")
     weight = as_optional_vector(weight, "weight", c, x)
     bias = as_optional_vector(bias, "bias", c, x)
     out = check_out(
@@ -705,16 +703,20 @@ def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int
     if mask is None:
         (full, rest), positions = divmod(n, batch_size), math.prod(x.shape[2:])
         return [batch_size * positions] * full + [rest * positions] * (rest > 0)
-    of_samples = np.count_nonzero(mask, axis=tuple(range(1, mask.ndim)))
+    of_samples = on_host(np.count_nonzero(mask, axis=tuple(range(1, mask.ndim))), "mask")
     return (
         [int(count) for count in np.add.reduceat(of_samples, range(0, n, batch_size))] if n else []
     )
 
 
-def check_counts(
-    counts: list[int], x: Array, mask: Array | None, batch_size: int, values: str
-) -> None:
-    """Refuse batches in which there is nothing to normalize by; an empty one is legal."""
+def checked_counts(x: Array, mask: Array | None, batch_size: int, values: str) -> list[int]:
+    """The number of values that count of each batch, if there is something to normalize by.
+
+    An empty batch is legal. While a graph is captured, a mask has no values that can be counted.
+    """
+    if mask is not None and not backend_of(x).readable():
+        return values_of_batches(x, None, batch_size)
+    counts = values_of_batches(x, mask, batch_size)
     masked = "" if mask is None else " and a mask"
     if 1 in counts:
         raise ValueError(
@@ -727,6 +729,7 @@ def check_counts(
             f"mask leaves no value per channel, expected at least 2 when training, got input size "
             f"{x.shape}{samples_of(counts.index(0), batch_size, len(x))}"
         )
+    return counts
 
 
 def samples_of(batch: int, batch_size: int, n: int) -> str:
@@ -891,11 +894,13 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     """The positions of x that count, as a boolean array of shape (N, 1, ...)."""
     if mask is None:
         return None
-    if is_cupy(x):
-        raise TypeError("mask works on NumPy arrays; x is a CuPy array")
     if is_masked(mask):
         raise TypeError("mask is a masked array, whose own mask would be lost")
-    mask = np.asarray(mask)
+    if is_cupy(mask):
+        backend_of(mask).check(mask, "mask")
+    else:
+        mask = np.asarray(mask)
+    check_beside(x, mask, "mask")
     if mask.dtype != bool:
         raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}")
     shape = (x.shape[0], 1, *x.shape[2:])

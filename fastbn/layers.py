@@ -799,9 +799,10 @@ class BatchNorm2d(_BatchNorm):
     Notes
     -----
     On a GPU a layer runs on CuPy's current stream and waits for nothing, so that its calls can be
-    captured in a graph. The exception is a training forward in place: which channels cannot be
-    recovered from the output, weight and bias decide, and it waits for them; while a graph is
-    captured it keeps a copy of the whole input instead.
+    captured in a graph. The exceptions are training forwards in place, where weight and bias decide
+    which channels cannot be recovered from the output, and with a mask, whose values are counted.
+    While a graph is captured, the former keep a copy of the whole input instead, and the latter
+    refuse no mask: where it leaves less than two values, the running statistics stay as they are.
 
     Several threads may share a layer in evaluation mode. A layer in training mode belongs to one
     thread at a time.

@@ -41,6 +41,34 @@ def parameters(channels, dtype=np.float32):
     return weight.astype(dtype), bias.astype(dtype)
 
 
+# Masks.
+
+
+def some_mask(rng, shape):
+    """A random mask of shape (N, 1, ...) for an array of a shape, with nothing in one sample."""
+    mask = rng.random((shape[0], 1, *shape[2:])) < 0.6
+    mask[0] = True
+    mask[shape[0] // 2] = False
+    return mask
+
+
+def gathered(x, mask):
+    """The positions that count, as an array of shape (n, C)."""
+    return np.moveaxis(x, 1, -1)[mask[:, 0]]
+
+
+def spoilt(x, mask, value=np.nan):
+    """The array with a value where it does not count."""
+    x = x.copy(order="K")
+    np.copyto(x, x.dtype.type(value), where=~mask)
+    return x
+
+
+def left_out(x, mask):
+    """What an array has where it does not count."""
+    return np.moveaxis(x, 1, -1)[~mask[:, 0]]
+
+
 # Each of these returns an array of the same values as `a`, laid out differently in new memory.
 
 

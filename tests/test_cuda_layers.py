@@ -1,7 +1,6 @@
 """What composes from layers and functions does on a GPU what it does on the CPU."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,9 +103,9 @@ def test_moments_of_parts_add_up(rng, dtype):
 
 
 class OneRank:
-    """What a layer asks of a communicator, where the others have nothing to add."""
+    """What a layer asks of MPI and of a communicator, where the others have nothing to add."""
 
-    rank, size = 0, 1
+    rank, size, IN_PLACE = 0, 1, None
 
     def allgather(self, value):
         return [value]
@@ -120,7 +119,7 @@ class OneRank:
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_a_synchronized_layer_of_one_rank(rng, momentum, frozen, in_place, monkeypatch):
     for name in ("mpi", "_record_type", "_operation"):
-        monkeypatch.setattr(f"fastbn._mpi.{name}", lambda *_: SimpleNamespace(IN_PLACE=None))
+        monkeypatch.setattr(f"fastbn._mpi.{name}", lambda *_: OneRank())
     layer = fastbn.BatchNorm2d(5, momentum=momentum)
     layer.weight[:], layer.bias[:] = parameters(5)
     if frozen:

@@ -12,6 +12,7 @@ import fastbn
 SOURCE = Path(fastbn.__file__).with_name("_cuda.cu")
 # Volta to Hopper, where there are clusters.
 ARCHITECTURES = [(70, 1), (75, 1), (80, 1), (86, 1), (89, 1), (90, 1), (90, 2), (90, 8), (90, 16)]
+MASKED = [(70, 1), (80, 1), (90, 16)]
 
 
 def nvrtc_or_skip():
@@ -58,8 +59,12 @@ def compile_or_fail(nvrtc, *options):
 
 
 @pytest.mark.parametrize("format", range(4), ids=["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize(("architecture", "cluster"), ARCHITECTURES, ids=str)
-def test_the_kernels_compile(format, architecture, cluster):
+@pytest.mark.parametrize(
+    ("architecture", "cluster", "options"),
+    [(*each, ()) for each in ARCHITECTURES] + [(*each, ("-DWITH_MASK=1",)) for each in MASKED],
+    ids=str,
+)
+def test_the_kernels_compile(format, architecture, cluster, options):
     nvrtc = nvrtc_or_skip()
     if architecture not in architectures_of(nvrtc):
         pytest.skip(f"this NVRTC does not compile for {architecture}")
@@ -69,4 +74,5 @@ def test_the_kernels_compile(format, architecture, cluster):
         f"-DFORMAT={format}",
         f"-DCLUSTER={cluster}",
         "--std=c++17",
+        *options,
     )

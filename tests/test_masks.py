@@ -13,10 +13,14 @@ from support import (
     WRITEABLE_LAYOUTS,
     channels_last,
     contiguous,
+    gathered,
+    left_out,
     parameters,
     refused,
     same_bits,
     some,
+    some_mask,
+    spoilt,
 )
 
 import fastbn
@@ -40,31 +44,6 @@ SHAPES = [
 BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
 LAYERS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 INSTANCES = {3: fastbn.InstanceNorm1d, 4: fastbn.InstanceNorm2d}
-
-
-def some_mask(rng, shape):
-    """A random mask of shape (N, 1, ...) for an array of a shape, with nothing in one sample."""
-    mask = rng.random((shape[0], 1, *shape[2:])) < 0.6
-    mask[0] = True
-    mask[shape[0] // 2] = False
-    return mask
-
-
-def gathered(x, mask):
-    """The positions that count, as an array of shape (n, C)."""
-    return np.moveaxis(x, 1, -1)[mask[:, 0]]
-
-
-def spoilt(x, mask, value=np.nan):
-    """The array with a value where it does not count."""
-    x = x.copy(order="K")
-    np.copyto(x, x.dtype.type(value), where=~mask)
-    return x
-
-
-def left_out(x, mask):
-    """What an array has where it does not count."""
-    return np.moveaxis(x, 1, -1)[~mask[:, 0]]
 
 
 @BOTH

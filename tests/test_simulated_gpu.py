@@ -102,7 +102,7 @@ def test_fused_multiply_adds_change_little(rng, device, shape):
 
 
 def test_the_argument_of_a_kernel_is_as_long_as_its_structure():
-    library = _cuda.module(0, 1).get_function("normalize").own.library
+    library = _cuda.module(0, 1, False).get_function("normalize").own.library
     assert ctypes.c_longlong.in_dll(library, "job_bytes").value == _cuda.JOB.size
 
 

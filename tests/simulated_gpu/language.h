@@ -20,6 +20,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 void __syncthreads();
 double __shfl_sync(unsigned mask, double value, int lane);
 double __shfl_xor_sync(unsigned mask, double value, int lanes);
+unsigned __ballot_sync(unsigned mask, bool predicate);
 unsigned __activemask();
 bool __all_sync(unsigned mask, bool predicate);
 
@@ -35,6 +36,11 @@ inline void __stcs(int4 *to, const int4 &value)
 inline int __popc(unsigned bits)
 {
     return __builtin_popcount(bits);
+}
+
+inline int __ffs(unsigned bits)
+{
+    return __builtin_ffs(bits);
 }
 
 inline unsigned __float_as_uint(float value)

@@ -134,7 +134,8 @@ void meet(Barrier &barrier)
     wait(barrier, generation);
 }
 
-double exchanged(unsigned mask, double value, unsigned lane)
+/* The values of all lanes of a warp. */
+const double *exchanged(unsigned mask, double value)
 {
     if (mask != ~0u)
         fail("a shuffle of less than a warp is not simulated");
@@ -142,7 +143,7 @@ double exchanged(unsigned mask, double value, unsigned lane)
     double *values = warp.values[thread->shuffles++ % 2];
     values[thread->index % 32] = value;
     meet(warp.barrier);
-    return values[lane];
+    return values;
 }
 
 /* A fiber serves one thread after the other. */
@@ -374,12 +375,21 @@ void __syncthreads()
 
 double __shfl_sync(unsigned mask, double value, int lane)
 {
-    return exchanged(mask, value, lane);
+    return exchanged(mask, value)[lane];
 }
 
 double __shfl_xor_sync(unsigned mask, double value, int lanes)
 {
-    return exchanged(mask, value, thread->index % 32 ^ lanes);
+    return exchanged(mask, value)[thread->index % 32 ^ lanes];
+}
+
+unsigned __ballot_sync(unsigned mask, bool predicate)
+{
+    const double *values = exchanged(mask, predicate);
+    unsigned ballot = 0;
+    for (int lane = 0; lane < 32; lane++)
+        ballot |= unsigned(values[lane] != 0.0) << lane;
+    return ballot;
 }
 
 /* Which lanes are here is up to the hardware. A lane is always alone with itself here, or perhaps
