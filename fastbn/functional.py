@@ -905,6 +905,8 @@ def as_mask(mask: Any, x: Array) -> Array | None:
         raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}")
     shape = (x.shape[0], 1, *x.shape[2:])
     mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
+    if mask.shape == shape:
+        return mask
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:
