@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -360,6 +360,10 @@ class _BatchNorm:
             )
         return x
 
+    def _channels_of(self, x: Array) -> int:
+        """The number of channels of an array of a rank that fits."""
+        return int(x.shape[1])
+
     def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
         parameters = self.running_mean, self.running_var, self.weight, self.bias
         if self.running_mean is None and self.running_var is None:
@@ -707,7 +711,7 @@ class _LazyBatchNorm(_BatchNorm):
     ) -> Array:
         """Take the number of channels from x, then do what the layer that this becomes does."""
         x = self._of_rank(x)
-        y: Array = self._initialized(x.shape[1], "forward", x, out=out, mask=mask)
+        y: Array = self._initialized(self._channels_of(x), "forward", x, out=out, mask=mask)
         return y
 
     def load_state_dict(
@@ -977,8 +981,15 @@ def _check_state(state: Any) -> None:
 
 def _other_layers(layer: type[_BatchNorm], num_features: int) -> str:
     """Suggest layers that take another number of channels."""
-    lazy = [other.__name__ for other in _LazyBatchNorm.__subclasses__() if other._becomes is layer]
-    return ", or ".join([f"{layer.__name__}({num_features})", *lazy])
+    return ", or ".join([f"{layer.__name__}({num_features})", *_lazy_forms(layer, _LazyBatchNorm)])
+
+
+def _lazy_forms(layer: type[_BatchNorm], family: type[_LazyBatchNorm]) -> Iterator[str]:
+    """The names of the layers of a family that become the given one."""
+    for lazy in family.__subclasses__():
+        if getattr(lazy, "_becomes", None) is layer:
+            yield lazy.__name__
+        yield from _lazy_forms(layer, lazy)
 
 
 def _state_hint(state: Mapping[str, Any], prefix: str) -> str:

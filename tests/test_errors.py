@@ -622,7 +622,7 @@ def test_channels_that_come_last_are_recognized(bn):
         (fastbn.BatchNorm1d, (4, 2), "; use BatchNorm1d(2), or LazyBatchNorm1d"),
         (fastbn.BatchNorm2d, (4, 2, 1, 1), "; use BatchNorm2d(2), or LazyBatchNorm2d"),
         (fastbn.BatchNorm3d, (4, 2, 1, 1, 1), "; use BatchNorm3d(2), or LazyBatchNorm3d"),
-        (fastbn.InstanceNorm2d, (4, 2, 5, 5), "; use InstanceNorm2d(2)"),
+        (fastbn.InstanceNorm2d, (4, 2, 5, 5), "; use InstanceNorm2d(2), or LazyInstanceNorm2d"),
     ],
 )
 def test_layers_for_other_channels_are_suggested(layer, shape, words):

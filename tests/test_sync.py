@@ -76,6 +76,7 @@ except ImportError as error:
     [
         (None, TypeError),
         (fastbn.InstanceNorm2d(3), TypeError),
+        (fastbn.LazyInstanceNorm2d(), TypeError),
         (fastbn.LazyBatchNorm2d(), RuntimeError),
         (fastbn.BatchNorm2d(3, ghost_batch_size=4), ValueError),
     ],

@@ -212,18 +212,21 @@ def test_the_same_inputs_are_refused_with_the_same_message(rng):
     assert str(actual.value).split(" size")[0] == str(expected.value).split(" size")[0]
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("family", ["BatchNorm", "InstanceNorm"])
+@pytest.mark.parametrize("axes", ["1d", "2d", "3d"])
 @pytest.mark.parametrize(
     "args", [(), (1e-3, None), (0.5, 0.8, False), (1e-5, 0.1, True, False)], ids=str
 )
-def test_repr_agrees(name, args):
+def test_repr_agrees(family, axes, args):
+    name = f"{family}{axes}"
     assert repr(getattr(fastbn, name)(7, *args)) == repr(getattr(torch.nn, name)(7, *args))
     lazy = f"Lazy{name}"
     assert repr(getattr(fastbn, lazy)(*args)) == repr(getattr(torch.nn, lazy)(*args))
 
 
-def test_a_lazy_layer_agrees(rng):
-    ours, theirs = fastbn.LazyBatchNorm2d(), torch.nn.LazyBatchNorm2d()
+@pytest.mark.parametrize("name", ["LazyBatchNorm2d", "LazyInstanceNorm2d"])
+def test_a_lazy_layer_agrees(rng, name):
+    ours, theirs = getattr(fastbn, name)(), getattr(torch.nn, name)()
     x, dy = some(rng, (16, 3, 6, 7)), some(rng, (16, 3, 6, 7), mean=0)
     y, dx = torch_step(theirs, x, dy)
     support.assert_close(ours(x), y, 1e-5)
@@ -250,6 +253,23 @@ def trained(rng, **kwargs):
             for parameter in layer.parameters():
                 parameter -= 0.01 * parameter.grad
     return layer
+
+
+def test_a_lazy_layer_takes_the_sample_that_torch_refuses(rng):
+    x = some(rng, (3, 6, 7))
+    with pytest.raises(ValueError, match=r"num_features \(6\), but got: 3"):
+        torch.nn.LazyInstanceNorm2d()(tensor(x))
+    theirs = torch.nn.InstanceNorm2d(3)(tensor(x))
+    support.assert_close(fastbn.LazyInstanceNorm2d()(x), theirs.numpy(), 1e-5)
+
+
+def test_a_torch_state_dict_makes_a_lazy_layer_of_instances(rng):
+    theirs = torch.nn.LazyInstanceNorm2d()
+    theirs(tensor(some(rng, (2, 3, 6, 6))))
+    ours = fastbn.LazyInstanceNorm2d()
+    ours.load_state_dict(theirs.state_dict())
+    x = some(rng, (2, 3, 6, 6))
+    support.assert_close(ours.eval()(x), theirs.eval()(tensor(x)).detach().numpy(), 1e-5)
 
 
 @pytest.mark.parametrize("lazy", [True, False])

@@ -90,6 +90,7 @@ lazy = fastbn.LazyBatchNorm2d()
 assert_type(lazy(x), Array)
 assert_type(lazy.num_features, int)
 assert_type(fastbn.InstanceNorm2d(3)(x), Array)
+assert_type(fastbn.LazyInstanceNorm2d(affine=False)(x), Array)
 
 assert_type(F.batch_norm(x, bn.running_mean, bn.running_var, training=True), Array)
 assert_type(F.batch_norm_stats(x), tuple[int, Statistics, Statistics])
