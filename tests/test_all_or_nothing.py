@@ -36,6 +36,9 @@ FORWARDS = {
     "batch_norm": lambda x, out, bn: F.batch_norm(
         x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=True, out=out
     ),
+    "instance_norm": lambda x, out, bn: F.instance_norm(
+        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, out=out
+    ),
     "batch_norm_forward": lambda x, out, bn: F.batch_norm_forward(x, bn.weight, bn.bias, out=out),
     "batch_norm_elemt": lambda x, out, bn: F.batch_norm_elemt(
         x, *STATISTICS, bn.weight, bn.bias, out=out
@@ -292,6 +295,12 @@ def test_an_interrupted_lazy_layer_stays_lazy(rng, monkeypatch):
 
 # An out where other arrays of the call lie.
 
+
+def pairs(a):
+    """A view of an array of shape (4, 3) with two values of each channel in a sample."""
+    return a.reshape(2, 3, 2)
+
+
 OUT = {
     "batch_norm": (
         lambda x, out, v: F.batch_norm(x, **v, training=True, out=out),
@@ -299,6 +308,14 @@ OUT = {
     ),
     "batch_norm in evaluation": (
         lambda x, out, v: F.batch_norm(x, **v, out=out),
+        ["running_mean", "running_var", "weight", "bias"],
+    ),
+    "instance_norm": (
+        lambda x, out, v: F.instance_norm(pairs(x), **v, out=pairs(out)),
+        ["running_mean", "running_var", "weight", "bias"],
+    ),
+    "instance_norm by running statistics": (
+        lambda x, out, v: F.instance_norm(x, **v, use_input_stats=False, out=out),
         ["running_mean", "running_var", "weight", "bias"],
     ),
     "batch_norm_forward": (

@@ -1,6 +1,7 @@
 """Live comparison with torch, where it can be imported."""
 
 import copy
+import inspect
 import itertools
 
 import numpy as np
@@ -200,6 +201,33 @@ def test_batch_norm_agrees_with_torchs_function(rng, training, parameters):
     support.assert_close(ours, theirs.numpy(), 1e-5)
     for mine, other in zip(arrays[:2], tensors[:2], strict=True):
         support.assert_close(mine, other.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("by_input", [True, False])
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 7), (4, 3, 5, 2), (1, 3, 5, 2, 3)], ids=str)
+def test_instance_norm_agrees(rng, shape, parameters, by_input):
+    x = some(rng, shape)
+    arrays = [some(rng, 3), np.abs(some(rng, 3)) + 0.1]
+    arrays += [some(rng, 3), some(rng, 3)] if parameters else [None, None]
+    tensors = [None if a is None else tensor(a.copy()) for a in arrays]
+    theirs = torch.nn.functional.instance_norm(tensor(x), *tensors, by_input, 0.3, 1e-3)
+    ours = fastbn.functional.instance_norm(x, *arrays, by_input, 0.3, 1e-3)
+    support.assert_close(ours, theirs.numpy(), 1e-5)
+    for mine, other in zip(arrays[:2], tensors[:2], strict=True):
+        support.assert_close(mine, other.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_the_functions_have_torchs_arguments_and_defaults(name):
+    ours, theirs = (
+        inspect.signature(getattr(functional, name)).parameters
+        for functional in (fastbn.functional, torch.nn.functional)
+    )
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for key, parameter in theirs.items():
+        assert ours[key].default == parameter.default
+        assert ours[key].kind == parameter.kind
 
 
 def test_the_same_inputs_are_refused_with_the_same_message(rng):

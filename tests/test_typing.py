@@ -93,6 +93,7 @@ assert_type(fastbn.InstanceNorm2d(3)(x), Array)
 assert_type(fastbn.LazyInstanceNorm2d(affine=False)(x), Array)
 
 assert_type(F.batch_norm(x, bn.running_mean, bn.running_var, training=True), Array)
+assert_type(F.instance_norm(x, use_input_stats=True, out=x), Array)
 assert_type(F.batch_norm_stats(x), tuple[int, Statistics, Statistics])
 assert_type(F.batch_norm_forward(x), tuple[Array, Statistics, Statistics])
 
