@@ -241,6 +241,26 @@ def masked():
         support.assert_close(sync.running_var, plain.running_var, 1e-6)
 
 
+def masked_away():
+    """Masks that leave nothing are an error if they do so on all ranks, and on all of them."""
+    sync, plain = pair()
+    x, dy = some(generator(), (4, 3, 5, 2)), some(generator(), (4, 3, 5, 2))
+    nothing = np.zeros((4, 1, 5, 2), bool)
+    for here in (x, x[: 4 * (WORLD.rank == 0)]):  # on the others an empty part, without a mask
+        mask = nothing if len(here) else None
+        out = here.copy()
+        with support.refused(ValueError, "masks leave no value", intact=[sync, here, out]):
+            sync(here, out=out, mask=mask)
+    if WORLD.size > 1:
+        first = WORLD.rank == 0
+        others = WORLD.size - 1
+        y, dx = plain(np.concatenate([x] * others)), plain.backward(np.concatenate([dy] * others))
+        mine, gradient = sync(x, mask=nothing if first else None), sync.backward(dy)
+        assert_within_2_ulp(mine, np.zeros_like(x) if first else y[:4], plain.weight)
+        assert_within_2_ulp(gradient, np.zeros_like(x) if first else dx[:4], np.zeros(3))
+        support.assert_close(sync.running_var, plain.running_var, 1e-6)
+
+
 def copies():
     """Copies synchronize as their original does."""
     sync, plain = pair()

@@ -35,7 +35,10 @@ def run_ranks(ranks, case):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     "case",
-    ["equal", "nowhere", "failing", "modes", "communicators", "recalibrated", "masked", "copies"],
+    [
+        *["equal", "nowhere", "failing", "modes", "communicators"],
+        *["recalibrated", "masked", "masked_away", "copies"],
+    ],
 )
 def test_on_ranks(case, ranks):
     run_ranks(ranks, case)
