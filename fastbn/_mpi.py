@@ -106,8 +106,8 @@ class Ranks:
         The reason is what the first rank with another opinion has to say. It is sent in that case
         only.
         """
-        self._awaited = False
         record = np.zeros(self._length)
+        self._awaited = False
         record[:HEADER] = status, self._comm.rank, signature
         record[HEADER : HEADER + payload.size] = payload
         # One element of a type of the record's length: a record is merged as a whole.

@@ -911,7 +911,7 @@ def _gradients(
     # The statistics are constants: dx = dy * weight * invstd.
     dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
     if out is None:
-        out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
+        out = _room_like(x)
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
     dx = F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out, mask=mask)
@@ -923,6 +923,11 @@ def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     """The smallest normal number and the greatest; bfloat16's exponents are those of float32."""
     limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
     return float(limits.smallest_normal), float(limits.max)
+
+
+def _room_like(x: Array) -> Array:
+    """Memory for a result, in x's layout and in native byte order."""
+    return np.empty_like(x, dtype=x.dtype.newbyteorder("="))
 
 
 def _room(gradient: Array | None, parameter: Array | None, like: F.Statistics) -> Room | None:

@@ -15,7 +15,7 @@ from fastbn import functional as F
 from fastbn._backends import backend_for, backend_of, is_cupy
 from fastbn._mpi import Ranks, mpi
 from fastbn.instance import _InstanceNorm
-from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm
+from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm, _room_like
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -57,7 +57,9 @@ class SyncBatchNorm(_BatchNorm):
     -----
     Input has 2 to 5 axes, the same number and dtype on all ranks. A mask may leave nothing on some
     ranks, but not on all. Where a call fails on one rank, it fails on all of them, changes nothing
-    on any, and the others' RuntimeError names that rank.
+    on any, and the others' RuntimeError names that rank. The exception is a want of memory after
+    the all-reduce, for copies of masks and of arrays that are neither C-contiguous nor
+    channels-last: it changes nothing on its own rank, while the others are done.
 
     In place, a training forward keeps a copy of its input. A layer can be pickled if its
     communicator is ``MPI.COMM_WORLD``.
@@ -134,6 +136,7 @@ class SyncBatchNorm(_BatchNorm):
         self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         weight, bias = self._checked_arrays(x)
+        out = _room_like(x) if out is None else out  # before the other ranks count on this one
         total = self._all_ranks().total_moments(x, Moments.of(x, mask))
         if total.count == 1:
             raise ValueError(
@@ -198,6 +201,7 @@ class SyncBatchNorm(_BatchNorm):
         out = F.check_out(out, memory.x, dy)
         self._check_gradients(x)
         rooms = self._rooms(memory.mean)
+        out = _room_like(x) if out is None else out
         weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
         mean, invstd, mask = memory.mean, memory.invstd, memory.mask
         dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
