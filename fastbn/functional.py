@@ -868,9 +868,11 @@ def as_array(value: Any, name: str) -> Array:
             value = from_dlpack(value, name)
         value = np.asarray(value)
     if not is_float(value.dtype):
+        mend = "convert it, for example by astype(np.float32)"
+        if value.dtype == bool and name not in ("x", "dy"):
+            mend = "a mask is passed by name: mask=..."
         raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
-            f"convert it, for example by astype(np.float32)"
+            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; {mend}"
         )
     return value  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Never, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -267,9 +267,18 @@ class _BatchNorm:
     # Forward.
 
     def __call__(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *others: Never,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
     ) -> Array:
-        """Normalize a batch, as `forward` does."""
+        """Normalize a batch, as `forward` does; `out` and `mask` are passed by name."""
+        if others:
+            raise TypeError(
+                f"{type(self).__name__} is called with x alone by position, got {1 + len(others)} "
+                f"arguments; pass out and mask by name: layer(x, out=..., mask=...)"
+            )
         return self.forward(x, out=out, mask=mask)
 
     def forward(

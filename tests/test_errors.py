@@ -716,6 +716,43 @@ def test_training_is_suggested_where_there_are_no_running_statistics(x):
         F.instance_norm(x, use_input_stats=False)
 
 
+LAYERS = {
+    "batch": lambda: fastbn.BatchNorm2d(3),
+    "lazy": fastbn.LazyBatchNorm2d,
+    "instance": lambda: fastbn.InstanceNorm2d(3),
+    "lazy instance": fastbn.LazyInstanceNorm2d,
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("others", [("mask",), (None, "mask"), ("out",)], ids=str)
+def test_who_passes_a_mask_or_an_output_by_position_is_told_their_names(x, layer, others):
+    values = {"mask": np.ones((4, 1, 6, 5), bool), "out": x, None: None}
+    norm = layer()
+    name = type(norm).__name__
+    with refused(TypeError, f"{name} is called with x alone", "out=..., mask=...", intact=[x]):
+        norm(x, *(values[other] for other in others))
+    assert type(norm).__name__ == name
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, mask: F.batch_norm(x, np.zeros(3), np.ones(3), mask),
+        lambda x, mask: F.instance_norm(x, mask, mask),
+        lambda x, mask: F.batch_norm_forward(x, mask),
+        lambda x, mask: F.batch_norm_elemt(x, np.zeros(3), np.ones(3), mask),
+        lambda x, mask: F.batch_norm_backward(x, x, mask, np.zeros(3), np.ones(3)),
+    ],
+    ids=["batch_norm", "instance_norm", "forward", "elemt", "backward"],
+)
+def test_who_passes_a_mask_in_place_of_a_parameter_is_told_its_name(x, call):
+    with refused(TypeError, "got bool; a mask is passed by name: mask=..."):
+        call(x, np.ones((4, 1, 6, 5), bool))
+    with refused(TypeError, "got bool; convert it"):
+        F.batch_norm_forward(x > 0)
+
+
 def test_none_is_suggested_for_the_default_number_of_threads():
     with pytest.raises(ValueError, match="None is the default"):
         fastbn.set_num_threads(0)

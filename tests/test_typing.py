@@ -118,6 +118,7 @@ WRONG = {
     "fastbn.BatchNorm2d(3).weigth": "attr-defined",
     "fastbn.fold(fastbn.BatchNorm2d(3))": "call-arg",
     "F.batch_norm(x, [0.0], None)": "arg-type",
+    "bn(x, x)": "arg-type",
 }
 
 
