@@ -22,7 +22,10 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     # In single backquotes, docstrings also name parameters and builtins.
-    ("py:obj", r"x|dy|out|mask|input|self|correction|strict|sum|repr|Moments\.__init__"),
+    (
+        "py:obj",
+        r"x|dy|out|mask|input|use_input_stats|self|correction|strict|sum|repr|Moments\.__init__",
+    ),
 ]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]

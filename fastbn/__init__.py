@@ -4,7 +4,14 @@ from fastbn import functional
 from fastbn._cpu import get_num_threads, set_num_threads, show_config
 from fastbn._version import __version__
 from fastbn.folding import fold
-from fastbn.instance import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from fastbn.instance import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
 from fastbn.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -27,6 +34,9 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
     "Moments",
     "SyncBatchNorm",
     "__version__",

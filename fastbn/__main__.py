@@ -13,10 +13,13 @@ from fastbn._cpu import show_config
 
 def main(arguments: list[str]) -> None:
     """Do what the arguments of a command line ask for."""
-    options = parser().parse_args(arguments)
+    command_line = parser()
+    options = command_line.parse_args(arguments)
     if options.command == "bench":
-        result = _bench.measure(options.seconds)
+        result = _bench.measure(options.seconds or _bench.SECONDS)
         print(json.dumps(result, indent=1) if options.json else _bench.report(result))
+    elif options.seconds:
+        command_line.error("--seconds is for the benchmark: python -m fastbn bench --seconds ...")
     elif options.json:
         print(json.dumps(show_config("dicts"), indent=1))
     else:
@@ -43,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds",
         type=positive,
-        default=_bench.SECONDS,
-        help="how long to measure, besides starting and preparing (default: %(default)s)",
+        help="how long the benchmark measures, besides starting and preparing "
+        f"(default: {_bench.SECONDS:g})",
     )
     return parser
 

@@ -75,7 +75,11 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.requests, self.answers = self.process.stdin, self.process.stdout
-        self.version: str = self._answer()
+        started = self._answer()
+        if "error" in started:
+            self.process.communicate()
+            raise RuntimeError(f"{library} does not start: {started['error']}")
+        self.version: str = started["version"]
 
     def __enter__(self) -> Self:
         return self
@@ -105,19 +109,21 @@ def measure(seconds: float) -> dict[str, Any]:
     Shows on standard error how far it is.
     """
     threads = get_num_threads()
-    names = [FLOOR, FASTBN]
-    if importlib.util.find_spec(TORCH):
-        names.append(TORCH)
     steps = [
         (shape, operation) for shape in SHAPES for _ in range(ROUNDS) for operation in OPERATIONS
     ]
-    answers: dict[tuple[Shape, str], dict[str, list[Answer]]] = {
-        step: {name: [] for name in names} for step in steps
-    }
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(name, threads)) for name in names]
+        workers = [stack.enter_context(Worker(name, threads)) for name in (FLOOR, FASTBN)]
+        if importlib.util.find_spec(TORCH):
+            try:
+                workers.append(stack.enter_context(Worker(TORCH, threads)))
+            except RuntimeError as error:
+                print(f"Measuring without {TORCH}: {error}", file=sys.stderr)
         versions = {worker.library: worker.version for worker in workers}
-        budget = seconds / (len(steps) * len(names))
+        answers: dict[tuple[Shape, str], dict[str, list[Answer]]] = {
+            step: {name: [] for name in versions} for step in steps
+        }
+        budget = seconds / (len(steps) * len(workers))
         for step in progress(steps):
             for worker in workers:
                 answers[step][worker.library].append(worker.ask(*step, budget))

@@ -1,8 +1,8 @@
 """The process of one library, which `_bench.py` starts by its path: no part of the package.
 
-Its arguments are the library's name and the number of threads. It writes the library's version, and
-then answers [shape, operation, seconds] by the milliseconds of calls, and whether other processes
-left it the CPUs meanwhile. Both ways a message is a line of JSON.
+Its arguments are the library's name and the number of threads. It writes the library's version, or
+why it does not start, and then answers [shape, operation, seconds] by the milliseconds of calls,
+and whether other processes left it the CPUs meanwhile. Both ways a message is a line of JSON.
 """
 
 from __future__ import annotations
@@ -195,9 +195,14 @@ def serve(name: str, threads: int) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    library = LIBRARIES[name](threads)
+    start = LIBRARIES[name]
+    try:
+        library = start(threads)
+    except Exception as error:  # Whatever a broken installation raises.
+        answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
+        return
     gc.disable()
-    answer(library.version)
+    answer({"version": library.version})
     arrays = arrays_of((0, 1, 1, 1))
     for line in sys.stdin:
         shape, operation, seconds = json.loads(line)

@@ -82,6 +82,10 @@ class Ranks:
         first, second = np.split(record[HEADER + 1 :], 2)
         return first, second
 
+    def anywhere(self, condition: bool) -> bool:
+        """Whether something is so on any of the ranks, all of which must ask."""
+        return bool(self._comm.allreduce(condition, mpi().LOR))
+
     def _reduced(self, direction: int, x: NDArray[Any], payload: Record) -> Record:
         """The merged record of all ranks, if all of them do the same and none has failed."""
         signature = direction + 100 * DTYPES.index(x.dtype.name) + x.ndim
@@ -102,8 +106,8 @@ class Ranks:
         The reason is what the first rank with another opinion has to say. It is sent in that case
         only.
         """
-        self._awaited = False
         record = np.zeros(self._length)
+        self._awaited = False
         record[:HEADER] = status, self._comm.rank, signature
         record[HEADER : HEADER + payload.size] = payload
         # One element of a type of the record's length: a record is merged as a whole.

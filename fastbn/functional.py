@@ -1,8 +1,9 @@
 """Batch normalization as functions: check the arguments, then let the backend of x's array run.
 
-`batch_norm` has the signature of ``torch.nn.functional.batch_norm``. The primitives under it are
-what synchronized, masked or otherwise composed batch normalization is made of; `batch_norm_forward`
-and `batch_norm_backward` fuse them and give the same bits.
+`batch_norm` and `instance_norm` have the signatures of the functions of these names in
+``torch.nn.functional``. The primitives under them are what synchronized, masked or otherwise
+composed batch normalization is made of; `batch_norm_forward` and `batch_norm_backward` fuse them
+and give the same bits.
 
 Arrays have the shape (N, C, ...): N samples of C channels, and any number of further axes. They are
 float32, float64, float16 or ml_dtypes' bfloat16, of any strides. One that is C-contiguous, or would
@@ -38,6 +39,7 @@ __all__ = [
     "batch_norm_elemt",
     "batch_norm_forward",
     "batch_norm_stats",
+    "instance_norm",
 ]
 
 Array = NDArray[Any]
@@ -126,6 +128,88 @@ def batch_norm(
     return forward_by_batch(
         x, *running, weight, bias, factor, eps, out=out, mask=mask, batch_size=size
     )[0]
+
+
+def instance_norm(
+    input: ArrayLike,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+    mask: ArrayLike | None = None,
+) -> Array:
+    """Normalize each channel of each sample, as ``torch.nn.functional.instance_norm`` does.
+
+    ``y = (input - mean) / sqrt(var + eps) * weight + bias``, where mean and var are those of the
+    sample (Ulyanov, Vedaldi and Lempitsky 2016) or, without `use_input_stats`, the running ones.
+
+    Parameters
+    ----------
+    input : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16.
+    running_mean, running_var : ndarray of shape (C,), optional
+        With `use_input_stats` they are updated in place, unless they are None:
+        ``running = (1 - momentum) * running + momentum * statistic``, with the means, over the
+        samples, of mean and unbiased variance. They may be views of one array, of any float dtype.
+    weight, bias : array_like of shape (C,), optional
+        Of any float dtype. None stands for ones and for zeros.
+    use_input_stats : bool, default True
+        Whether to normalize by the statistics of each sample.
+    momentum : float, default 0.1
+        The factor of the samples in the running statistics.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
+        elements, or does not overlap it.
+    mask : array_like of bool, optional
+        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
+        add nothing to the statistics, and the result is 0 there.
+
+    Returns
+    -------
+    ndarray of shape (N, C, ...)
+        `out`, or a new array of input's dtype and memory layout.
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, a sample that is to be normalized by its own statistics has a single
+        value per channel or its mask leaves none, running statistics are needed and not there, or
+        `out` cannot be written or overlaps `input` in part.
+    TypeError
+        If a dtype is not one of the four, or `out` has another than `input`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import instance_norm
+    >>> x = np.array([[[1.0, 3.0]], [[50.0, 70.0]]])
+    >>> mean, var = np.zeros(1), np.ones(1)
+    >>> instance_norm(x, mean, var, momentum=0.5, eps=1e-12).round(6)
+    array([[[-1.,  1.]],
+    <BLANKLINE>
+           [[-1.,  1.]]])
+    >>> mean, var
+    (array([15.5]), array([51.]))
+    """
+    x = as_input(input)
+    mask = as_mask(mask, x)
+    running = running_mean, running_var
+    if use_input_stats:
+        factor = as_real(momentum, "momentum")
+        return forward_by_instance(x, *running, weight, bias, factor, eps, out=out, mask=mask)[0]
+    if running_mean is None and running_var is None:
+        raise ValueError(
+            "running_mean and running_var are needed without use_input_stats, got None; "
+            "use_input_stats=True normalizes each sample by its own statistics"
+        )
+    return forward_by_running(x, *running, weight, bias, eps, out=out, mask=mask)
 
 
 def batch_norm_stats(
@@ -479,7 +563,7 @@ def batch_norm_backward(
     return backward_by_batch(dy, x, weight, mean, invstd, out=out, mask=mask, batch_size=size)
 
 
-# What `batch_norm` and the layers share.
+# What `batch_norm`, `instance_norm` and the layers share.
 
 
 def forward_by_batch(
@@ -784,9 +868,11 @@ def as_array(value: Any, name: str) -> Array:
             value = from_dlpack(value, name)
         value = np.asarray(value)
     if not is_float(value.dtype):
+        mend = "convert it, for example by astype(np.float32)"
+        if value.dtype == bool and name not in ("x", "dy"):
+            mend = "a mask is passed by name: mask=..."
         raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
-            f"convert it, for example by astype(np.float32)"
+            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; {mend}"
         )
     return value  # type: ignore[no-any-return]
 

@@ -1,6 +1,6 @@
 """Instance normalization as layers: batch normalization of each sample by itself.
 
-The semantics are those of ``torch.nn.InstanceNorm1d`` to ``InstanceNorm3d``.
+The semantics are those of ``torch.nn.InstanceNorm1d`` to ``InstanceNorm3d`` and their lazy forms.
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn.layers import _BatchNorm
+from fastbn.layers import _BatchNorm, _LazyBatchNorm
 
-__all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
+__all__ = [
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+]
 
 Array = NDArray[Any]
 
@@ -74,13 +81,20 @@ class _InstanceNorm(_BatchNorm):
         """
         x = self._of_rank(x)
         out = F.check_out(out, x)
-        if x.ndim == self._ranks[0]:  # without the axis of samples
+        if self._is_sample(x):
             batch_out = None if out is None else out[np.newaxis]
             y = super().forward(x[np.newaxis], out=batch_out, mask=mask)[0]
         else:
             y = super().forward(x, out=out, mask=mask)
         self._input_shape = x.shape
         return y if out is None else out
+
+    def _is_sample(self, x: Array) -> bool:
+        """Tell whether an array of a rank that fits is without the axis of samples."""
+        return x.ndim == self._ranks[0]
+
+    def _channels_of(self, x: Array) -> int:
+        return int(x.shape[0 if self._is_sample(x) else 1])
 
     def _batch_size(self) -> int:
         return 1
@@ -141,11 +155,28 @@ class _InstanceNorm(_BatchNorm):
         dy = F.as_array(dy, "dy")
         if dy.shape != self._input_shape:
             raise ValueError(f"dy must have x's shape {self._input_shape}, got {dy.shape}")
-        if dy.ndim == self._ranks[0]:  # without the axis of samples
+        if self._is_sample(dy):
             out_batch = out if out is None or not F.is_array(out) else out[np.newaxis]
             dx = super().backward(dy[np.newaxis], out=out_batch)
             return dx[0] if out is None else out
         return super().backward(dy, out=out)
+
+
+class _LazyInstanceNorm(_LazyBatchNorm, _InstanceNorm):
+    """A layer that takes its number of channels from the first input, or the first state."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
 
 
 class InstanceNorm2d(_InstanceNorm):
@@ -229,3 +260,69 @@ class InstanceNorm3d(_InstanceNorm):
     """
 
     _ranks = (4, 5)
+
+
+class LazyInstanceNorm2d(_LazyInstanceNorm):
+    """An `InstanceNorm2d` that takes num_features from the first input, its axis of channels.
+
+    It becomes an `InstanceNorm2d` as a `LazyBatchNorm2d` becomes a `BatchNorm2d`: at the first
+    forward, or at the first `load_state_dict` that tells the number of channels.
+
+    Parameters
+    ----------
+    eps, momentum
+        As `InstanceNorm2d` takes them.
+    affine, track_running_stats : bool, default True
+        As `InstanceNorm2d` takes them, but for the default, which is that of torch's lazy layers.
+    device, dtype, bias
+        As `InstanceNorm2d` takes them.
+
+    Notes
+    -----
+    A first input of the shape (C, H, W), without the axis of samples, serves as well. In torch,
+    which takes H for C, it is an error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm2d(track_running_stats=False)
+    >>> y = norm(np.zeros((2, 5, 4, 4), np.float32))
+    >>> norm
+    InstanceNorm2d(5, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=False)
+    """
+
+    _ranks = InstanceNorm2d._ranks
+    _becomes = InstanceNorm2d
+
+
+class LazyInstanceNorm1d(_LazyInstanceNorm):
+    """An `InstanceNorm1d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm1d()
+    >>> norm(np.zeros((5, 4), np.float32)).shape, norm.num_features
+    ((5, 4), 5)
+    """
+
+    _ranks = InstanceNorm1d._ranks
+    _becomes = InstanceNorm1d
+
+
+class LazyInstanceNorm3d(_LazyInstanceNorm):
+    """An `InstanceNorm3d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm3d()
+    >>> norm(np.zeros((1, 2, 3, 4, 5), np.float32)).shape, norm.num_features
+    ((1, 2, 3, 4, 5), 2)
+    """
+
+    _ranks = InstanceNorm3d._ranks
+    _becomes = InstanceNorm3d

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Never, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -267,9 +267,18 @@ class _BatchNorm:
     # Forward.
 
     def __call__(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        *others: Never,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
     ) -> Array:
-        """Normalize a batch, as `forward` does."""
+        """Normalize a batch, as `forward` does; `out` and `mask` are passed by name."""
+        if others:
+            raise TypeError(
+                f"{type(self).__name__} is called with x alone by position, got {1 + len(others)} "
+                f"arguments; pass out and mask by name: layer(x, out=..., mask=...)"
+            )
         return self.forward(x, out=out, mask=mask)
 
     def forward(
@@ -359,6 +368,10 @@ class _BatchNorm:
                 f"expected {expected} input, got {x.ndim}D input of shape {x.shape}{hint}"
             )
         return x
+
+    def _channels_of(self, x: Array) -> int:
+        """The number of channels of an array of a rank that fits."""
+        return int(x.shape[1])
 
     def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
         parameters = self.running_mean, self.running_var, self.weight, self.bias
@@ -707,7 +720,7 @@ class _LazyBatchNorm(_BatchNorm):
     ) -> Array:
         """Take the number of channels from x, then do what the layer that this becomes does."""
         x = self._of_rank(x)
-        y: Array = self._initialized(x.shape[1], "forward", x, out=out, mask=mask)
+        y: Array = self._initialized(self._channels_of(x), "forward", x, out=out, mask=mask)
         return y
 
     def load_state_dict(
@@ -907,7 +920,7 @@ def _gradients(
     # The statistics are constants: dx = dy * weight * invstd.
     dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
     if out is None:
-        out = np.empty_like(x, dtype=x.dtype.newbyteorder("="))
+        out = _room_like(x)
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
     dx = F.batch_norm_elemt(dy, np.zeros_like(scale), scale, out=out, mask=mask)
@@ -919,6 +932,11 @@ def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     """The smallest normal number and the greatest; bfloat16's exponents are those of float32."""
     limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
     return float(limits.smallest_normal), float(limits.max)
+
+
+def _room_like(x: Array) -> Array:
+    """Memory for a result, in x's layout and in native byte order."""
+    return np.empty_like(x, dtype=x.dtype.newbyteorder("="))
 
 
 def _room(gradient: Array | None, parameter: Array | None, like: F.Statistics) -> Room | None:
@@ -977,8 +995,15 @@ def _check_state(state: Any) -> None:
 
 def _other_layers(layer: type[_BatchNorm], num_features: int) -> str:
     """Suggest layers that take another number of channels."""
-    lazy = [other.__name__ for other in _LazyBatchNorm.__subclasses__() if other._becomes is layer]
-    return ", or ".join([f"{layer.__name__}({num_features})", *lazy])
+    return ", or ".join([f"{layer.__name__}({num_features})", *_lazy_forms(layer, _LazyBatchNorm)])
+
+
+def _lazy_forms(layer: type[_BatchNorm], family: type[_LazyBatchNorm]) -> Iterator[str]:
+    """The names of the layers of a family that become the given one."""
+    for lazy in family.__subclasses__():
+        if getattr(lazy, "_becomes", None) is layer:
+            yield lazy.__name__
+        yield from _lazy_forms(layer, lazy)
 
 
 def _state_hint(state: Mapping[str, Any], prefix: str) -> str:

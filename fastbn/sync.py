@@ -15,7 +15,7 @@ from fastbn import functional as F
 from fastbn._backends import backend_for, backend_of, is_cupy
 from fastbn._mpi import Ranks, mpi
 from fastbn.instance import _InstanceNorm
-from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm
+from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm, _room_like
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -29,8 +29,8 @@ class SyncBatchNorm(_BatchNorm):
     Each rank has a part of the batch, of any length, none included; output, running statistics and
     gradients of the input are those that `BatchNorm2d` would give for all of it in one process. A
     forward and a backward in training mode are collective: all ranks make them, in the same order.
-    Each is one all-reduce of 2 C + 4 float64. The results have the same bits in every run with so
-    many ranks.
+    Each is one all-reduce of 2 C + 4 float64, and one more where nothing counts on any rank. The
+    results have the same bits in every run with so many ranks.
 
     Parameters
     ----------
@@ -55,9 +55,11 @@ class SyncBatchNorm(_BatchNorm):
 
     Notes
     -----
-    Input has 2 to 5 axes, the same number and dtype on all ranks. A mask may leave nothing on a
-    rank; if it leaves nothing on any, that is an empty batch. Where a call fails on one rank, it
-    fails on all of them, changes nothing on any, and the others' RuntimeError names that rank.
+    Input has 2 to 5 axes, the same number and dtype on all ranks. A mask may leave nothing on some
+    ranks, but not on all. Where a call fails on one rank, it fails on all of them, changes nothing
+    on any, and the others' RuntimeError names that rank. The exception is a want of memory after
+    the all-reduce, for copies of masks and of arrays that are neither C-contiguous nor
+    channels-last: it changes nothing on its own rank, while the others are done.
 
     In place, a training forward keeps a copy of its input. A layer can be pickled if its
     communicator is ``MPI.COMM_WORLD``.
@@ -134,11 +136,17 @@ class SyncBatchNorm(_BatchNorm):
         self, x: Array, out: Array | None, mask: Array | None
     ) -> tuple[Array, F.Statistics, F.Statistics]:
         weight, bias = self._checked_arrays(x)
+        out = _room_like(x) if out is None else out  # before the other ranks count on this one
         total = self._all_ranks().total_moments(x, Moments.of(x, mask))
         if total.count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape} "
                 f"and nothing on the other ranks; evaluation mode takes single values"
+            )
+        if not total.count and self._all_ranks().anywhere(x.size > 0):
+            raise ValueError(
+                f"masks leave no value per channel on any rank, expected at least 2 in all when "
+                f"training, got input size {x.shape} on this one"
             )
         with np.errstate(all="ignore"):
             invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + self.eps)
@@ -193,6 +201,7 @@ class SyncBatchNorm(_BatchNorm):
         out = F.check_out(out, memory.x, dy)
         self._check_gradients(x)
         rooms = self._rooms(memory.mean)
+        out = _room_like(x) if out is None else out
         weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
         mean, invstd, mask = memory.mean, memory.invstd, memory.mask
         dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)

@@ -1,5 +1,6 @@
 """What several test files share: memory layouts, comparisons, fresh interpreters."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import reference
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 THREADS = [1, 2, 3, 4, 7]
+ALLOCATING = ["empty", "empty_like", "zeros", "zeros_like", "full_like", "array", "require"]
 LAYER_ARRAYS = [
     "weight",
     "bias",
@@ -182,6 +184,39 @@ def refused(exception, *names, intact=()):
         yield
     for name in names:
         assert str(name) in str(caught.value)
+
+
+@contextmanager
+def failing_allocation(number):
+    """Lets the allocation of that number fail, of all that go through NumPy's functions."""
+    numbers = itertools.count(1)
+
+    def counted(allocate):
+        def call(*args, **kwargs):
+            if next(numbers) == number:
+                raise MemoryError("injected")
+            return allocate(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ALLOCATING:
+            patched.setattr(np, name, counted(getattr(np, name)))
+        yield
+
+
+def failures_without_a_trace(call, *things):
+    """Lets each allocation of a call fail in turn; returns how many there are."""
+    for number in itertools.count(1):
+        before = [bits_of(thing) for thing in things]
+        try:
+            with failing_allocation(number):
+                call()
+        except MemoryError:
+            assert [bits_of(thing) for thing in things] == before, number
+        else:
+            break
+    return number - 1
 
 
 def run_python(code, cwd, **environment):

@@ -4,9 +4,11 @@ In a shell: ``mpiexec -n 3 python -m mpi4py sync_ranks.py CASE``.
 """
 
 import copy
+import itertools
 import pickle
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -15,7 +17,7 @@ import numpy as np
 import reference
 import support
 from mpi4py import MPI
-from support import contiguous, parameters, same_bits, some
+from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
 
@@ -239,6 +241,56 @@ def masked():
         )
         assert_within_2_ulp(sync.backward(part(dy, sizes)), part(dx, sizes), np.zeros(3))
         support.assert_close(sync.running_var, plain.running_var, 1e-6)
+
+
+def masked_away():
+    """Masks that leave nothing are an error if they do so on all ranks, and on all of them."""
+    sync, plain = pair()
+    x, dy = some(generator(), (4, 3, 5, 2)), some(generator(), (4, 3, 5, 2))
+    nothing = np.zeros((4, 1, 5, 2), bool)
+    for here in (x, x[: 4 * (WORLD.rank == 0)]):  # on the others an empty part, without a mask
+        mask = nothing if len(here) else None
+        out = here.copy()
+        with support.refused(ValueError, "masks leave no value", intact=[sync, here, out]):
+            sync(here, out=out, mask=mask)
+    if WORLD.size > 1:
+        first = WORLD.rank == 0
+        others = WORLD.size - 1
+        y, dx = plain(np.concatenate([x] * others)), plain.backward(np.concatenate([dy] * others))
+        mine, gradient = sync(x, mask=nothing if first else None), sync.backward(dy)
+        assert_within_2_ulp(mine, np.zeros_like(x) if first else y[:4], plain.weight)
+        assert_within_2_ulp(gradient, np.zeros_like(x) if first else dx[:4], np.zeros(3))
+        support.assert_close(sync.running_var, plain.running_var, 1e-6)
+
+
+def failed(call, starving):
+    """Lets each allocation of a call on one rank fail in turn; yields what each attempt raised."""
+    for number in itertools.count(1):
+        try:
+            with support.failing_allocation(number) if starving else nullcontext():
+                call()
+        except (MemoryError, RuntimeError) as error:
+            yield error
+        else:
+            return
+
+
+def starved():
+    """A rank without memory for its arrays fails on all of them, and nothing changes."""
+    x, dy = some(generator(), (4, 3, 5, 2)), some(generator(), (4, 3, 5, 2))
+    for culprit, layout in itertools.product(range(WORLD.size), (contiguous, channels_last)):
+        sync, _ = pair()
+        x, dy, starving = layout(x), layout(dy), WORLD.rank == culprit
+        for call in (partial(sync, x), partial(sync.backward, dy)):
+            before = support.bits_of(sync)
+            attempts = 0
+            for error in failed(call, starving):
+                attempts += 1
+                assert type(error) is (MemoryError if starving else RuntimeError)
+                assert starving or f"rank {culprit} failed with MemoryError" in str(error)
+                assert support.bits_of(sync) == before
+            assert set(WORLD.allgather(attempts)) == {attempts}
+            assert attempts > 2
 
 
 def copies():

@@ -1,7 +1,6 @@
 """After a call that fails, whatever the reason and the moment, every array is what it was."""
 
 import io
-import itertools
 import sys
 import zipfile
 from contextlib import contextmanager
@@ -9,7 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import support
-from support import output_of, parameters, refused, some
+from support import (
+    failing_allocation,
+    failures_without_a_trace,
+    output_of,
+    parameters,
+    refused,
+    some,
+)
 
 import fastbn
 from fastbn import _core
@@ -36,6 +42,9 @@ FORWARDS = {
     "batch_norm": lambda x, out, bn: F.batch_norm(
         x, bn.running_mean, bn.running_var, bn.weight, bn.bias, training=True, out=out
     ),
+    "instance_norm": lambda x, out, bn: F.instance_norm(
+        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, out=out
+    ),
     "batch_norm_forward": lambda x, out, bn: F.batch_norm_forward(x, bn.weight, bn.bias, out=out),
     "batch_norm_elemt": lambda x, out, bn: F.batch_norm_elemt(
         x, *STATISTICS, bn.weight, bn.bias, out=out
@@ -59,86 +68,53 @@ BACKWARDS = {
 # Memory that is not to be had.
 
 
-@contextmanager
-def failing_allocation(monkeypatch, number):
-    """Lets the allocation of that number fail, of all that go through NumPy's functions."""
-    numbers = itertools.count(1)
-
-    def counted(allocate):
-        def call(*args, **kwargs):
-            if next(numbers) == number:
-                raise MemoryError("injected")
-            return allocate(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patched:
-        for name in ("empty", "empty_like", "zeros_like", "full_like", "require", "array"):
-            patched.setattr(np, name, counted(getattr(np, name)))
-        yield
-
-
-def failures_without_a_trace(monkeypatch, call, *things):
-    """Lets each allocation of a call fail in turn; returns how many there are."""
-    for number in itertools.count(1):
-        before = [support.bits_of(thing) for thing in things]
-        try:
-            with failing_allocation(monkeypatch, number):
-                call()
-        except MemoryError:
-            assert [support.bits_of(thing) for thing in things] == before, number
-        else:
-            break
-    return number - 1
-
-
 @pytest.mark.parametrize("make", LAYOUTS)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("mode", ["train", "freeze", "eval"])
-def test_no_memory_in_a_forward(rng, monkeypatch, mode, in_place, make):
+def test_no_memory_in_a_forward(rng, mode, in_place, make):
     bn, x = layer(rng, mode), make(some(rng, SHAPE))
     out = x if in_place and x.dtype.isnative else None
-    failures_without_a_trace(monkeypatch, lambda: bn(x, out=out), bn, x)
+    failures_without_a_trace(lambda: bn(x, out=out), bn, x)
 
 
 @pytest.mark.parametrize("make", LAYOUTS)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("mode", ["train", "freeze"])
-def test_no_memory_in_a_backward(rng, monkeypatch, mode, in_place, make, dtype):
+def test_no_memory_in_a_backward(rng, mode, in_place, make, dtype):
     bn, x, dy = layer(rng, mode), some(rng, SHAPE, dtype), make(some(rng, SHAPE, dtype))
     in_place = in_place and dy.dtype.isnative
     bn(x, out=x if in_place else None)
     out = dy if in_place else None
-    failures_without_a_trace(monkeypatch, lambda: bn.backward(dy, out=out), bn, x, dy)
+    failures_without_a_trace(lambda: bn.backward(dy, out=out), bn, x, dy)
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_no_memory_in_a_function(rng, monkeypatch, name):
+def test_no_memory_in_a_function(rng, name):
     bn, x = layer(rng), support.sliced(some(rng, SHAPE))
     call = FORWARDS[name]
-    assert failures_without_a_trace(monkeypatch, lambda: call(x, x, bn), bn, x)
+    assert failures_without_a_trace(lambda: call(x, x, bn), bn, x)
 
 
 @pytest.mark.parametrize("name", BACKWARDS)
-def test_no_memory_in_a_function_of_the_backward(rng, monkeypatch, name):
+def test_no_memory_in_a_function_of_the_backward(rng, name):
     bn, x, dy = layer(rng), some(rng, SHAPE), support.sliced(some(rng, SHAPE))
     bn(x)
     call = BACKWARDS[name]
-    assert failures_without_a_trace(monkeypatch, lambda: call(dy, x, dy, bn), bn, x, dy)
+    assert failures_without_a_trace(lambda: call(dy, x, dy, bn), bn, x, dy)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_no_memory_while_a_state_is_loaded(rng, monkeypatch, lazy):
+def test_no_memory_while_a_state_is_loaded(rng, lazy):
     bn = fastbn.LazyBatchNorm2d() if lazy else layer(rng)
     state = layer(rng, dtype=np.float64).state_dict()
     kept = [] if lazy else [bn]
-    failures_without_a_trace(monkeypatch, lambda: bn.load_state_dict(state), *kept)
+    failures_without_a_trace(lambda: bn.load_state_dict(state), *kept)
 
 
-def test_a_lazy_layer_without_memory_stays_lazy(rng, monkeypatch):
+def test_a_lazy_layer_without_memory_stays_lazy(rng):
     bn, x = fastbn.LazyBatchNorm2d(), some(rng, SHAPE)
     for number in (1, 2):
-        with failing_allocation(monkeypatch, number), pytest.raises(MemoryError):
+        with failing_allocation(number), pytest.raises(MemoryError):
             bn(x)
         assert type(bn) is fastbn.LazyBatchNorm2d
         assert bn.has_uninitialized_params()
@@ -222,12 +198,19 @@ EXHAUSTING = {
         "slice(0, 0)",
         ["forward", "backward"],
     ),
+    "synchronized": (
+        "fastbn.SyncBatchNorm(channels)",
+        "slice(0, 0)",
+        ["elemt", "backward_elemt"],
+    ),
 }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by way of /proc")
 @pytest.mark.parametrize("name", EXHAUSTING)
 def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
+    if name == "synchronized":
+        pytest.importorskip("mpi4py.MPI")
     layer, aside, kernels = EXHAUSTING[name]
     code = EXHAUSTED.format(layer=layer, aside=aside, kernels=kernels)
     # Of the C library's own memory there is some for small things.
@@ -292,6 +275,12 @@ def test_an_interrupted_lazy_layer_stays_lazy(rng, monkeypatch):
 
 # An out where other arrays of the call lie.
 
+
+def pairs(a):
+    """A view of an array of shape (4, 3) with two values of each channel in a sample."""
+    return a.reshape(2, 3, 2)
+
+
 OUT = {
     "batch_norm": (
         lambda x, out, v: F.batch_norm(x, **v, training=True, out=out),
@@ -299,6 +288,14 @@ OUT = {
     ),
     "batch_norm in evaluation": (
         lambda x, out, v: F.batch_norm(x, **v, out=out),
+        ["running_mean", "running_var", "weight", "bias"],
+    ),
+    "instance_norm": (
+        lambda x, out, v: F.instance_norm(pairs(x), **v, out=pairs(out)),
+        ["running_mean", "running_var", "weight", "bias"],
+    ),
+    "instance_norm by running statistics": (
+        lambda x, out, v: F.instance_norm(x, **v, use_input_stats=False, out=out),
         ["running_mean", "running_var", "weight", "bias"],
     ),
     "batch_norm_forward": (

@@ -48,6 +48,13 @@ def test_an_unknown_command_is_refused_with_those_there_are(tmp_path):
     assert "'bench'" in errors
 
 
+@pytest.mark.parametrize("arguments", [["--seconds", "3"], ["--json", "--seconds", "3"]], ids=str)
+def test_seconds_without_the_benchmark_are_refused(tmp_path, arguments):
+    code, output, errors = command(*arguments, folder=tmp_path)
+    assert (code, output) == (2, "")
+    assert "python -m fastbn bench --seconds" in errors
+
+
 @pytest.fixture
 def small(monkeypatch):
     """A benchmark of two small arrays, a round each, without torch, which is slow to start."""
@@ -147,6 +154,35 @@ def test_a_process_that_fails_is_told_of():
         pytest.raises(RuntimeError, match="floor has ended"),
     ):
         worker.ask((2, 3, -4, 5), "train", 0.0)
+
+
+BROKEN = {
+    "import": (
+        "raise ImportError('no\\nlibtorch.so')",
+        "torch does not start: ImportError: no libtorch.so",
+    ),
+    "library": ("raise OSError('libtorch.so is damaged')", "OSError: libtorch.so is damaged"),
+    "contents": ("", "AttributeError: module 'torch' has no attribute 'set_num_threads'"),
+    "crash": ("import os; os.abort()", "the process of torch has ended"),
+}
+
+
+@pytest.mark.parametrize(("code", "words"), BROKEN.values(), ids=BROKEN)
+def test_bench_goes_on_without_a_torch_that_cannot_be_imported(
+    small, tmp_path, monkeypatch, capfd, code, words
+):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(_bench, "TORCH", "torch")
+    __main__.main(["bench", "--json", "--seconds", "0.01"])
+    output, errors = capfd.readouterr()
+    assert list(json.loads(output)["libraries"]) == ["floor", "fastbn"]
+    told = [line for line in errors.splitlines() if line.startswith("Measuring without torch: ")]
+    assert len(told) == 1
+    assert words in told[0]
+    assert "Traceback" not in errors
 
 
 # What is timed is what it says.

@@ -1,6 +1,7 @@
 """What bad input gets: the right exception, a message that says why, and nothing written."""
 
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -231,6 +232,15 @@ def test_a_single_value_per_channel_is_refused_by_batch_norm():
         F.batch_norm(one, mean, var, training=True, out=one)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1), (4, 3, 1, 1)], ids=str)
+def test_a_single_value_per_channel_of_a_sample_is_refused_by_instance_norm(shape):
+    mean, var, x = np.zeros(3), np.ones(3), np.ones(shape, np.float32)
+    message = "Expected more than 1 spatial element when training, got input size"
+    with refused(ValueError, message, shape, intact=[x, mean, var]):
+        F.instance_norm(x, mean, var, out=x)
+    F.instance_norm(x, mean, var, use_input_stats=False, out=x)
+
+
 # The output.
 
 
@@ -274,6 +284,9 @@ FORWARDS = {
     **{mode: layer_call(mode) for mode in MODES},
     "batch_norm": lambda x, out, bn: F.batch_norm(
         x, bn.running_mean, bn.running_var, training=True, out=out
+    ),
+    "instance_norm": lambda x, out, bn: F.instance_norm(
+        x, bn.running_mean, bn.running_var, out=out
     ),
     "batch_norm_forward": lambda x, out, bn: F.batch_norm_forward(x, out=out),
     "batch_norm_elemt": lambda x, out, bn: F.batch_norm_elemt(x, *statistics(), out=out),
@@ -422,12 +435,24 @@ def test_one_running_statistic_without_the_other_is_refused(bn, x, name, mode):
         bn(x, out=x)
 
 
-@pytest.mark.parametrize("training", [True, False])
+# The functions with torch's signatures, by the statistics of the input or the running ones.
+NORMS = {
+    f"{name}, {by}": partial(function, **{keyword: by == "input"})
+    for name, function, keyword in (
+        ("batch_norm", F.batch_norm, "training"),
+        ("instance_norm", F.instance_norm, "use_input_stats"),
+    )
+    for by in ("input", "running")
+}
+norms = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+
+
+@norms
 @pytest.mark.parametrize("there", ["running_mean", "running_var"])
-def test_one_running_statistic_without_the_other_is_refused_by_batch_norm(x, there, training):
+def test_one_running_statistic_without_the_other_is_refused_by_a_function(x, there, norm):
     arrays = {"running_mean": None, "running_var": None, there: np.ones(3)}
     with refused(ValueError, "running_mean", "running_var", intact=[x, arrays[there]]):
-        F.batch_norm(x, **arrays, training=training, out=x)
+        norm(x, **arrays, out=x)
 
 
 PARAMETERS = ["weight", "bias", "running_mean", "running_var"]
@@ -441,14 +466,14 @@ BAD_PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("training", [True, False])
+@norms
 @pytest.mark.parametrize(
     ("value", "exception", "names"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS
 )
-def test_a_bad_parameter_is_refused(x, name, training, value, exception, names):
+def test_a_bad_parameter_is_refused(x, name, norm, value, exception, names):
     arrays = {other: np.ones(3, np.float32) for other in PARAMETERS} | {name: value}
     with refused(exception, name, *names, intact=[x, *arrays.values()]):
-        F.batch_norm(x, **arrays, training=training, out=x)
+        norm(x, **arrays, out=x)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -515,10 +540,11 @@ def test_a_bad_array_set_before_the_backward_is_refused(
 
 
 @pytest.mark.parametrize("eps", [-1.0, float("nan")])
-def test_a_bad_eps_is_refused_by_batch_norm(x, eps):
+@norms
+def test_a_bad_eps_is_refused_by_a_function(x, norm, eps):
     mean, var = np.zeros(3), np.ones(3)
     with refused(ValueError, "eps", intact=[x, mean, var]):
-        F.batch_norm(x, mean, var, training=True, eps=eps, out=x)
+        norm(x, mean, var, eps=eps, out=x)
 
 
 # The primitives.
@@ -526,6 +552,7 @@ def test_a_bad_eps_is_refused_by_batch_norm(x, eps):
 STATISTICS = [np.zeros(3), np.ones(3)]
 PRIMITIVES = {
     "batch_norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "instance_norm": F.instance_norm,
     "batch_norm_stats": F.batch_norm_stats,
     "batch_norm_elemt": lambda x: F.batch_norm_elemt(x, *STATISTICS),
     "batch_norm_forward": F.batch_norm_forward,
@@ -622,7 +649,7 @@ def test_channels_that_come_last_are_recognized(bn):
         (fastbn.BatchNorm1d, (4, 2), "; use BatchNorm1d(2), or LazyBatchNorm1d"),
         (fastbn.BatchNorm2d, (4, 2, 1, 1), "; use BatchNorm2d(2), or LazyBatchNorm2d"),
         (fastbn.BatchNorm3d, (4, 2, 1, 1, 1), "; use BatchNorm3d(2), or LazyBatchNorm3d"),
-        (fastbn.InstanceNorm2d, (4, 2, 5, 5), "; use InstanceNorm2d(2)"),
+        (fastbn.InstanceNorm2d, (4, 2, 5, 5), "; use InstanceNorm2d(2), or LazyInstanceNorm2d"),
     ],
 )
 def test_layers_for_other_channels_are_suggested(layer, shape, words):
@@ -685,6 +712,45 @@ def test_what_initializes_a_lazy_layer_is_named(call):
 def test_training_is_suggested_where_there_are_no_running_statistics(x):
     with pytest.raises(ValueError, match="training=True"):
         F.batch_norm(x, None, None)
+    with pytest.raises(ValueError, match="use_input_stats=True"):
+        F.instance_norm(x, use_input_stats=False)
+
+
+LAYERS = {
+    "batch": lambda: fastbn.BatchNorm2d(3),
+    "lazy": fastbn.LazyBatchNorm2d,
+    "instance": lambda: fastbn.InstanceNorm2d(3),
+    "lazy instance": fastbn.LazyInstanceNorm2d,
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("others", [("mask",), (None, "mask"), ("out",)], ids=str)
+def test_who_passes_a_mask_or_an_output_by_position_is_told_their_names(x, layer, others):
+    values = {"mask": np.ones((4, 1, 6, 5), bool), "out": x, None: None}
+    norm = layer()
+    name = type(norm).__name__
+    with refused(TypeError, f"{name} is called with x alone", "out=..., mask=...", intact=[x]):
+        norm(x, *(values[other] for other in others))
+    assert type(norm).__name__ == name
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, mask: F.batch_norm(x, np.zeros(3), np.ones(3), mask),
+        lambda x, mask: F.instance_norm(x, mask, mask),
+        lambda x, mask: F.batch_norm_forward(x, mask),
+        lambda x, mask: F.batch_norm_elemt(x, np.zeros(3), np.ones(3), mask),
+        lambda x, mask: F.batch_norm_backward(x, x, mask, np.zeros(3), np.ones(3)),
+    ],
+    ids=["batch_norm", "instance_norm", "forward", "elemt", "backward"],
+)
+def test_who_passes_a_mask_in_place_of_a_parameter_is_told_its_name(x, call):
+    with refused(TypeError, "got bool; a mask is passed by name: mask=..."):
+        call(x, np.ones((4, 1, 6, 5), bool))
+    with refused(TypeError, "got bool; convert it"):
+        F.batch_norm_forward(x > 0)
 
 
 def test_none_is_suggested_for_the_default_number_of_threads():

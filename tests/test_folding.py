@@ -238,6 +238,7 @@ def test_layers_without_channels_fold(shape):
         (fastbn.BatchNorm2d(4, track_running_stats=False), RuntimeError, "running statistics"),
         (fastbn.LazyBatchNorm2d(), RuntimeError, "first input"),
         (fastbn.InstanceNorm2d(4, track_running_stats=True), TypeError, "each sample"),
+        (fastbn.LazyInstanceNorm2d(), TypeError, "each sample"),
         (None, TypeError, "NoneType"),
     ],
     ids=str,

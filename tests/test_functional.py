@@ -8,6 +8,7 @@ import reference
 import support
 from support import parameters, same_bits, some
 
+import fastbn
 from fastbn import functional as F
 
 SHAPES = [(4, 3), (3, 2, 5), (3, 4, 6, 5), (2, 33, 7, 7), (2, 3, 2, 3, 4), (2, 1, 300, 300)]
@@ -18,11 +19,14 @@ def names(function):
     return list(inspect.signature(function).parameters)
 
 
-def test_batch_norm_has_the_signature_of_torch_and_more_by_keyword():
-    assert names(F.batch_norm) == [
-        *["input", "running_mean", "running_var", "weight", "bias"],
-        *["training", "momentum", "eps", "out", "mask", "ghost_batch_size"],
-    ]
+def test_torchs_functions_have_its_signatures_and_more_by_keyword():
+    first = ["input", "running_mean", "running_var", "weight", "bias"]
+    more = ["momentum", "eps", "out", "mask"]
+    assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size"]
+    assert names(F.instance_norm) == [*first, "use_input_stats", *more]
+    for function in (F.batch_norm, F.instance_norm):
+        parameters = inspect.signature(function).parameters
+        assert parameters["out"].kind == parameters["mask"].kind == inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -158,6 +162,7 @@ def test_batch_norm_leaves_the_running_statistics_alone_for_an_empty_batch():
 
 FORWARDS = {
     "batch_norm": lambda x, out: F.batch_norm(x, None, None, training=True, out=out),
+    "instance_norm": lambda x, out: F.instance_norm(x, out=out),
     "batch_norm_forward": lambda x, out: F.batch_norm_forward(x, out=out)[0],
     "batch_norm_elemt": lambda x, out: F.batch_norm_elemt(x, np.ones(4), np.ones(4), out=out),
 }
@@ -225,3 +230,70 @@ def test_integer_like_floats_of_python_serve_as_momentum_and_eps(rng):
     mean, var = np.zeros(4), np.ones(4)
     F.batch_norm(x, mean, var, training=True, momentum=1, eps=1)
     support.assert_close(mean, x.mean((0, 2, 3), np.float64), 1e-6)
+
+
+# Each sample by itself.
+
+INSTANCES = [(3, 2, 5), (3, 4, 6, 5), (2, 33, 7, 7), (2, 3, 2, 3, 4), (2, 1, 300, 300)]
+
+
+@pytest.mark.parametrize("shape", INSTANCES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_instance_norm_normalizes_each_sample_by_itself(rng, dtype, layout, shape, in_place):
+    x, (weight, bias) = layout(some(rng, shape, dtype)), parameters(shape[1])
+    samples = np.split(x.copy(), len(x))
+    y = F.instance_norm(x, weight=weight, bias=bias, eps=1e-3, out=x if in_place else None)
+    assert (y is x) == in_place
+    exact = np.concatenate([reference.forward(s, weight, bias, 1e-3) for s in samples])
+    support.assert_within(y, exact, reference.forward_bound(exact, dtype, weight, bias))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0])
+def test_instance_norm_moves_the_running_statistics_to_the_mean_of_the_samples(
+    rng, dtype, layout, momentum
+):
+    x = layout(some(rng, (4, 3, 6, 5), dtype))
+    mean, var = some(rng, 3, np.float64), some(rng, 3, np.float64)
+    moved = [reference.updated(s, mean, var, momentum) for s in np.split(x, len(x))]
+    F.instance_norm(x, mean, var, momentum=momentum)
+    for actual, values in zip((mean, var), zip(*moved, strict=True), strict=True):
+        support.assert_close(actual, sum(values) / len(x), 1e-14)
+
+
+def test_instance_norm_by_running_statistics_is_batch_norm_by_them(rng, dtype):
+    x, (weight, bias) = some(rng, (4, 3, 6, 5), dtype), parameters(3)
+    running = support.read_only(some(rng, 3)), support.read_only(np.full(3, 2.0))
+    y = F.instance_norm(x, *running, weight, bias, False, 0.3, 1e-3)
+    assert same_bits(y, F.batch_norm(x, *running, weight, bias, False, 0.3, 1e-3))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_instance_norm_does_what_the_layers_do(rng, dtype, masked):
+    x = some(rng, (4, 3, 6, 5), dtype)
+    mask = rng.random((4, 1, 6, 5)) < 0.7 if masked else None
+    layer = fastbn.InstanceNorm2d(3, 1e-3, 0.3, affine=True, track_running_stats=True)
+    layer.weight[:], layer.bias[:] = parameters(3)
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    y = F.instance_norm(x, mean, var, layer.weight, layer.bias, True, 0.3, 1e-3, mask=mask)
+    assert same_bits(y, layer(x, mask=mask))
+    assert same_bits(mean, layer.running_mean)
+    assert same_bits(var, layer.running_var)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 3, 0), (2, 0, 5)], ids=str)
+def test_instance_norm_takes_an_empty_batch(shape):
+    mean, var = np.full(shape[1], 0.5), np.full(shape[1], 2.0)
+    x = np.empty(shape, np.float32)
+    with support.untouched(mean, var):
+        assert same_bits(F.instance_norm(x, mean, var), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_instance_norm_normalizes_first_where_its_arrays_are_one(rng, layout):
+    x, mean, var = layout(some(rng, (4, 3, 6, 5))), some(rng, 3), np.full(3, 2.0, np.float32)
+    expected, moved = F.instance_norm(x, weight=mean, bias=var), [mean.copy(), var.copy()]
+    F.instance_norm(x, *moved)
+    assert same_bits(F.instance_norm(x, mean, var, weight=mean, bias=var), expected)
+    assert same_bits(np.stack([mean, var]), np.stack(moved))

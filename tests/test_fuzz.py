@@ -58,7 +58,7 @@ JUNK = [
     lambda: np.broadcast_to(np.float32(1), (2, 3)),
 ]
 ARRAYS, RUNNING = ("input", "x", "dy"), ("running_mean", "running_var")
-GHOSTS = "ghost_batch_size"
+NORMS, GHOSTS = ("batch_norm", "instance_norm"), "ghost_batch_size"
 
 
 @st.composite
@@ -124,7 +124,7 @@ def calls(draw, function):
             value = draw(strategies.EPS)
         elif name == "momentum":
             value = draw(strategies.MOMENTA)
-        elif name == "training":
+        elif name in ("training", "use_input_stats"):
             value = draw(st.booleans())
         elif name == "count":
             value = max(int(np.prod(shape[:1] + shape[2:])), 1)
@@ -145,10 +145,15 @@ def gathered(a, mask):
     return np.moveaxis(a, 1, -1)[mask[:, 0]]
 
 
+def batch_size_of(a):
+    """How many samples a call normalizes together, None for all."""
+    return 1 if a.get("use_input_stats", False) else a.get(GHOSTS)
+
+
 def parts_of(a):
     """The arguments of each batch that a call normalizes by itself, of what counts in it."""
     key = "input" if "input" in a else "x"
-    x, mask, size = np.asarray(a[key]), a.get("mask"), a.get(GHOSTS)
+    x, mask, size = np.asarray(a[key]), a.get("mask"), batch_size_of(a)
     if size is None or not a.get("training", True):
         size = max(len(x), 1)
     if mask is not None:
@@ -161,11 +166,11 @@ def parts_of(a):
         yield a | arrays | rows
 
 
-def joined(name, ghosts, parts):
+def joined(name, batch_size, parts):
     """The results of a call from those of its batches."""
-    if ghosts is None:
+    if batch_size is None:
         return parts[0]
-    if name == "batch_norm":
+    if name in NORMS:
         return np.concatenate(parts)
     arrays, *others = zip(*parts, strict=True)
     join = np.stack if name == "batch_norm_forward" else sum
@@ -182,12 +187,12 @@ def expected(name, a):
     if name == "batch_norm_stats":
         _, mean, var = reference.moments(x)
         return count, mean, var * count
-    if name == "batch_norm_forward" or (name == "batch_norm" and a["training"]):
+    if name == "batch_norm_forward" or a.get("training") or a.get("use_input_stats"):
         _, mean, var = reference.moments(x)
         y = reference.forward(x, weight, bias, a["eps"])
         invstd = 1 / np.sqrt(var + a["eps"])
-        return y if name == "batch_norm" else (y, mean, invstd)
-    if name == "batch_norm":
+        return y if name in NORMS else (y, mean, invstd)
+    if name in NORMS:
         running = a["running_mean"], a["running_var"]
         return reference.normalize(x, *running, weight, bias, a["eps"])
     mean, invstd = (reference.over_channels(a[key], ndim) for key in ("mean", "invstd"))
@@ -254,7 +259,8 @@ def test_a_function_gives_the_right_result_or_changes_nothing(name, data):
     except (TypeError, ValueError):
         assert {key: bits(value) for key, value in arguments.items()} == before
         return
-    written = {"out"} | (set(RUNNING) if arguments.get("training") else set())
+    updates = arguments.get("training") or arguments.get("use_input_stats")
+    written = {"out"} | (set(RUNNING) if updates else set())
     for key, value in arguments.items():
         in_place = isinstance(out, np.ndarray) and np.may_share_memory(value, out)
         if key not in written and not (isinstance(value, np.ndarray) and in_place):
@@ -264,7 +270,7 @@ def test_a_function_gives_the_right_result_or_changes_nothing(name, data):
     parts = list(parts_of(kept))
     if all(np.size(part.get("x", part.get("input"))) for part in parts):
         with np.errstate(all="ignore"):
-            exact = joined(name, kept.get(GHOSTS), [expected(name, part) for part in parts])
+            exact = joined(name, batch_size_of(kept), [expected(name, part) for part in parts])
             assert agree(counted(result, kept), exact)
 
 

@@ -145,6 +145,7 @@ def test_all_layers_or_none(rng):
         ([None], TypeError, "NoneType"),
         ([[fastbn.BatchNorm2d(3)]], TypeError, "got list: recalibrate(*layers)"),
         ([fastbn.InstanceNorm2d(3, track_running_stats=True)], TypeError, "InstanceNorm2d"),
+        ([fastbn.LazyInstanceNorm2d()], TypeError, "LazyInstanceNorm2d"),
         ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none: "),
         ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "unfreeze()"),
     ],

@@ -6,9 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import output_of, same_bits, some
+from support import (
+    channels_last,
+    contiguous,
+    failures_without_a_trace,
+    output_of,
+    parameters,
+    refused,
+    same_bits,
+    sliced,
+    some,
+)
 
 import fastbn
+from fastbn import _core
 
 RANKS = [1, 2, 3, 4]
 PROGRAM = Path(__file__).with_name("sync_ranks.py")
@@ -35,7 +46,10 @@ def run_ranks(ranks, case):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     "case",
-    ["equal", "nowhere", "failing", "modes", "communicators", "recalibrated", "masked", "copies"],
+    [
+        *["equal", "nowhere", "failing", "modes", "communicators"],
+        *["recalibrated", "masked", "masked_away", "starved", "copies"],
+    ],
 )
 def test_on_ranks(case, ranks):
     run_ranks(ranks, case)
@@ -51,6 +65,44 @@ def test_ranks_that_disagree_stop_together(ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_every_run_with_so_many_ranks_gives_the_same_bits(ranks):
     assert run_ranks(ranks, "bits") == run_ranks(ranks, "bits")
+
+
+def trained_alone(rng):
+    """A layer of this process alone, with something in every array."""
+    MPI = pytest.importorskip("mpi4py.MPI")
+    sync = fastbn.SyncBatchNorm(3, momentum=None, comm=MPI.COMM_SELF)
+    sync.weight[:], sync.bias[:] = parameters(3)
+    sync(some(rng, (4, 3, 6, 5)))
+    sync.backward(some(rng, (4, 3, 6, 5)))
+    return sync
+
+
+@pytest.mark.parametrize("make", [contiguous, channels_last, sliced])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_without_memory_a_step_changes_nothing(rng, make, in_place):
+    sync = trained_alone(rng)
+    x, dy = make(some(rng, (4, 3, 6, 5))), make(some(rng, (4, 3, 6, 5)))
+    intact = sync, x, dy
+    assert failures_without_a_trace(lambda: sync(x, out=x if in_place else None), *intact)
+    assert failures_without_a_trace(
+        lambda: sync.backward(dy, out=dy if in_place else None), *intact
+    )
+
+
+def test_an_interrupt_after_the_reduction_changes_nothing(rng, monkeypatch):
+    sync, x, dy = trained_alone(rng), some(rng, (4, 3, 6, 5)), some(rng, (4, 3, 6, 5))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for kernel, call in (
+        ("elemt", lambda: sync(x, out=x)),
+        ("backward_elemt", lambda: sync.backward(dy, out=dy)),
+    ):
+        with monkeypatch.context() as patched, refused(KeyboardInterrupt, intact=[sync, x, dy]):
+            patched.setattr(_core, kernel, interrupt)
+            call()
+        call()
 
 
 def test_mpi4py_is_not_imported_before_it_is_needed(tmp_path):
@@ -76,6 +128,7 @@ except ImportError as error:
     [
         (None, TypeError),
         (fastbn.InstanceNorm2d(3), TypeError),
+        (fastbn.LazyInstanceNorm2d(), TypeError),
         (fastbn.LazyBatchNorm2d(), RuntimeError),
         (fastbn.BatchNorm2d(3, ghost_batch_size=4), ValueError),
     ],

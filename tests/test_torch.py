@@ -1,6 +1,7 @@
 """Live comparison with torch, where it can be imported."""
 
 import copy
+import inspect
 import itertools
 
 import numpy as np
@@ -202,6 +203,33 @@ def test_batch_norm_agrees_with_torchs_function(rng, training, parameters):
         support.assert_close(mine, other.numpy(), 1e-5)
 
 
+@pytest.mark.parametrize("by_input", [True, False])
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 7), (4, 3, 5, 2), (1, 3, 5, 2, 3)], ids=str)
+def test_instance_norm_agrees(rng, shape, parameters, by_input):
+    x = some(rng, shape)
+    arrays = [some(rng, 3), np.abs(some(rng, 3)) + 0.1]
+    arrays += [some(rng, 3), some(rng, 3)] if parameters else [None, None]
+    tensors = [None if a is None else tensor(a.copy()) for a in arrays]
+    theirs = torch.nn.functional.instance_norm(tensor(x), *tensors, by_input, 0.3, 1e-3)
+    ours = fastbn.functional.instance_norm(x, *arrays, by_input, 0.3, 1e-3)
+    support.assert_close(ours, theirs.numpy(), 1e-5)
+    for mine, other in zip(arrays[:2], tensors[:2], strict=True):
+        support.assert_close(mine, other.numpy(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_the_functions_have_torchs_arguments_and_defaults(name):
+    ours, theirs = (
+        inspect.signature(getattr(functional, name)).parameters
+        for functional in (fastbn.functional, torch.nn.functional)
+    )
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for key, parameter in theirs.items():
+        assert ours[key].default == parameter.default
+        assert ours[key].kind == parameter.kind
+
+
 def test_the_same_inputs_are_refused_with_the_same_message(rng):
     ours, theirs = pair("BatchNorm2d", 3)
     x = some(rng, (1, 3, 1, 1))
@@ -212,18 +240,21 @@ def test_the_same_inputs_are_refused_with_the_same_message(rng):
     assert str(actual.value).split(" size")[0] == str(expected.value).split(" size")[0]
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("family", ["BatchNorm", "InstanceNorm"])
+@pytest.mark.parametrize("axes", ["1d", "2d", "3d"])
 @pytest.mark.parametrize(
     "args", [(), (1e-3, None), (0.5, 0.8, False), (1e-5, 0.1, True, False)], ids=str
 )
-def test_repr_agrees(name, args):
+def test_repr_agrees(family, axes, args):
+    name = f"{family}{axes}"
     assert repr(getattr(fastbn, name)(7, *args)) == repr(getattr(torch.nn, name)(7, *args))
     lazy = f"Lazy{name}"
     assert repr(getattr(fastbn, lazy)(*args)) == repr(getattr(torch.nn, lazy)(*args))
 
 
-def test_a_lazy_layer_agrees(rng):
-    ours, theirs = fastbn.LazyBatchNorm2d(), torch.nn.LazyBatchNorm2d()
+@pytest.mark.parametrize("name", ["LazyBatchNorm2d", "LazyInstanceNorm2d"])
+def test_a_lazy_layer_agrees(rng, name):
+    ours, theirs = getattr(fastbn, name)(), getattr(torch.nn, name)()
     x, dy = some(rng, (16, 3, 6, 7)), some(rng, (16, 3, 6, 7), mean=0)
     y, dx = torch_step(theirs, x, dy)
     support.assert_close(ours(x), y, 1e-5)
@@ -250,6 +281,23 @@ def trained(rng, **kwargs):
             for parameter in layer.parameters():
                 parameter -= 0.01 * parameter.grad
     return layer
+
+
+def test_a_lazy_layer_takes_the_sample_that_torch_refuses(rng):
+    x = some(rng, (3, 6, 7))
+    with pytest.raises(ValueError, match=r"num_features \(6\), but got: 3"):
+        torch.nn.LazyInstanceNorm2d()(tensor(x))
+    theirs = torch.nn.InstanceNorm2d(3)(tensor(x))
+    support.assert_close(fastbn.LazyInstanceNorm2d()(x), theirs.numpy(), 1e-5)
+
+
+def test_a_torch_state_dict_makes_a_lazy_layer_of_instances(rng):
+    theirs = torch.nn.LazyInstanceNorm2d()
+    theirs(tensor(some(rng, (2, 3, 6, 6))))
+    ours = fastbn.LazyInstanceNorm2d()
+    ours.load_state_dict(theirs.state_dict())
+    x = some(rng, (2, 3, 6, 6))
+    support.assert_close(ours.eval()(x), theirs.eval()(tensor(x)).detach().numpy(), 1e-5)
 
 
 @pytest.mark.parametrize("lazy", [True, False])

@@ -90,8 +90,10 @@ lazy = fastbn.LazyBatchNorm2d()
 assert_type(lazy(x), Array)
 assert_type(lazy.num_features, int)
 assert_type(fastbn.InstanceNorm2d(3)(x), Array)
+assert_type(fastbn.LazyInstanceNorm2d(affine=False)(x), Array)
 
 assert_type(F.batch_norm(x, bn.running_mean, bn.running_var, training=True), Array)
+assert_type(F.instance_norm(x, use_input_stats=True, out=x), Array)
 assert_type(F.batch_norm_stats(x), tuple[int, Statistics, Statistics])
 assert_type(F.batch_norm_forward(x), tuple[Array, Statistics, Statistics])
 
@@ -116,6 +118,7 @@ WRONG = {
     "fastbn.BatchNorm2d(3).weigth": "attr-defined",
     "fastbn.fold(fastbn.BatchNorm2d(3))": "call-arg",
     "F.batch_norm(x, [0.0], None)": "arg-type",
+    "bn(x, x)": "arg-type",
 }
 
 
