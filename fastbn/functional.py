@@ -992,7 +992,7 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     shape = (x.shape[0], 1, *x.shape[2:])
     mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
     if mask.shape == shape:
-        return mask
+        return mask  # type: ignore[no-any-return]
     try:
         return np.broadcast_to(mask, shape)
     except ValueError:
