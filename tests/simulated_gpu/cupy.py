@@ -402,9 +402,9 @@ class Function:
 
 def launchKernel(f, *arguments):
     grid, block, (shared_bytes, _, kernel_params, _) = arguments[:3], arguments[3:6], arguments[6:]
-    assert grid[1:] == block[1:] == (1, 1)
+    assert (grid[2], *block[1:]) == (1, 1, 1)
     job = ctypes.c_void_p.from_address(kernel_params).value
-    module.kernels[f].launch(grid[0], block[0], shared_bytes, job, state.schedule)
+    module.kernels[f].launch(*grid[:2], block[0], shared_bytes, job, state.schedule)
 
 
 def funcSetAttribute(f, attribute, value):
