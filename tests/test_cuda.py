@@ -33,12 +33,10 @@ SHAPES = [
 ]
 # More than a cluster of blocks can keep of a channel; a device without clusters can keep less.
 PIECES = [(0, (150, 2, 96, 96))]
-DEVICES = range(1)
 if SIMULATED:
     PIECES = [(1, (68, 2, 32, 32)), (1, (9, 2, 81, 79))]
-    DEVICES = range(2)
-
-
+else:
+    SHAPES += [(40, 6, 32, 32), (3, 5, 131, 127), (2, 1, 300, 300), (700, 300, 1, 1)]
 pytestmark = pytest.mark.usefixtures("device")
 
 

@@ -24,6 +24,7 @@ CASES = [
     (0, (260, 70, 1, 1)),
     (0, (90, 70, 3, 3)),
 ]
+OTHER_CLUSTERS = [(0, (8, 8, 32, 32))]
 IN_ORDER, BACKWARDS, SHUFFLED, SHUFFLED_AGAIN = range(4)
 
 
@@ -68,7 +69,7 @@ def results(x, dy):
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize(("device", "shape"), CASES, ids=str)
+@pytest.mark.parametrize(("device", "shape"), [*CASES, *OTHER_CLUSTERS], ids=str)
 def test_the_order_of_threads_and_blocks_changes_no_bit(rng, device, shape, layout):
     x, dy = layout(some(rng, shape)), layout(some(rng, shape))
     with cupy.cuda.Device(device):

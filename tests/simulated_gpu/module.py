@@ -5,13 +5,14 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 COMPILER = "g++"
 HERE = Path(__file__).parent
 HEADERS = "scheduler.h", "language.h"
-SANITIZED = hasattr(ctypes.CDLL(None), "__asan_poison_memory_region")
+SANITIZED = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "__asan_poison_memory_region")
 # Without contraction to fused multiply-add, unless a test asks for it: compilers for GPUs contract,
 # and the contract holds either way. The last keeps the shared memory of different libraries apart.
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-U_FORTIFY_SOURCE"]
@@ -50,7 +51,7 @@ def texts(*names):
 
 def scheduler():
     """What runs the threads, compiled."""
-    command = ["-c", HERE / "scheduler.cpp"]
+    command = ["-O2", "-c", HERE / "scheduler.cpp"]
     return compiled("scheduler.o", lambda _: command, texts("scheduler.cpp", *HEADERS))
 
 

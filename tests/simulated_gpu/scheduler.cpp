@@ -210,7 +210,7 @@ Image image_of_shared(const char *some)
 }
 
 constexpr unsigned char UNWRITTEN = 0xff; /* a NaN in every format */
-constexpr std::size_t GUARD = 4096;
+constexpr std::size_t GUARD = 512;
 
 Image shared_memory;
 
