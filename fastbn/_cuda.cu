@@ -1,8 +1,8 @@
 /* The kernels of the CUDA backend: what is done to the channels of an array, for every dtype.
  *
  * The text is compiled for one dtype of x at a time (FORMAT) and, for the kernels that keep a
- * channel on chip, for one number of blocks that share it (CLUSTER); and once more for calls with a
- * mask (WITH_MASK). It includes nothing.
+ * channel on chip, for one number of blocks that share it (CLUSTER); and again for calls with a mask
+ * (WITH_MASK) and for those of several batches (WITH_BATCHES). It includes nothing.
  *
  * Memory is read and written in chunks of 16 bytes, aligned as the elements are counted from the
  * array's first. Which thread takes which elements depends on the shape alone, and sums merge in a
@@ -236,7 +236,49 @@ struct Job {
     const unsigned char *valid; /* which of the s positions of each sample count */
     const double *valid_count;  /* how many, or null, where `count` is it */
 #endif
+#if WITH_BATCHES
+    i64 rows[9];       /* bytes from the vectors of a batch to those of the next */
+    i64 partials_size; /* doubles of a batch */
+    i64 batch_count;
+    double last_count; /* `count` of the last batch */
+#endif
 };
+
+/* Batches that are alike run in one launch, each in a row of the grid: what it is told is of the
+ * first. */
+#if WITH_BATCHES
+__device__ Job of_batch(Job job, i64 k)
+{
+    const i64 elements = k * job.size;
+    job.aligned = job.aligned && elements * i64(sizeof(Storage)) % 16 == 0;
+    job.x += elements;
+    job.dy = job.dy == nullptr ? nullptr : job.dy + elements;
+    job.out = job.out == nullptr ? nullptr : job.out + elements;
+    job.partials += k * job.partials_size;
+    double **results[] = {&job.mean_out, &job.m2_out, &job.invstd_out, &job.sum_dy_out,
+                          &job.sum_dy_xhat_out};
+    for (double **result : results)
+        if (*result != nullptr)
+            *result += k * job.c;
+    Vector *vectors[] = {&job.weight, &job.bias, &job.mean, &job.invstd, &job.var, &job.sum_dy,
+                         &job.sum_dy_xhat, &job.running_mean, &job.running_var};
+    for (int i = 0; i < 9; i++)
+        if (vectors[i]->data != nullptr)
+            vectors[i]->data += k * job.rows[i];
+#if WITH_MASK
+    job.valid += k * job.n * job.s;
+    if (job.valid_count != nullptr)
+        job.valid_count += k;
+#endif
+    return job;
+}
+
+#define LAUNCHED_JOB const Job launched
+#define OWN_JOB const Job job = of_batch(launched, blockIdx.y);
+#else
+#define LAUNCHED_JOB const Job job
+#define OWN_JOB
+#endif
 
 /* ------------------------------------------------------------------ chunks */
 
@@ -736,6 +778,15 @@ struct Running {
     }
 };
 
+/* Moves the running statistics towards those of a batch. */
+__device__ void move_running(const Job &job, i64 channel, const Moments &moments,
+                             const Running &running, double factor)
+{
+    const double variance = moments.m2 / (count_of(job) - 1.0);
+    put(job.running_mean, channel, (1.0 - factor) * running.mean + factor * moments.mean);
+    put(job.running_var, channel, (1.0 - factor) * running.var + factor * variance);
+}
+
 /* One thread of a channel writes its statistics, and moves the running ones towards them. */
 __device__ void publish(const Job &job, i64 channel, const Moments &moments,
                         const Running &running)
@@ -747,9 +798,7 @@ __device__ void publish(const Job &job, i64 channel, const Moments &moments,
         job.invstd_out[channel] = invstd_of(job, moments);
     if (job.running_mean.data != nullptr && enough(job)) {
         const double factor = job.cumulative ? 1.0 / double(*job.batches + 1) : job.momentum;
-        const double variance = moments.m2 / (count_of(job) - 1.0);
-        put(job.running_mean, channel, (1.0 - factor) * running.mean + factor * moments.mean);
-        put(job.running_var, channel, (1.0 - factor) * running.var + factor * variance);
+        move_running(job, channel, moments, running, factor);
     }
     /* Not where other channels may still read it. */
     if (channel == 0 && job.batches != nullptr && !job.cumulative && enough(job))
@@ -884,8 +933,9 @@ __device__ int slots_of(const Job &job)
 
 /* A channel is read once: a cluster of blocks keeps it in shared memory. Without an `out`, its
  * statistics are all that is asked for. */
-extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_rows(const Job job)
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_rows(LAUNCHED_JOB)
 {
+    OWN_JOB
     extern __shared__ Chunk kept[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER;
@@ -922,8 +972,9 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
     leave_cluster();
 }
 
-extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_rows(const Job job)
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_rows(LAUNCHED_JOB)
 {
+    OWN_JOB
     extern __shared__ Chunk kept[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER, slots = slots_of(job);
@@ -971,8 +1022,9 @@ __device__ void put_partial(const Job &job, i64 index, const Products &sums)
     reinterpret_cast<Products *>(job.partials)[index] = sums;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(LAUNCHED_JOB)
 {
+    OWN_JOB
     const i64 channel = quotient(blockIdx.x, job.splits);
     const i64 piece = blockIdx.x - channel * job.splits;
     const auto read = [&](const Storage *array, const Walk &walk, int) {
@@ -984,8 +1036,9 @@ extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(const Job job)
         put_partial(job, piece * job.c + channel, moments);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) products_rows(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 4) products_rows(LAUNCHED_JOB)
 {
+    OWN_JOB
     const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
     const auto read = [&](const Storage *array, const Walk &walk, int) {
         return load(job, array, walk.index());
@@ -1120,8 +1173,9 @@ template <bool SCALED> __device__ void moments_of_strip(const Job &job, const St
         moments[i] = sums[i].moments<SCALED>();
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(LAUNCHED_JOB)
 {
+    OWN_JOB
     const Strip strip(job);
     Moments sums[V] = {};
     if (strip.inside) {
@@ -1136,8 +1190,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(const Job j
     put_columns(job, strip, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) products_columns(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) products_columns(LAUNCHED_JOB)
 {
+    OWN_JOB
     const Strip strip(job);
     Products sums[V] = {};
     if (strip.inside) {
@@ -1196,19 +1251,43 @@ template <typename Sums> __device__ Sums merged_partials(const Job &job, i64 cha
     return merge_block(sums);
 }
 
-extern "C" __global__ void __launch_bounds__(256) merge_moments(const Job job)
+extern "C" __global__ void __launch_bounds__(256) merge_moments(LAUNCHED_JOB)
 {
+    OWN_JOB
     const Moments moments = merged_partials<Moments>(job, blockIdx.x);
     if (threadIdx.x == 0)
         publish(job, blockIdx.x, moments, Running::of(job, blockIdx.x));
 }
 
-extern "C" __global__ void __launch_bounds__(256) merge_products(const Job job)
+extern "C" __global__ void __launch_bounds__(256) merge_products(LAUNCHED_JOB)
 {
+    OWN_JOB
     const Products sums = merged_partials<Products>(job, blockIdx.x);
     if (threadIdx.x == 0)
         publish(job, blockIdx.x, sums);
 }
+
+#if WITH_BATCHES
+/* The running statistics move towards those of one batch after the other. A thread for each channel.
+ */
+extern "C" __global__ void __launch_bounds__(256) follow(const Job launched)
+{
+    const i64 channel = i64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (channel >= launched.c)
+        return;
+    i64 seen = launched.cumulative ? *launched.batches : 0;
+    for (i64 k = 0; k < launched.batch_count; k++) {
+        Job job = of_batch(launched, k);
+        if (k == launched.batch_count - 1)
+            job.count = launched.last_count;
+        if (!enough(job))
+            continue;
+        const double factor = launched.cumulative ? 1.0 / double(++seen) : launched.momentum;
+        const Moments moments = {count_of(job), job.mean_out[channel], job.m2_out[channel]};
+        move_running(job, channel, moments, Running::of(job, channel), factor);
+    }
+}
+#endif
 
 /* ------------------------------------------------------------------ element by element
  *
@@ -1309,22 +1388,26 @@ __device__ void compute_columns(const Job &job)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) normalize(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 4) normalize(LAUNCHED_JOB)
 {
+    OWN_JOB
     compute_columns<1, Affine>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) normalize_mixed(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) normalize_mixed(LAUNCHED_JOB)
 {
+    OWN_JOB
     compute_columns<V, Affine>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3) differentiate(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 3) differentiate(LAUNCHED_JOB)
 {
+    OWN_JOB
     compute_columns<1, Gradient>(job);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) differentiate_mixed(const Job job)
+extern "C" __global__ void __launch_bounds__(256, 2) differentiate_mixed(LAUNCHED_JOB)
 {
+    OWN_JOB
     compute_columns<V, Gradient>(job);
 }

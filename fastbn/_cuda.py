@@ -2,15 +2,16 @@
 
 The functions are those of the CPU backend. They expect checked arguments: `x` and `dy` of the shape
 (N, C, ...), any strides; vectors of the shape (C,); all arrays on the current device. They run on
-CuPy's current stream and wait for nothing. Batches run one by one.
+CuPy's current stream and wait for nothing. Batches of one size run in one launch.
 
-CuPy compiles the kernels when they are first needed, for one dtype at a time and with a mask or
-without, and keeps them in its cache on disk.
+CuPy compiles the kernels when they are first needed, for one dtype at a time, with a mask or
+without, for one batch or several, and keeps them in its cache on disk.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 from array import array
@@ -98,13 +99,8 @@ def forward(
     (batches, C); running statistics of that shape take a row each.
     """
     if batch_size:
-        y = empty_like(packed(x)) if out is None else out
-        rows = []
-        for k, batch in enumerate(batches_of(x, batch_size)):
-            running = row_of(running_mean, k), row_of(running_var, k)
-            arguments = x[batch], weight, bias, eps, y[batch], *running, momentum, counter
-            rows.append(forward(*arguments, mask=part_of(mask, batch))[1:])
-        return y, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
+        running = running_mean, running_var, momentum, counter
+        return forward_of_batches(x, weight, bias, eps, out, *running, mask, batch_size)
     source = packed(x)
     target, out = output(x, source, out)
     mean, invstd = vectors(source, 2)
@@ -152,19 +148,116 @@ def forward(
     return unpacked(target, out), mean, invstd
 
 
-def batches_of(x: Array, batch_size: int) -> list[slice]:
-    """The samples of each batch; a single empty batch if there are none."""
-    return [slice(k, k + batch_size) for k in range(0, max(len(x), 1), batch_size)]
+def forward_of_batches(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    momentum: float | None,
+    counter: Array | None,
+    mask: Array | None,
+    batch_size: int,
+) -> tuple[Array, Array, Array]:
+    """The forward of a sequence of batches."""
+    source = packed(x)
+    target, out = output(x, source, out)
+    mean, m2, invstd = rows_of_vectors(source, 3, batch_size)
+    if not source.size:
+        mean[...], invstd[...] = 0.0, 1.0 / math.sqrt(eps)
+        if counter is not None and x.shape[0] * math.prod(x.shape[2:]):
+            counter += len(mean)
+        return unpacked(target, out), mean, invstd
+    valid = packed_mask(mask)
+    valid_counts = None if valid is None else counts_of_batches(valid, batch_size)
+    parts = parts_of(source, mask, batch_size)
+    for samples, own, where in parts:
+        batches = {"x": source[samples], "rows": own.stop - own.start, "valid": cut(valid, samples)}
+        reduction = reduction_of("moments", where)
+        resident = reduction.resident is not None
+        reduction(
+            **batches,
+            out=target[samples] if resident else None,
+            mean_out=mean[own],
+            m2_out=m2[own],
+            invstd_out=invstd[own],
+            eps=eps,
+            count=where.per_channel,
+            weight=weight,
+            bias=bias,
+            valid_count=cut(valid_counts, own),
+        )
+        if not resident:
+            launch = element_wise("normalize", where)
+            statistics = {"mean": mean[own], "invstd": invstd[own]}
+            launch(**batches, out=target[samples], **statistics, weight=weight, bias=bias)
+    cumulative = momentum is None and counter is not None
+    if running_mean is not None:  # Not before: they may share memory with weight and bias.
+        follower(parts[0].where)(
+            x=source,
+            batch_count=len(mean),
+            mean_out=mean,
+            m2_out=m2,
+            count=parts[0].where.per_channel,
+            last_count=parts[-1].where.per_channel,
+            running_mean=running_mean,
+            running_var=running_var,
+            batches=counter.astype(np.int64, copy=False) if cumulative else None,  # type: ignore[union-attr]
+            cumulative=cumulative,
+            momentum=momentum or 0.0,
+            valid=valid,
+            valid_count=valid_counts,
+        )
+    if counter is not None:
+        enough = len(mean) if valid_counts is None else (valid_counts > 1).sum()
+        counter += enough
+    return unpacked(target, out), mean, invstd
 
 
-def part_of(mask: Array | None, batch: slice) -> Array | None:
-    """That of a batch."""
-    return None if mask is None else mask[batch]
+class Part(NamedTuple):
+    """Batches of one size, which run in one launch."""
+
+    samples: slice
+    batches: slice
+    where: Geometry  # of one of them
 
 
-def row_of(vectors: Array | None, k: int) -> Array | None:
-    """Those of a batch, if there is a row for each of them."""
-    return vectors[k] if vectors is not None and vectors.ndim == 2 else vectors
+# The rows that a grid can have.
+ROWS_MAX_OF_GRID = 65535
+
+
+def parts_of(x: Array, mask: Array | None, batch_size: int) -> list[Part]:
+    """The batches of an array that is packed: whole ones, and the rest."""
+    n, parts = len(x), []
+    whole = n // batch_size
+    cuts = [*range(0, whole, ROWS_MAX_OF_GRID), whole]
+    for first, last in itertools.pairwise(cuts):
+        samples = slice(first * batch_size, last * batch_size)
+        where = geometry(x[samples.start : samples.start + batch_size], mask, in_batches=True)
+        parts.append(Part(samples, slice(first, last), where))
+    if n % batch_size:
+        samples = slice(whole * batch_size, n)
+        where = geometry(x[samples], mask, in_batches=True)
+        parts.append(Part(samples, slice(whole, whole + 1), where))
+    return parts
+
+
+def rows_of_vectors(x: Array, count: int, batch_size: int) -> list[Array]:
+    """So many new arrays of one float64 per batch and channel."""
+    batches = max(ceil_div(len(x), batch_size), 1)
+    return [cupy.ndarray((batches, x.shape[1]), np.float64) for _ in range(count)]
+
+
+def cut(array: Array | None, part: slice) -> Array | None:
+    """The part of an array, if there is one."""
+    return None if array is None else array[part]
+
+
+def rows_of(vectors: Array | None, batches: slice) -> Array | None:
+    """Those of some batches, if there is a row for each of them."""
+    return vectors[batches] if vectors is not None and vectors.ndim == 2 else vectors
 
 
 def backward_reduce(
@@ -224,13 +317,7 @@ def backward(
     or are the same for all batches.
     """
     if batch_size:
-        dx = empty_like(packed(x)) if out is None else out
-        rows = []
-        for k, batch in enumerate(batches_of(x, batch_size)):
-            of_batch = [row_of(each, k) for each in (weight, mean, invstd)]
-            arguments = dy[batch], x[batch], *of_batch, dx[batch]
-            rows.append(backward(*arguments, mask=part_of(mask, batch))[1:])
-        return dx, *(cupy.stack(vectors) for vectors in zip(*rows, strict=True))
+        return backward_of_batches(dy, x, weight, mean, invstd, out, mask, batch_size)
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
@@ -270,6 +357,53 @@ def backward(
             )
     else:
         sum_dy[...] = sum_dy_xhat[...] = 0.0
+    return unpacked(target, out), sum_dy, sum_dy_xhat
+
+
+def backward_of_batches(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    invstd: Array,
+    out: Array | None,
+    mask: Array | None,
+    batch_size: int,
+) -> tuple[Array, Array, Array]:
+    """The backward of a sequence of batches."""
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    sum_dy, sum_dy_xhat = rows_of_vectors(source, 2, batch_size)
+    if not source.size:
+        sum_dy[...] = sum_dy_xhat[...] = 0.0
+        return unpacked(target, out), sum_dy, sum_dy_xhat
+    valid = packed_mask(mask)
+    valid_counts = None if valid is None else counts_of_batches(valid, batch_size)
+    for samples, own, where in parts_of(source, mask, batch_size):
+        batches = {
+            "x": source[samples],
+            "dy": dy[samples],
+            "rows": own.stop - own.start,
+            "valid": cut(valid, samples),
+            "valid_count": cut(valid_counts, own),
+            "count": where.per_channel,
+            "weight": rows_of(weight, own),
+            "mean": rows_of(mean, own),
+            "invstd": rows_of(invstd, own),
+        }
+        reduction = reduction_of("products", where)
+        resident = reduction.resident is not None
+        reduction(
+            **batches,
+            out=target[samples] if resident else None,
+            sum_dy_out=sum_dy[own],
+            sum_dy_xhat_out=sum_dy_xhat[own],
+        )
+        if not resident:
+            launch = element_wise("differentiate", where)
+            sums = {"sum_dy": sum_dy[own], "sum_dy_xhat": sum_dy_xhat[own]}
+            launch(**batches, out=target[samples], **sums)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
@@ -331,6 +465,18 @@ def count_of(valid: Array | None) -> Array | None:
     return None if valid is None else valid.sum(dtype=np.float64)
 
 
+def counts_of_batches(valid: Array, batch_size: int) -> Array:
+    """`count_of` each batch."""
+    of_samples = valid.reshape(len(valid), -1).sum(axis=1, dtype=np.float64)
+    whole = len(valid) // batch_size
+    in_whole = whole * batch_size
+    counts = cupy.ndarray((ceil_div(len(valid), batch_size),), np.float64)
+    counts[:whole] = of_samples[:in_whole].reshape(whole, batch_size).sum(axis=1)
+    if in_whole < len(valid):
+        counts[whole] = of_samples[in_whole:].sum()
+    return counts
+
+
 def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
     """Where the kernels shall write, and where the result shall be in the end."""
     if out is None:
@@ -367,7 +513,7 @@ class Geometry(NamedTuple):
     """All that a plan depends on: n samples of c channels of s elements each.
 
     `rows` tells that the s elements lie one behind the other; channels-last arrays have s = 1.
-    `masked` tells that not all of them may count.
+    `masked` tells that not all of them may count, `in_batches` that there are more such arrays.
     """
 
     format: int
@@ -377,6 +523,7 @@ class Geometry(NamedTuple):
     rows: bool
     device: int
     masked: bool
+    in_batches: bool
 
     @property
     def vector(self) -> int:
@@ -384,9 +531,9 @@ class Geometry(NamedTuple):
         return 16 // ITEMSIZES[self.format]
 
     @property
-    def compiled_for(self) -> tuple[int, int, bool]:
-        """Dtype, device and whether with a mask."""
-        return self.format, self.device, self.masked
+    def compiled_for(self) -> tuple[int, int, bool, bool]:
+        """Dtype, device, whether with a mask and whether for several batches."""
+        return self.format, self.device, self.masked, self.in_batches
 
     @property
     def size(self) -> int:
@@ -398,13 +545,14 @@ class Geometry(NamedTuple):
         return float(self.n * self.s)
 
 
-def geometry(x: Array, mask: Array | None) -> Geometry:
+def geometry(x: Array, mask: Array | None, *, in_batches: bool = False) -> Geometry:
     """How the kernels see an array that is packed."""
     n, c, *image = x.shape
     s, rows = math.prod(image), x.flags.c_contiguous
     if not rows:
         n, s = n * s, 1
-    return Geometry(FORMATS[x.dtype.char], n, c, s, rows, x.data.device_id, mask is not None)
+    compiled_for = x.data.device_id, mask is not None, in_batches
+    return Geometry(FORMATS[x.dtype.char], n, c, s, rows, *compiled_for)
 
 
 # Launches.
@@ -447,6 +595,10 @@ class Launch(NamedTuple):
         momentum: float = 0.0,
         valid: Array | None = None,
         valid_count: Array | None = None,
+        rows: int = 0,
+        partials_size: int = 0,
+        batch_count: int = 0,
+        last_count: float = 0.0,
     ) -> None:
         """Launch it on the current stream; the argument is the source's Job."""
         arrays = x.data.ptr, pointer(dy), pointer(out)
@@ -478,11 +630,15 @@ class Launch(NamedTuple):
         )
         if valid is not None:
             job += MASK.pack(valid.data.ptr, pointer(valid_count))
+        if rows or batch_count:
+            vectors = weight, bias, mean, invstd, var, sum_dy, sum_dy_xhat
+            steps = map(row_step, (*vectors, running_mean, running_var))
+            job += BATCHES.pack(*steps, partials_size, batch_count, last_count)
         argument = array("b", job)
         arguments = array("Q", argument.buffer_info()[:1])
         driver.launchKernel(
             self.function,
-            *(self.blocks, 1, 1),
+            *(self.blocks, rows or 1, 1),
             *(self.threads, 1, 1),
             self.shared_bytes,
             cupy.cuda.get_current_stream().ptr,
@@ -492,9 +648,11 @@ class Launch(NamedTuple):
 
 
 # The source's Job: x, dy, out and whether they are aligned; the geometry; results, eps and count;
-# nine vectors; the counter and the momentum. With a mask, that and its count follow.
+# nine vectors; the counter and the momentum. With a mask, that and its count follow; with several
+# batches, the steps from one to the next, and how many there are.
 JOB = struct.Struct("4q 11q 6q2d 18q 2qd")
 MASK = struct.Struct("2q")
+BATCHES = struct.Struct("9q 2qd")
 NO_VECTOR = (0, 0)
 
 
@@ -504,8 +662,13 @@ def pointer(a: Array | None) -> int:
 
 
 def vector(a: Array) -> tuple[int, int]:
-    """The source's Vector of an array."""
-    return a.data.ptr, 4 * a.strides[0] + FORMATS[a.dtype.char]
+    """The source's Vector of an array, or of the first row of one."""
+    return a.data.ptr, 4 * a.strides[-1] + FORMATS[a.dtype.char]
+
+
+def row_step(a: Array | None) -> int:
+    """The bytes from the vector of a batch to that of the next; 0 if it is the same."""
+    return a.strides[0] if a is not None and a.ndim == 2 else 0
 
 
 class Device(NamedTuple):
@@ -526,12 +689,14 @@ def device_of(index: int) -> Device:
 
 
 @functools.lru_cache(None)
-def module(format: int, cluster: int, masked: bool) -> Any:
+def module(format: int, cluster: int, masked: bool, in_batches: bool) -> Any:
     """The source, compiled for a dtype and a number of blocks that share a channel."""
     source = Path(__file__).with_name("_cuda.cu").read_text()
     options: tuple[str, ...] = (f"-DFORMAT={format}", f"-DCLUSTER={cluster}", "--std=c++17")
     if masked:
         options += ("-DWITH_MASK=1",)
+    if in_batches:
+        options += ("-DWITH_BATCHES=1",)
     return cupy.RawModule(code=source, options=options)
 
 
@@ -540,9 +705,11 @@ NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
 
 
 @functools.lru_cache(None)
-def kernel(name: str, format: int, device: int, masked: bool, cluster: int = 1) -> int:
+def kernel(
+    name: str, format: int, device: int, masked: bool, in_batches: bool, cluster: int = 1
+) -> int:
     """A kernel, ready to be launched on the current device."""
-    function = module(format, cluster, masked).get_function(name)
+    function = module(format, cluster, masked, in_batches).get_function(name)
     if name in RESIDENT.values():
         function.max_dynamic_shared_size_bytes = device_of(device).shared_bytes
         if cluster > 8:
@@ -602,9 +769,11 @@ class Reduction(NamedTuple):
             return
         assert self.reduce is not None
         assert self.merge is not None
-        partials = cupy.ndarray((self.partials,), np.float64)
-        self.reduce(**arguments, partials=partials)
-        self.merge(**arguments, partials=partials)
+        rows = arguments.get("rows", 0)
+        partials = cupy.ndarray((self.partials * max(rows, 1),), np.float64)
+        pieces = {"partials": partials, "partials_size": self.partials}
+        self.reduce(**arguments, **pieces)
+        self.merge(**arguments, **pieces)
 
 
 @functools.lru_cache(4096)
@@ -700,6 +869,13 @@ def folded(g: Geometry, chunks: int) -> tuple[int, int]:
     fold = g.vector // math.gcd(width, g.vector)
     fold *= ceil_div(chunks * g.vector, width * fold)
     return width * fold, ceil_div(g.n, fold)
+
+
+@functools.lru_cache(4096)
+def follower(g: Geometry) -> Launch:
+    """A thread for each channel moves its running statistics, batch by batch."""
+    numbers = numbers_of_columns(g, 0, 0, 0)
+    return Launch(kernel("follow", *g.compiled_for), ceil_div(g.c, THREADS), THREADS, 0, numbers)
 
 
 @functools.lru_cache(4096)

@@ -44,3 +44,14 @@ def set_num_threads():
 
     yield fastbn.set_num_threads
     fastbn.set_num_threads(None)
+
+
+@pytest.fixture
+def device(request):
+    """The first GPU or the one that a test names; what a test writes beyond its arrays fails it."""
+    from gpu import SIMULATED, cupy
+
+    with cupy.cuda.Device(getattr(request, "param", 0)) as device:
+        yield device
+    if SIMULATED:
+        assert not cupy.cuda.memory.check_all()

@@ -1,16 +1,18 @@
 """What composes from layers and functions does on a GPU what it does on the CPU."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import support
-from gpu import cupy, simulated, to_gpu
+from gpu import SIMULATED, cupy, simulated, to_gpu
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
 from fastbn import functional as F
 
+pytestmark = pytest.mark.usefixtures("device")
 BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
 
 
@@ -65,18 +67,87 @@ def test_ghost_batches(rng, momentum, in_place, layout):
     assert_alike(step(*each, in_place=in_place) for each in on_both(layer, x, dy))
 
 
+# In blocks, in clusters, in strips of columns and, on the second simulated device, in pieces;
+# batches that begin at a multiple of 16 bytes or not.
+BATCHES = [
+    (0, (11, 40)),
+    (0, (11, 5, 6, 7)),
+    (0, (11, 3, 5)),
+    (0, (203, 1, 32, 32)),
+    (0, (401, 70, 3)),
+    *([(1, (67, 2, 40, 41))] if SIMULATED else [(0, (150, 2, 160, 160))]),
+]
+
+
+by_batches = pytest.mark.parametrize(("device", "shape"), BATCHES, indirect=["device"], ids=str)
+
+
 @BOTH
-def test_ghost_batches_are_calls_on_one_part_after_the_other(rng, dtype, layout):
-    x, dy = to_gpu(layout(some(rng, (11, 5, 6, 7), dtype))), to_gpu(some(rng, (11, 5, 6, 7), dtype))
-    ghosts = fastbn.BatchNorm2d(5, device="cuda", ghost_batch_size=4)
-    plain = fastbn.BatchNorm2d(5, device="cuda")
-    y, dx = ghosts(x), ghosts.backward(dy)
-    for k in range(0, 11, 4):
-        part = slice(k, k + 4)
-        assert same_bits(plain(x[part]).get(), y[part].get())
+@by_batches
+@pytest.mark.parametrize(
+    ("dtype", "masked"), [(np.float32, False), (np.float32, True), (np.float16, False)]
+)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_ghost_batches_are_calls_on_one_part_after_the_other(
+    rng, dtype, device, shape, masked, momentum, layout
+):
+    size = shape[0] // 3  # and a rest of one or two samples
+    kind = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}[len(shape)]
+    plain = kind(shape[1], momentum=momentum, dtype=dtype, device=f"cuda:{device.id}")
+    ghosts = copy.deepcopy(plain)
+    ghosts.ghost_batch_size = size
+    x, dy = to_gpu(layout(some(rng, shape, dtype))), to_gpu(layout(some(rng, shape, dtype)))
+    mask = rng.random((shape[0], 1, *shape[2:])) < 0.6
+    mask[::size] = mask[-2:] = True
+    mask = to_gpu(mask) if masked else None
+    y, dx = ghosts(x, mask=mask), ghosts.backward(dy)
+    for first in range(0, shape[0], size):
+        part = slice(first, first + size)
+        y_part = plain(x[part], mask=None if mask is None else mask[part])
+        assert same_bits(y_part.get(), y[part].get())
         assert same_bits(plain.backward(dy[part]).get(), dx[part].get())
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert same_bits(getattr(ghosts, name).get(), getattr(plain, name).get())
+
+
+@BOTH
+@pytest.mark.parametrize("grid", [65535, 2])
+def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layout, monkeypatch):
+    monkeypatch.setattr("fastbn._cuda.ROWS_MAX_OF_GRID", grid)
+    launches, launch = [], cupy.cuda.driver.launchKernel
+    counting = SimpleNamespace(launchKernel=lambda *a: launches.append(launch(*a)))
+    x = to_gpu(layout(some(rng, (40, 5, 6, 7))))
+    bn = fastbn.BatchNorm2d(5, ghost_batch_size=2, device="cuda")
+    norm = fastbn.InstanceNorm2d(5, track_running_stats=True, device="cuda")
+    for layer in (bn, norm):
+        expected = copy.deepcopy(layer)(x)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastbn._cuda.ROWS_MAX_OF_GRID", grid)
+            patch.setattr("fastbn._cuda.driver", counting)
+            launches.clear()
+            y = layer(x)
+            layer.backward(y)
+        assert same_bits(y.get(), expected.get())
+        if grid == 65535:
+            assert len(launches) <= 7  # three each way, and one for the running statistics
+        elif layer is bn:
+            assert len(launches) >= 20
+
+
+@simulated
+@by_batches
+def test_the_order_of_threads_and_blocks_changes_no_bit_of_batches(rng, device, shape):
+    x = to_gpu(some(rng, shape))
+    results = []
+    for number in range(3):
+        with cupy.schedule(number):
+            y, mean, invstd = F.batch_norm_forward(x, ghost_batch_size=shape[0] // 3)
+            gradients = F.batch_norm_backward(
+                x, x, None, mean, invstd, ghost_batch_size=shape[0] // 3
+            )
+        results.append([a.get() for a in (y, mean, invstd, *gradients)])
+    for other in results[1:]:
+        assert all(map(same_bits, results[0], other))
 
 
 @pytest.mark.parametrize("ghost_batch_size", [None, 3])

@@ -12,7 +12,12 @@ import fastbn
 SOURCE = Path(fastbn.__file__).with_name("_cuda.cu")
 # Volta to Hopper, where there are clusters.
 ARCHITECTURES = [(70, 1), (75, 1), (80, 1), (86, 1), (89, 1), (90, 1), (90, 2), (90, 8), (90, 16)]
-MASKED = [(70, 1), (80, 1), (90, 16)]
+MASK, BATCHES = "-DWITH_MASK=1", "-DWITH_BATCHES=1"
+VARIANTS = [
+    *((*each, ()) for each in ARCHITECTURES),
+    *((90, 16, options) for options in ((MASK,), (BATCHES,), (MASK, BATCHES))),
+    *((70, 1, options) for options in ((MASK,), (MASK, BATCHES))),
+]
 
 
 def nvrtc_or_skip():
@@ -59,11 +64,7 @@ def compile_or_fail(nvrtc, *options):
 
 
 @pytest.mark.parametrize("format", range(4), ids=["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    ("architecture", "cluster", "options"),
-    [(*each, ()) for each in ARCHITECTURES] + [(*each, ("-DWITH_MASK=1",)) for each in MASKED],
-    ids=str,
-)
+@pytest.mark.parametrize(("architecture", "cluster", "options"), VARIANTS, ids=str)
 def test_the_kernels_compile(format, architecture, cluster, options):
     nvrtc = nvrtc_or_skip()
     if architecture not in architectures_of(nvrtc):

@@ -303,25 +303,27 @@ class Device:
         ("90", {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 << 10}),
         ("70", {"MultiProcessorCount": 80, "MaxSharedMemoryPerBlockOptin": 96 << 10}),
     )
-    stack = [0]  # noqa: RUF012
 
-    def __init__(self, device=None):
-        self.id = self.stack[-1] if device is None else device
+    def __init__(self, number=None):
+        self.id = device() if number is None else number
         if not 0 <= self.id < len(self.ALL):
             raise runtime.CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
         self.compute_capability, self.attributes = self.ALL[self.id]
 
     def __enter__(self):
-        self.stack.append(self.id)
+        entered.append(self.id)
         return self
 
     def __exit__(self, *_):
-        self.stack.pop()
+        entered.pop()
+
+
+entered = [0]
 
 
 def device():
     """The number of the current device."""
-    return Device.stack[-1]
+    return entered[-1]
 
 
 # How things stand: the order in which threads and blocks run, and whether a graph is captured.
@@ -332,16 +334,20 @@ state = types.SimpleNamespace(schedule=0, capturing=False)
 def schedule(number):
     """Run blocks and threads in another order; see `scheduler.h`."""
     before, state.schedule = state.schedule, number
-    yield
-    state.schedule = before
+    try:
+        yield
+    finally:
+        state.schedule = before
 
 
 @contextmanager
 def capturing():
     """Refuse what a stream refuses while it captures a graph."""
     state.capturing = True
-    yield
-    state.capturing = False
+    try:
+        yield
+    finally:
+        state.capturing = False
 
 
 def wait():
@@ -402,9 +408,9 @@ class Function:
 
 def launchKernel(f, *arguments):
     grid, block, (shared_bytes, _, kernel_params, _) = arguments[:3], arguments[3:6], arguments[6:]
-    assert grid[1:] == block[1:] == (1, 1)
+    assert (grid[2], *block[1:]) == (1, 1, 1)
     job = ctypes.c_void_p.from_address(kernel_params).value
-    module.kernels[f].launch(grid[0], block[0], shared_bytes, job, state.schedule)
+    module.kernels[f].launch(*grid[:2], block[0], shared_bytes, job, state.schedule)
 
 
 def funcSetAttribute(f, attribute, value):

@@ -1,5 +1,7 @@
 /* What CUDA's C++ has and a host compiler's lacks, as far as `_cuda.cu` needs it. */
 
+#pragma once
+
 #include <bit>
 #include <cmath>
 #include <cstdint>

@@ -13,8 +13,9 @@ extern "C" const i64 job_bytes = sizeof(Job);
 
 /* Runs a kernel; returns what is wrong with it, or nullptr. */
 extern "C" const char *launch(void (*kernel)(const Job), const Job *job, unsigned blocks,
-                              unsigned threads, unsigned shared_bytes, unsigned schedule)
+                              unsigned rows, unsigned threads, unsigned shared_bytes,
+                              unsigned schedule)
 {
     const Shared shared = {reinterpret_cast<char *>(kept), sizeof kept, shared_bytes};
-    return run([&] { kernel(*job); }, blocks, threads, CLUSTER, shared, schedule);
+    return run([&] { kernel(*job); }, {blocks, rows, 1}, threads, CLUSTER, shared, schedule);
 }

@@ -210,7 +210,7 @@ Image image_of_shared(const char *some)
 }
 
 constexpr unsigned char UNWRITTEN = 0xff; /* a NaN in every format */
-constexpr std::size_t GUARD = 4096;
+constexpr std::size_t GUARD = 512;
 
 Image shared_memory;
 
@@ -281,7 +281,7 @@ void enter(Block &fresh, unsigned index, Thread **first, const std::vector<unsig
 bool advance(Block &entered)
 {
     block = &entered;
-    blockIdx = {entered.index, 0, 0};
+    blockIdx = {entered.index % gridDim.x, entered.index / gridDim.x, 0};
     bool any = false, again = true;
     while (again && wrong == nullptr) {
         again = false;
@@ -341,13 +341,13 @@ void run_together(std::vector<Thread *> &all, unsigned first, unsigned count, un
 
 } // namespace
 
-const char *run(const std::function<void()> &kernel, unsigned grid, unsigned count, unsigned size,
-                const Shared &shared, unsigned schedule)
+const char *run(const std::function<void()> &kernel, const Index &grid, unsigned count,
+                unsigned size, const Shared &shared, unsigned schedule)
 {
     wrong = nullptr;
     body = &kernel;
     blockDim = {count, 1, 1};
-    gridDim = {grid, 1, 1};
+    gridDim = grid;
     coin.seed(schedule);
     tosses = schedule > 1;
     shared_memory = image_of_shared(shared.data);
@@ -356,7 +356,7 @@ const char *run(const std::function<void()> &kernel, unsigned grid, unsigned cou
     std::vector<Thread *> all;
     for (Thread &each : threads)
         all.push_back(&each);
-    for (unsigned first : order_of(grid / size, schedule)) {
+    for (unsigned first : order_of(grid.x * grid.y / size, schedule)) {
         run_together(all, first * size, count, size, shared, schedule);
         if (wrong != nullptr) {
             threads.clear(); /* fibers that stand somewhere in the kernel */
