@@ -811,7 +811,8 @@ def checked_counts(x: Array, mask: Array | None, batch_size: int, values: str) -
     if mask is not None and 0 in counts and x.size:
         raise ValueError(
             f"mask leaves no value per channel, expected at least 2 when training, got input size "
-            f"{x.shape}{samples_of(counts.index(0), batch_size, len(x))}"
+            f"{x.shape}{samples_of(counts.index(0), batch_size, len(x))}; leave out a batch of "
+            f"which nothing counts"
         )
     return counts
 
@@ -981,14 +982,19 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     if mask is None:
         return None
     if is_masked(mask):
-        raise TypeError("mask is a masked array, whose own mask would be lost")
+        raise TypeError(
+            "mask is a masked array, whose own mask would be lost: pass mask.filled(False)"
+        )
     if is_cupy(mask):
         backend_of(mask).check(mask, "mask")
     else:
         mask = np.asarray(mask)
     check_beside(x, mask, "mask")
     if mask.dtype != bool:
-        raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}")
+        raise TypeError(
+            f"mask must be boolean, True where x counts, got {mask.dtype}; compare it, for example "
+            f"mask != 0"
+        )
     shape = (x.shape[0], 1, *x.shape[2:])
     mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
     if mask.shape == shape:
@@ -999,6 +1005,8 @@ def as_mask(mask: Any, x: Array) -> Array | None:
         hint = ""
         if mask.shape == shape[:1] + shape[2:]:
             hint = "; pass mask[:, np.newaxis]"
+        elif mask.shape == (*shape[:1], *shape[2:], 1):
+            hint = "; pass np.moveaxis(mask, -1, 1)"
         elif mask.shape == x.shape:
             hint = "; it is the same for all channels: pass that of one, mask[:, :1]"
         raise ValueError(

@@ -79,7 +79,7 @@ class _InstanceNorm(_BatchNorm):
         TypeError
             If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
-        x = self._of_rank(x)
+        x = self._checked(x)
         out = F.check_out(out, x)
         if self._is_sample(x):
             batch_out = None if out is None else out[np.newaxis]
@@ -93,8 +93,8 @@ class _InstanceNorm(_BatchNorm):
         """Tell whether an array of a rank that fits is without the axis of samples."""
         return x.ndim == self._ranks[0]
 
-    def _channels_of(self, x: Array) -> int:
-        return int(x.shape[0 if self._is_sample(x) else 1])
+    def _channel_axis(self, x: Array) -> int:
+        return 0 if self._is_sample(x) else 1
 
     def _batch_size(self) -> int:
         return 1

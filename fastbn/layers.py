@@ -344,12 +344,14 @@ class _BatchNorm:
     def _checked(self, x: ArrayLike) -> Array:
         """x as an array of a rank and a number of channels that fit."""
         x = self._of_rank(x)
-        if x.shape[1] != self.num_features:
-            hint = f"; use {_other_layers(type(self), x.shape[1])}"
+        axis = self._channel_axis(x)
+        channels = x.shape[axis]
+        if channels != self.num_features:
+            hint = f"; use {_other_layers(type(self), channels)}"
             if x.shape[-1] == self.num_features:
-                hint = "; if they come last, pass np.moveaxis(x, -1, 1)"
+                hint = f"; if they come last, pass np.moveaxis(x, -1, {axis})"
             raise ValueError(
-                f"x has {x.shape[1]} channels (axis 1 of the shape {x.shape}), "
+                f"x has {channels} channels (axis {axis} of the shape {x.shape}), "
                 f"this layer {self.num_features}{hint}"
             )
         return x
@@ -369,9 +371,9 @@ class _BatchNorm:
             )
         return x
 
-    def _channels_of(self, x: Array) -> int:
-        """The number of channels of an array of a rank that fits."""
-        return int(x.shape[1])
+    def _channel_axis(self, x: Array) -> int:
+        """The axis of channels of an array of a rank that fits."""
+        return 1
 
     def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
         parameters = self.running_mean, self.running_var, self.weight, self.bias
@@ -720,7 +722,8 @@ class _LazyBatchNorm(_BatchNorm):
     ) -> Array:
         """Take the number of channels from x, then do what the layer that this becomes does."""
         x = self._of_rank(x)
-        y: Array = self._initialized(self._channels_of(x), "forward", x, out=out, mask=mask)
+        num_features = x.shape[self._channel_axis(x)]
+        y: Array = self._initialized(num_features, "forward", x, out=out, mask=mask)
         return y
 
     def load_state_dict(

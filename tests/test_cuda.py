@@ -218,7 +218,7 @@ def with_outlier(x):
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@by_shape((8, 5, 7, 7), (16, 4, 56, 56))
+@by_shape((8, 5, 7, 7), (16, 4, 56, 56), (22, 2, 56, 56))
 @by_dense_layout
 def test_statistics_are_right_to_the_last_place(rng, distribution, dtype, shape, layout):
     dtype = np.dtype(dtype)
@@ -229,8 +229,10 @@ def test_statistics_are_right_to_the_last_place(rng, distribution, dtype, shape,
     unit = 1.0 if dtype.itemsize == 4 else 20.0
     support.assert_within(mean.get(), exact_mean, unit * reference.ulp(size, dtype))
     relative = (1 + np.abs(exact_mean) / np.sqrt(exact_var)) * 1e-14
+    # Deviations are squared in float32; that of an outlier is most of the sum.
+    ulps = 2.0 if distribution == "outlier" else 1.0
     bound = (
-        reference.ulp(exact_var.astype(np.float64), dtype)
+        ulps * reference.ulp(exact_var.astype(np.float64), dtype)
         if dtype.itemsize == 4 and (distribution != "1e30")
         else exact_var * (relative if dtype.itemsize == 8 else 1.2e-7)
     )

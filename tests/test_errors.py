@@ -643,6 +643,13 @@ def test_channels_that_come_last_are_recognized(bn):
         bn(np.zeros((2, 8, 8, 3), np.float32))
 
 
+def test_channels_that_come_last_in_a_single_sample_are_recognized():
+    x, norm = np.zeros((8, 9, 3), np.float32), fastbn.InstanceNorm2d(3)
+    with pytest.raises(ValueError, match=r"axis 0 of .*\(8, 9, 3\).*moveaxis\(x, -1, 0\)"):
+        norm(x)
+    assert norm(np.moveaxis(x, -1, 0)).shape == (3, 8, 9)
+
+
 @pytest.mark.parametrize(
     ("layer", "shape", "words"),
     [

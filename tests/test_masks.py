@@ -268,15 +268,16 @@ def test_a_lazy_layer_takes_a_mask(rng):
 @pytest.mark.parametrize(
     ("mask", "error", "names"),
     [
-        (np.zeros((4, 1, 5, 6), bool), ValueError, ["mask", "no value"]),
+        (np.zeros((4, 1, 5, 6), bool), ValueError, ["mask", "no value", "leave out a batch"]),
         (np.arange(120).reshape(4, 1, 5, 6) == 7, ValueError, ["more than 1 value"]),
         (np.ones((4, 3, 5, 6), bool), ValueError, ["mask", "(4, 1, 5, 6)", "mask[:, :1]"]),
         (np.ones((4, 5, 6), bool), ValueError, ["(4, 1, 5, 6)", "mask[:, np.newaxis]"]),
+        (np.ones((4, 5, 6, 1), bool), ValueError, ["(4, 1, 5, 6)", "np.moveaxis(mask, -1, 1)"]),
         (np.ones((4, 1, 5, 7), bool), ValueError, ["mask", "(4, 1, 5, 6)"]),
-        (np.ones((4, 1, 5, 6)), TypeError, ["mask", "float64"]),
+        (np.ones((4, 1, 5, 6)), TypeError, ["mask", "float64", "mask != 0"]),
         (np.ones((4, 1, 5, 6), np.uint8), TypeError, ["mask", "uint8"]),
         ("yes", TypeError, ["mask"]),
-        (np.ma.ones((4, 1, 5, 6), bool), TypeError, ["mask", "masked array"]),
+        (np.ma.ones((4, 1, 5, 6), bool), TypeError, ["masked array", "mask.filled(False)"]),
     ],
 )
 def test_a_mask_that_cannot_serve_is_refused_and_nothing_changes(rng, mask, error, names):
