@@ -26,6 +26,7 @@
 #  endif
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
 #  define UNROLL _Pragma("GCC unroll 16")
+#  define UNROLL_TWICE _Pragma("GCC unroll 2")
 #  define PREFETCH(p) __builtin_prefetch(p)
 typedef double vd __attribute__((vector_size(REGISTER)));
 typedef float vf __attribute__((vector_size(REGISTER)));
@@ -33,6 +34,7 @@ typedef long long vi __attribute__((vector_size(REGISTER)));
 #else
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
+#  define UNROLL_TWICE
 #  define PREFETCH(p)
 typedef double vd;
 typedef float vf;
@@ -278,16 +280,22 @@ BY_ELEMENT(bfloat16)
 #endif
 
 /* A register with zeros where the mask has 0, and as it is where it has 255. Lane i has byte i of
- * the mask or, if there is an index, byte index[i]. MASK_BYTES bytes of both are read. */
+ * the mask or, if there is an index, byte index[i]. MASK_BYTES bytes of both may be read. */
 
 #if defined(__AVX2__)
 
-ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index)
+ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index, int lanes)
 {
-    const __m128i bytes = _mm_loadu_si128((const __m128i *)mask);
-    if (index == NULL)
-        return bytes;
-    return _mm_shuffle_epi8(bytes, _mm_loadu_si128((const __m128i *)index));
+    int32_t four;
+    if (index != NULL)
+        return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)mask),
+                                _mm_loadu_si128((const __m128i *)index));
+    if (lanes > 8)
+        return _mm_loadu_si128((const __m128i *)mask);
+    if (lanes > 4)
+        return _mm_loadl_epi64((const __m128i *)mask);
+    memcpy(&four, mask, sizeof four);
+    return _mm_cvtsi32_si128(four);
 }
 
 #endif
@@ -295,24 +303,24 @@ ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index)
 
 ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
-    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index)));
+    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index, VD)));
 }
 
 ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
-    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index)));
+    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
 }
 
 #elif defined(__AVX2__)
 
 ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
-    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(mask_bytes(mask, index)));
+    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(mask_bytes(mask, index, VD)));
 }
 
 ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
-    return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index)));
+    return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index, VF)));
 }
 
 #else

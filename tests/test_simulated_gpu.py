@@ -110,9 +110,12 @@ def test_fused_multiply_adds_change_little(rng, device, shape):
         support.assert_close(actual, exact, 1e-5)
 
 
-def test_the_argument_of_a_kernel_is_as_long_as_its_structure():
-    library = _cuda.module(0, 1, False, False).get_function("normalize").own.library
-    assert ctypes.c_longlong.in_dll(library, "job_bytes").value == _cuda.JOB.size
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_the_argument_of_a_kernel_is_as_long_as_its_structure(masked, in_batches):
+    function = _cuda.module(0, 1, masked, in_batches).get_function("normalize")
+    packed = _cuda.JOB.size + masked * _cuda.MASK.size + in_batches * _cuda.BATCHES.size
+    assert ctypes.c_longlong.in_dll(function.own.library, "job_bytes").value == packed
 
 
 # What is broken, where it runs, and what tells.
