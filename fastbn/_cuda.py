@@ -120,13 +120,12 @@ def forward(
         batches = counter.astype(np.int64, copy=False)  # type: ignore[union-attr]
     where, valid = geometry(source, mask), packed_mask(mask)
     valid_count = count_of(valid)
-    reduction = reduction_of("moments", where)
-    resident = reduction.resident is not None
-    reduction(
+    run_forward(
+        where,
+        target,
+        mean,
+        invstd,
         x=source,
-        out=target if resident else None,
-        mean_out=mean,
-        invstd_out=invstd,
         eps=eps,
         count=where.per_channel,
         weight=weight,
@@ -139,13 +138,21 @@ def forward(
         valid=valid,
         valid_count=valid_count,
     )
-    if not resident:
-        launch = element_wise("normalize", where)
-        statistics = {"mean": mean, "invstd": invstd}
-        launch(x=source, out=target, **statistics, weight=weight, bias=bias, valid=valid)
     if counter is not None and not counted:
         counter += 1 if valid_count is None else (valid_count > 1).astype(counter.dtype)
     return unpacked(target, out), mean, invstd
+
+
+def run_forward(
+    where: Geometry, out: Array, mean: Array, invstd: Array, m2: Array | None = None, **given: Any
+) -> None:
+    """The statistics and, with them, the output: in one launch where channels stay on chip."""
+    reduction = reduction_of("moments", where)
+    resident = reduction.resident is not None
+    results = {"mean_out": mean, "m2_out": m2, "invstd_out": invstd}
+    reduction(**given, **results, out=out if resident else None)
+    if not resident:
+        element_wise("normalize", where)(**given, mean=mean, invstd=invstd, out=out)
 
 
 def forward_of_batches(
@@ -174,25 +181,21 @@ def forward_of_batches(
     valid_counts = None if valid is None else counts_of_batches(valid, batch_size)
     parts = parts_of(source, mask, batch_size)
     for samples, own, where in parts:
-        batches = {"x": source[samples], "rows": own.stop - own.start, "valid": cut(valid, samples)}
-        reduction = reduction_of("moments", where)
-        resident = reduction.resident is not None
-        reduction(
-            **batches,
-            out=target[samples] if resident else None,
-            mean_out=mean[own],
-            m2_out=m2[own],
-            invstd_out=invstd[own],
+        run_forward(
+            where,
+            target[samples],
+            mean[own],
+            invstd[own],
+            m2[own],
+            x=source[samples],
+            rows=own.stop - own.start,
             eps=eps,
             count=where.per_channel,
             weight=weight,
             bias=bias,
+            valid=cut(valid, samples),
             valid_count=cut(valid_counts, own),
         )
-        if not resident:
-            launch = element_wise("normalize", where)
-            statistics = {"mean": mean[own], "invstd": invstd[own]}
-            launch(**batches, out=target[samples], **statistics, weight=weight, bias=bias)
     cumulative = momentum is None and counter is not None
     if running_mean is not None:  # Not before: they may share memory with weight and bias.
         follower(parts[0].where)(
@@ -324,40 +327,36 @@ def backward(
     sum_dy, sum_dy_xhat = vectors(source, 2)
     if source.size:
         where, valid = geometry(source, mask), packed_mask(mask)
-        valid_count = count_of(valid)
-        reduction = reduction_of("products", where)
-        resident = reduction.resident is not None
-        reduction(
+        run_backward(
+            where,
+            target,
+            sum_dy,
+            sum_dy_xhat,
             x=source,
             dy=dy,
-            out=target if resident else None,
-            sum_dy_out=sum_dy,
-            sum_dy_xhat_out=sum_dy_xhat,
             count=where.per_channel,
             weight=weight,
             mean=mean,
             invstd=invstd,
             valid=valid,
-            valid_count=valid_count,
+            valid_count=count_of(valid),
         )
-        if not resident:
-            launch = element_wise("differentiate", where)
-            launch(
-                x=source,
-                dy=dy,
-                out=target,
-                count=where.per_channel,
-                weight=weight,
-                mean=mean,
-                invstd=invstd,
-                sum_dy=sum_dy,
-                sum_dy_xhat=sum_dy_xhat,
-                valid=valid,
-                valid_count=valid_count,
-            )
     else:
         sum_dy[...] = sum_dy_xhat[...] = 0.0
     return unpacked(target, out), sum_dy, sum_dy_xhat
+
+
+def run_backward(
+    where: Geometry, out: Array, sum_dy: Array, sum_dy_xhat: Array, **given: Any
+) -> None:
+    """The sums and, with them, the gradient: in one launch where channels stay on chip."""
+    reduction = reduction_of("products", where)
+    resident = reduction.resident is not None
+    results = {"sum_dy_out": sum_dy, "sum_dy_xhat_out": sum_dy_xhat}
+    reduction(**given, **results, out=out if resident else None)
+    if not resident:
+        launch = element_wise("differentiate", where)
+        launch(**given, sum_dy=sum_dy, sum_dy_xhat=sum_dy_xhat, out=out)
 
 
 def backward_of_batches(
@@ -381,29 +380,21 @@ def backward_of_batches(
     valid = packed_mask(mask)
     valid_counts = None if valid is None else counts_of_batches(valid, batch_size)
     for samples, own, where in parts_of(source, mask, batch_size):
-        batches = {
-            "x": source[samples],
-            "dy": dy[samples],
-            "rows": own.stop - own.start,
-            "valid": cut(valid, samples),
-            "valid_count": cut(valid_counts, own),
-            "count": where.per_channel,
-            "weight": rows_of(weight, own),
-            "mean": rows_of(mean, own),
-            "invstd": rows_of(invstd, own),
-        }
-        reduction = reduction_of("products", where)
-        resident = reduction.resident is not None
-        reduction(
-            **batches,
-            out=target[samples] if resident else None,
-            sum_dy_out=sum_dy[own],
-            sum_dy_xhat_out=sum_dy_xhat[own],
+        run_backward(
+            where,
+            target[samples],
+            sum_dy[own],
+            sum_dy_xhat[own],
+            x=source[samples],
+            dy=dy[samples],
+            rows=own.stop - own.start,
+            count=where.per_channel,
+            weight=rows_of(weight, own),
+            mean=rows_of(mean, own),
+            invstd=rows_of(invstd, own),
+            valid=cut(valid, samples),
+            valid_count=cut(valid_counts, own),
         )
-        if not resident:
-            launch = element_wise("differentiate", where)
-            sums = {"sum_dy": sum_dy[own], "sum_dy_xhat": sum_dy_xhat[own]}
-            launch(**batches, out=target[samples], **sums)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
