@@ -114,7 +114,7 @@ class BuildExt(build_ext):
     def kernels(self, ext, isa, flags):
         """Compile the kernels for an instruction set; return the object file."""
         (path,) = self.compiler.compile(
-            ["fastbn/_kernels.c"],
+            ["fastbn/kernels/kernels.c"],
             output_dir=os.path.join(self.build_temp, isa),
             macros=[("ISA", isa)],
             extra_postargs=flags,
@@ -144,15 +144,15 @@ STABLE_ABI = os.environ.get("FASTBN_LIMITED_API") == "1"
 
 core = Extension(
     "fastbn._core",
-    sources=["fastbn/_core.pyx", "fastbn/_platform.c"],
+    sources=["fastbn/_core.pyx", "fastbn/kernels/platform.c"],
     depends=[
-        "fastbn/_kernels.c",
-        "fastbn/_kernels.h",
-        "fastbn/_kernels_dtype.h",
-        "fastbn/_kernels_registers.h",
-        "fastbn/_platform.h",
+        "fastbn/kernels/kernels.c",
+        "fastbn/kernels/kernels.h",
+        "fastbn/kernels/dtype.h",
+        "fastbn/kernels/registers.h",
+        "fastbn/kernels/platform.h",
     ],
-    include_dirs=["fastbn"],
+    include_dirs=["fastbn/kernels"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
     py_limited_api=STABLE_ABI,
 )

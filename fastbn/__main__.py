@@ -7,8 +7,8 @@ import json
 import math
 import sys
 
-from fastbn import _bench
-from fastbn._cpu import show_config
+from fastbn import _selfbench
+from fastbn._config import show_config
 
 
 def main(arguments: list[str]) -> None:
@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> None:
     command_line = parser()
     options = command_line.parse_args(arguments)
     if options.command == "bench":
-        result = _bench.measure(options.seconds or _bench.SECONDS)
-        print(json.dumps(result, indent=1) if options.json else _bench.report(result))
+        result = _selfbench.measure(options.seconds or _selfbench.SECONDS)
+        print(json.dumps(result, indent=1) if options.json else _selfbench.report(result))
     elif options.seconds:
         command_line.error("--seconds is for the benchmark: python -m fastbn bench --seconds ...")
     elif options.json:
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=positive,
         help="how long the benchmark measures, besides starting and preparing "
-        f"(default: {_bench.SECONDS:g})",
+        f"(default: {_selfbench.SECONDS:g})",
     )
     return parser
 

@@ -16,7 +16,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
 
 
-cdef extern from "_kernels.h" nogil:
+cdef extern from "kernels.h" nogil:
     enum:
         LANES "FASTBN_LANES"
         GROUP "FASTBN_GROUP"
@@ -80,7 +80,7 @@ cdef extern from "_kernels.h" nogil:
         Kernels float32, float64, float16, bfloat16
 
 
-cdef extern from "_platform.h" nogil:
+cdef extern from "platform.h" nogil:
     int fastbn_supported_isas(const Isa **isas, int room)
     Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()

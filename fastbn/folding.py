@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn import functional as F
-from fastbn.instance import _InstanceNorm
-from fastbn.layers import _BatchNorm
+from fastbn.layers.base import _BatchNorm
+from fastbn.layers.instancenorm import _InstanceNorm
 
 __all__ = ["fold"]
 

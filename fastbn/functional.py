@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn._backends import backend_of, is_cupy
+from fastbn.backends import backend_of, is_cupy
 
 __all__ = [
     "batch_norm",

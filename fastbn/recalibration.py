@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import functional as F
-from fastbn._backends import backend_for
-from fastbn.instance import _InstanceNorm
-from fastbn.layers import _BatchNorm
+from fastbn.backends import backend_for
+from fastbn.layers.base import _BatchNorm
+from fastbn.layers.instancenorm import _InstanceNorm
+from fastbn.layers.syncbatchnorm import SyncBatchNorm
 from fastbn.moments import Moments
-from fastbn.sync import SyncBatchNorm
 
 __all__ = ["recalibrate"]
 

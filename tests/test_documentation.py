@@ -80,7 +80,7 @@ def test_every_page_is_in_the_sdist():
         "fastbn.moments",
         "fastbn.recalibration",
         "fastbn.sync",
-        "fastbn._cpu",
+        "fastbn.backends.cpu",
     ],
 )
 def test_docstring_examples_give_what_they_say(name):

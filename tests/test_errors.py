@@ -9,7 +9,7 @@ import support
 from support import parameters, refused, some
 
 import fastbn
-from fastbn import _backends
+from fastbn import backends
 from fastbn import functional as F
 
 SHAPE = (4, 3, 6, 5)
@@ -108,10 +108,10 @@ def test_an_unknown_device_is_refused():
 def without_cupy(monkeypatch):
     """As if CuPy could not be imported, whether it is installed or not."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "fastbn._cuda", raising=False)
-    _backends.cuda.cache_clear()
+    monkeypatch.delitem(sys.modules, "fastbn.backends.cuda", raising=False)
+    backends.cuda_backend.cache_clear()
     yield
-    _backends.cuda.cache_clear()
+    backends.cuda_backend.cache_clear()
 
 
 @pytest.mark.usefixtures("without_cupy")

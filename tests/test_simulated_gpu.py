@@ -9,8 +9,8 @@ import support
 from gpu import SIMULATED, cupy, to_gpu
 from support import channels_last, contiguous, parameters, same_bits, some
 
-from fastbn import _cuda
 from fastbn import functional as F
+from fastbn.backends import cuda as _cuda
 
 if not SIMULATED:
     pytest.skip("a real GPU is under test", allow_module_level=True)
@@ -44,7 +44,7 @@ def broken(monkeypatch):
     def replace(part, other):
         def read_broken(path):
             text = read(path)
-            if path.name != "_cuda.cu":
+            if path.name != "kernels.cu":
                 return text
             assert part in text
             return text.replace(part, other, 1)

@@ -18,7 +18,7 @@ from support import THREADS, output_of, run_python, same_bits, some
 
 import fastbn
 import fastbn._core
-from fastbn import _cpu
+from fastbn import _threads
 from fastbn import functional as F
 
 GET = "import fastbn; print(fastbn.get_num_threads())"
@@ -115,10 +115,10 @@ def test_the_quota_of_the_cgroup_is_respected(tmp_path, monkeypatch, of_process,
         write(path, text + "\n")
         if path.name == "cpu.cfs_quota_us":
             write(path.with_name("cpu.cfs_period_us"), "100000\n")
-    quota = _cpu.cgroup_quota(str(tmp_path))
-    assert quota == (_cpu.INT_MAX if cpus is None else cpus)
-    monkeypatch.setattr(_cpu, "cgroup_quota", lambda: quota)
-    assert _cpu.granted_cpus()["cgroup"] == quota
+    quota = _threads.cgroup_quota(str(tmp_path))
+    assert quota == (_threads.INT_MAX if cpus is None else cpus)
+    monkeypatch.setattr(_threads, "cgroup_quota", lambda: quota)
+    assert _threads.granted_cpus()["cgroup"] == quota
 
 
 def write(path, text):
@@ -205,12 +205,12 @@ REASON = "import fastbn; print(fastbn.show_config('dicts')['threads_reason'])"
             "changed in the OpenMP runtime since the import, as threadpoolctl does",
         ),
         (
-            "from fastbn import _cpu; _cpu._granted = {'affinity': 9, 'cgroup': 1}; _cpu._cpus = 1",
+            "import fastbn._threads as t; t._granted = {'affinity': 9, 'cgroup': 1}; t._cpus = 1",
             {},
             "the cgroup grants 1 CPUs, rounded up",
         ),
         (
-            "from fastbn import _cpu; _cpu._limit = 1",
+            "from fastbn import _threads; _threads._limit = 1",
             {},
             "forked from a process whose threads could not be ended",
         ),

@@ -1,4 +1,4 @@
-/* What CUDA's C++ has and a host compiler's lacks, as far as `_cuda.cu` needs it. */
+/* What CUDA's C++ has and a host compiler's lacks, as far as `kernels.cu` needs it. */
 
 #pragma once
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import _cpu
+from fastbn.backends import cpu
 
 CUDA_DEVICE = re.compile(r"cuda(:\d+)?")
 
@@ -27,14 +27,14 @@ def is_cupy(value: Any) -> bool:
 
 def backend_of(array: Any) -> Any:
     """The backend of an array, which is one of NumPy's or of CuPy's."""
-    return _cpu if isinstance(array, np.ndarray) else cuda()
+    return cpu if isinstance(array, np.ndarray) else cuda_backend()
 
 
 @functools.cache
-def cuda() -> ModuleType:
+def cuda_backend() -> ModuleType:
     """The CUDA backend; raise ImportError where there is no CuPy."""
     try:
-        return importlib.import_module("fastbn._cuda")
+        return importlib.import_module("fastbn.backends.cuda")
     except ImportError as error:
         raise ImportError(
             f"CUDA devices need CuPy: pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', "
@@ -44,14 +44,14 @@ def cuda() -> ModuleType:
 
 def backend_for(device: str) -> Any:
     """The backend of a device that has been named by `as_device`."""
-    return _cpu if device == "cpu" else cuda()
+    return cpu if device == "cpu" else cuda_backend()
 
 
 def as_device(device: Any) -> str:
     """The full name of a device: "cpu", or "cuda:" and a number; "cpu" for None."""
     name = "cpu" if device is None else str(device)
     if CUDA_DEVICE.fullmatch(name):
-        return cuda().named_device(name)  # type: ignore[no-any-return]
+        return cuda_backend().named_device(name)  # type: ignore[no-any-return]
     if name != "cpu":
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:0' and so on, got {name!r}")
     return name

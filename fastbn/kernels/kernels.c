@@ -1,5 +1,5 @@
 /* Compiled once per instruction set, with ISA set to its name. */
-#include "_kernels_registers.h"
+#include "registers.h"
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -156,7 +156,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define VA vf
 #define LOAD_A load_float32
 #define SPREAD_A spread_float
-#include "_kernels_dtype.h"
+#include "dtype.h"
 
 #define DTYPE float64
 #define MASKED_A masked_vd
@@ -165,7 +165,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define VA vd
 #define LOAD_A load_float64
 #define SPREAD_A spread_double
-#include "_kernels_dtype.h"
+#include "dtype.h"
 
 #define DTYPE float16
 #define MASKED_A masked_vf
@@ -174,7 +174,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define VA vf
 #define LOAD_A load_float32
 #define SPREAD_A spread_float
-#include "_kernels_dtype.h"
+#include "dtype.h"
 
 #define DTYPE bfloat16
 #define MASKED_A masked_vf
@@ -183,7 +183,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define VA vf
 #define LOAD_A load_float32
 #define SPREAD_A spread_float
-#include "_kernels_dtype.h"
+#include "dtype.h"
 
 #define KERNELS(dtype) \
     { \

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn.layers import _BatchNorm, _LazyBatchNorm
+from fastbn.layers.base import _BatchNorm, _LazyBatchNorm
 
 __all__ = [
     "InstanceNorm1d",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn._backends import as_device, backend_for, backend_of
+from fastbn.backends import as_device, backend_for, backend_of
 
 __all__ = [
     "BatchNorm1d",

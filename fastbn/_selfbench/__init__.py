@@ -1,6 +1,6 @@
 """The benchmark of `python -m fastbn bench`: where this machine stands against its memory.
 
-The floor, fastbn and, if it is installed, torch run in a process each (`_bench_worker.py`), as each
+The floor, fastbn and, if it is installed, torch run in a process each (`worker.py`), as each
 brings threads of its own, and take turns. The repository has a larger benchmark, against more
 libraries; this one is what an installed package needs.
 """
@@ -21,7 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from fastbn._cpu import get_num_threads, show_config
+from fastbn._config import show_config
+from fastbn._threads import get_num_threads
 
 Shape = tuple[int, int, int, int]
 
@@ -65,7 +66,7 @@ class Worker:
         self.process = subprocess.Popen(
             # By its path: a part of the package would import fastbn, and its OpenMP, beside torch.
             [
-                *(sys.executable, "-P", str(Path(__file__).with_name("_bench_worker.py"))),
+                *(sys.executable, "-P", str(Path(__file__).with_name("worker.py"))),
                 *(library, str(threads)),
             ],
             stdin=subprocess.PIPE,

@@ -1,5 +1,5 @@
 #define _GNU_SOURCE /* dladdr, RTLD_NOLOAD */
-#include "_platform.h"
+#include "platform.h"
 
 #include <stdio.h>
 #if defined(_OPENMP)

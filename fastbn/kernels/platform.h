@@ -2,7 +2,7 @@
 #ifndef FASTBN_PLATFORM_H
 #define FASTBN_PLATFORM_H
 
-#include "_kernels.h"
+#include "kernels.h"
 
 /* The instruction sets that both have, the best one last. Returns their number. */
 int fastbn_supported_isas(const fastbn_isa *isas[], int room);

@@ -682,7 +682,7 @@ def device_of(index: int) -> Device:
 @functools.lru_cache(None)
 def module(format: int, cluster: int, masked: bool, in_batches: bool) -> Any:
     """The source, compiled for a dtype and a number of blocks that share a channel."""
-    source = Path(__file__).with_name("_cuda.cu").read_text()
+    source = Path(__file__).with_name("kernels.cu").read_text()
     options: tuple[str, ...] = (f"-DFORMAT={format}", f"-DCLUSTER={cluster}", "--std=c++17")
     if masked:
         options += ("-DWITH_MASK=1",)

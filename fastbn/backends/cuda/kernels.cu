@@ -208,7 +208,7 @@ __device__ void put(const Vector &vector, i64 channel, double value)
 
 /* ------------------------------------------------------------------ what a launch is told
  *
- * The fields are those of `_cuda.py`, in the same order, and of 8 bytes each.
+ * The fields are those of the launches, in the same order, and of 8 bytes each.
  *
  * An array is n samples of c channels of s elements each; channels-last arrays are (n * s, c, 1).
  */

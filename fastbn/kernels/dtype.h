@@ -1,4 +1,4 @@
-/* The kernels of _kernels.h for one dtype. Included by _kernels.c, which defines
+/* The kernels of kernels.h for one dtype. Included by kernels.c, which defines
  *   DTYPE   the name of the dtype
  *   T       the type of an element
  *   A, VA   the type in which element-wise arithmetic is done, and a register of it

@@ -1,4 +1,4 @@
-"""The process of one library, which `_bench.py` starts by its path: no part of the package.
+"""The process of one library, which the benchmark starts by its path: no part of the package.
 
 Its arguments are the library's name and the number of threads. It writes the library's version, or
 why it does not start, and then answers [shape, operation, seconds] by the milliseconds of calls,

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import functional as F
-from fastbn._backends import backend_for, backend_of, is_cupy
 from fastbn._mpi import Ranks, mpi
-from fastbn.instance import _InstanceNorm
-from fastbn.layers import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm, _room_like
+from fastbn.backends import backend_for, backend_of, is_cupy
+from fastbn.layers.base import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm, _room_like
+from fastbn.layers.instancenorm import _InstanceNorm
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]

@@ -7,7 +7,7 @@
 #ifndef FASTBN_KERNELS_REGISTERS_H
 #define FASTBN_KERNELS_REGISTERS_H
 
-#include "_kernels.h"
+#include "kernels.h"
 
 #include <math.h>
 #include <stdint.h>

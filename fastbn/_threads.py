@@ -1,0 +1,159 @@
+"""How many threads a call uses, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+
+import numpy as np
+
+from fastbn import _core
+
+INT_MAX = 2**31 - 1
+
+
+def granted_cpus() -> dict[str, int]:
+    """The CPUs that this process may use, by its affinity and by the quota of its cgroup."""
+    try:
+        affinity = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        affinity = os.cpu_count() or 1
+    return {"affinity": affinity, "cgroup": max(cgroup_quota(), 1)}
+
+
+def cgroup_quota(root: str = "/") -> int:
+    """The CPUs that the process's cgroup and those above it grant, rounded up."""
+    try:
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        lines = []
+    # Version 2 has one hierarchy, version 1 one for each controller. Where a container does not
+    # see its own path, the root of what it sees is its cgroup.
+    folders = {"sys/fs/cgroup", "sys/fs/cgroup/cpu"}
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers == "" or "cpu" in controllers.split(","):
+            base = "sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup"
+            parts = path.strip("/").split("/")
+            folders.update("/".join([base, *parts[:n]]) for n in range(1, len(parts) + 1))
+    return min(folder_quota(os.path.join(root, folder)) for folder in folders)
+
+
+def folder_quota(folder: str) -> int:
+    """The CPUs that the cgroup of a folder grants, rounded up, whichever version it is of."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        words: list[str] = []
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    words += file.read().split()
+            quota, period = map(int, words)
+            return math.ceil(quota / period) if quota > 0 and period > 0 else INT_MAX
+    return INT_MAX
+
+
+# Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
+_granted = granted_cpus()
+_omp_num_threads = os.environ.get("OMP_NUM_THREADS")
+_omp_max_threads = _core.omp_max_threads()
+_cpus = min(_granted.values()) if _omp_num_threads is None else INT_MAX
+_num_threads: int | None = None
+
+
+def pause_before_fork() -> None:
+    """End the idle threads of the pool: the child would wait for them, and has none of them."""
+    global _paused
+    _paused = _core.omp_pause()
+
+
+def limit_after_fork() -> None:
+    """In a child whose parent could not do so, start no threads."""
+    global _limit
+    if not _paused:
+        _limit = 1
+
+
+_paused = True
+_limit = INT_MAX
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=pause_before_fork, after_in_child=limit_after_fork)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call uses at most.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set. By default what OpenMP would use where ``OMP_NUM_THREADS`` is
+        set, otherwise no more than the CPUs that the affinity mask and the cgroup grant.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.get_num_threads() >= 1
+    True
+    """
+    n = _num_threads  # read once: another Python thread may set it meanwhile
+    if n is not None:
+        return min(n, _limit)
+    return min(_core.omp_max_threads(), _cpus, _limit)
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads that a call uses at most, in all threads of this process.
+
+    Results do not depend on it, to the bit. By default, after a call whose threads waited long for
+    a CPU that another process had, the next 64 calls run on one thread, or more, up to 2048, where
+    such waits come again soon; with a number set here, calls wait.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; it may exceed the number of CPUs. None is the default again.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If n is less than 1, or neither an integer nor None.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.set_num_threads(2)
+    >>> fastbn.get_num_threads()
+    2
+    >>> fastbn.set_num_threads(None)
+    """
+    global _num_threads
+    if n is not None:
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise TypeError(f"the number of threads must be an int or None, got {n!r}")
+        if n < 1:
+            raise ValueError(
+                f"the number of threads must be at least 1, got {n}; None is the default again"
+            )
+        n = min(int(n), INT_MAX)
+    _num_threads = n
+    _core.avoid_waits(n is None)
+
+
+def why_so_many_threads() -> str:
+    """What decides `get_num_threads`."""
+    maximum = _core.omp_max_threads()
+    if _limit < INT_MAX:
+        return "forked from a process whose threads could not be ended"
+    if _num_threads is not None:
+        return "set_num_threads"
+    if _core.platform()["openmp"] == "none":
+        return "built without OpenMP"
+    if maximum != _omp_max_threads and maximum <= _cpus:
+        return "changed in the OpenMP runtime since the import, as threadpoolctl does"
+    if _omp_num_threads is not None:
+        return f"OMP_NUM_THREADS={_omp_num_threads}"
+    if maximum < _cpus:
+        return "the default of the OpenMP runtime"
+    if _granted["cgroup"] < _granted["affinity"]:
+        return f"the cgroup grants {_granted['cgroup']} CPUs, rounded up"
+    return f"{_granted['affinity']} of {os.cpu_count()} CPUs are in the affinity mask"
