@@ -1,29 +1,31 @@
 """Batch normalization for NumPy arrays, with the semantics of torch.nn.BatchNorm2d."""
 
+from typing import TYPE_CHECKING, Any
+
 from fastbn import functional
-from fastbn._config import show_config
 from fastbn._threads import get_num_threads, set_num_threads
 from fastbn._version import __version__
-from fastbn.folding import fold
 from fastbn.layers import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-)
-from fastbn.layers.instancenorm import (
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
     LazyInstanceNorm1d,
     LazyInstanceNorm2d,
     LazyInstanceNorm3d,
 )
-from fastbn.layers.syncbatchnorm import SyncBatchNorm, convert_sync_batchnorm
-from fastbn.moments import Moments
-from fastbn.recalibration import recalibrate
+
+if TYPE_CHECKING:
+    from fastbn._config import show_config
+    from fastbn.folding import fold
+    from fastbn.layers.syncbatchnorm import SyncBatchNorm, convert_sync_batchnorm
+    from fastbn.moments import Moments
+    from fastbn.recalibration import recalibrate
 
 __all__ = [
     "BatchNorm1d",
@@ -49,3 +51,26 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
+
+# What many programs never use, and the modules that are imported when it is first asked for.
+_LATER = {
+    "Moments": "fastbn.moments",
+    "SyncBatchNorm": "fastbn.layers.syncbatchnorm",
+    "convert_sync_batchnorm": "fastbn.layers.syncbatchnorm",
+    "fold": "fastbn.folding",
+    "recalibrate": "fastbn.recalibration",
+    "show_config": "fastbn._config",
+}
+
+if not TYPE_CHECKING:  # a checker takes every name that a module's __getattr__ may have
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
-from fastbn import functional as F
-from fastbn.layers.base import _BatchNorm
-from fastbn.layers.instancenorm import _InstanceNorm
+from fastbn import _checks as checks
+from fastbn._normalize import running_statistics
+from fastbn._types import Array, ArrayLike, Statistics
+from fastbn.layers.batchnorm import BatchNorm
+from fastbn.layers.instancenorm import InstanceNorm
 
 __all__ = ["fold"]
 
-Array = NDArray[Any]
-
 
 def fold(
-    layer: _BatchNorm,
+    layer: BatchNorm,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
     *,
@@ -108,7 +106,7 @@ def fold(
 
 
 def _check_channels(
-    layer: _BatchNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
+    layer: BatchNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
 ) -> None:
     """Refuse a weight of another number of channels than the layer has."""
     if channels == layer.num_features:
@@ -122,14 +120,14 @@ def _check_channels(
     )
 
 
-def _scale_and_shift(layer: Any) -> tuple[F.Statistics, F.Statistics]:
+def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
     """What the layer does in evaluation mode, channel by channel: ``y = x * scale + shift``."""
-    if isinstance(layer, _InstanceNorm):
+    if isinstance(layer, InstanceNorm):
         raise TypeError(
             f"{type(layer).__name__} cannot be folded: it normalizes each sample by statistics of "
             f"its own"
         )
-    if not isinstance(layer, _BatchNorm):
+    if not isinstance(layer, BatchNorm):
         raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
     if layer.has_uninitialized_params():
         raise RuntimeError(
@@ -143,7 +141,7 @@ def _scale_and_shift(layer: Any) -> tuple[F.Statistics, F.Statistics]:
     )
     if mean is None or var is None:
         raise RuntimeError("fold() needs running statistics, and this layer has none")
-    mean, scale = F.running_statistics(mean, var, layer.eps)
+    mean, scale = running_statistics(mean, var, layer.eps)
     with np.errstate(all="ignore"):
         if weight is not None:
             scale = scale * weight
@@ -151,19 +149,19 @@ def _scale_and_shift(layer: Any) -> tuple[F.Statistics, F.Statistics]:
         return scale, shift if bias is None else shift + bias
 
 
-def _as_vector(value: Any, name: str, c: int) -> F.Statistics:
+def _as_vector(value: Any, name: str, c: int) -> Statistics:
     """One value per channel of the layer, in float64 on the host."""
-    vector = F.on_host(value, name)
-    return F.as_vector(vector, name, c, vector).astype(np.float64)
+    vector = checks.on_host(value, name)
+    return checks.as_vector(vector, name, c, vector).astype(np.float64)
 
 
 def _as_floats(value: Any, name: str) -> Array:
     """An ndarray of one of the four dtypes, in native byte order."""
-    array = F.as_array(F.on_host(value, name), name)
+    array = checks.as_array(checks.on_host(value, name), name)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _as_bias(value: Any, outputs: int) -> F.Statistics:
+def _as_bias(value: Any, outputs: int) -> Statistics:
     """The bias of a convolution in float64; zeros for None."""
     if value is None:
         return np.zeros(outputs)
@@ -178,12 +176,7 @@ def _as_bias(value: Any, outputs: int) -> F.Statistics:
 
 def _as_groups(value: Any, weight: Array, transposed: bool) -> int:
     """A number of groups into which the channels of a weight can be divided."""
-    if isinstance(value, bool):
-        raise TypeError("groups must be an integer, got a bool")
-    try:
-        groups = operator.index(value)
-    except TypeError:
-        raise TypeError(f"groups must be an integer, got {type(value).__name__}") from None
+    groups = checks.as_integer(value, "groups")
     if weight.ndim < 2:
         axes = "(in, out / groups, ...)" if transposed else "(out, in / groups, ...)"
         raise ValueError(f"weight must have the shape {axes}, got {weight.shape}")

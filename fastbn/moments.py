@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import operator
+import collections.abc
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from fastbn import _checks as checks
 from fastbn import functional as F
+from fastbn._types import ArrayLike, Statistics
 
 __all__ = ["Moments"]
 
-Statistics = NDArray[np.float64]
 
-
-@dataclass(frozen=True, eq=False)
 class Moments:
     """Count, mean and m2 (the sum of squared deviations from the mean) of each channel.
 
@@ -59,17 +56,26 @@ class Moments:
     True
     """
 
-    count: int = 0
-    mean: Statistics = ()  # type: ignore[assignment]
-    m2: Statistics = ()  # type: ignore[assignment]
+    __slots__ = ("count", "m2", "mean")
 
-    def __post_init__(self) -> None:
-        mean, m2 = _as_statistics(self.mean, "mean"), _as_statistics(self.m2, "m2")
+    count: int
+    mean: Statistics
+    m2: Statistics
+
+    def __init__(self, count: int = 0, mean: ArrayLike = (), m2: ArrayLike = ()) -> None:
+        mean, m2 = _as_statistics(mean, "mean"), _as_statistics(m2, "m2")
         if mean.shape != m2.shape:
             raise ValueError(f"mean and m2 must have one shape, got {mean.shape} and {m2.shape}")
         if (m2 < 0).any():
             raise ValueError("m2 must not be negative")
-        self.__dict__.update(count=_as_count(self.count), mean=mean, m2=m2)
+        for name, value in (("count", checks.as_count(count)), ("mean", mean), ("m2", m2)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> Never:
+        raise AttributeError(f"moments do not change: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> Never:
+        raise AttributeError(f"moments do not change: cannot delete {name!r}")
 
     @classmethod
     def of(cls, x: ArrayLike, mask: ArrayLike | None = None) -> Self:
@@ -244,30 +250,17 @@ class Moments:
         >>> fastbn.Moments.from_dict({"count": 3, "mean": [4.0], "m2": [26.0]})
         Moments(count=3, mean=[4.0], m2=[26.0])
         """
-        if not isinstance(state, Mapping):
+        if not isinstance(state, collections.abc.Mapping):
             raise TypeError(f"state must be a mapping, got {type(state).__name__}")
         if set(state) != {"count", "mean", "m2"}:
             raise ValueError(f"state must have count, mean and m2, got {sorted(map(str, state))}")
         return cls(state["count"], state["mean"], state["m2"])
 
 
-def _as_count(value: Any) -> int:
-    """A non-negative integer, which a bool is not."""
-    if isinstance(value, bool | np.bool_):
-        raise TypeError("count must be an integer, got a bool")
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"count must be an integer, got {type(value).__name__}") from None
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
-    return count
-
-
 def _as_statistics(value: Any, name: str) -> Statistics:
     """A read-only copy, of float64 in host memory, of one real number per channel."""
-    array = F.on_host(value, name)
-    if array.size and array.dtype.kind not in "iu" and not F.is_float(array.dtype):
+    array = checks.on_host(value, name)
+    if array.size and array.dtype.kind not in "iu" and not checks.is_float(array.dtype):
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must have the shape (C,), got {array.shape}")

@@ -7,22 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fastbn import functional as F
-from fastbn.backends import backend_for
-from fastbn.layers.base import _BatchNorm
-from fastbn.layers.instancenorm import _InstanceNorm
+from fastbn import _checks as checks
+from fastbn import _normalize as normalize
+from fastbn._types import Array, Statistics
+from fastbn.backends import backend_for, backend_of
+from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.syncbatchnorm import SyncBatchNorm
 from fastbn.moments import Moments
 
 __all__ = ["recalibrate"]
 
-Array = NDArray[Any]
-
 
 @contextmanager
-def recalibrate(*layers: _BatchNorm) -> Iterator[None]:
+def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     """Set the running statistics of layers to those of all that they see in a ``with`` block.
 
     Running statistics are a moving average over the last batches, of weights that have changed
@@ -77,12 +75,12 @@ def recalibrate(*layers: _BatchNorm) -> Iterator[None]:
         recorder.write()
 
 
-def _checked(layers: tuple[Any, ...]) -> tuple[_BatchNorm, ...]:
+def _checked(layers: tuple[Any, ...]) -> tuple[BatchNorm, ...]:
     """The layers, each once, if all of them can be recalibrated."""
     if not layers:
         raise ValueError("recalibrate() needs at least one layer")
     for layer in layers:
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
+        if not isinstance(layer, BatchNorm):
             hint = ": recalibrate(*layers)" if isinstance(layer, Iterable) else ""
             raise TypeError(
                 f"recalibrate() takes batch normalization layers, got {type(layer).__name__}{hint}"
@@ -97,7 +95,7 @@ def _checked(layers: tuple[Any, ...]) -> tuple[_BatchNorm, ...]:
                 f"recalibrate() needs the statistics of batches, {layer!r} is frozen: "
                 f"unfreeze() it first"
             )
-        if "_forward_train" in layer.__dict__:
+        if layer._recorder is not None:
             raise RuntimeError(f"{layer!r} is being recalibrated already")
     return tuple(dict.fromkeys(layers))
 
@@ -105,33 +103,26 @@ def _checked(layers: tuple[Any, ...]) -> tuple[_BatchNorm, ...]:
 class _Recorder:
     """Adds up what a layer sees, in place of its running statistics."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
         self.total = Moments()
         self.batches = 0
 
     def start(self) -> None:
-        # In the instance, where it costs nothing to the layers that are not recalibrated.
-        self.layer.__dict__["_forward_train"] = self.forward_train
+        self.layer._recorder = self.record
 
     def stop(self) -> None:
-        del self.layer.__dict__["_forward_train"]
+        del self.layer._recorder
 
-    def forward_train(
-        self, x: Array, out: Array | None, mask: Array | None
-    ) -> tuple[Array, F.Statistics, F.Statistics]:
-        """What the layer's own method does, but with the running statistics left alone."""
-        layer = self.layer
-        batch = Moments.of(x, mask)  # before `out` may take the place of x
-        layer.track_running_stats = False
-        try:
-            result = type(layer)._forward_train(layer, x, out, mask)
-        finally:
-            layer.track_running_stats = True
-        if isinstance(layer, SyncBatchNorm):
-            batch = layer._total  # of all ranks
+    def record(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        """The layer's own forward, with its running statistics left alone."""
+        layer, x, mask = self.layer, call.x, call.mask
+        # Before `out` may take the place of x.
+        count, sums = normalize.values_per_channel(x, mask), backend_of(x).stats(x, mask)
+        result = layer._forward_train(call)
+        batch = layer._total if isinstance(layer, SyncBatchNorm) else Moments(count, *sums)
         self.total += batch
-        self.batches += F.batches_of(x, layer._batch_size()) if batch.count else 0
+        self.batches += normalize.batches_of(x, call.batch_size) if batch.count else 0
         return result
 
     def check(self) -> None:
@@ -143,7 +134,7 @@ class _Recorder:
                 f"the block, after train()"
             )
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            F.check_ndarray(getattr(layer, name), name, writeable=True)
+            checks.check_ndarray(getattr(layer, name), name, writeable=True)
 
     def write(self) -> None:
         """Set the running statistics."""

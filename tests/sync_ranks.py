@@ -160,13 +160,13 @@ def failing():
                 sync(x)
             setattr(sync, name, good)
         sync(x)
-        memory = sync._memory
+        memory = sync._saved
         with refused_everywhere(culprit, ValueError, "dy must have", sync):
             sync.backward(dy[:1] if guilty else dy)
         sync.backward(dy)
         with refused_everywhere(culprit, RuntimeError, "has run", sync):
             if not guilty:  # as if these had forgotten their backward
-                sync._memory = memory
+                sync._saved = memory
             sync.backward(dy)
 
 

@@ -74,13 +74,16 @@ def test_every_page_is_in_the_sdist():
     "name",
     [
         "fastbn.functional",
-        "fastbn.layers",
+        "fastbn.layers.batchnorm",
+        "fastbn.layers.instancenorm",
+        "fastbn.layers.lazy",
+        "fastbn.layers.state",
         "fastbn.folding",
-        "fastbn.instance",
         "fastbn.moments",
         "fastbn.recalibration",
-        "fastbn.sync",
-        "fastbn.backends.cpu",
+        "fastbn.layers.syncbatchnorm",
+        "fastbn._config",
+        "fastbn._threads",
     ],
 )
 def test_docstring_examples_give_what_they_say(name):

@@ -9,12 +9,14 @@ import functools
 import importlib
 import re
 import sys
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from fastbn.backends import cpu
+
+if TYPE_CHECKING:
+    from fastbn.backends.protocol import Backend
 
 CUDA_DEVICE = re.compile(r"cuda(:\d+)?")
 
@@ -25,16 +27,16 @@ def is_cupy(value: Any) -> bool:
     return cupy is not None and isinstance(value, cupy.ndarray)
 
 
-def backend_of(array: Any) -> Any:
+def backend_of(array: Any) -> Backend:
     """The backend of an array, which is one of NumPy's or of CuPy's."""
     return cpu if isinstance(array, np.ndarray) else cuda_backend()
 
 
 @functools.cache
-def cuda_backend() -> ModuleType:
+def cuda_backend() -> Backend:
     """The CUDA backend; raise ImportError where there is no CuPy."""
     try:
-        return importlib.import_module("fastbn.backends.cuda")
+        return cast("Backend", importlib.import_module("fastbn.backends.cuda"))
     except ImportError as error:
         raise ImportError(
             f"CUDA devices need CuPy: pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', "
@@ -42,16 +44,6 @@ def cuda_backend() -> ModuleType:
         ) from error
 
 
-def backend_for(device: str) -> Any:
+def backend_for(device: str) -> Backend:
     """The backend of a device that has been named by `as_device`."""
     return cpu if device == "cpu" else cuda_backend()
-
-
-def as_device(device: Any) -> str:
-    """The full name of a device: "cpu", or "cuda:" and a number; "cpu" for None."""
-    name = "cpu" if device is None else str(device)
-    if CUDA_DEVICE.fullmatch(name):
-        return cuda_backend().named_device(name)  # type: ignore[no-any-return]
-    if name != "cpu":
-        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:0' and so on, got {name!r}")
-    return name

@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fastbn import _core
 from fastbn._threads import get_num_threads
-
-Array = NDArray[Any]
-Statistics = NDArray[np.float64]
+from fastbn._types import Array, NDArray, Statistics
 
 
 def stats(x: Array, mask: Array | None = None) -> tuple[Statistics, Statistics]:
@@ -267,3 +264,13 @@ def readable() -> bool:
 def asarray(array: Any, dtype: Any, device: str) -> Array:
     """A copy of an array, NumPy's or CuPy's, on the device "cpu"."""
     return np.array(array if isinstance(array, np.ndarray) else array.get(), dtype)
+
+
+def to_host(array: Array) -> Array:
+    """The array itself, which is one of NumPy's."""
+    return array
+
+
+def named_device(device: str) -> str:
+    """The name of the CPU, which has no number."""
+    return device

@@ -1,31 +1,18 @@
-"""Instance normalization as layers: batch normalization of each sample by itself.
-
-The semantics are those of ``torch.nn.InstanceNorm1d`` to ``InstanceNorm3d`` and their lazy forms.
-"""
+"""Instance normalization as layers, with the semantics of ``torch.nn.InstanceNorm1d`` to ``3d``."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import functional as F
-from fastbn.layers.base import _BatchNorm, _LazyBatchNorm
+from fastbn import _checks as checks
+from fastbn import _normalize as normalize
+from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
+from fastbn.layers.base import Norm
 
-__all__ = [
-    "InstanceNorm1d",
-    "InstanceNorm2d",
-    "InstanceNorm3d",
-    "LazyInstanceNorm1d",
-    "LazyInstanceNorm2d",
-    "LazyInstanceNorm3d",
-]
-
-Array = NDArray[Any]
+__all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
 
-class _InstanceNorm(_BatchNorm):
+class InstanceNorm(Norm):
     """What the layers have in common; they differ in the ranks of input that they take."""
 
     _family = "InstanceNorm"
@@ -44,7 +31,7 @@ class _InstanceNorm(_BatchNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         )
 
     def forward(
@@ -79,15 +66,16 @@ class _InstanceNorm(_BatchNorm):
         TypeError
             If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
-        x = self._checked(x)
-        out = F.check_out(out, x)
+        x = self._as_input(x)
         if self._is_sample(x):
+            out = checks.check_out(out, x)
             batch_out = None if out is None else out[np.newaxis]
-            y = super().forward(x[np.newaxis], out=batch_out, mask=mask)[0]
+            sample: Array = self._forward(x[np.newaxis], batch_out, mask)[0]
+            y = sample if out is None else out
         else:
-            y = super().forward(x, out=out, mask=mask)
+            y = self._forward(x, out, mask)
         self._input_shape = x.shape
-        return y if out is None else out
+        return y
 
     def _is_sample(self, x: Array) -> bool:
         """Tell whether an array of a rank that fits is without the axis of samples."""
@@ -96,34 +84,17 @@ class _InstanceNorm(_BatchNorm):
     def _channel_axis(self, x: Array) -> int:
         return 0 if self._is_sample(x) else 1
 
-    def _batch_size(self) -> int:
-        return 1
+    def _training_call(
+        self, x: Array, out: Array | None, mask: ArrayLike | None
+    ) -> normalize.Forward:
+        running_mean, running_var, _ = self._moving_statistics()  # it does not count batches
+        # None leaves the running statistics alone: so it does in torch.
+        momentum = 0.0 if self.momentum is None else self.momentum
+        parameters = running_mean, running_var, self.weight, self.bias, momentum, self.eps
+        return checks.instance_call(x, *parameters, out=out, mask=mask)
 
-    def _forward_eval(self, x: Array, out: Array | None, mask: Array | None) -> Array:
-        if self.running_mean is None and self.running_var is None:
-            return self._forward_instances(x, out, mask, tracks=False)[0]
-        return super()._forward_eval(x, out, mask)
-
-    def _forward_train(
-        self, x: Array, out: Array | None, mask: Array | None
-    ) -> tuple[Array, F.Statistics, F.Statistics]:
-        return self._forward_instances(x, out, mask, tracks=self.track_running_stats)
-
-    def _forward_instances(
-        self, x: Array, out: Array | None, mask: Array | None, *, tracks: bool
-    ) -> tuple[Array, F.Statistics, F.Statistics]:
-        return F.forward_by_instance(
-            x,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
-            self.weight,
-            self.bias,
-            # None leaves the running statistics alone: so it does in torch.
-            0.0 if self.momentum is None else F.as_real(self.momentum, "momentum"),
-            self.eps,
-            out=out,
-            mask=mask,
-        )
+    def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        return normalize.by_instance(call)
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
@@ -150,36 +121,21 @@ class _InstanceNorm(_BatchNorm):
         ValueError, TypeError
             If `dy` or `out` cannot serve. The backward can then be tried again.
         """
-        if isinstance(self._memory, str):
-            raise RuntimeError(self._memory)
-        dy = F.as_array(dy, "dy")
+        if isinstance(self._saved, str):
+            raise RuntimeError(self._saved)
+        dy = checks.as_array(dy, "dy")
         if dy.shape != self._input_shape:
             raise ValueError(f"dy must have x's shape {self._input_shape}, got {dy.shape}")
-        if self._is_sample(dy):
-            out_batch = out if out is None or not F.is_array(out) else out[np.newaxis]
-            dx = super().backward(dy[np.newaxis], out=out_batch)
-            return dx[0] if out is None else out
-        return super().backward(dy, out=out)
+        if not self._is_sample(dy):
+            return self._backward(self._saved, dy, out)
+        batch_out = out
+        if out is not None and checks.is_array(out):
+            batch_out = out[np.newaxis]
+        dx = self._backward(self._saved, dy[np.newaxis], batch_out)
+        return dx[0] if out is None else out
 
 
-class _LazyInstanceNorm(_LazyBatchNorm, _InstanceNorm):
-    """A layer that takes its number of channels from the first input, or the first state."""
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: str | None = None,
-        dtype: DTypeLike | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-
-
-class InstanceNorm2d(_InstanceNorm):
+class InstanceNorm2d(InstanceNorm):
     """Instance normalization of (N, C, H, W) arrays, with the semantics of torch.nn.InstanceNorm2d.
 
     Each channel of each sample is normalized by its own mean and variance, as image generation and
@@ -232,7 +188,7 @@ class InstanceNorm2d(_InstanceNorm):
     _ranks = (3, 4)
 
 
-class InstanceNorm1d(_InstanceNorm):
+class InstanceNorm1d(InstanceNorm):
     """Instance normalization of (N, C, L) and (C, L) arrays; otherwise an `InstanceNorm2d`.
 
     Examples
@@ -246,7 +202,7 @@ class InstanceNorm1d(_InstanceNorm):
     _ranks = (2, 3)
 
 
-class InstanceNorm3d(_InstanceNorm):
+class InstanceNorm3d(InstanceNorm):
     """Instance normalization of (N, C, D, H, W) and (C, D, H, W) arrays.
 
     Otherwise an `InstanceNorm2d`.
@@ -260,69 +216,3 @@ class InstanceNorm3d(_InstanceNorm):
     """
 
     _ranks = (4, 5)
-
-
-class LazyInstanceNorm2d(_LazyInstanceNorm):
-    """An `InstanceNorm2d` that takes num_features from the first input, its axis of channels.
-
-    It becomes an `InstanceNorm2d` as a `LazyBatchNorm2d` becomes a `BatchNorm2d`: at the first
-    forward, or at the first `load_state_dict` that tells the number of channels.
-
-    Parameters
-    ----------
-    eps, momentum
-        As `InstanceNorm2d` takes them.
-    affine, track_running_stats : bool, default True
-        As `InstanceNorm2d` takes them, but for the default, which is that of torch's lazy layers.
-    device, dtype, bias
-        As `InstanceNorm2d` takes them.
-
-    Notes
-    -----
-    A first input of the shape (C, H, W), without the axis of samples, serves as well. In torch,
-    which takes H for C, it is an error.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastbn
-    >>> norm = fastbn.LazyInstanceNorm2d(track_running_stats=False)
-    >>> y = norm(np.zeros((2, 5, 4, 4), np.float32))
-    >>> norm
-    InstanceNorm2d(5, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=False)
-    """
-
-    _ranks = InstanceNorm2d._ranks
-    _becomes = InstanceNorm2d
-
-
-class LazyInstanceNorm1d(_LazyInstanceNorm):
-    """An `InstanceNorm1d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastbn
-    >>> norm = fastbn.LazyInstanceNorm1d()
-    >>> norm(np.zeros((5, 4), np.float32)).shape, norm.num_features
-    ((5, 4), 5)
-    """
-
-    _ranks = InstanceNorm1d._ranks
-    _becomes = InstanceNorm1d
-
-
-class LazyInstanceNorm3d(_LazyInstanceNorm):
-    """An `InstanceNorm3d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastbn
-    >>> norm = fastbn.LazyInstanceNorm3d()
-    >>> norm(np.zeros((1, 2, 3, 4, 5), np.float32)).shape, norm.num_features
-    ((1, 2, 3, 4, 5), 2)
-    """
-
-    _ranks = InstanceNorm3d._ranks
-    _becomes = InstanceNorm3d

@@ -9,21 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import functional as F
+from fastbn import _checks as checks
+from fastbn import _normalize as normalize
 from fastbn._mpi import Ranks, mpi
-from fastbn.backends import backend_for, backend_of, is_cupy
-from fastbn.layers.base import NO_SECOND_BACKWARD, Aside, Memory, _BatchNorm, _room_like
-from fastbn.layers.instancenorm import _InstanceNorm
+from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
+from fastbn.backends import backend_for, backend_of
+from fastbn.layers.batchnorm import BatchNorm
+from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
-Array = NDArray[Any]
 
-
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Batch normalization by the statistics of all ranks of an MPI communicator.
 
     Each rank has a part of the batch, of any length, none included; output, running statistics and
@@ -117,9 +116,10 @@ class SyncBatchNorm(_BatchNorm):
 
         Collective, unless frozen. The gradients of weight and bias are those of this rank's part.
         """
-        if isinstance(self._memory, Memory) and self._memory.frozen:
+        if isinstance(self._saved, SavedForBackward) and self._saved.frozen:
             return super().backward(dy, out=out)
-        return self._all_ranks().together(lambda: self._backward(dy, out))
+        backward = super().backward
+        return self._all_ranks().together(lambda: backward(dy, out=out))
 
     def _all_ranks(self) -> Ranks:
         """The ranks, which meet at their first collective call."""
@@ -127,17 +127,35 @@ class SyncBatchNorm(_BatchNorm):
             self._group = Ranks(self.comm, self.num_features)
         return self._group
 
-    def _set_aside(self, x: Array) -> Aside | None:
+    def _keep_channels(self, call: normalize.Forward) -> KeptChannels | None:
         # The other layers recover the input from the output, channel by channel. Here its copy
         # keeps the backward to one reduction.
-        return super()._set_aside(x) if self.frozen else Aside(slice(None), x.copy(order="K"))
+        return super()._keep_channels(call) if self.frozen else keep_all(call.x)
 
-    def _forward_train(
-        self, x: Array, out: Array | None, mask: Array | None
-    ) -> tuple[Array, F.Statistics, F.Statistics]:
-        weight, bias = self._checked_arrays(x)
-        out = _room_like(x) if out is None else out  # before the other ranks count on this one
-        total = self._all_ranks().total_moments(x, Moments.of(x, mask))
+    def _training_call(
+        self, x: Array, out: Array | None, mask: ArrayLike | None
+    ) -> normalize.Forward:
+        """The checked arguments; how many values there are, the other ranks decide."""
+        if not self.training:
+            return super()._training_call(x, out, mask)
+        running_mean, running_var, counter = self._moving_statistics()
+        running, moves = (running_mean, running_var), running_mean is not None
+        call = checks.forward_call(
+            x, self.weight, self.bias, self.eps, out, mask, *running, moves=moves
+        )
+        if counter is not None:
+            checks.check_counter(counter)
+        momentum = self.momentum
+        if momentum is not None:
+            momentum = checks.as_real(momentum, "momentum")
+        # Memory for the result is taken before the other ranks count on this one.
+        out = normalize.empty_like(x) if call.out is None else call.out
+        return call._replace(momentum=momentum, counter=counter, out=out)
+
+    def _forward_train(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        x, mask = call.x, call.mask
+        own = Moments(normalize.values_per_channel(x, mask), *backend_of(x).stats(x, mask))
+        total = self._all_ranks().total_moments(x, own)
         if total.count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {x.shape} "
@@ -149,41 +167,25 @@ class SyncBatchNorm(_BatchNorm):
                 f"training, got input size {x.shape} on this one"
             )
         with np.errstate(all="ignore"):
-            invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + self.eps)
+            invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + call.eps)
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
-        tracks = self.track_running_stats and total.count
-        moved = self._moved(total) if tracks else []
-        y = F.batch_norm_elemt(x, mean, invstd, weight, bias, out=out, mask=mask)
+        moved = self._moved(call, total) if total.count else []
+        y = backend_of(x).elemt(x, mean, invstd, call.weight, call.bias, call.out, mask=mask)
         for array, value in moved:  # not before: they may share memory with weight and bias
             with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
                 array[...] = value
         self._total = total
         return y, mean, invstd
 
-    def _checked_arrays(self, x: Array) -> tuple[Array | None, Array | None]:
-        """Weight and bias, once nothing that comes after the reduction can fail any more."""
-        c = self.num_features
-        F.as_eps(self.eps)
-        if self.momentum is not None:
-            F.as_real(self.momentum, "momentum")
-        if self.track_running_stats:
-            F.check_running(self.running_mean, self.running_var, x, writeable=True)
-            if self.num_batches_tracked is not None:
-                F.check_counter(self.num_batches_tracked)
-        return (
-            F.as_optional_vector(self.weight, "weight", c, x),
-            F.as_optional_vector(self.bias, "bias", c, x),
-        )
-
-    def _moved(self, total: Moments) -> list[tuple[Array, Any]]:
+    def _moved(self, call: normalize.Forward, total: Moments) -> list[tuple[Array, Any]]:
         """Running statistics and counter, and what they become with this batch."""
-        counter, factor = self.num_batches_tracked, self.momentum
+        counter, factor = call.counter, call.momentum
         moved = [] if counter is None else [(counter, counter + 1)]
         if factor is None:
             factor = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         pairs = (
-            (self.running_mean, total.mean),
-            (self.running_var, total.var(correction=1)),
+            (call.running_mean, total.mean),
+            (call.running_var, total.var(correction=1)),
         )
         for running, batch in pairs:
             if running is not None:
@@ -192,41 +194,38 @@ class SyncBatchNorm(_BatchNorm):
                     moved.append((running, kept + factor * self._beside(running, batch)))
         return moved
 
-    def _backward(self, dy: ArrayLike, out: Array | None) -> Array:
-        memory = self._memory
-        if isinstance(memory, str):
-            raise RuntimeError(memory)
-        x = memory.x if memory.aside is None else memory.aside.x
-        dy = F.as_gradient(dy, x)
-        out = F.check_out(out, memory.x, dy)
-        self._check_gradients(x)
-        rooms = self._rooms(memory.mean)
-        out = _room_like(x) if out is None else out
-        weight = F.as_optional_vector(self.weight, "weight", self.num_features, x)
-        mean, invstd, mask = memory.mean, memory.invstd, memory.mask
-        dbias, dweight = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
-        sums = self._all_ranks().total_sums(x, _on_host(dbias), _on_host(dweight))
-        sum_dy, sum_dy_xhat = (self._beside(x, array) for array in sums)
+    def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
+        if saved.frozen:
+            return super()._backward(saved, dy, out)
+        x = saved.x if saved.kept is None else saved.kept.x
+        dy = checks.as_gradient(dy, x)
+        out = checks.check_out(out, saved.x, dy)
+        self._checked_gradients(x)
+        buffers = self._grad_buffers(saved.mean)
+        out = normalize.empty_like(x) if out is None else out
+        weight = checks.as_vectors(x, weight=self.weight)["weight"]
+        mean, invstd, mask, backend = saved.mean, saved.invstd, saved.mask, backend_of(x)
+        dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
+        own = backend.to_host(dbias), backend.to_host(dweight)
+        sum_dy, sum_dy_xhat = map(self._beside, (x, x), self._all_ranks().total_sums(x, *own))
         count = max(self._total.count, 1)
-        dx = F.batch_norm_backward_elemt(
-            dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out=out, mask=mask
+        dx = backend.backward_elemt(
+            dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out, mask
         )
-        self._accumulate(rooms, dweight, dbias)
-        self._memory = NO_SECOND_BACKWARD
+        self._add_gradients(buffers, dweight, dbias)
         return dx
 
-    def _beside(self, x: Array, vector: F.Statistics) -> Array:
+    def _beside(self, x: Array, vector: Statistics) -> Array:
         """A vector from the host as an array of the kind that x is."""
         if isinstance(x, np.ndarray):
             return vector
-        array: Array = backend_for(self._device).asarray(vector, vector.dtype, self._device)
-        return array
+        return backend_for(self._device).asarray(vector, vector.dtype, self._device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_group": None}
 
 
-def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm:
+def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:
     """Return a `SyncBatchNorm` with the arrays, the arguments and the mode of a layer.
 
     Parameters
@@ -259,7 +258,7 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     >>> sync.weight is bn.weight  # doctest: +SKIP
     True
     """
-    if not isinstance(layer, _BatchNorm) or isinstance(layer, _InstanceNorm):
+    if not isinstance(layer, BatchNorm):
         raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
     if layer.ghost_batch_size is not None:
         raise ValueError("a layer with ghost batches normalizes less than its batch, not more")
@@ -283,8 +282,3 @@ def convert_sync_batchnorm(layer: _BatchNorm, comm: Any = None) -> SyncBatchNorm
     for name in shared:
         setattr(sync, name, getattr(layer, name))
     return sync
-
-
-def _on_host(vector: Array) -> F.Statistics:
-    """A vector as an array of NumPy's."""
-    return backend_of(vector).to_host(vector) if is_cupy(vector) else vector

@@ -1,0 +1,611 @@
+"""Every refusal of an argument, and its message: here the arguments of a call become checked ones.
+
+None of the functions writes. What they return is trusted from there on.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
+from fastbn._overlap import overlaps_itself, same_elements, share_memory
+from fastbn._types import Array
+from fastbn.backends import CUDA_DEVICE, backend_of, cuda_backend, is_cupy
+
+# Calls.
+
+
+def forward_call(
+    x: Array,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    out: Any,
+    mask: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    moves: bool = False,
+) -> Forward:
+    """The arguments of a forward, but for those of training; `moves` updates the statistics."""
+    vectors = as_vectors(x, weight=weight, bias=bias)
+    vectors |= as_running(running_mean, running_var, x, moves=moves)
+    out = check_out(out, x, **vectors)
+    in_place = out is not None and share_memory(out, x)
+    mask = as_mask(mask, x)
+    return Forward(x, eps=as_eps(eps), out=out, in_place=in_place, mask=mask, **vectors)
+
+
+def training_call(
+    x: Array,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    momentum: Any,
+    eps: Any,
+    *,
+    counter: Any = None,
+    out: Any,
+    mask: Any,
+    batch_size: int = 0,
+    values: str = "value per channel",
+) -> Forward:
+    """The arguments of a forward by the statistics of batches of so many samples, 0 for one batch.
+
+    A momentum of None stands for 1 / counter. `values` names what a batch must have two of.
+    """
+    call = forward_call(x, weight, bias, eps, out, mask, running_mean, running_var, moves=True)
+    counts = checked_counts(x, call.mask, batch_size, values)
+    if counter is not None:
+        check_counter(counter, len(counts))
+    if momentum is not None:
+        momentum = as_real(momentum, "momentum")
+    return call._replace(momentum=momentum, counter=counter, batch_size=batch_size, counts=counts)
+
+
+def instance_call(
+    x: Array,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    momentum: Any,
+    eps: Any,
+    *,
+    out: Any,
+    mask: Any,
+) -> Forward:
+    """The arguments of a forward by the statistics of each sample."""
+    parameters = running_mean, running_var, weight, bias, momentum, eps
+    return training_call(x, *parameters, out=out, mask=mask, batch_size=1, values="spatial element")
+
+
+def running_call(
+    x: Array,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    *,
+    out: Any,
+    mask: Any,
+    without: str = "outside training, got None; training=True normalizes by the batch",
+) -> Forward:
+    """The arguments of a forward by running statistics; `without` tells what to do without them."""
+    if running_mean is None and running_var is None:
+        raise ValueError(f"running_mean and running_var are needed {without}")
+    return forward_call(x, weight, bias, eps, out, mask, running_mean, running_var)
+
+
+def backward_call(
+    dy: Any,
+    x: Array,
+    weight: Any,
+    mean: Any,
+    invstd: Any,
+    *,
+    out: Any,
+    mask: Any,
+    batch_size: int,
+) -> Backward:
+    """The arguments of a backward of `batch_norm_forward`."""
+    dy = as_gradient(dy, x)
+    vectors = {
+        **as_vectors(x, weight=weight),
+        "mean": as_statistics(mean, "mean", batch_size, x),
+        "invstd": as_statistics(invstd, "invstd", batch_size, x),
+    }
+    out = check_out(out, x, dy, **vectors)
+    return Backward(dy, x, out=out, mask=as_mask(mask, x), batch_size=batch_size, **vectors)
+
+
+def checked_counts(x: Array, mask: Array | None, batch_size: int, values: str) -> list[int]:
+    """The number of valid values of each batch, if there is something to normalize by.
+
+    An empty batch is legal. While a graph is captured, a mask has no values that can be counted.
+    """
+    if mask is not None and not backend_of(x).readable():
+        return values_of_batches(x, None, batch_size)
+    counts = values_of_batches(x, mask, batch_size)
+    masked = "" if mask is None else " and a mask"
+    if 1 in counts:
+        raise ValueError(
+            f"Expected more than 1 {values} when training, got input size {x.shape}{masked}"
+            f"{_samples_of(counts.index(1), batch_size, len(x))}; evaluation mode by running "
+            f"statistics takes single values"
+        )
+    if mask is not None and 0 in counts and x.size:
+        raise ValueError(
+            f"mask leaves no value per channel, expected at least 2 when training, got input size "
+            f"{x.shape}{_samples_of(counts.index(0), batch_size, len(x))}; leave out a batch of "
+            f"which nothing counts"
+        )
+    return counts
+
+
+def _samples_of(batch: int, batch_size: int, n: int) -> str:
+    """Which samples a batch has, for a message; nothing if it is all of them."""
+    if not batch_size:
+        return ""
+    first, last = batch * batch_size, min((batch + 1) * batch_size, n) - 1
+    if first == last:
+        return f", in which sample {first} is normalized by itself"
+    return f", in which samples {first} to {last} are normalized by themselves"
+
+
+# Inputs.
+
+NATIVE_FLOATS = frozenset(np.dtype(code) for code in "efd")
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Tell whether it is one of the four dtypes, in any byte order."""
+    return dtype in NATIVE_FLOATS or dtype.char in "efd" or dtype.name == "bfloat16"
+
+
+def is_array(value: Any) -> bool:
+    """Tell whether it is an array of NumPy's or CuPy's."""
+    return isinstance(value, np.ndarray) or is_cupy(value)
+
+
+def is_masked(value: Any) -> bool:
+    """Tell whether it is a masked array; np.ma is slow to import, so the others are not asked."""
+    return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
+
+
+def mask_is_lost(name: str) -> str:
+    """What is wrong with a masked array."""
+    return (
+        f"{name} is a masked array, whose mask would be lost: pass {name}.filled(0) and, with x, "
+        f"mask= for the positions that count"
+    )
+
+
+def as_array(value: Any, name: str) -> Array:
+    """An array-like or DLPack object as an ndarray of one of the four dtypes."""
+    if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
+        return value
+    if is_cupy(value):
+        backend_of(value).check(value, name)
+    elif type(value) is not np.ndarray:
+        if is_masked(value):
+            raise TypeError(mask_is_lost(name))
+        if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+            value = from_dlpack(value, name)
+        value = np.asarray(value)
+    if not is_float(value.dtype):
+        mend = "convert it, for example by astype(np.float32)"
+        if value.dtype == bool and name not in ("x", "dy"):
+            mend = "a mask is passed by name: mask=..."
+        raise TypeError(
+            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; {mend}"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def from_dlpack(value: Any, name: str) -> Array:
+    """An ndarray of the memory of a DLPack object."""
+    try:
+        array: Array = np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"{name} of type {type(value).__name__} cannot be read: "
+            f"{str(error).rstrip('.')}{dlpack_hint(value, name)}"
+        ) from error
+    return array
+
+
+CUDA_DEVICES = (2, 13)  # DLPack's numbers of CUDA memory, and of CUDA's managed memory
+
+
+def dlpack_hint(value: Any, name: str) -> str:
+    """Suggest how to pass a DLPack object that NumPy cannot read."""
+    if value.__dlpack_device__()[0] in CUDA_DEVICES:
+        return f"; on a GPU, pass cupy.from_dlpack({name})"
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+        as_bits = f"{name}.view(torch.int16).numpy()"
+        return f"; of torch's bfloat16, pass {as_bits}.view(ml_dtypes.bfloat16)"
+    return ""
+
+
+def on_host(value: Any, name: str) -> Array:
+    """An array-like, CuPy array or torch tensor, Parameter or not, as an ndarray of any dtype."""
+    if is_masked(value):
+        raise TypeError(mask_is_lost(name))
+    if is_cupy(value):
+        return backend_of(value).to_host(value)
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        try:
+            return np.asarray(value)
+        except TypeError:  # NumPy does not know torch's bfloat16
+            return np.asarray(value.float())
+    return np.asarray(value)
+
+
+def as_input(x: Any) -> Array:
+    """x as an ndarray of shape (N, C, ...)."""
+    x = as_array(x, "x")
+    if x.ndim < 2:
+        raise ValueError(f"x must have the shape (N, C, ...), got {x.shape}")
+    return x  # type: ignore[no-any-return]
+
+
+# The layers for inputs of so many axes end in this number and a "d".
+SPATIAL_AXES = {2: 1, 3: 1, 4: 2, 5: 3}
+
+
+def as_input_of_rank(x: Any, ranks: tuple[int, ...], family: str) -> Array:
+    """x as an array of a rank that a layer of a family takes."""
+    x = as_array(x, "x")
+    if x.ndim not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        hint = ""
+        if x.ndim + 1 == ranks[-1]:
+            hint = "; x[np.newaxis] is a batch of one sample"
+        if x.ndim in SPATIAL_AXES:
+            hint += f"; {family}{SPATIAL_AXES[x.ndim]}d takes {x.ndim}D"
+        raise ValueError(f"expected {expected} input, got {x.ndim}D input of shape {x.shape}{hint}")
+    return x  # type: ignore[no-any-return]
+
+
+def check_channels(
+    x: Array, axis: int, num_features: int, other_layers: Callable[[int], str]
+) -> None:
+    """Refuse an input of another number of channels than a layer has; suggest other layers."""
+    channels = x.shape[axis]
+    if channels != num_features:
+        hint = f"; use {other_layers(channels)}"
+        if x.shape[-1] == num_features:
+            hint = f"; if they come last, pass np.moveaxis(x, -1, {axis})"
+        raise ValueError(
+            f"x has {channels} channels (axis {axis} of the shape {x.shape}), "
+            f"this layer {num_features}{hint}"
+        )
+
+
+def as_array_beside(x: Array, value: Any, name: str) -> Array:
+    """An array-like as an array of the kind that x is, NumPy's or CuPy's."""
+    value = as_array(value, name)
+    check_beside(x, value, name)
+    return value  # type: ignore[no-any-return]
+
+
+def check_beside(x: Array, array: Array, name: str) -> None:
+    """Refuse an array of another kind than x: NumPy's beside CuPy's."""
+    if isinstance(array, np.ndarray) != isinstance(x, np.ndarray):
+        kind, other, device = ("CuPy", "NumPy", "cuda") if is_cupy(x) else ("NumPy", "CuPy", "cpu")
+        convert = "cupy.asarray" if is_cupy(x) else "cupy.asnumpy"
+        raise TypeError(
+            f"{name} must be a {kind} array, as x is, got a {other} array: {convert}({name}), or "
+            f"to({device!r}) for a layer"
+        )
+
+
+def as_gradient(dy: Any, x: Array) -> Array:
+    """dy as an array of x's shape."""
+    dy = as_array_beside(x, dy, "dy")
+    if dy.shape != x.shape:
+        raise ValueError(f"dy must have x's shape {x.shape}, got {dy.shape}")
+    return dy  # type: ignore[no-any-return]
+
+
+def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
+    """One value per channel, as an array beside x, of native byte order."""
+    if type(value) is type(x) and value.dtype in NATIVE_FLOATS and value.shape == (c,):
+        return value
+    value = as_array_beside(x, value, name)
+    if value.shape != (c,):
+        raise ValueError(
+            f"{name} must have the shape ({c},), one value per channel of x, got {value.shape}"
+        )
+    return native(value)
+
+
+def as_optional_vector(value: Any, name: str, c: int, x: Array) -> Array | None:
+    """One value per channel, as an array beside x, or None."""
+    return None if value is None else as_vector(value, name, c, x)
+
+
+def as_vectors(x: Array, **values: Any) -> dict[str, Any]:
+    """One value per channel, by name; only weight and bias may be None."""
+    c = x.shape[1]
+    return {
+        name: (as_optional_vector if name in ("weight", "bias") else as_vector)(value, name, c, x)
+        for name, value in values.items()
+    }
+
+
+def as_statistics(value: Any, name: str, batch_size: int, x: Array) -> Array:
+    """One value per channel or, with a batch size, per batch and channel."""
+    c = x.shape[1]
+    if not batch_size:
+        return as_vector(value, name, c, x)
+    value = as_array_beside(x, value, name)
+    shape = (batches_of(x, batch_size), c)
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape {shape}, one value per batch and channel of x, "
+            f"got {value.shape}"
+        )
+    return native(value)
+
+
+def native(array: Array) -> Array:
+    """An array in native byte order: itself or a copy."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def as_mask(mask: Any, x: Array) -> Array | None:
+    """The valid positions of x, as a boolean array of shape (N, 1, ...)."""
+    if mask is None:
+        return None
+    if is_masked(mask):
+        raise TypeError(
+            "mask is a masked array, whose own mask would be lost: pass mask.filled(False)"
+        )
+    if is_cupy(mask):
+        backend_of(mask).check(mask, "mask")
+    else:
+        mask = np.asarray(mask)
+    check_beside(x, mask, "mask")
+    if mask.dtype != bool:
+        raise TypeError(
+            f"mask must be boolean, True where x counts, got {mask.dtype}; compare it, for example "
+            f"mask != 0"
+        )
+    shape = (x.shape[0], 1, *x.shape[2:])
+    mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
+    if mask.shape == shape:
+        return mask  # type: ignore[no-any-return]
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        hint = ""
+        if mask.shape == shape[:1] + shape[2:]:
+            hint = "; pass mask[:, np.newaxis]"
+        elif mask.shape == (*shape[:1], *shape[2:], 1):
+            hint = "; pass np.moveaxis(mask, -1, 1)"
+        elif mask.shape == x.shape:
+            hint = "; it is the same for all channels: pass that of one, mask[:, :1]"
+        raise ValueError(
+            f"mask must broadcast to the shape {shape}, x's with one channel, "
+            f"got {mask.shape}{hint}"
+        ) from None
+
+
+# Numbers and names.
+
+
+def as_integer(value: Any, name: str, kind: str = "an integer") -> int:
+    """An integer, which a bool is not."""
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        got = "a bool" if isinstance(value, bool | np.bool_) else type(value).__name__
+        raise TypeError(f"{name} must be {kind}, got {got}") from None
+
+
+def as_batch_size(value: Any) -> int:
+    """A number of samples of a batch, at least 1; 0 for None, which stands for all of them."""
+    if value is None:
+        return 0
+    size = as_integer(value, "ghost_batch_size", "an integer or None")
+    if size < 1:
+        raise ValueError(f"ghost_batch_size must be at least 1, got {size}")
+    return min(size, sys.maxsize)
+
+
+def as_num_features(value: Any) -> int:
+    """A number of channels."""
+    return as_count(value, "num_features")
+
+
+def as_count(value: Any, name: str = "count") -> int:
+    """A non-negative integer."""
+    count = as_integer(value, name)
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {count}")
+    return count
+
+
+def as_real(value: Any, name: str) -> float:
+    """A real number, which a bool is not, as a float."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold") from None
+
+
+def as_eps(eps: Any) -> float:
+    """A real number greater than 0."""
+    eps = as_real(eps, "eps")
+    if not eps > 0.0:
+        raise ValueError(f"eps must be greater than 0, got {eps}")
+    return float(eps)
+
+
+def as_dtype(value: Any) -> np.dtype[Any]:
+    """One of the four dtypes; float32 for None."""
+    try:
+        dtype = np.dtype(np.float32 if value is None else value)
+    except TypeError:  # "bfloat16", for one, is known after an import of ml_dtypes only
+        dtype = np.dtype(object)
+    if not is_float(dtype) or not dtype.isnative:
+        raise TypeError(
+            f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, got {value!r}"
+        )
+    return dtype
+
+
+def as_device(device: Any) -> str:
+    """The full name of a device: "cpu", or "cuda:" and a number; "cpu" for None."""
+    name = "cpu" if device is None else str(device)
+    if CUDA_DEVICE.fullmatch(name):
+        return cuda_backend().named_device(name)
+    if name != "cpu":
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:0' and so on, got {name!r}")
+    return name
+
+
+# Arrays that are written to.
+
+
+def not_an_array(value: Any, name: str) -> str:
+    """What is wrong with what is no array and should be written to."""
+    hint = f"; np.from_dlpack({name}) shares its memory" if hasattr(value, "__dlpack__") else ""
+    return f"{name} must be an ndarray, got {type(value).__name__}{hint}"
+
+
+def as_running(
+    running_mean: Any, running_var: Any, x: Array, *, moves: bool
+) -> dict[str, Array | None]:
+    """Running statistics, both or none: as vectors or, if they shall move, as they are."""
+    running = {"running_mean": running_mean, "running_var": running_var}
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or both be None")
+    for name, value in running.items():
+        if value is not None:
+            vector = as_vector(value, name, x.shape[1], x)
+            if moves:
+                check_ndarray(value, name, writeable=True)
+            else:
+                running[name] = vector
+    return running
+
+
+def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
+    """Refuse what cannot be updated in place."""
+    if not is_array(value):
+        raise TypeError(not_an_array(value, name))
+    if writeable and not backend_of(value).writeable(value):
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
+def check_counter(counter: Any, batches: int = 1) -> None:
+    """Refuse what cannot count more batches. A value on a GPU is not read: that would wait."""
+    check_ndarray(counter, "num_batches_tracked", writeable=True)
+    if counter.shape != () or counter.dtype.kind not in "iu" or not _counts_on(counter, batches):
+        raise ValueError(
+            f"num_batches_tracked must be a non-negative integer array of shape (), and less than "
+            f"the largest of its dtype, got {counter!r}"
+        )
+
+
+def _counts_on(counter: Array, batches: int) -> bool:
+    """Tell whether a counter is not negative and its dtype has the number after more batches."""
+    if is_cupy(counter):
+        return True
+    value = int(counter)
+    bits = 8 * counter.itemsize - (counter.dtype.kind == "i")
+    return value >= 0 and (value + batches).bit_length() <= bits
+
+
+def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) -> Array | None:
+    """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading.
+
+    The vectors are what it must not overlap at all.
+    """
+    if out is None:
+        return None
+    if type(out) is not np.ndarray or type(x) is not np.ndarray:
+        if not is_array(out) or is_masked(out):
+            raise TypeError(not_an_array(out, "out"))
+        check_beside(x, out, "out")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
+    dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have x's dtype {dtype}, got {out.dtype}")
+    if not backend_of(out).writeable(out):
+        raise ValueError("out must be writeable, got a read-only array")
+    if not out.flags.c_contiguous and overlaps_itself(out):
+        raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
+    for name, array in (("x", x), ("dy", dy)):
+        if array is not None and share_memory(out, array) and not same_elements(out, array):
+            raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
+    if vectors:
+        _check_apart(out, vectors)
+    return out  # type: ignore[no-any-return]
+
+
+def _check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
+    """Refuse an `out` that overlaps a vector."""
+    base = out.base
+    owner = out if base is None else base
+    known = base is None or getattr(base, "base", base) is None
+    for name, vector in vectors.items():
+        # Arrays that own their memory have none in common, which is the cheapest proof.
+        if vector is None or (known and vector.base is None and vector is not owner):
+            continue
+        if share_memory(out, vector):
+            raise ValueError(f"out must not overlap {name}")
+
+
+# State dicts.
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is not a mapping from names."""
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
+
+
+def state_hint(state: Mapping[str, Any], prefix: str) -> str:
+    """Suggest the prefix under which a state has a layer, or not to be strict."""
+    for key in state:
+        other = key.removesuffix("weight")
+        if other not in (key, prefix) and other + "running_mean" in state:
+            return f"; perhaps with prefix={other!r}"
+    return "; strict=False loads those that fit"
+
+
+def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], str]) -> Array:
+    """An entry of a layer's state as an array that can be copied into the given one."""
+    entry = on_host(value, key)
+    if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
+        raise TypeError(f"{key} must hold integers, got {entry.dtype}")
+    if entry.dtype.kind not in "iu" and not is_float(entry.dtype):
+        hint = "; .npz does not keep bfloat16, safetensors does" if entry.dtype == "V2" else ""
+        raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
+    if entry.shape != array.shape:
+        fits = array.ndim == entry.ndim == 1
+        hint = f": {other_layers(entry.size)}" if fits else ""
+        raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}{hint}")
+    if array.dtype.kind == "i" and not 0 <= int(entry) <= np.iinfo(array.dtype).max:
+        raise ValueError(f"{key} must be a number of batches, got {int(entry)}")
+    return entry

@@ -1,0 +1,234 @@
+"""Normalization by batch, by instance and by running statistics, and their gradients.
+
+What functions and layers share. The arguments have been checked (`_checks`); nothing here looks at
+them again. The work is done by the backend of x's array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastbn._types import Array, Statistics
+from fastbn.backends import backend_of
+
+if TYPE_CHECKING:
+    from fastbn.backends.protocol import Backend
+
+
+class Forward(NamedTuple):
+    """The checked arguments of a forward."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    eps: float
+    out: Array | None
+    in_place: bool  # whether out has x's elements
+    mask: Array | None  # of shape (N, 1, ...)
+    running_mean: Array | None
+    running_var: Array | None
+    momentum: float | None = 0.0  # None stands for 1 / counter, or for 0 without a counter
+    counter: Array | None = None
+    batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
+    counts: Sequence[int] = ()  # valid positions of each batch, in training
+
+
+class Backward(NamedTuple):
+    """The checked arguments of a backward."""
+
+    dy: Array
+    x: Array
+    weight: Array | None
+    mean: Array
+    invstd: Array
+    out: Array | None
+    mask: Array | None = None
+    batch_size: int = 0
+
+
+def by_batch(call: Forward) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the statistics of the batch, then move the running ones towards them.
+
+    The counter of batches is increased. Returns y and, for the backward, mean and invstd.
+    """
+    return _forward(backend_of(call.x), call)
+
+
+def by_instance(call: Forward) -> tuple[Array, Statistics, Statistics]:
+    """Normalize each sample by its own statistics; the running ones move towards their means."""
+    x, running_mean, running_var = call.x, call.running_mean, call.running_var
+    if running_mean is None or running_var is None or not x.size:
+        return _forward_of_samples(call._replace(running_mean=None, running_var=None))
+    # One vector for each sample moves towards the sample's statistics.
+    mean, var = (np.tile(v.astype(np.float64), (len(x), 1)) for v in (running_mean, running_var))
+    means = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)]  # before anything is written
+    result = _forward_of_samples(call._replace(running_mean=mean, running_var=var))
+    mean.mean(axis=0, out=means[0])
+    var.mean(axis=0, out=means[1])
+    with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
+        running_mean[...], running_var[...] = means
+    return result
+
+
+def by_running(call: Forward) -> Array:
+    """Normalize by the running statistics."""
+    assert call.running_mean is not None
+    return backend_of(call.x).elemt(
+        call.x,
+        call.running_mean,
+        None,
+        call.weight,
+        call.bias,
+        call.out,
+        var=call.running_var,
+        eps=call.eps,
+        mask=call.mask,
+    )
+
+
+def frozen(call: Forward) -> tuple[Array, Statistics, Statistics]:
+    """Normalize by the running statistics, as constants; return what the backward needs, too."""
+    assert call.running_mean is not None
+    assert call.running_var is not None
+    statistics = running_statistics(call.running_mean, call.running_var, call.eps)
+    return by_running(call), *statistics
+
+
+def running_statistics(
+    running_mean: Array, running_var: Array, eps: float
+) -> tuple[Statistics, Statistics]:
+    """Mean and invstd, in float64, of running statistics."""
+    with np.errstate(all="ignore"):  # A variance below -eps gives NaN, as in torch.
+        invstd = 1.0 / np.sqrt(running_var.astype(np.float64) + eps)
+    return running_mean.astype(np.float64), invstd
+
+
+def backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of `by_batch` and `by_instance`: of input, weight and bias."""
+    dy, x, weight, mean, invstd, out, mask, batch_size = call
+    run = backend_of(x).backward
+    if not batch_size:
+        dx, sum_dy, sum_dy_xhat = run(dy, x, weight, mean, invstd, out, mask=mask)
+        return dx, sum_dy_xhat, sum_dy
+    # Before anything is written: memory for the sums over batches.
+    totals = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)]
+    if batch_size == 1 and mask is None and _is_flat(x, dy, out):
+        flat = _flat_shape(x)
+        target = None if out is None else out.reshape(flat)
+        factor = None if weight is None else _tiled(weight, x)
+        mean, invstd = _tiled(mean, x), _tiled(invstd, x)
+        dx, *sums = run(dy.reshape(flat), x.reshape(flat), factor, mean, invstd, target)
+        dx = dx.reshape(x.shape) if out is None else out
+    else:
+        dx, *sums = run(dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size)
+    for of_batches, total in zip(sums, totals, strict=True):
+        of_batches.reshape(-1, x.shape[1]).sum(axis=0, out=total)
+    return dx, totals[1], totals[0]
+
+
+def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistics, Statistics]:
+    """The gradients where the statistics are constants: ``dx = dy * scale``."""
+    backend = backend_of(call.x)
+    dy, x, _, mean, invstd, out, mask, _ = call
+    dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
+    if out is None:
+        out = empty_like(x)
+    with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
+        dy = dy.astype(x.dtype, copy=False)
+    dx = backend.elemt(dy, np.zeros_like(scale), scale, None, None, out, mask=mask)
+    return dx, dweight, dbias
+
+
+def empty_like(x: Array) -> Array:
+    """Memory for a result, in x's layout and in native byte order."""
+    return np.empty_like(x, dtype=x.dtype.newbyteorder("="))
+
+
+# Numbers of values and of batches.
+
+
+def values_per_channel(x: Array, mask: Array | None = None) -> int:
+    """The number of values of a channel, those at valid positions."""
+    if mask is not None:
+        return int(np.count_nonzero(mask))
+    return math.prod(x.shape[:1] + x.shape[2:])
+
+
+def batches_of(x: Array, batch_size: int) -> int:
+    """The number of batches of so many samples that x is."""
+    return max(-(-len(x) // batch_size), 1) if batch_size else 1
+
+
+def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int]:
+    """`values_per_channel` of each batch of so many samples."""
+    if not batch_size:
+        return [values_per_channel(x, mask)]
+    n = len(x)
+    if mask is None:
+        (full, remainder), positions = divmod(n, batch_size), math.prod(x.shape[2:])
+        return [batch_size * positions] * full + [remainder * positions] * (remainder > 0)
+    of_samples = np.count_nonzero(mask, axis=tuple(range(1, mask.ndim)))
+    of_samples = backend_of(x).to_host(of_samples)
+    if not n:
+        return []
+    return [int(count) for count in np.add.reduceat(of_samples, range(0, n, batch_size))]
+
+
+# The backend's forward. A C-contiguous array of the shape (N, C, ...) is also one sample of N * C
+# channels, of which the core walks many together where they are short.
+
+
+def _forward(backend: Backend, call: Forward) -> tuple[Array, Statistics, Statistics]:
+    return backend.forward(
+        call.x,
+        call.weight,
+        call.bias,
+        call.eps,
+        call.out,
+        call.running_mean,
+        call.running_var,
+        call.momentum,
+        call.counter,
+        mask=call.mask,
+        batch_size=call.batch_size,
+        counts=call.counts,
+    )
+
+
+def _forward_of_samples(call: Forward) -> tuple[Array, Statistics, Statistics]:
+    """A backend's forward of each sample by itself."""
+    x, out, backend = call.x, call.out, backend_of(call.x)
+    if call.mask is not None or not _is_flat(x, out):
+        return _forward(backend, call)
+    flat = call._replace(
+        x=x.reshape(_flat_shape(x)),
+        out=None if out is None else out.reshape(_flat_shape(x)),
+        weight=None if call.weight is None else _tiled(call.weight, x),
+        bias=None if call.bias is None else _tiled(call.bias, x),
+        running_mean=None if call.running_mean is None else call.running_mean.reshape(-1),
+        running_var=None if call.running_var is None else call.running_var.reshape(-1),
+        batch_size=0,
+        counts=call.counts[:1],
+    )
+    y, mean, invstd = _forward(backend, flat)
+    y = y.reshape(x.shape) if out is None else out
+    return y, mean.reshape(x.shape[:2]), invstd.reshape(x.shape[:2])
+
+
+def _is_flat(*arrays: Array | None) -> bool:
+    """Tell whether arrays of one shape, and not empty, can be seen as one sample."""
+    return all(a is None or (a.flags.c_contiguous and len(a) > 0) for a in arrays)
+
+
+def _flat_shape(x: Array) -> tuple[int, ...]:
+    """The shape of x as one sample."""
+    return (1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _tiled(vector: Array, x: Array) -> Array:
+    """One value per channel, or per sample and channel, for x as one sample."""
+    return vector.reshape(-1) if vector.ndim == 2 else np.tile(vector, len(x))

@@ -1,0 +1,180 @@
+"""Batch normalization as layers, with the semantics of ``torch.nn.BatchNorm1d`` to ``3d``."""
+
+from __future__ import annotations
+
+from fastbn import _checks as checks
+from fastbn import _normalize as normalize
+from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
+from fastbn.layers.base import Norm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class BatchNorm(Norm):
+    """What the layers have in common; they differ in the ranks of input that they take."""
+
+    _family = "BatchNorm"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        ghost_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        )
+        self.ghost_batch_size = checks.as_batch_size(ghost_batch_size) or None
+
+    def _training_call(
+        self, x: Array, out: Array | None, mask: ArrayLike | None
+    ) -> normalize.Forward:
+        running_mean, running_var, counter = self._moving_statistics()
+        # Evaluation without running statistics normalizes the batch as a whole.
+        batch_size = checks.as_batch_size(self.ghost_batch_size) if self.training else 0
+        return checks.training_call(
+            x,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            counter=counter,
+            out=out,
+            mask=mask,
+            batch_size=batch_size,
+        )
+
+    def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        return normalize.by_batch(call)
+
+    def _family_repr(self) -> str:
+        return f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
+
+
+class BatchNorm2d(BatchNorm):
+    """Batch normalization of (N, C, H, W) arrays, with the semantics of torch.nn.BatchNorm2d.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, channel by channel. In training mode, the
+    mode of a new layer, mean and var are those of the batch, and the running ones move towards
+    them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
+    evaluation mode they are the running ones.
+
+    A layer is called like a function, and has a `backward` and `zero_grad`; `train`, `eval`,
+    `freeze` and `unfreeze` set its mode; `state_dict`, `load_state_dict`, `reset_parameters` and
+    `reset_running_stats` are about its arrays, and `to` about where they are.
+
+    Parameters
+    ----------
+    num_features : int
+        The number of channels C, at least 0.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    momentum : float or None, default 0.1
+        The factor of the batch in the running statistics. None is the cumulative average: the
+        factor is ``1 / num_batches_tracked``.
+    affine : bool, default True
+        Whether there are a weight and a bias.
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without them, evaluation mode uses the statistics of
+        the batch as well.
+    device : None, "cpu", "cuda" or "cuda:" and a number, optional
+        Where the arrays are: None and "cpu" stand for NumPy arrays, the others for CuPy's, which
+        input and output then are as well.
+    dtype : dtype, default float32
+        That of the parameters and buffers: float32, float64, float16 or ml_dtypes' bfloat16. The
+        dtype of the input may be another, and is the dtype of the output.
+    bias : bool, default True
+        Whether an affine layer has a bias.
+    ghost_batch_size : int, optional
+        In training, normalize each so many samples by themselves, and what is left over at the end
+        as well, as if the layer were called for one after the other: the noise of small batches at
+        the speed of large ones (Hoffer, Hubara and Soudry 2017).
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        The parameters: ones and zeros at first. Plain arrays, to be changed in place or replaced.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        To what `backward` adds, in the parameter's dtype. None before the first one.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Zeros and ones at first.
+    num_batches_tracked : ndarray of shape (), int64, or None
+        The number of batches that the running statistics have seen.
+    training, frozen : bool
+        What `train` and `eval`, and `freeze` and `unfreeze`, set.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is out of its range or of a wrong kind.
+    ImportError, RuntimeError
+        If the device is a GPU, and there is no CuPy or no such GPU.
+
+    Notes
+    -----
+    On a GPU a layer runs on CuPy's current stream and waits for nothing, so that its calls can be
+    captured in a graph. The exceptions are training forwards in place, where weight and bias decide
+    which channels cannot be recovered from the output, and with a mask, whose values are counted.
+    While a graph is captured, the former keep a copy of the whole input instead, and the latter
+    refuse no mask: where it leaves less than two values, the running statistics stay as they are.
+
+    Several threads may share a layer in evaluation mode. A layer in training mode belongs to one
+    thread at a time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm2d(3)
+    >>> x = np.random.default_rng(0).normal(5.0, 2.0, (8, 3, 4, 4)).astype(np.float32)
+    >>> y = bn(x)
+    >>> bool(abs(y.mean()) < 1e-6), bool(abs(y.std() - 1) < 1e-3)
+    (True, True)
+    >>> dx = bn.backward(np.ones_like(y))
+    >>> bn.bias_grad
+    array([128., 128., 128.], dtype=float32)
+    >>> y = bn.eval()(x, out=x)
+    >>> y is x
+    True
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm1d(BatchNorm):
+    """Batch normalization of (N, C) and (N, C, L) arrays; otherwise a `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm1d(2, affine=False, eps=1e-12)
+    >>> bn(np.array([[1.0, 5.0], [3.0, 9.0]])).round(6)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm3d(BatchNorm):
+    """Batch normalization of (N, C, D, H, W) arrays; otherwise a `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> fastbn.BatchNorm3d(2)(np.zeros((1, 2, 3, 4, 5), np.float32)).shape
+    (1, 2, 3, 4, 5)
+    """
+
+    _ranks = (5,)

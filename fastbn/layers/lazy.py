@@ -1,0 +1,229 @@
+"""Lazy layers: they take their number of channels from the first input, or the first state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fastbn import _checks as checks
+from fastbn._types import Array, ArrayLike, DTypeLike
+from fastbn.layers.base import UNKNOWN, Norm
+from fastbn.layers.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.layers.instancenorm import (
+    InstanceNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
+
+__all__ = [
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+]
+
+
+class Lazy(Norm):
+    """A layer that takes its number of channels from the first input, or the first state."""
+
+    _becomes: ClassVar[type[Norm]]
+
+    def _leave_out(self) -> None:
+        """Set the arrays that the layer will not have to None; the others are not there yet."""
+        if not self.affine:
+            self.weight = None
+        if not self._has_bias:
+            self.bias = None
+        if not self.track_running_stats:
+            self.running_mean = self.running_var = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there: the arrays whose shape is not known yet.
+        if name in self._state_names:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} yet: the first input, or load_state_dict(), "
+                f"decides num_features"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def forward(
+        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+    ) -> Array:
+        """Take the number of channels from x, then do what the layer that this becomes does."""
+        x = checks.as_input_of_rank(x, self._ranks, self._family)
+        num_features = x.shape[self._channel_axis(x)]
+        y: Array = self._initialized(num_features, "forward", x, out=out, mask=mask)
+        return y
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+    ) -> tuple[list[str], list[str]]:
+        """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
+        checks.check_state(state)
+        for name in self._state_names:
+            shape = np.shape(state.get(prefix + name, 0))
+            if len(shape) == 1:
+                keys: tuple[list[str], list[str]] = self._initialized(
+                    shape[0], "load_state_dict", state, strict, prefix
+                )
+                return keys
+        return super().load_state_dict(state, strict, prefix)
+
+    def _initialized(self, num_features: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Become the class of `_becomes`, and call its method; if that fails, be lazy again."""
+        lazy_class, lazy_attributes = type(self), dict(self.__dict__)
+        self.__class__ = self._becomes  # type: ignore[assignment]
+        try:
+            self._allocate(num_features)
+            return getattr(self, method)(*args, **kwargs)
+        except BaseException:
+            self.__class__ = lazy_class
+            self.__dict__ = lazy_attributes
+            raise
+
+
+class LazyBatchNorm(Lazy, BatchNorm):
+    """What the lazy layers of batch normalization have in common."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        ghost_batch_size: int | None = None,
+    ) -> None:
+        options = eps, momentum, affine, track_running_stats, device, dtype
+        BatchNorm.__init__(self, UNKNOWN, *options, bias=bias, ghost_batch_size=ghost_batch_size)
+        self._leave_out()
+
+
+class LazyInstanceNorm(Lazy, InstanceNorm):
+    """What the lazy layers of instance normalization have in common."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        options = eps, momentum, affine, track_running_stats, device, dtype
+        InstanceNorm.__init__(self, UNKNOWN, *options, bias=bias)
+        self._leave_out()
+
+
+class LazyBatchNorm2d(LazyBatchNorm):
+    """A `BatchNorm2d` that takes num_features from the first input, ``x.shape[1]``.
+
+    Its other parameters are those of `BatchNorm2d`. It becomes a `BatchNorm2d`, class and all, at
+    the first forward, or at the first `load_state_dict` that tells the number of channels. Until
+    then its arrays are not there: reading one raises AttributeError.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> bn = fastbn.LazyBatchNorm2d(momentum=None)
+    >>> bn.has_uninitialized_params()
+    True
+    >>> y = bn(np.zeros((2, 5, 4, 4), np.float32))
+    >>> bn
+    BatchNorm2d(5, eps=1e-05, momentum=None, affine=True, bias=True, track_running_stats=True)
+    """
+
+    _ranks = BatchNorm2d._ranks
+    _becomes = BatchNorm2d
+
+
+class LazyBatchNorm1d(LazyBatchNorm):
+    """A `BatchNorm1d` that takes num_features from the first input; see `LazyBatchNorm2d`."""
+
+    _ranks = BatchNorm1d._ranks
+    _becomes = BatchNorm1d
+
+
+class LazyBatchNorm3d(LazyBatchNorm):
+    """A `BatchNorm3d` that takes num_features from the first input; see `LazyBatchNorm2d`."""
+
+    _ranks = BatchNorm3d._ranks
+    _becomes = BatchNorm3d
+
+
+class LazyInstanceNorm2d(LazyInstanceNorm):
+    """An `InstanceNorm2d` that takes num_features from the first input, its axis of channels.
+
+    It becomes an `InstanceNorm2d` as a `LazyBatchNorm2d` becomes a `BatchNorm2d`: at the first
+    forward, or at the first `load_state_dict` that tells the number of channels.
+
+    Parameters
+    ----------
+    eps, momentum
+        As `InstanceNorm2d` takes them.
+    affine, track_running_stats : bool, default True
+        As `InstanceNorm2d` takes them, but for the default, which is that of torch's lazy layers.
+    device, dtype, bias
+        As `InstanceNorm2d` takes them.
+
+    Notes
+    -----
+    A first input of the shape (C, H, W), without the axis of samples, serves as well. In torch,
+    which takes H for C, it is an error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm2d(track_running_stats=False)
+    >>> y = norm(np.zeros((2, 5, 4, 4), np.float32))
+    >>> norm
+    InstanceNorm2d(5, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=False)
+    """
+
+    _ranks = InstanceNorm2d._ranks
+    _becomes = InstanceNorm2d
+
+
+class LazyInstanceNorm1d(LazyInstanceNorm):
+    """An `InstanceNorm1d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm1d()
+    >>> norm(np.zeros((5, 4), np.float32)).shape, norm.num_features
+    ((5, 4), 5)
+    """
+
+    _ranks = InstanceNorm1d._ranks
+    _becomes = InstanceNorm1d
+
+
+class LazyInstanceNorm3d(LazyInstanceNorm):
+    """An `InstanceNorm3d` that takes num_features from the first input; see `LazyInstanceNorm2d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastbn
+    >>> norm = fastbn.LazyInstanceNorm3d()
+    >>> norm(np.zeros((1, 2, 3, 4, 5), np.float32)).shape, norm.num_features
+    ((1, 2, 3, 4, 5), 2)
+    """
+
+    _ranks = InstanceNorm3d._ranks
+    _becomes = InstanceNorm3d

@@ -1,0 +1,184 @@
+"""What a forward leaves for its backward, the backward from that, and sums of gradients.
+
+A forward in place overwrites its input, so that the backward recovers the normalized input from
+the output, as ``(y - bias) / weight``. Channels for which that would lose too many digits keep a
+copy of their input.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn import _normalize as normalize
+from fastbn._types import Array, NDArray, Statistics
+from fastbn.backends import backend_of
+
+# Where |bias| exceeds this many times |weight|, too many digits of the output are the bias's;
+# bfloat16 has fewer of them to lose. Nor may the output underflow or overflow.
+RECOVERABLE = 16.0
+RECOVERABLE_BFLOAT16 = 4.0
+
+# Saved where no backward is possible: the reason.
+NO_FORWARD = "backward() needs a forward in training mode before it"
+NO_BACKWARD_IN_EVAL = (
+    "backward() needs a forward in training mode, and the last one was in evaluation mode; "
+    "freeze() trains with running statistics"
+)
+NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves once"
+
+
+class KeptChannels(NamedTuple):
+    """The input of the channels that cannot be recovered from the output."""
+
+    channels: NDArray[np.intp] | slice
+    x: Array
+
+
+class SavedForBackward(NamedTuple):
+    """What a forward in training mode leaves for its backward."""
+
+    x: Array  # the input or, where the output took its place, the output
+    mean: Statistics
+    invstd: Statistics
+    mask: Array | None = None
+    batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
+    frozen: bool = False
+    in_place: bool = False
+    kept: KeptChannels | None = None
+
+
+class Operands(NamedTuple):
+    """What a backward computes with: ``xhat = (x - mean) * invstd``."""
+
+    x: Array
+    mean: Statistics
+    invstd: Statistics
+    weight: Array | None  # such that weight * invstd is the factor of dx
+    scale: Statistics | None  # that factor, where the statistics are constants
+
+
+def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | None:
+    """A copy of the channels of x that a forward in place makes unrecoverable."""
+    x = call.x
+    if frozen and x.itemsize == 2:
+        # Running statistics bound no normalized value; 16 bits would not hold every one.
+        return keep_all(x)
+    if call.weight is None:
+        return None
+    if not backend_of(x).readable():
+        return keep_all(x)
+    weight = np.abs(_as_float64(call.weight, 1.0, x))
+    bias = np.abs(_as_float64(call.bias, 0.0, x))
+    smallest, greatest = _limits(x.dtype)
+    far = RECOVERABLE if x.dtype.kind == "f" else RECOVERABLE_BFLOAT16
+    # No normalized value of n exceeds sqrt(n).
+    largest = weight * (normalize.values_per_channel(x) ** 0.5 + far)
+    recoverable = (weight >= smallest) & (largest <= greatest) & (bias <= far * weight)
+    channels = np.flatnonzero(~recoverable)
+    if not channels.size:
+        return None
+    if channels.size == x.shape[1]:
+        return keep_all(x)
+    return KeptChannels(channels, backend_of(x).channels_of(x, channels))
+
+
+def keep_all(x: Array) -> KeptChannels:
+    """A copy of all channels."""
+    return KeptChannels(slice(None), x.copy(order="K"))
+
+
+def gradients(
+    saved: SavedForBackward, dy: Array, weight: Array | None, bias: Array | None, out: Array | None
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of input, weight and bias."""
+    if saved.kept is None:
+        return _gradients(saved, _operands(saved, weight, bias), dy, out)
+    channels, x = saved.kept
+    kept_operands = _kept_operands(saved.kept, saved, weight)
+    if isinstance(channels, slice):
+        return _gradients(saved, kept_operands, dy, out)
+    # Before dy may be overwritten, and in the memory of its copy.
+    copy = backend_of(x).channels_of(dy, channels)
+    of_kept = _gradients(saved, kept_operands, copy, copy if copy.dtype == x.dtype else None)
+    dx, dweight, dbias = _gradients(saved, _operands(saved, weight, bias), dy, out)
+    dx[:, channels], dweight[channels], dbias[channels] = of_kept
+    return dx, dweight, dbias
+
+
+def _gradients(
+    saved: SavedForBackward, operands: Operands, dy: Array, out: Array | None
+) -> tuple[Array, Statistics, Statistics]:
+    x, mean, invstd, weight, scale = operands
+    call = normalize.Backward(dy, x, weight, mean, invstd, out, saved.mask, saved.batch_size)
+    if saved.frozen and scale is not None:
+        return normalize.frozen_backward(call, scale)
+    return normalize.backward(call)
+
+
+def _operands(saved: SavedForBackward, weight: Array | None, bias: Array | None) -> Operands:
+    """What the backward of the channels that were not kept computes with."""
+    x, mean, invstd = saved.x, saved.mean, saved.invstd
+    if not saved.in_place and not saved.frozen:
+        return Operands(x, mean, invstd, weight, None)
+    weight = _as_float64(weight, 1.0, x)
+    scale = invstd * weight
+    if not saved.in_place:
+        return Operands(x, mean, invstd, weight, scale)
+    bias = _as_float64(bias, 0.0, x)
+    if saved.kept is not None:  # These get their gradients from what was kept.
+        weight[saved.kept.channels], bias[saved.kept.channels] = 1.0, 0.0
+    # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
+    return Operands(x, bias, 1.0 / weight, scale * weight, scale)
+
+
+def _kept_operands(kept: KeptChannels, saved: SavedForBackward, weight: Array | None) -> Operands:
+    """What the backward of the kept channels computes with."""
+    channels, x = kept
+    mean, invstd = saved.mean[..., channels], saved.invstd[..., channels]
+    factor = _as_float64(weight, 1.0, saved.x)[channels]
+    return Operands(x, mean, invstd, factor, invstd * factor)
+
+
+def _as_float64(vector: Array | None, default: float, x: Array) -> Statistics:
+    """A float64 copy of weight or bias, or what stands for None."""
+    if vector is None:
+        return np.full_like(x, default, np.float64, shape=x.shape[1])
+    return vector.astype(np.float64)
+
+
+@functools.cache
+def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The smallest normal number and the greatest; bfloat16's exponents are those of float32."""
+    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
+    return float(limits.smallest_normal), float(limits.max)
+
+
+class GradBuffer(NamedTuple):
+    """Memory for the sum of a parameter's gradients, taken before anything is written."""
+
+    gradient: Array  # the one that is added to, or a new one
+    total: Statistics | None  # the sum in float64; None for a new gradient
+
+    def add(self, added: Statistics) -> Array:
+        """The gradient after adding to it, in place if it was there."""
+        gradient, total = self
+        with np.errstate(all="ignore"):  # What the gradient's dtype cannot hold is inf there.
+            if total is not None:
+                total[...] = gradient
+                total += added
+            gradient[...] = added if total is None else total
+        return gradient
+
+
+def grad_buffer(
+    gradient: Array | None, parameter: Array | None, like: Statistics
+) -> GradBuffer | None:
+    """What adding to the gradient of a parameter writes to; None without a parameter."""
+    if parameter is None:
+        return None
+    if gradient is None:
+        return GradBuffer(np.empty_like(like, dtype=parameter.dtype, shape=parameter.shape), None)
+    return GradBuffer(gradient, np.empty_like(like, shape=parameter.shape))

@@ -1,0 +1,204 @@
+"""The arrays of a layer as state: state dicts, initial values, devices, pickles."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+
+from fastbn import _checks as checks
+from fastbn._types import Array, DTypeLike
+from fastbn.backends import backend_for, backend_of
+from fastbn.layers.saved import NO_FORWARD
+
+if TYPE_CHECKING:
+    from fastbn.layers.saved import SavedForBackward
+
+
+class LayerState:
+    """What a layer's parameters and buffers have in common with those of every other layer."""
+
+    _state_names: ClassVar[tuple[str, ...]] = (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    )
+    _device: str
+    _saved: SavedForBackward | str
+
+    def _full(self, shape: tuple[int, ...], value: int, dtype: DTypeLike) -> Array:
+        """A new array of one and the same value, on the layer's device."""
+        return backend_for(self._device).asarray(np.full(shape, value, dtype), dtype, self._device)
+
+    def to(self, device: str) -> Self:
+        """Move parameters, buffers and gradients to a device; return the layer.
+
+        What a forward has left for its backward stays behind: a backward then needs another one.
+
+        Parameters
+        ----------
+        device : "cpu", "cuda" or "cuda:" and a number
+            "cpu" has NumPy arrays, the others CuPy's; "cuda" is CuPy's current device.
+
+        Raises
+        ------
+        ValueError
+            If there is no such name of a device.
+        ImportError, RuntimeError
+            If there is no CuPy for a GPU, or no such GPU.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm2d(3).to("cpu").weight
+        array([1., 1., 1.], dtype=float32)
+        """
+        device = checks.as_device(device)
+        if device != self._device:
+            names = (*self._state_names, "weight_grad", "bias_grad")
+            arrays = {name: getattr(self, name, None) for name in names}
+            asarray = backend_for(device).asarray
+            moved = {
+                name: asarray(array, array.dtype, device)
+                for name, array in arrays.items()
+                if array is not None
+            }
+            self.__dict__.update(moved, _device=device, _saved=NO_FORWARD)
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to zeros, running_var to ones, num_batches_tracked to 0, in place."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            array = getattr(self, name, None)
+            if array is not None:
+                array[...] = value
+
+    def reset_parameters(self) -> None:
+        """Set weight to ones, bias to zeros and the running statistics to their initial values."""
+        self.reset_running_stats()
+        for name, value in (("weight", 1), ("bias", 0)):
+            array = getattr(self, name, None)
+            if array is not None:
+                array[...] = value
+
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
+        """Return copies of the parameters and buffers under torch's names.
+
+        Parameters
+        ----------
+        prefix : str, default ""
+            What the names begin with, such as ``"layer1.0.bn1."``.
+
+        Returns
+        -------
+        dict of str to ndarray
+            weight, bias, running_mean, running_var and num_batches_tracked, those that there are.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer is lazy and has not seen its first input.
+        """
+        if self.has_uninitialized_params():
+            raise RuntimeError(
+                f"{type(self).__name__} has no state yet: the first input, or load_state_dict(), "
+                f"decides num_features"
+            )
+        return {prefix + name: array.copy() for name, array in self._state().items()}
+
+    def _state(self) -> dict[str, Array]:
+        """The arrays that make up the state, those that are there."""
+        state = {name: getattr(self, name, None) for name in self._state_names}
+        return {name: array for name, array in state.items() if array is not None}
+
+    def _uninitialized(self) -> list[str]:
+        """The names of the arrays whose shape is not known yet."""
+        return [name for name in self._state_names if not hasattr(self, name)]
+
+    def has_uninitialized_params(self) -> bool:
+        """Tell whether the first input is still to decide the arrays of this layer."""
+        return bool(self._uninitialized())
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+    ) -> tuple[list[str], list[str]]:
+        """Copy parameters and buffers into the arrays that are there; all or nothing.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            A `state_dict`, one of torch's (tensors), or what ``np.load`` or
+            ``safetensors.numpy.load_file`` returns. num_batches_tracked may be absent.
+        strict : bool, default True
+            Whether a missing or an unexpected name is an error.
+        prefix : str, default ""
+            What the names begin with. If not empty, other names are ignored.
+
+        Returns
+        -------
+        missing_keys, unexpected_keys : list of str
+            Names with their prefix.
+
+        Raises
+        ------
+        RuntimeError
+            If a shape does not fit or, with `strict`, a name is missing or unexpected.
+        TypeError
+            If state is no mapping, or an entry does not hold real numbers.
+        ValueError
+            If num_batches_tracked is negative, or an array of the layer is read-only.
+        """
+        checks.check_state(state)
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict must be a bool, got {strict!r}; the prefix comes after it")
+        own, waiting = self._state(), self._uninitialized()
+        expected = [prefix + name for name in self._state_names if name in own or name in waiting]
+        unexpected = [key for key in state if key.startswith(prefix) and key not in expected]
+        missing = [key for key in expected if key not in state]
+        with contextlib.suppress(ValueError):  # torch before 1.0 had no counter
+            missing.remove(prefix + "num_batches_tracked")
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"state does not fit {type(self).__name__}: "
+                f"missing keys {missing}, unexpected keys {unexpected}"
+                f"{checks.state_hint(state, prefix)}"
+            )
+        entries = {
+            name: checks.as_entry(state[prefix + name], prefix + name, array, self._other_layers)
+            for name, array in own.items()
+            if prefix + name in state
+        }
+        for name in waiting:
+            if prefix + name in state:
+                shape = np.shape(state[prefix + name])
+                raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
+        for name in entries:
+            checks.check_ndarray(own[name], name, writeable=True)
+        with np.errstate(all="ignore"):  # What an array's dtype cannot hold is inf there.
+            copies = {
+                name: backend_of(own[name]).asarray(entry, own[name].dtype, self._device)
+                for name, entry in entries.items()
+            }
+        for name, copy in copies.items():
+            own[name][...] = copy
+        return missing, unexpected
+
+    def _other_layers(self, num_features: int) -> str:
+        """Suggest layers that take another number of channels."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward left for its backward is as large as a batch, and of no use elsewhere.
+        state = {**self.__dict__, "_saved": NO_FORWARD}
+        state.pop("_recorder", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of version 0.1.0 have _memory in place of _saved.
+        state = {**state, "_saved": NO_FORWARD}
+        state.pop("_memory", None)
+        self.__dict__.update(state)
