@@ -1,9 +1,14 @@
-"""What the core computes on each of its paths, and a hash of that to compare between processes.
+"""What the library computes, and hashes of that to compare between processes and versions.
 
-As a script it prints a line for every path and dtype: a hash, and what it is of.
+As a script it prints a line for every case and dtype: a hash, and what it is of; with the argument
+`paths`, for the large paths of the core alone. Only public names are used, so that the same file
+runs with any version.
 """
 
 import hashlib
+import itertools
+import sys
+import zlib
 
 import numpy as np
 
@@ -92,17 +97,295 @@ def fingerprint(path, name):
     return digest.hexdigest()
 
 
-def main():
+# Layers, and functions with masks and ghost batches, on smaller arrays.
+
+SHAPES = {
+    "1d": [(35, 6), (7, 6, 35)],
+    "2d": [(7, 6, 5, 9), (40, 130, 2, 2)],
+    "3d": [(5, 6, 3, 4, 5)],
+}
+LARGE = (9, 6, 61, 63)  # enough for several threads
+BATCH_NORMS = {kind: getattr(fastbn, f"BatchNorm{kind}") for kind in SHAPES}
+INSTANCE_NORMS = {kind: getattr(fastbn, f"InstanceNorm{kind}") for kind in SHAPES}
+BATCH_OPTIONS = {
+    "defaults": {},
+    "momentum None": {"momentum": None},
+    "not affine": {"affine": False},
+    "no bias": {"bias": False},
+    "untracked": {"track_running_stats": False},
+    "ghost batches": {"ghost_batch_size": 3},
+    "ghost batches, momentum None": {"ghost_batch_size": 4, "momentum": None},
+    "float16 layer": {"dtype": "float16"},
+    "float64 layer": {"dtype": "float64"},
+}
+INSTANCE_OPTIONS = {
+    "defaults": {},
+    "affine": {"affine": True},
+    "tracking": {"track_running_stats": True},
+    "float64 layer": {"affine": True, "track_running_stats": True, "dtype": "float64"},
+}
+MODES = ["training", "frozen", "eval"]
+STATE = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+def contiguous(a):
+    return a.copy()
+
+
+def channels_last(a):
+    return np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1)
+
+
+def sliced(a):
+    buffer = np.zeros([2 * n + 1 for n in a.shape], a.dtype)
+    view = buffer[tuple(slice(1, None, 2) for _ in a.shape)]
+    view[...] = a
+    return view
+
+
+def reversed_samples(a):
+    return a[::-1].copy()[::-1]
+
+
+LAYOUTS = [contiguous, channels_last, sliced, reversed_samples]
+
+
+def digest_of(results):
+    """A hash of arrays by name: of their values, dtypes, shapes and memory layouts."""
+    digest = hashlib.sha256()
+    for name, value in results.items():
+        array = np.asarray(value) if value is not None else np.zeros(0)
+        strides = [s for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
+        digest.update(f"{name} {value is None} {array.dtype} {array.shape} {strides}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def drawn(name, shape, dtype, layout=contiguous):
+    """Normally distributed numbers around a mean for each channel; the name seeds them."""
+    rng = np.random.default_rng(zlib.crc32(f"{name} {shape}".encode()))
+    mean = np.linspace(-2, 3, shape[1]).reshape(-1, *[1] * (len(shape) - 2))
+    return layout((2 * rng.standard_normal(shape) + mean).astype(dtype))
+
+
+def mask_for(shape):
+    """A mask of shape (N, 1, ...) that leaves two positions of every sample, or most samples."""
+    if len(shape) == 2:
+        return (np.arange(shape[0]) % 6 != 1)[:, np.newaxis]
+    mask = np.random.default_rng(len(shape)).random((shape[0], 1, *shape[2:])) < 0.7
+    mask.reshape(shape[0], -1)[:, :2] = True
+    return mask
+
+
+def masks_for(shape):
+    """Masks of several shapes that broadcast to (N, 1, ...), by name."""
+    full = mask_for(shape)
+    return {
+        "full": full,
+        "of samples": mask_for(shape[:2])[..., np.newaxis, np.newaxis],
+        "of positions": full[1:2],
+        "of the last axis": full[:1, :, :1],
+        "of everything": np.ones((1, 1), bool),
+        "sliced": sliced(full),
+    }
+
+
+def set_parameters(layer, lossy):
+    """Set weight and bias; `lossy` ones leave outputs that do not determine their inputs."""
+    c = layer.num_features
+    if layer.weight is not None:
+        layer.weight[:] = np.linspace(-1.5, 2.0, c) + 0.1
+        layer.weight[1::4] *= not lossy
+    if layer.bias is not None:
+        layer.bias[:] = np.linspace(1.0, -0.5, c)
+        layer.bias[2::4] += 1000 * lossy
+
+
+def trained(layer, mode, x, dy, way="", layout=contiguous, mask=None):
+    """What two steps in a mode give, after a first training step; gradients add up."""
+    in_place = "in place" in way
+    layer(x)
+    if mode == "frozen":
+        layer.freeze()
+    layer.train(mode != "eval")
+    results = {}
+    for step in range(2):
+        given, gradient = layout(x), layout(dy)
+        y = layer(given, out=given if in_place else None, mask=mask)
+        results[f"y {step}"] = y.copy(order="K")
+        if layer.training:
+            results[f"dx {step}"] = layer.backward(gradient, out=gradient if in_place else None)
+    return results | {name: getattr(layer, name) for name in [*STATE, "weight_grad", "bias_grad"]}
+
+
+def layer_cases(dtype, layers, options, name):
+    """Layers of all options, in all modes, in place and not, masked and not, in all layouts."""
+    for kind, option, mode, layout in itertools.product(layers, options, MODES, LAYOUTS):
+        for shape in [*SHAPES[kind], *[LARGE] * (kind == "2d" and layout is contiguous)]:
+            x, dy = drawn("x", shape, dtype, layout), drawn("dy", shape, dtype, layout)
+            for way in WAYS if trains(option, mode, shape, name) else []:
+                layer = layers[kind](shape[1], **options[option])
+                set_parameters(layer, lossy="kept" in way)
+                mask = mask_for(shape) if "masked" in way else None
+                results = trained(layer, mode, x, dy, way, layout, mask)
+                case = f"{name}{kind} ({option}), {mode}{way}, {layout.__name__} {shape}"
+                yield case, results
+
+
+WAYS = ["", ", masked", ", in place", ", in place, masked", ", in place, kept channels"]
+
+
+def trains(option, mode, shape, name):
+    """Whether there is such a mode, and are several values to normalize."""
+    tracks = option != "untracked" and (name == "BatchNorm" or option not in ("defaults", "affine"))
+    return (tracks or mode != "frozen") and (name == "BatchNorm" or len(shape) > 2)
+
+
+def unbatched_cases(dtype):
+    """InstanceNorm layers with a sample that has no axis of samples."""
+    for kind, option, mode in itertools.product(INSTANCE_NORMS, INSTANCE_OPTIONS, MODES):
+        shape = SHAPES[kind][-1]
+        x, dy = drawn("x", shape, dtype)[0], drawn("dy", shape, dtype, channels_last)[0]
+        for way in WAYS if trains(option, mode, shape, "InstanceNorm") else []:
+            layer = INSTANCE_NORMS[kind](shape[1], **INSTANCE_OPTIONS[option])
+            set_parameters(layer, lossy="kept" in way)
+            mask = mask_for(shape)[:1] if "masked" in way else None
+            results = trained(layer, mode, x, dy, way, mask=mask)
+            yield f"InstanceNorm{kind} ({option}), {mode}{way}, unbatched {shape[1:]}", results
+
+
+def mixed_cases(dtype):
+    """Parameters, statistics and gradients of other dtypes than the input."""
+    x, c = drawn("x", (7, 6, 5, 9), dtype), 6
+    for other, layout in itertools.product(["float16", "float32", "float64"], LAYOUTS):
+        dy = drawn("dy", x.shape, other, layout)
+        layer = fastbn.BatchNorm2d(c, dtype=other)
+        set_parameters(layer, lossy=False)
+        yield f"layer and dy of {other}, {layout.__name__}", trained(layer, "training", x, dy)
+        running = np.linspace(-1, 2, 2 * c).astype(other).reshape(2, c)
+        vectors = running[1].copy(), running[0].copy()
+        results = {"eval": F.batch_norm(x, *running, *vectors)}
+        results["training"] = F.batch_norm(x, *running, *vectors, training=True, momentum=0.3)
+        results["instances"] = F.instance_norm(x, *running, *vectors, momentum=0.3)
+        yield f"statistics of {other}, {layout.__name__}", results | {"running": running}
+
+
+def everything(x, dy, layout=contiguous, **options):
+    """What the functions give that take masks, and ghost batches if any."""
+    c = x.shape[1]
+    vectors = np.linspace(-1.5, 2, c), np.linspace(1, -0.5, c)
+    y, mean, invstd = F.batch_norm_forward(x, *vectors, **options)
+    running = np.zeros(c), np.ones(c)
+    results = {"y": y, "mean": mean, "invstd": invstd}
+    results["training"] = F.batch_norm(x, *running, *vectors, training=True, **options)
+    results |= {"running_mean": running[0], "running_var": running[1]}
+    gradients = F.batch_norm_backward(dy, x, vectors[0], mean, invstd, **options)
+    results |= dict(zip(["dx", "dweight", "dbias"], gradients, strict=True))
+    in_place, gradient = layout(x), layout(dy)
+    F.batch_norm_backward(gradient, x, vectors[0], mean, invstd, out=gradient, **options)
+    F.batch_norm_forward(in_place, *vectors, out=in_place, **options)
+    return results | {"y in place": in_place, "dx in place": gradient}
+
+
+def primitives(x, dy, layout=contiguous, **options):
+    """What the functions give that take no ghost batches."""
+    c = x.shape[1]
+    weight, bias = np.linspace(-1.5, 2, c), np.linspace(1, -0.5, c)
+    count, mean, m2 = F.batch_norm_stats(x, **options)
+    invstd = 1 / np.sqrt(m2 / count + 1e-5)
+    sums = F.batch_norm_backward_reduce(dy, x, mean, invstd, **options)
+    out, dx, running = dy.copy(), layout(x), np.array([mean, m2 / count])
+    F.batch_norm_elemt(x, mean, invstd, weight, out=out, **options)
+    F.batch_norm_backward_elemt(dy, x, mean, invstd, None, *sums, count, out=dx, **options)
+    return {
+        "count": count,
+        "mean": mean,
+        "m2": m2,
+        "sum_dy": sums[0],
+        "sum_dy_xhat": sums[1],
+        "elemt": F.batch_norm_elemt(x, mean, invstd, weight, bias, **options),
+        "elemt out": out,
+        "dx": F.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *sums, count, **options),
+        "dx out": dx,
+        "eval": F.batch_norm(x, *running, weight, bias, **options),
+        "by running": F.instance_norm(x, *running, weight, bias, False, **options),
+    }
+
+
+def instances(x, layout=contiguous, **options):
+    """What `instance_norm` gives by the statistics of the samples."""
+    c = x.shape[1]
+    running, vectors = np.array([np.zeros(c), np.ones(c)]), np.linspace(-1.5, 2, 2 * c)
+    y = F.instance_norm(x, *running, vectors[:c], vectors[c:], **options)
+    in_place = layout(x)
+    F.instance_norm(in_place, None, None, vectors[:c], out=in_place, **options)
+    return {"y": y, "running": running, "y in place": in_place}
+
+
+def function_cases(dtype):
+    """Functions with masks and ghost batches, the last of which has a remainder."""
+    for shape, layout in itertools.product([*SHAPES["2d"], LARGE], LAYOUTS):
+        x, dy = drawn("x", shape, dtype, layout), drawn("dy", shape, dtype, layout)
+        where = f"{layout.__name__} {shape}"
+        for size in [1, 2, 4, shape[0]]:
+            yield (
+                f"ghost batches of {size}, {where}",
+                everything(x, dy, layout, ghost_batch_size=size),
+            )
+        for name, mask in masks_for(shape).items():
+            yield f"mask {name}, {where}", everything(x, dy, layout, mask=mask)
+            yield f"primitives, mask {name}, {where}", primitives(x, dy, layout, mask=mask)
+        for size in [1, 2, 4]:
+            results = everything(x, dy, layout, mask=mask_for(shape), ghost_batch_size=size)
+            yield f"mask and ghost batches of {size}, {where}", results
+        yield f"primitives, {where}", primitives(x, dy, layout)
+        yield f"instances, {where}", instances(x, layout)
+        yield f"mask and instances, {where}", instances(x, layout, mask=mask_for(shape))
+    for shape in [(0, 3, 2, 2), (4, 0, 2, 2), (4, 3, 0, 2)]:
+        empty = np.zeros(shape, dtype)
+        yield f"nothing {shape}", everything(empty, empty)
+
+
+def tool_cases(dtype):
+    """Moments, folding and recalibration."""
+    x, y = drawn("x", (7, 6, 5, 9), dtype), drawn("y", (40, 6, 3), dtype)
+    moments = fastbn.Moments.of(x, mask_for(x.shape)) + fastbn.Moments.of(y)
+    results = {"count": moments.count, "mean": moments.mean, "m2": moments.m2}
+    yield "Moments", results | {"var": moments.var(1), "std": moments.std()}
+    layer = fastbn.BatchNorm2d(6)
+    set_parameters(layer, lossy=False)
+    with fastbn.recalibrate(layer):
+        layer(x)
+        layer(x[:3])
+    yield "recalibrated", {name: getattr(layer, name) for name in STATE}
+    weight = np.linspace(-1, 1, 6 * 4 * 9).reshape(6, 4, 3, 3)
+    results = dict(zip(["weight", "bias"], fastbn.fold(layer, weight), strict=True))
+    yield "folded", results
+
+
+def cases(dtype):
+    """The names and the results of all cases but the large paths."""
+    yield from layer_cases(dtype, BATCH_NORMS, BATCH_OPTIONS, "BatchNorm")
+    yield from layer_cases(dtype, INSTANCE_NORMS, INSTANCE_OPTIONS, "InstanceNorm")
+    yield from unbatched_cases(dtype)
+    yield from mixed_cases(dtype)
+    yield from function_cases(dtype)
+    yield from tool_cases(dtype)
+
+
+def main(*, paths_only=False):
     """Print the hashes, for the instruction set and the threads that the environment sets."""
     fastbn.show_config()
-    for path in PATHS:
-        for name in DTYPES:
-            try:
-                dtype_of(name)
-            except ImportError:
-                continue
+    for name in DTYPES:
+        try:
+            dtype = dtype_of(name)
+        except ImportError:
+            continue
+        for path in PATHS:
             print(fingerprint(path, name), f"{path}, {name}")
+        for case, results in () if paths_only else cases(dtype):
+            print(digest_of(results), f"{case}, {name}")
 
 
 if __name__ == "__main__":
-    main()
+    main(paths_only="paths" in sys.argv[1:])

@@ -80,9 +80,10 @@ def test_load_from_other_processes_changes_no_bit(path, set_num_threads):
 
 
 def fingerprints(folder, **environment):
-    """The hashes that a process of its own prints, by what they are of."""
-    path = Path(fingerprint.__file__)
-    code = f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
+    """The hashes of the large paths that a process of its own prints, by what they are of."""
+    folder_of_tests = str(Path(fingerprint.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder_of_tests!r}); import fingerprint; "
+    code += "fingerprint.main(paths_only=True)"
     lines = output_of(code, folder, **environment).splitlines()
     shown = dict(line.split(": ") for line in lines if line.startswith(("instruction", "threads")))
     hashes = [line.split(" ", 1) for line in lines if line.endswith(tuple(fingerprint.DTYPES))]
