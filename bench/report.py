@@ -66,7 +66,10 @@ def write_report(path: Path, out: Path, readme: Path | None) -> None:
     table = out / f"{path.stem}.md"
     table.write_text(_report(result, figures, [image.name for image in images]))
     if readme is not None:
-        bars = draw_peers(_peers(figures), out / f"{path.stem}-peers.svg")
+        means = _peers(figures)
+        if not means:
+            raise SystemExit(f"{path} has no float32 figures of other libraries, for {readme}")
+        bars = draw_peers(means, out / f"{path.stem}-peers.svg")
         _insert(readme, _short_summary(result, figures, os.path.relpath(bars, readme.parent)))
     print(f"written: {', '.join(map(str, [path, table, *pictures]))}")
 
