@@ -1,4 +1,4 @@
-"""The picture of a result: time over the floor of memory, fastbn and every peer."""
+"""The pictures of a result: time over the floor of memory, and peers over fastbn."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from bench.goals import limit_over_floor
 from bench.libraries import FASTBN, OWN, libraries_on
 
 PANELS = ("eval", "train", "backward")
+# The bars of the peers end here, with their figure beside them: one slow peer would flatten all.
+LONGEST_BAR = 5.0
 MARKERS = "osD^v<>Pp*hX"
 FORMATS = ("svg",)
 
@@ -41,6 +43,40 @@ def draw(result: dict[str, Any], figures: Figures, path: Path, sizes: bool) -> l
             suffix = f"-{dtype}-{threads}" if many else ""
             written += _save(_figure(figures, chosen, operations, title, sizes), path, suffix)
     return written
+
+
+def draw_peers(means: dict[str, dict[str, float]], path: Path) -> Path:
+    """A bar for each peer and operation: how many times as long as fastbn it takes, in the mean."""
+    plt.rcParams.update({"svg.hashsalt": "bench", "font.size": 9})
+    operations = [op for op in PANELS if any(op in times for times in means.values())]
+    figure, panels = plt.subplots(
+        1, len(operations), figsize=(9.5, 2.8), squeeze=False, layout="constrained"
+    )
+    for panel, operation in zip(panels[0], operations, strict=True):
+        _bars(
+            panel, {name: times[operation] for name, times in means.items() if operation in times}
+        )
+        panel.set_title(OPERATIONS[operation], loc="left", size="medium", weight="bold")
+    note = f"time / fastbn (bars end at {LONGEST_BAR:g}): right of the line, fastbn is faster"
+    figure.supxlabel(note, size="medium")
+    with plt.rc_context({"svg.fonttype": "none"}):  # half the size
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return path
+
+
+def _bars(panel: Axes, means: dict[str, float]) -> None:
+    """The libraries of an operation from the fastest down, fastbn in black among them."""
+    times = sorted({FASTBN: 1.0, **means}.items(), key=lambda item: item[1])
+    names = [name for name, _ in times]
+    lengths = [min(time, LONGEST_BAR) for _, time in times]
+    colors = ["black" if name == FASTBN else "C0" for name in names]
+    bars = panel.barh(names, lengths, color=colors, height=0.7)
+    panel.bar_label(bars, [f"{time:.2f}" for _, time in times], padding=2, size="small")
+    panel.axvline(1.0, color="0.3", lw=1)
+    panel.set_xlim(0, LONGEST_BAR * 1.15)
+    panel.invert_yaxis()
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: plt.Figure, path: Path, suffix: str) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +15,13 @@ from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
 from bench.goals import Goal, goals_on, met, misses, rows
 from bench.libraries import FASTBN, OWN, TORCH
-from bench.picture import draw
+from bench.picture import draw, draw_peers
 from bench.runner import DISTURBED
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
+# README tells arrays that are larger from the others: caches hold those.
+LARGE = 8 * 2**20
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 NOTES = """\
@@ -54,7 +57,7 @@ costs nothing. fastbn and the floor write to arrays that are there before.
 
 
 def write_report(path: Path, out: Path, readme: Path | None) -> None:
-    """Write table and pictures of a result beside it, or elsewhere; put the summary into a file."""
+    """Write table and pictures of a result beside it, or elsewhere; put a summary into a file."""
     result = json.loads(path.read_text())
     figures = Figures(result)
     out.mkdir(parents=True, exist_ok=True)
@@ -63,9 +66,11 @@ def write_report(path: Path, out: Path, readme: Path | None) -> None:
     table = out / f"{path.stem}.md"
     table.write_text(_report(result, figures, [image.name for image in images]))
     if readme is not None:
-        _insert(
-            readme, _summary(result, figures, [os.path.relpath(i, readme.parent) for i in images])
-        )
+        means = _peers(figures)
+        if not means:
+            raise SystemExit(f"{path} has no float32 figures of other libraries, for {readme}")
+        bars = draw_peers(means, out / f"{path.stem}-peers.svg")
+        _insert(readme, _short_summary(result, figures, os.path.relpath(bars, readme.parent)))
     print(f"written: {', '.join(map(str, [path, table, *pictures]))}")
 
 
@@ -110,7 +115,7 @@ def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str
     threads = max(figures.values("threads"), default=1)
     parts = [
         _machine(result, threads),
-        _against_peers(figures, threads),
+        _against_peers(figures),
         *(f"![Time over the floor of memory]({image})" for image in images),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -150,26 +155,71 @@ def _ms(time: Time | None) -> str:
     return _number(time.ms if time else None)
 
 
-def _against_peers(figures: Figures, threads: int) -> str:
-    """How many times as long as fastbn each peer takes."""
+def _peers(figures: Figures) -> dict[str, dict[str, float]]:
+    """For each peer and operation: how many times as long as fastbn it takes, in the mean."""
+    threads = max(figures.values("threads"), default=1)
     names = {time.library for times in figures.times.values() for time in times} - {*OWN}
-    body = []
+    means: dict[str, dict[str, float]] = {}
     for name in sorted(names):
-        cells = []
         for operation in COMPARED:
             ratios = [
                 ratio(figures.best(key, [name]), figures.fastbn(key, "nchw"))
                 for key in figures.keys(threads=threads, operation=operation, dtype="float32")
             ]
             found = [value for value in ratios if value is not None]
-            cells.append(f"{geometric_mean(found):.2f}" if found else "-")
-        if {*cells} != {"-"}:
-            body.append([name, *cells])
+            if found:
+                means.setdefault(name, {})[operation] = geometric_mean(found)
+    return means
+
+
+def _against_peers(figures: Figures) -> str:
+    """How many times as long as fastbn each peer takes."""
+    body = [
+        [name, *(f"{means[op]:.2f}" if op in means else "-" for op in COMPARED)]
+        for name, means in _peers(figures).items()
+    ]
     if not body:
         return ""
     header = ["time / fastbn", *(OPERATIONS[operation] for operation in COMPARED)]
     text = "How many times as long as fastbn the others take, each in its best memory layout; "
     return f"{text}geometric means over the shapes, float32:\n\n{_table(header, body)}"
+
+
+def _short_summary(result: dict[str, Any], figures: Figures, image: str) -> str:
+    """README's: where fastbn stands against the fastest peer of each shape, and against memory."""
+    threads = max(figures.values("threads"), default=1)
+    machine = result["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']} with {threads} threads"
+    body = [
+        _standing(figures, figures.keys(threads=threads, operation=operation, dtype="float32"))
+        for operation in COMPARED
+    ]
+    header = ["float32", "fastest on", f"time / fastest other, above {LARGE >> 20} MiB", "below"]
+    header += [f"time / floor, above {LARGE >> 20} MiB", "below"]
+    text = (
+        f"{where}, {result['date'][:10]}. The floor is a copy of the array for a forward, and an "
+        "addition of two arrays for a backward. Ratios are geometric means over the shapes."
+    )
+    picture = f"![Time of other libraries over that of fastbn]({image})"
+    return f"{textwrap.fill(text, 100)}\n\n{_table(header, body)}\n\n{picture}"
+
+
+def _standing(figures: Figures, keys: list[Key]) -> list[str]:
+    """A line of README's table: an operation, for arrays above and below a size."""
+    ours = {key: figures.fastbn(key, "nchw") for key in keys}
+    over_peer = {key: ratio(ours[key], figures.peer(key)) for key in keys}
+    over_floor = {key: ratio(ours[key], figures.floor(key)) for key in keys}
+    won = sum(value <= 1.0 for value in over_peer.values() if value is not None)
+    cells = [OPERATIONS[keys[0].case.operation] if keys else "-", f"{won} of {len(keys)} shapes"]
+    for ratios in over_peer, over_floor:
+        for large in True, False:
+            found = [
+                value
+                for key, value in ratios.items()
+                if value is not None and (key.case.bytes > LARGE) == large
+            ]
+            cells.append(f"{geometric_mean(found):.2f}" if found else "-")
+    return cells
 
 
 def _goals(figures: Figures, threads: int) -> str:
