@@ -8,6 +8,7 @@ from fastbn import _checks as checks
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm
+from fastbn.layers.saved import SavedForBackward
 
 __all__ = ["InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
 
@@ -66,14 +67,16 @@ class InstanceNorm(Norm):
         TypeError
             If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
-        x = self._as_input(x)
+        return super().forward(x, out=out, mask=mask)
+
+    def _forward(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
         if self._is_sample(x):
             out = checks.check_out(out, x)
             batch_out = None if out is None else out[np.newaxis]
-            sample: Array = self._forward(x[np.newaxis], batch_out, mask)[0]
+            sample: Array = super()._forward(x[np.newaxis], batch_out, mask)[0]
             y = sample if out is None else out
         else:
-            y = self._forward(x, out, mask)
+            y = super()._forward(x, out, mask)
         self._input_shape = x.shape
         return y
 
@@ -96,43 +99,17 @@ class InstanceNorm(Norm):
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_instance(call)
 
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
-        """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
-
-        As `BatchNorm2d.backward` does.
-
-        Parameters
-        ----------
-        dy : array_like of the input's shape
-            The gradient of the output. Of another float dtype than the input it is converted.
-        out : ndarray of the input's shape, optional
-            Where to write the result: `dy`, the remembered array, a view of exactly the elements
-            of one of them, or an array that overlaps neither, of the input's dtype.
-
-        Returns
-        -------
-        ndarray of the input's shape
-            `out`, or a new array of the input's dtype and memory layout.
-
-        Raises
-        ------
-        RuntimeError
-            If the last forward was not in training mode, or its backward has run.
-        ValueError, TypeError
-            If `dy` or `out` cannot serve. The backward can then be tried again.
-        """
-        if isinstance(self._saved, str):
-            raise RuntimeError(self._saved)
+    def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         dy = checks.as_array(dy, "dy")
         if dy.shape != self._input_shape:
             raise ValueError(f"dy must have x's shape {self._input_shape}, got {dy.shape}")
         if not self._is_sample(dy):
-            return self._backward(self._saved, dy, out)
+            return super()._backward(saved, dy, out)
         batch_out = out
         if out is not None and checks.is_array(out):
             batch_out = out[np.newaxis]
-        dx = self._backward(self._saved, dy[np.newaxis], batch_out)
-        return dx[0] if out is None else out
+        dx: Array = super()._backward(saved, dy[np.newaxis], batch_out)[0]
+        return dx if out is None else out
 
 
 class InstanceNorm2d(InstanceNorm):
