@@ -55,36 +55,21 @@ def training_call(
     out: Any,
     mask: Any,
     batch_size: int = 0,
-    values: str = "value per channel",
+    by_instance: bool = False,
 ) -> Forward:
     """The arguments of a forward by the statistics of batches of so many samples, 0 for one batch.
 
-    A momentum of None stands for 1 / counter. `values` names what a batch must have two of.
+    A momentum of None stands for 1 / counter. Instances are batches of one sample.
     """
     call = forward_call(x, weight, bias, eps, out, mask, running_mean, running_var, moves=True)
+    batch_size = 1 if by_instance else batch_size
+    values = "spatial element" if by_instance else "value per channel"
     counts = checked_counts(x, call.mask, batch_size, values)
     if counter is not None:
         check_counter(counter, len(counts))
     if momentum is not None:
         momentum = as_real(momentum, "momentum")
     return call._replace(momentum=momentum, counter=counter, batch_size=batch_size, counts=counts)
-
-
-def instance_call(
-    x: Array,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    momentum: Any,
-    eps: Any,
-    *,
-    out: Any,
-    mask: Any,
-) -> Forward:
-    """The arguments of a forward by the statistics of each sample."""
-    parameters = running_mean, running_var, weight, bias, momentum, eps
-    return training_call(x, *parameters, out=out, mask=mask, batch_size=1, values="spatial element")
 
 
 def running_call(

@@ -199,7 +199,7 @@ def instance_norm(
             )
         )
     momentum = checks.as_real(momentum, "momentum")
-    call = checks.instance_call(x, *parameters, momentum, eps, out=out, mask=mask)
+    call = checks.training_call(x, *parameters, momentum, eps, out=out, mask=mask, by_instance=True)
     return normalize.by_instance(call)[0]
 
 

@@ -94,7 +94,7 @@ class InstanceNorm(Norm):
         # None leaves the running statistics alone: so it does in torch.
         momentum = 0.0 if self.momentum is None else self.momentum
         parameters = running_mean, running_var, self.weight, self.bias, momentum, self.eps
-        return checks.instance_call(x, *parameters, out=out, mask=mask)
+        return checks.training_call(x, *parameters, out=out, mask=mask, by_instance=True)
 
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_instance(call)
