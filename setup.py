@@ -145,13 +145,8 @@ STABLE_ABI = os.environ.get("FASTBN_LIMITED_API") == "1"
 core = Extension(
     "fastbn._core",
     sources=["fastbn/_core.pyx", "fastbn/kernels/platform.c"],
-    depends=[
-        "fastbn/kernels/kernels.c",
-        "fastbn/kernels/kernels.h",
-        "fastbn/kernels/dtype.h",
-        "fastbn/kernels/registers.h",
-        "fastbn/kernels/platform.h",
-    ],
+    # All that the core and the kernels include.
+    depends=sorted(map(str, Path("fastbn/kernels").glob("*.[ch]"))),
     include_dirs=["fastbn/kernels"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
     py_limited_api=STABLE_ABI,
