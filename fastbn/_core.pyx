@@ -50,10 +50,10 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t mask_stride
 
     ctypedef struct Kernels "fastbn_kernels":
-        void (*elements)(const void *x, Py_ssize_t stride, Py_ssize_t count,
-                         double *to) noexcept nogil
-        void (*put)(const double *from_, Py_ssize_t stride, Py_ssize_t count,
-                    void *to) noexcept nogil
+        void (*load_as_double)(const void *x, Py_ssize_t stride, Py_ssize_t count,
+                               double *to) noexcept nogil
+        void (*store_from_double)(const double *from_, Py_ssize_t stride, Py_ssize_t count,
+                                  void *to) noexcept nogil
         void (*moments)(const void *x, const Runs *runs, const double *pivot, double *first,
                         double *second) noexcept nogil
         void (*products)(const void *dy, const void *x, const Runs *runs, const double *mean,
@@ -70,10 +70,10 @@ cdef extern from "kernels.h" nogil:
                                  const Affine *affine, int stream) noexcept nogil
         void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
                                 const Gradient *gradient, int stream) noexcept nogil
-        Py_ssize_t (*count)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
+        Py_ssize_t (*count_valid)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
                        double *invstd) noexcept nogil
-        void (*end_streaming)() noexcept nogil
+        void (*fence_nontemporal)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":
         const char *name
@@ -81,7 +81,7 @@ cdef extern from "kernels.h" nogil:
 
 
 cdef extern from "platform.h" nogil:
-    int fastbn_supported_isas(const Isa **isas, int room)
+    int fastbn_supported_isas(const Isa **isas, int capacity)
     Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
@@ -414,7 +414,7 @@ cdef void read(const Vector *vector, const Block *block, double *to) noexcept no
     """The values of a block's channels."""
     cdef Py_ssize_t c, count = block.c1 - block.c0
     if vector.data != NULL:
-        vector.kernels.elements(start_of_vector(vector, block), vector.stride, count, to)
+        vector.kernels.load_as_double(start_of_vector(vector, block), vector.stride, count, to)
         return
     for c in range(count):
         to[c] = vector.value
@@ -498,7 +498,7 @@ cdef Part masked_part(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
     if length == job.cut.s:  # one behind the other
         length, samples = length * samples, 1
     for _n in range(samples):
-        count = job.kernels.count(mask, length)
+        count = job.kernels.count_valid(mask, length)
         if count > 0 and part.first < 0:
             found = memchr(mask, 255, length)
             part.first = <const unsigned char *>found - job.mask
@@ -558,8 +558,8 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double *m2 = mean + job.cut.c
     if part.count == 0:
         return
-    job.kernels.elements(job.x + element_of(job, &block, part.first) * job.itemsize,
-                         job.cut.s * job.itemsize, channels, pivot)
+    job.kernels.load_as_double(job.x + element_of(job, &block, part.first) * job.itemsize,
+                               job.cut.s * job.itemsize, channels, pivot)
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
     job.sum(job, &block, pivot, first, second)
@@ -947,7 +947,7 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
     cdef Block block = block_of(&job.cut, g, b)
     job.apply(job, &block)
     if job.stream:
-        job.kernels.end_streaming()
+        job.kernels.fence_nontemporal()
 
 
 cdef void finish_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
@@ -1007,7 +1007,7 @@ cdef void run_batches(Job *job, int threads) noexcept nogil:
         group_rows(&job.cut, job.itemsize, inputs, threads)
     else:
         block_rows(&job.cut, job.itemsize, threads)
-    job.stream = job.apply != NULL and job.kernels.end_streaming != NULL and streams(job)
+    job.stream = job.apply != NULL and job.kernels.fence_nontemporal != NULL and streams(job)
     if job.parts != NULL and job.cut.groups > 0:
         find_parts(job)
     if job.reduce == NULL:
@@ -1261,8 +1261,8 @@ cdef void move_once(const Vector *moved, const Vector *target, Py_ssize_t batch,
         read(target, &block, targets)
         for c in range(block.c1 - block.c0):
             values[c] = (1.0 - factor) * values[c] + factor * (targets[c] / divisor)
-        moved.kernels.put(values, moved.stride, block.c1 - block.c0,
-                          <char *>start_of_vector(moved, &block))
+        moved.kernels.store_from_double(values, moved.stride, block.c1 - block.c0,
+                                        <char *>start_of_vector(moved, &block))
 
 
 cdef Job new_backward_job(dy, x, mask, Py_ssize_t batch_size, mean, invstd) except *:

@@ -51,10 +51,10 @@ enum {
 
 /* Single elements. Those of float16 and bfloat16 are the integers that hold their bits. */
 
-ALWAYS_INLINE double get_float64(double x) { return x; }
-ALWAYS_INLINE double put_float64(double x) { return x; }
-ALWAYS_INLINE float get_float32(float x) { return x; }
-ALWAYS_INLINE float put_float32(float x) { return x; }
+ALWAYS_INLINE double decode_float64(double x) { return x; }
+ALWAYS_INLINE double encode_float64(double x) { return x; }
+ALWAYS_INLINE float decode_float32(float x) { return x; }
+ALWAYS_INLINE float encode_float32(float x) { return x; }
 
 ALWAYS_INLINE float float_of_bits(uint32_t bits)
 {
@@ -70,7 +70,7 @@ ALWAYS_INLINE uint32_t bits_of_float(float x)
     return bits;
 }
 
-ALWAYS_INLINE float get_float16(uint16_t h)
+ALWAYS_INLINE float decode_float16(uint16_t h)
 {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest < 0x0400) /* subnormal: a multiple of 2^-24 */
@@ -78,7 +78,7 @@ ALWAYS_INLINE float get_float16(uint16_t h)
     return float_of_bits(sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23)));
 }
 
-ALWAYS_INLINE uint16_t put_float16(float x)
+ALWAYS_INLINE uint16_t encode_float16(float x)
 {
     const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
     if (rest > 0x7f800000) /* NaN */
@@ -90,9 +90,9 @@ ALWAYS_INLINE uint16_t put_float16(float x)
     return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
 }
 
-ALWAYS_INLINE float get_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
+ALWAYS_INLINE float decode_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
 
-ALWAYS_INLINE uint16_t put_bfloat16(float x)
+ALWAYS_INLINE uint16_t encode_bfloat16(float x)
 {
     const uint32_t bits = bits_of_float(x);
     if (x != x)
@@ -132,7 +132,7 @@ ALWAYS_INLINE vf load_float32(const float *p)
 ALWAYS_INLINE void store_float32(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 /* How many elements after the i-th memory is prefetched. */
-ALWAYS_INLINE ptrdiff_t distance(fastbn_ahead ahead, ptrdiff_t i)
+ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
 {
     return i < ahead.border ? ahead.near : ahead.jump;
 }
@@ -140,7 +140,7 @@ ALWAYS_INLINE ptrdiff_t distance(fastbn_ahead ahead, ptrdiff_t i)
 /* Copies memory by non-temporal stores, which do not read first what they overwrite. A cache line
  * that is stored in part, or in both ways, costs more than an ordinary store: the bytes of the
  * first and the last line, where they are not whole, are stored ordinarily. */
-ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
+ALWAYS_INLINE void copy_nontemporal(char *to, const char *from, size_t bytes)
 {
 #if HAS_NONTEMPORAL
     const size_t head = -(uintptr_t)to % CACHE_LINE;
@@ -156,20 +156,20 @@ ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
 }
 
 #if HAS_NONTEMPORAL
-#  define END_STREAMING fence_nontemporal
+#  define FENCE_NONTEMPORAL fence_nontemporal
 #else
-#  define END_STREAMING NULL
+#  define FENCE_NONTEMPORAL NULL
 #endif
 
-/* Sums */
+/* The two sums of each lane of a step. */
 
 typedef struct {
     vd first[STEPS], second[STEPS];
-} registers;
+} step_sums;
 
-ALWAYS_INLINE registers load_sums(const double *first, const double *second)
+ALWAYS_INLINE step_sums load_sums(const double *first, const double *second)
 {
-    registers r;
+    step_sums r;
     UNROLL for (int j = 0; j < STEPS; j++) {
         r.first[j] = load_float64(first + j * VD);
         r.second[j] = load_float64(second + j * VD);
@@ -177,15 +177,15 @@ ALWAYS_INLINE registers load_sums(const double *first, const double *second)
     return r;
 }
 
-ALWAYS_INLINE registers no_sums(void)
+ALWAYS_INLINE step_sums no_sums(void)
 {
-    registers r;
+    step_sums r;
     UNROLL for (int j = 0; j < STEPS; j++)
         r.first[j] = r.second[j] = (vd){0};
     return r;
 }
 
-ALWAYS_INLINE registers add_sums(registers a, registers b)
+ALWAYS_INLINE step_sums add_sums(step_sums a, step_sums b)
 {
     UNROLL for (int j = 0; j < STEPS; j++) {
         a.first[j] += b.first[j];
@@ -194,7 +194,7 @@ ALWAYS_INLINE registers add_sums(registers a, registers b)
     return a;
 }
 
-ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
+ALWAYS_INLINE void store_sums(double *first, double *second, step_sums r)
 {
     UNROLL for (int j = 0; j < STEPS; j++) {
         store_float64(first + j * VD, r.first[j]);
@@ -204,7 +204,7 @@ ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
 
 /* The sum of a step's lanes: lane i is added to lane i + 8, then to lane i + 4 and so on, whatever
  * the width of a register is. */
-ALWAYS_INLINE double collapse(vd *v)
+ALWAYS_INLINE double sum_of_step(vd *v)
 {
     UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
         UNROLL for (int j = 0; j < half; j++)
@@ -233,15 +233,16 @@ ALWAYS_INLINE step same_step(double value)
     return s;
 }
 
-/* Which lanes of a step count: not those below `skip`, nor those that a mask has not. */
+/* Which lanes of a step are valid: those from `skip` on, except those whose byte of the mask, where
+ * the step is masked, is 0. */
 typedef struct {
     int masked;
     const uint8_t *mask, *index;
     long long skip;
-} counted;
+} valid_lanes;
 
 /* Zeros the lanes below `skip` in the j-th register of a step. */
-ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
+ALWAYS_INLINE vd zero_below(long long skip, int j, vd v)
 {
     static const long long lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #if defined(__GNUC__)
@@ -254,14 +255,14 @@ ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
 #endif
 }
 
-/* The j-th register of a step, with zeros in the lanes that do not count. */
-ALWAYS_INLINE vd counted_of(counted which, int j, vd v)
+/* The j-th register of a step, with zeros in the lanes that are not valid. */
+ALWAYS_INLINE vd only_valid(valid_lanes lanes, int j, vd v)
 {
-    if (which.masked && which.index == NULL)
-        v = masked_vd(which.mask + j * VD, NULL, v);
-    else if (which.masked)
-        v = masked_vd(which.mask, which.index + j * VD, v);
-    return which.skip ? drop_below(which.skip, j, v) : v;
+    if (lanes.masked && lanes.index == NULL)
+        v = masked_vd(lanes.mask + j * VD, NULL, v);
+    else if (lanes.masked)
+        v = masked_vd(lanes.mask, lanes.index + j * VD, v);
+    return lanes.skip ? zero_below(lanes.skip, j, v) : v;
 }
 
 #endif

@@ -47,7 +47,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
         float wide[VF]; \
         vf v; \
         for (int i = 0; i < VF; i++) \
-            wide[i] = get_##dtype(p[i]); \
+            wide[i] = decode_##dtype(p[i]); \
         memcpy(&v, wide, sizeof v); \
         return v; \
     } \
@@ -56,7 +56,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
         double wide[VD]; \
         vd v; \
         for (int i = 0; i < VD; i++) \
-            wide[i] = get_##dtype(p[i]); \
+            wide[i] = decode_##dtype(p[i]); \
         memcpy(&v, wide, sizeof v); \
         return v; \
     } \
@@ -65,7 +65,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
         float wide[VF]; \
         memcpy(wide, &v, sizeof wide); \
         for (int i = 0; i < VF; i++) \
-            p[i] = put_##dtype(wide[i]); \
+            p[i] = encode_##dtype(wide[i]); \
     }
 BY_ELEMENT(float16)
 BY_ELEMENT(bfloat16)
