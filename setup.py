@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -139,26 +140,24 @@ class BuildExt(build_ext):
         return True
 
 
-# One library for CPython 3.11 and later, by the stable ABI, which free-threaded builds do not have.
-STABLE_ABI = os.environ.get("FASTBN_LIMITED_API") == "1"
-
 core = Extension(
     "fastbn._core",
     sources=["fastbn/_core.pyx", "fastbn/kernels/platform.c"],
-    depends=[
-        "fastbn/kernels/kernels.c",
-        "fastbn/kernels/kernels.h",
-        "fastbn/kernels/dtype.h",
-        "fastbn/kernels/registers.h",
-        "fastbn/kernels/platform.h",
+    # All that the core and the kernels include.
+    depends=sorted(
+        str(path)
+        for pattern in ("core/*.pxi", "kernels/*.[ch]")
+        for path in Path("fastbn").glob(pattern)
+    ),
+    include_dirs=["fastbn/kernels", np.get_include()],
+    # What is built with NumPy 2 runs with the oldest NumPy that fastbn asks for.
+    define_macros=[
+        ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+        ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),
     ],
-    include_dirs=["fastbn/kernels"],
-    define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE_ABI else [],
-    py_limited_api=STABLE_ABI,
 )
 
 setup(
     ext_modules=cythonize([core], build_dir="build/cython"),
     cmdclass={"build_ext": BuildExt},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
 )

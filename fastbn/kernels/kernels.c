@@ -8,7 +8,7 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    /* of a matrix, while sums or coefficients stay in registers */
+    /* The rows of a matrix that are walked while sums or coefficients stay in registers. */
     ROWS_SUMMED = 8,
     ROWS_WRITTEN = 4,
     BUFFER_BYTES = 4096,
@@ -20,8 +20,8 @@ static void invstd(const double *m2, double n, double eps, ptrdiff_t count, doub
         to[c] = 1.0 / sqrt(m2[c] / n + eps);
 }
 
-/* Sums of bytes are widened before they overflow. */
-static ptrdiff_t count(const unsigned char *mask, ptrdiff_t len)
+/* Counts the valid positions. Sums of bytes are widened before they overflow. */
+static ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
 {
     enum { WIDTH = 64, MOST = 255 };
     ptrdiff_t total = 0;
@@ -54,7 +54,7 @@ SPREAD(float)
 SPREAD(double)
 
 /* Adds one value per column to one per channel. */
-static void gather(const fastbn_matrix *matrix, const double *from, double *to)
+static void add_columns_to_channels(const fastbn_matrix *matrix, const double *from, double *to)
 {
     for (ptrdiff_t j = 0; j < matrix->len; j += matrix->channels * matrix->run)
         for (ptrdiff_t i = 0; i < matrix->run; i++)
@@ -62,19 +62,21 @@ static void gather(const fastbn_matrix *matrix, const double *from, double *to)
                 to[c] += from[j + c * matrix->run + i];
 }
 
-/* How sums of columns heed a mask: step by step, or by a list of the rows that count. */
+/* How sums of columns heed a mask: step by step or, where a row is valid or not as a whole, by a
+ * list of the valid rows. */
 enum { UNMASKED, MASKED, LISTED };
 
-/* A few rows of a matrix that are added up together: the next ones, or those of them that count,
- * which begin at the elements that are listed. */
+/* A few rows of a matrix that are added up together: `count` neighbouring ones or, where they are
+ * listed, valid ones, which begin at the elements `at`. */
 typedef struct {
     ptrdiff_t count, stride, mask_stride;
     int listed;
     ptrdiff_t at[ROWS_SUMMED];
-} some_rows;
+} row_set;
 
-/* Lists the next rows that count, as many as there shall be; returns how many rows that takes. */
-static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
+/* Lists the next valid rows, at most `rows->count` of the `left` ones; returns how many rows that
+ * takes. */
+static ptrdiff_t list_valid_rows(row_set *rows, const uint8_t *mask, ptrdiff_t left)
 {
     const ptrdiff_t most = rows->count;
     ptrdiff_t r = 0;
@@ -85,7 +87,7 @@ static ptrdiff_t list_rows(some_rows *rows, const uint8_t *mask, ptrdiff_t left)
     return r;
 }
 
-/* Repeats the first `len` of some numbers up to `end`, each time by so much greater. */
+/* Repeats the first `len` of some numbers up to `end`, each time increased by `by` more. */
 static void repeat(int16_t *numbers, ptrdiff_t len, ptrdiff_t end, int16_t by)
 {
     for (; len < end; len *= 2, by *= 2)
@@ -93,7 +95,7 @@ static void repeat(int16_t *numbers, ptrdiff_t len, ptrdiff_t end, int16_t by)
             numbers[len + i] = numbers[i] + by;
 }
 
-/* The byte of a row of the mask that each column has. */
+/* The number of the byte, in a row of the mask, that belongs to each column. */
 static void bytes_of_columns(const fastbn_matrix *matrix, int16_t *to)
 {
     const ptrdiff_t run = matrix->run, group = matrix->channels * run;
@@ -103,8 +105,8 @@ static void bytes_of_columns(const fastbn_matrix *matrix, int16_t *to)
     repeat(to, group, matrix->len, (int16_t)run);
 }
 
-/* The mask of some columns side by side: the byte of lane i is index[i] behind `offset` in a row of
- * the mask. Runs are shorter than LANES, so that the bytes of LANES columns span no more. */
+/* The mask of LANES neighbouring columns: lane i has byte offset + index[i] of a row of the mask.
+ * Runs are shorter than LANES, so that the bytes of LANES columns span no more. */
 typedef struct {
     ptrdiff_t offset;
     uint8_t index[LANES + MASK_BYTES];
@@ -123,7 +125,7 @@ static mask_step mask_step_of(const int16_t *bytes)
 }
 
 /* The masks of all whole steps of `lanes` columns, and behind them that of the columns from `last`
- * on. Lanes that are no columns have the mask of another. */
+ * on. Lanes that are no columns have some other column's mask. */
 static void find_masks(const fastbn_matrix *matrix, ptrdiff_t lanes, ptrdiff_t last,
                        mask_step *steps)
 {
@@ -139,7 +141,7 @@ static void find_masks(const fastbn_matrix *matrix, ptrdiff_t lanes, ptrdiff_t l
     *steps = mask_step_of(bytes + last);
 }
 
-/* The last LANES elements of a run. Of a shorter run, all it has, behind something finite. */
+/* The last LANES elements of a run; those of a shorter run behind zeros, in the buffer. */
 ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, void *buffer)
 {
     if (len >= LANES)
@@ -187,9 +189,10 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 
 #define KERNELS(dtype) \
     { \
-        elements_##dtype, put_elements_##dtype, moments_##dtype, products_##dtype, \
+        load_as_double_##dtype, store_from_double_##dtype, moments_##dtype, products_##dtype, \
             normalize_##dtype, gradient_##dtype, column_moments_##dtype, column_products_##dtype, \
-            column_normalize_##dtype, column_gradient_##dtype, count, invstd, END_STREAMING \
+            column_normalize_##dtype, column_gradient_##dtype, count_valid, invstd, \
+            FENCE_NONTEMPORAL \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {

@@ -1,12 +1,13 @@
-/* The inner loops: what is done to runs of memory, for every dtype and instruction set.
+/* The inner loops over memory, for every dtype and instruction set.
  *
- * A kernel knows neither channels nor threads and allocates nothing. Every instruction set gives
- * the same bits. Elements are aligned, but for those of vectors of one value per channel.
+ * A kernel knows no threads and allocates nothing. Every instruction set gives the same bits.
+ * Elements are aligned, except those of vectors of one value per channel.
  *
- * Row kernels walk runs of memory that belong to a channel each, column kernels a matrix of which
- * each column does. Outputs may be one of the inputs. `stream` asks for stores around the cache,
- * into another array whose elements are aligned. A mask, of 255 and 0 where it is not NULL, tells
- * which elements count: the others add nothing to a sum, and results are 0 there.
+ * The kernels of the row layout walk runs: contiguous elements of one channel of one sample. Those
+ * of the column layout walk a matrix each of whose columns belongs to one channel. An output may be
+ * one of the inputs. With `nontemporal`, which needs an output that is none of them, results are
+ * written by non-temporal stores. A mask has 255 at valid positions and 0 at invalid ones, which
+ * add nothing to a sum and where results are 0; where it is NULL, every position is valid.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -17,13 +18,15 @@ enum {
     /* Element i of a run is added to lane i modulo this, whatever the width of a register is; the
      * elements of a shorter last step to the last lanes. */
     FASTBN_LANES = 16,
-    /* So many doubles are added one after the other; those sums are then added up. The rounding
+    /* So many doubles are added one after the other; these sums are then added up. The rounding
      * errors of a sum of n equal numbers may all have one sign, and take n * 2^-55 of it. Narrower
      * elements leave bits to spare. */
     FASTBN_ADDITIONS = 128,
+    /* The most columns of a strip, and channels of a block of results. */
     FASTBN_COLUMNS = 512,
+    /* The most channels of a block of sums in the row layout. */
     FASTBN_GROUP = 64,
-    /* A mask is read so many bytes at a time: as many behind its end are memory, too. */
+    /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
 };
 
@@ -40,7 +43,7 @@ typedef struct {
 
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
  * prefetched, later the one `jump` further on: hardware does not foresee the way to the next
- * sample. What lies there need not be memory. */
+ * sample. The addresses need not be memory of the process. */
 typedef struct {
     ptrdiff_t near, border, jump;
 } fastbn_ahead;
@@ -68,9 +71,9 @@ typedef struct {
 
 typedef struct {
     /* to[i] = the element i * stride bytes after x */
-    void (*elements)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
+    void (*load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
     /* the element i * stride bytes after to = from[i] */
-    void (*put)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to);
+    void (*store_from_double)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to);
 
     /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
     void (*moments)(const void *x, const fastbn_runs *runs, const double *pivot, double *first,
@@ -79,27 +82,27 @@ typedef struct {
     void (*products)(const void *dy, const void *x, const fastbn_runs *runs, const double *mean,
                      double *first, double *second);
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
-                      int stream);
+                      int nontemporal);
     void (*gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
-                     const fastbn_gradient *gradient, int stream);
+                     const fastbn_gradient *gradient, int nontemporal);
 
-    /* The same for columns, from the first row to the last; sums are added to first and second. */
+    /* The same in the column layout; sums are added to those in first and second. */
     void (*column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                            double *first, double *second);
     void (*column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                             const double *mean, double *first, double *second);
     void (*column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
-                             const fastbn_affine *affine, int stream);
+                             const fastbn_affine *affine, int nontemporal);
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
-                            const fastbn_gradient *gradient, int stream);
+                            const fastbn_gradient *gradient, int nontemporal);
 
-    /* how many of so many elements count */
-    ptrdiff_t (*count)(const unsigned char *mask, ptrdiff_t len);
+    /* How many of the first `len` positions are valid. */
+    ptrdiff_t (*count_valid)(const unsigned char *mask, ptrdiff_t len);
     /* invstd = 1 / sqrt(m2 / n + eps) */
     void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
-    /* Makes what was stored around the cache visible to other threads; NULL where `stream` does
-     * nothing. */
-    void (*end_streaming)(void);
+    /* Makes non-temporal stores visible to other threads; NULL where there are no such stores, and
+     * `nontemporal` changes nothing. */
+    void (*fence_nontemporal)(void);
 } fastbn_kernels;
 
 typedef struct {

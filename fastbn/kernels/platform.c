@@ -19,14 +19,14 @@
 FASTBN_ISAS
 #undef X
 
-int fastbn_supported_isas(const fastbn_isa *isas[], int room)
+int fastbn_supported_isas(const fastbn_isa *isas[], int capacity)
 {
     int count = 0;
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
     __builtin_cpu_init();
 #endif
 #define X(name, supported) \
-    if (count < room && (supported)) \
+    if (count < capacity && (supported)) \
         isas[count++] = &fastbn_isa_##name;
     FASTBN_ISAS
 #undef X

@@ -1,11 +1,12 @@
-/* What this build has, and what the machine under it has. */
+/* The build and the machine: instruction sets, the cache, OpenMP. */
 #ifndef FASTBN_PLATFORM_H
 #define FASTBN_PLATFORM_H
 
 #include "kernels.h"
 
-/* The instruction sets that both have, the best one last. Returns their number. */
-int fastbn_supported_isas(const fastbn_isa *isas[], int room);
+/* The instruction sets that both have, the best one last, at most `capacity`. Returns their
+ * number. */
+int fastbn_supported_isas(const fastbn_isa *isas[], int capacity);
 
 /* The size of a third-level cache; 0 where the system does not tell. */
 ptrdiff_t fastbn_l3_bytes(void);

@@ -1,8 +1,26 @@
 /* Registers, and how elements of each dtype come into them and out.
  *
- * vd is a register of doubles, vf one of floats. Vectors of the target's own width compile to what
- * one would write by hand; a compiler without them works on registers of one element. What it has
- * no good code for is done by intrinsics.
+ * This file has what all instruction sets have in common, and includes the file of one of them. The
+ * kernels are the same text for all. A file of an instruction set offers these names:
+ *
+ *   vd, vf                         a register of doubles, and one of floats: types that +, -, * and
+ *                                  {0} work on, with gcc and clang vector types
+ *   VD, VF                         how many lanes they have; VD is at most LANES, a power of 2
+ *   widen_float32(p)               a vd from VD floats at p
+ *   load_float16(p)                a vf from VF elements at p, which need not be aligned
+ *   widen_float16(p)               a vd from VD elements at p
+ *   store_float16(p, vf)           rounds to nearest even; NaNs stay NaNs
+ *   load_, widen_, store_bfloat16  the same for bfloat16
+ *   masked_vd(mask, index, vd),    the register, with zeros in the lanes for which the mask has 0
+ *   masked_vf(mask, index, vf)     and not 255; lane i has byte i of the mask or, where index is
+ *                                  not NULL, byte index[i]; MASK_BYTES bytes of both may be read
+ *   sum_of_lanes(vd)               lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...
+ *   HAS_NONTEMPORAL                1 or 0; where it is 1,
+ *   copy_register_nontemporal(to, from)  copies sizeof(vf) bytes by a non-temporal store, to an
+ *                                  aligned address, and
+ *   fence_nontemporal()            makes such stores visible to other threads
+ *
+ * The file may use what stands above the line that includes it.
  */
 #ifndef FASTBN_KERNELS_REGISTERS_H
 #define FASTBN_KERNELS_REGISTERS_H
@@ -12,55 +30,86 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__SSE2__)
-#  include <immintrin.h>
-#endif
 
 #if defined(__GNUC__)
-#  if defined(__AVX512F__)
-#    define REGISTER 64
-#  elif defined(__AVX2__)
-#    define REGISTER 32
-#  else
-#    define REGISTER 16
-#  endif
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define UNROLL_TWICE _Pragma("GCC unroll 2")
 #  define PREFETCH(p) __builtin_prefetch(p)
-typedef double vd __attribute__((vector_size(REGISTER)));
-typedef float vf __attribute__((vector_size(REGISTER)));
-typedef long long vi __attribute__((vector_size(REGISTER)));
 #else
 #  define ALWAYS_INLINE static __inline
 #  define UNROLL
 #  define UNROLL_TWICE
 #  define PREFETCH(p)
-typedef double vd;
-typedef float vf;
 #endif
 
 enum {
     LANES = FASTBN_LANES,
     MASK_BYTES = FASTBN_MASK_BYTES,
-    VD = sizeof(vd) / sizeof(double),
-    VF = sizeof(vf) / sizeof(float),
-    STEPS = LANES / VD, /* registers of doubles that make up a step of LANES elements */
     CACHE_LINE = 64,
 };
 
-/* How many elements after the i-th memory is prefetched. */
-ALWAYS_INLINE ptrdiff_t distance(fastbn_ahead ahead, ptrdiff_t i)
+/* Single elements. Those of float16 and bfloat16 are the integers that hold their bits. */
+
+ALWAYS_INLINE double decode_float64(double x) { return x; }
+ALWAYS_INLINE double encode_float64(double x) { return x; }
+ALWAYS_INLINE float decode_float32(float x) { return x; }
+ALWAYS_INLINE float encode_float32(float x) { return x; }
+
+ALWAYS_INLINE float float_of_bits(uint32_t bits)
 {
-    return i < ahead.border ? ahead.near : ahead.jump;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
-/* float64 and float32 */
+ALWAYS_INLINE uint32_t bits_of_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 
-ALWAYS_INLINE double get_float64(double x) { return x; }
-ALWAYS_INLINE double put_float64(double x) { return x; }
-ALWAYS_INLINE float get_float32(float x) { return x; }
-ALWAYS_INLINE float put_float32(float x) { return x; }
+ALWAYS_INLINE float decode_float16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
+    if (rest < 0x0400) /* subnormal: a multiple of 2^-24 */
+        return sign ? -(float)rest * 0x1p-24f : (float)rest * 0x1p-24f;
+    return float_of_bits(sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23)));
+}
+
+ALWAYS_INLINE uint16_t encode_float16(float x)
+{
+    const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
+    if (rest > 0x7f800000) /* NaN */
+        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+    if (rest >= 0x477ff000) /* rounds to 65536 or more */
+        return (uint16_t)(sign | 0x7c00);
+    if (rest < 0x38800000) /* subnormal: a multiple of 2^-24 */
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) * 0x1p24f + 0x1p23f) & 0x7fff));
+    return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
+ALWAYS_INLINE float decode_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
+
+ALWAYS_INLINE uint16_t encode_bfloat16(float x)
+{
+    const uint32_t bits = bits_of_float(x);
+    if (x != x)
+        return (uint16_t)(bits >> 16 | 0x40); /* rounding could carry a NaN into an infinity */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+#  include "registers_avx512.h"
+#elif defined(__AVX2__)
+#  include "registers_avx2.h"
+#else
+#  include "registers_generic.h"
+#endif
+
+/* The registers of doubles that make up a step of LANES elements. */
+enum { STEPS = LANES / VD };
 
 ALWAYS_INLINE vd load_float64(const double *p)
 {
@@ -82,329 +131,45 @@ ALWAYS_INLINE vf load_float32(const float *p)
 
 ALWAYS_INLINE void store_float32(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
-ALWAYS_INLINE vd widen_float32(const float *p)
+/* How many elements after the i-th memory is prefetched. */
+ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
 {
-#if defined(__AVX512F__)
-    return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif defined(__AVX2__)
-    return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
-#elif defined(__SSE2__)
-    return (vd)_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    double wide[VD];
-    vd v;
-    for (int i = 0; i < VD; i++)
-        wide[i] = p[i];
-    memcpy(&v, wide, sizeof v);
-    return v;
-#endif
+    return i < ahead.border ? ahead.near : ahead.jump;
 }
 
-/* float16 and bfloat16, as the integers that hold their bits */
-
-ALWAYS_INLINE float float_of_bits(uint32_t bits)
+/* Copies memory by non-temporal stores, which do not read first what they overwrite. A cache line
+ * that is stored in part, or in both ways, costs more than an ordinary store: the bytes of the
+ * first and the last line, where they are not whole, are stored ordinarily. */
+ALWAYS_INLINE void copy_nontemporal(char *to, const char *from, size_t bytes)
 {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-ALWAYS_INLINE uint32_t bits_of_float(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-ALWAYS_INLINE float get_float16(uint16_t h)
-{
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest < 0x0400) /* subnormal: a multiple of 2^-24 */
-        return sign ? -(float)rest * 0x1p-24f : (float)rest * 0x1p-24f;
-    return float_of_bits(sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23)));
-}
-
-ALWAYS_INLINE uint16_t put_float16(float x)
-{
-    const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
-    if (rest > 0x7f800000) /* NaN */
-        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
-    if (rest >= 0x477ff000) /* rounds to 65536 or more */
-        return (uint16_t)(sign | 0x7c00);
-    if (rest < 0x38800000) /* subnormal: a multiple of 2^-24 */
-        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) * 0x1p24f + 0x1p23f) & 0x7fff));
-    return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
-}
-
-ALWAYS_INLINE float get_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
-
-ALWAYS_INLINE uint16_t put_bfloat16(float x)
-{
-    const uint32_t bits = bits_of_float(x);
-    if (x != x)
-        return (uint16_t)(bits >> 16 | 0x40); /* rounding could carry a NaN into an infinity */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-/* A register of floats from VF elements at p, and a register of doubles from VD elements. */
-#if defined(__AVX512F__)
-
-ALWAYS_INLINE vf load_float16(const uint16_t *p)
-{
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-
-ALWAYS_INLINE vd widen_float16(const uint16_t *p)
-{
-    return (vd)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
-}
-
-ALWAYS_INLINE __m256i pack_float16(vf v)
-{
-    return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
-{
-    const __m256i h = _mm256_loadu_si256((const __m256i *)p);
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
-}
-
-ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
-{
-    const __m128i h = _mm_loadu_si128((const __m128i *)p);
-    return (vd)_mm512_cvtps_pd((__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
-
-ALWAYS_INLINE __m256i pack_bfloat16(vf v)
-{
-    const __m512i bits = (__m512i)v, high = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i carry = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 16);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
-}
-
-ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
-{
-    _mm256_storeu_si256((__m256i *)p, pack_float16(v));
-}
-
-ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
-{
-    _mm256_storeu_si256((__m256i *)p, pack_bfloat16(v));
-}
-
-#elif defined(__AVX2__)
-
-ALWAYS_INLINE vf load_float16(const uint16_t *p)
-{
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-
-ALWAYS_INLINE vd widen_float16(const uint16_t *p)
-{
-    return (vd)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
-}
-
-ALWAYS_INLINE __m128i pack_float16(vf v)
-{
-    return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
-{
-    const __m128i h = _mm_loadu_si128((const __m128i *)p);
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
-}
-
-ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
-{
-    const __m128i h = _mm_loadl_epi64((const __m128i *)p);
-    return (vd)_mm256_cvtps_pd((__m128)_mm_slli_epi32(_mm_cvtepu16_epi32(h), 16));
-}
-
-ALWAYS_INLINE __m128i pack_bfloat16(vf v)
-{
-    const __m256i bits = (__m256i)v, high = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i carry = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, carry), 16);
-    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-}
-
-ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
-{
-    _mm_storeu_si128((__m128i *)p, pack_float16(v));
-}
-
-ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
-{
-    _mm_storeu_si128((__m128i *)p, pack_bfloat16(v));
-}
-
-#else
-
-/* One by one. */
-#  define BY_ELEMENT(dtype) \
-      ALWAYS_INLINE vf load_##dtype(const uint16_t *p) \
-      { \
-          float wide[VF]; \
-          for (int i = 0; i < VF; i++) \
-              wide[i] = get_##dtype(p[i]); \
-          return load_float32(wide); \
-      } \
-      ALWAYS_INLINE vd widen_##dtype(const uint16_t *p) \
-      { \
-          double wide[VD]; \
-          for (int i = 0; i < VD; i++) \
-              wide[i] = get_##dtype(p[i]); \
-          return load_float64(wide); \
-      } \
-      ALWAYS_INLINE void store_##dtype(uint16_t *p, vf v) \
-      { \
-          float wide[VF]; \
-          store_float32(wide, v); \
-          for (int i = 0; i < VF; i++) \
-              p[i] = put_##dtype(wide[i]); \
-      }
-BY_ELEMENT(float16)
-BY_ELEMENT(bfloat16)
-#  undef BY_ELEMENT
-
-#endif
-
-/* A register with zeros where the mask has 0, and as it is where it has 255. Lane i has byte i of
- * the mask or, if there is an index, byte index[i]. MASK_BYTES bytes of both may be read. */
-
-#if defined(__AVX2__)
-
-ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index, int lanes)
-{
-    int32_t four;
-    if (index != NULL)
-        return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)mask),
-                                _mm_loadu_si128((const __m128i *)index));
-    if (lanes > 8)
-        return _mm_loadu_si128((const __m128i *)mask);
-    if (lanes > 4)
-        return _mm_loadl_epi64((const __m128i *)mask);
-    memcpy(&four, mask, sizeof four);
-    return _mm_cvtsi32_si128(four);
-}
-
-#endif
-#if defined(__AVX512F__)
-
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
-{
-    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index, VD)));
-}
-
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
-{
-    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
-}
-
-#elif defined(__AVX2__)
-
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
-{
-    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(mask_bytes(mask, index, VD)));
-}
-
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
-{
-    return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index, VF)));
-}
-
-#else
-
-ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, const uint8_t *index, int i)
-{
-    return (signed char)mask[index == NULL ? i : index[i]];
-}
-
-#  if defined(__GNUC__) /* registers of two doubles, of four floats */
-
-typedef int vw __attribute__((vector_size(REGISTER)));
-
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
-{
-    const vi wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1)};
-    return (vd)((vi)v & wide);
-}
-
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
-{
-    const vw wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1),
-                     mask_byte(mask, index, 2), mask_byte(mask, index, 3)};
-    return (vf)((vw)v & wide);
-}
-
-#  else
-
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
-{
-    return mask_byte(mask, index, 0) ? v : 0.0;
-}
-
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
-{
-    return mask_byte(mask, index, 0) ? v : 0.0f;
-}
-
-#  endif
-#endif
-
-/* Copies memory with stores around the cache: what is written there is not read first. A line that
- * is stored in part, or in both ways, costs more than an ordinary one. */
-ALWAYS_INLINE void stream(char *to, const char *from, size_t bytes)
-{
-#if defined(__SSE2__)
+#if HAS_NONTEMPORAL
     const size_t head = -(uintptr_t)to % CACHE_LINE;
     if (head < bytes) {
         memcpy(to, from, head);
         to += head, from += head, bytes -= head;
         for (; bytes >= CACHE_LINE; to += CACHE_LINE, from += CACHE_LINE, bytes -= CACHE_LINE)
             UNROLL for (int i = 0; i < CACHE_LINE; i += (int)sizeof(vf))
-#  if defined(__AVX512F__)
-                _mm512_stream_si512((__m512i *)(to + i), _mm512_loadu_si512(from + i));
-#  elif defined(__AVX2__)
-                _mm256_stream_si256((__m256i *)(to + i),
-                                    _mm256_loadu_si256((const __m256i *)(from + i)));
-#  else
-                _mm_stream_si128((__m128i *)(to + i),
-                                 _mm_loadu_si128((const __m128i *)(from + i)));
-#  endif
+                copy_register_nontemporal(to + i, from + i);
     }
 #endif
     memcpy(to, from, bytes);
 }
 
-/* Such stores are not ordered: this comes before another thread may look. NULL where there are
- * none. */
-#if defined(__SSE2__)
-static void end_streaming_stores(void) { _mm_sfence(); }
-#  define END_STREAMING end_streaming_stores
+#if HAS_NONTEMPORAL
+#  define FENCE_NONTEMPORAL fence_nontemporal
 #else
-#  define END_STREAMING NULL
+#  define FENCE_NONTEMPORAL NULL
 #endif
 
-/* Sums */
+/* The two sums of each lane of a step. */
 
 typedef struct {
     vd first[STEPS], second[STEPS];
-} registers;
+} step_sums;
 
-ALWAYS_INLINE registers load_sums(const double *first, const double *second)
+ALWAYS_INLINE step_sums load_sums(const double *first, const double *second)
 {
-    registers r;
+    step_sums r;
     UNROLL for (int j = 0; j < STEPS; j++) {
         r.first[j] = load_float64(first + j * VD);
         r.second[j] = load_float64(second + j * VD);
@@ -412,15 +177,15 @@ ALWAYS_INLINE registers load_sums(const double *first, const double *second)
     return r;
 }
 
-ALWAYS_INLINE registers no_sums(void)
+ALWAYS_INLINE step_sums no_sums(void)
 {
-    registers r;
+    step_sums r;
     UNROLL for (int j = 0; j < STEPS; j++)
         r.first[j] = r.second[j] = (vd){0};
     return r;
 }
 
-ALWAYS_INLINE registers add_sums(registers a, registers b)
+ALWAYS_INLINE step_sums add_sums(step_sums a, step_sums b)
 {
     UNROLL for (int j = 0; j < STEPS; j++) {
         a.first[j] += b.first[j];
@@ -429,7 +194,7 @@ ALWAYS_INLINE registers add_sums(registers a, registers b)
     return a;
 }
 
-ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
+ALWAYS_INLINE void store_sums(double *first, double *second, step_sums r)
 {
     UNROLL for (int j = 0; j < STEPS; j++) {
         store_float64(first + j * VD, r.first[j]);
@@ -437,44 +202,9 @@ ALWAYS_INLINE void store_sums(double *first, double *second, registers r)
     }
 }
 
-/* The sum of a register's lanes: its halves are added up, then those of the sum. */
-#if defined(__GNUC__)
-typedef double vd2 __attribute__((vector_size(16)));
-
-ALWAYS_INLINE double sum_of_2(vd2 v) { return v[0] + v[1]; }
-
-#  if REGISTER >= 32
-typedef double vd4 __attribute__((vector_size(32)));
-
-ALWAYS_INLINE double sum_of_4(vd4 v)
-{
-    vd2 halves[2];
-    memcpy(halves, &v, sizeof halves);
-    return sum_of_2(halves[0] + halves[1]);
-}
-
-#  endif
-#  if REGISTER == 64
-
-ALWAYS_INLINE double sum_of_lanes(vd v)
-{
-    vd4 halves[2];
-    memcpy(halves, &v, sizeof halves);
-    return sum_of_4(halves[0] + halves[1]);
-}
-
-#  elif REGISTER == 32
-#    define sum_of_lanes sum_of_4
-#  else
-#    define sum_of_lanes sum_of_2
-#  endif
-#else
-#  define sum_of_lanes(v) (v)
-#endif
-
 /* The sum of a step's lanes: lane i is added to lane i + 8, then to lane i + 4 and so on, whatever
  * the width of a register is. */
-ALWAYS_INLINE double collapse(vd *v)
+ALWAYS_INLINE double sum_of_step(vd *v)
 {
     UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
         UNROLL for (int j = 0; j < half; j++)
@@ -503,18 +233,20 @@ ALWAYS_INLINE step same_step(double value)
     return s;
 }
 
-/* Which lanes of a step count: not those below `skip`, nor those that a mask has not. */
+/* Which lanes of a step are valid: those from `skip` on, except those whose byte of the mask, where
+ * the step is masked, is 0. */
 typedef struct {
     int masked;
     const uint8_t *mask, *index;
     long long skip;
-} counted;
+} valid_lanes;
 
 /* Zeros the lanes below `skip` in the j-th register of a step. */
-ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
+ALWAYS_INLINE vd zero_below(long long skip, int j, vd v)
 {
     static const long long lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #if defined(__GNUC__)
+    typedef long long vi __attribute__((vector_size(sizeof(vd))));
     vi lane;
     memcpy(&lane, lanes + j * VD, sizeof lane);
     return (vd)((vi)v & (lane >= skip));
@@ -523,14 +255,14 @@ ALWAYS_INLINE vd drop_below(long long skip, int j, vd v)
 #endif
 }
 
-/* The j-th register of a step, with zeros in the lanes that do not count. */
-ALWAYS_INLINE vd counted_of(counted which, int j, vd v)
+/* The j-th register of a step, with zeros in the lanes that are not valid. */
+ALWAYS_INLINE vd only_valid(valid_lanes lanes, int j, vd v)
 {
-    if (which.masked && which.index == NULL)
-        v = masked_vd(which.mask + j * VD, NULL, v);
-    else if (which.masked)
-        v = masked_vd(which.mask, which.index + j * VD, v);
-    return which.skip ? drop_below(which.skip, j, v) : v;
+    if (lanes.masked && lanes.index == NULL)
+        v = masked_vd(lanes.mask + j * VD, NULL, v);
+    else if (lanes.masked)
+        v = masked_vd(lanes.mask, lanes.index + j * VD, v);
+    return lanes.skip ? zero_below(lanes.skip, j, v) : v;
 }
 
 #endif

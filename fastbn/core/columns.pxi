@@ -1,0 +1,86 @@
+# The column layout: how its kernels are called, which walk the rows of a block's matrix.
+
+
+cdef Matrix folded_matrix(const Job *job, const Block *block) noexcept nogil:
+    """The folded rows of a block."""
+    cdef Matrix matrix
+    matrix.mask = mask_of(job, block, block.n0)
+    matrix.mask_stride = job.cut.fold * job.cut.s
+    matrix.rows = block.n1 - block.n0
+    matrix.stride = job.cut.width
+    matrix.channels = block.c1 - block.c0
+    matrix.run = job.cut.s
+    matrix.len = matrix.channels * matrix.run * job.cut.fold
+    return matrix
+
+
+cdef Matrix leftover_matrix(const Job *job, const Block *block) noexcept nogil:
+    """The rows that are left over after the last folded one, as one row."""
+    cdef Matrix matrix = folded_matrix(job, block)
+    matrix.mask = mask_of(job, block, block.n1)
+    matrix.rows = 1 if block.leftover_rows > 0 else 0
+    matrix.len = matrix.channels * matrix.run * block.leftover_rows
+    return matrix
+
+
+cdef void sum_columns(const Job *job, const Block *block, const double *centre, double *first,
+                      double *second) noexcept nogil:
+    """The sums of a block: of moments or, with a dy, of products."""
+    cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    memset(first, 0, folded.channels * sizeof(double))
+    memset(second, 0, folded.channels * sizeof(double))
+    add_columns(job, &folded, offset_of(job, block, block.n0), centre, first, second)
+    add_columns(job, &leftover, offset_of(job, block, block.n1), centre, first, second)
+
+
+cdef void add_columns(const Job *job, const Matrix *matrix, Py_ssize_t at, const double *centre,
+                      double *first, double *second) noexcept nogil:
+    if matrix.rows == 0:
+        return
+    if job.dy == NULL:
+        job.kernels.column_moments(job.x + at, matrix, centre, first, second)
+    else:
+        job.kernels.column_products(job.dy + at, job.x + at, matrix, centre, first, second)
+
+
+cdef void sum_columns_in_chunks(const Job *job, const Block *block, const double *centre,
+                                double *first, double *second) noexcept nogil:
+    """The sums of a block of doubles, a few rows at a time; left-over rows go with the last."""
+    cdef Sums firsts, seconds
+    cdef Block chunk = block[0]
+    cdef Py_ssize_t i, chunks = max(ceil_div(block.n1 - block.n0, ADDITIONS), 1)
+    begin(&firsts, NULL, block.c1 - block.c0)
+    begin(&seconds, NULL, block.c1 - block.c0)
+    for i in range(chunks):
+        chunk.n0 = block.n0 + i * ADDITIONS
+        chunk.n1 = min(chunk.n0 + ADDITIONS, block.n1)
+        chunk.leftover_rows = block.leftover_rows if i == chunks - 1 else 0
+        sum_columns(job, &chunk, centre, first, second)
+        add(&firsts, first, block.c1 - block.c0)
+        add(&seconds, second, block.c1 - block.c0)
+    write_sums(&firsts, block.c1 - block.c0, first)
+    write_sums(&seconds, block.c1 - block.c0, second)
+
+
+cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
+    cdef Affine affine
+    cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    affine_of(job, block, &affine)
+    if leftover.rows > 0:
+        job.kernels.column_normalize(job.x + end, job.out + end, &leftover, &affine, False)
+    job.kernels.column_normalize(job.x + at, job.out + at, &folded, &affine, job.nontemporal)
+
+
+cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
+    cdef Gradient gradient
+    cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    gradient_of(job, block, &gradient)
+    if leftover.rows > 0:
+        job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, &leftover, &gradient,
+                                    False)
+    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &folded, &gradient,
+                                job.nontemporal)

@@ -1,0 +1,157 @@
+# How the work is cut: arithmetic on shapes.
+#
+# An array is one or more batches, each with statistics of its own, of n samples of c channels of s
+# elements each. Every batch is cut in the same way. It has one of two layouts.
+#
+# Row layout: a channel of a sample is one run of memory. Short runs of neighbouring channels are
+# walked together, as a group.
+#
+# Column layout: memory is seen as a matrix whose columns belong to one channel each: the first s
+# columns to the first channel, the next s to the second, and so on. Channels-last arrays are such
+# matrices, of one column per channel, and so are NCHW arrays of few elements per channel and
+# sample. If the matrix is narrow, FOLD of its rows are folded into one. Columns are walked in
+# strips: a group of channels is a strip of columns.
+#
+# A block is what one thread sums into one partial sum for each channel of a group. The blocks and
+# the order in which they merge depend on the shape alone. Groups depend on the number of threads,
+# too, but no result depends on groups.
+
+cdef enum:
+    # Elements of a channel that are summed before they merge: few enough for the rounding of the
+    # sums not to matter in float64, enough for the merge to cost nothing.
+    ROW_LAYOUT_BLOCK = 32768
+    # Rows of a matrix that are summed before they merge; more where there are many.
+    COLUMN_LAYOUT_BLOCK = 512
+    COLUMN_LAYOUT_BLOCKS_MAX = 256
+    # A group of channels that is walked twice should stay in a cache of the second level, but its
+    # runs should not be much shorter than a page.
+    GROUP_BYTES = 524288
+    GROUP_RUN_BYTES = 3072
+    # A group that is walked once may have long runs, and coefficients that serve so many elements.
+    LONG_RUN_BYTES = 524288
+    COEFFICIENT_ELEMENTS = 1024
+    # Arrays of shorter runs have the column layout.
+    RUN_MIN = 16
+    # Rows of less than LANES columns are folded, this many into one.
+    FOLD = 16
+
+
+cdef struct Cut:
+    bint column_layout
+    Py_ssize_t batches
+    Py_ssize_t n, c, s
+    Py_ssize_t group, groups      # channels that are walked together; groups of all channels
+    Py_ssize_t block_n            # samples, or folded rows of the matrix, of a block
+    Py_ssize_t block_s            # elements of a run that belong to a block
+    Py_ssize_t blocks_along_s     # 1, or more where runs are longer than a block
+    Py_ssize_t blocks             # of each group
+    Py_ssize_t fold               # rows of the matrix in a folded one; 1 in the row layout
+    Py_ssize_t width              # columns of a folded row
+    Py_ssize_t leftover_rows      # rows behind the last folded one; they go with the last block
+
+
+# A block of a group: the channels [c0, c1) of the samples, or folded rows, [n0, n1) of a batch. In
+# the row layout it has the elements [s0, s0 + length) of each run, in the column layout all columns
+# of the channels, and `leftover_rows` more rows of the matrix.
+cdef struct Block:
+    Py_ssize_t batch, n0, n1, c0, c1, s0, length, leftover_rows
+
+
+cdef Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
+                  bint channels_last) noexcept nogil:
+    """Cut batches of n samples into blocks; the groups are chosen later."""
+    cdef Cut cut
+    memset(&cut, 0, sizeof(Cut))
+    if channels_last:
+        n, s = n * s, 1
+    cut.batches, cut.n, cut.c, cut.s = batches, n, c, s
+    if channels_last or s < RUN_MIN:
+        cut_column_layout(&cut)
+    else:
+        cut_row_layout(&cut)
+    return cut
+
+
+cdef void cut_row_layout(Cut *cut) noexcept nogil:
+    cdef Py_ssize_t s = cut.s
+    cut.fold = 1
+    cut.group = 1
+    cut.block_n = max(ROW_LAYOUT_BLOCK // max(s, 1), 1)
+    # Long runs are cut at whole steps, into blocks of nearly the same length.
+    cut.block_s = ceil_div(s, max(ceil_div(s, ROW_LAYOUT_BLOCK), 1))
+    cut.block_s = max(ceil_div(cut.block_s, LANES) * LANES, LANES)
+    cut.blocks_along_s = ceil_div(s, cut.block_s)
+    cut.blocks = ceil_div(cut.n, cut.block_n) * cut.blocks_along_s
+
+
+cdef void cut_column_layout(Cut *cut) noexcept nogil:
+    cdef Py_ssize_t width = cut.c * cut.s, height
+    cut.column_layout = True
+    cut.fold = 1 if width >= LANES else FOLD
+    cut.width = width * cut.fold
+    height = cut.n // cut.fold
+    cut.leftover_rows = cut.n % cut.fold
+    cut.block_n = max(COLUMN_LAYOUT_BLOCK, ceil_div(height, COLUMN_LAYOUT_BLOCKS_MAX))
+    cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
+    cut.block_s = cut.s
+    cut.blocks_along_s = 1
+
+
+cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
+    """Choose how many channels are summed together in the row layout."""
+    cdef Py_ssize_t run = max(cut.s * itemsize, 1)
+    cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), GROUP_RUN_BYTES // run)
+    cut.group = min(cut.group, GROUP)
+    if threads > 1:  # enough groups for all threads to be busy to the end
+        cut.group = min(cut.group, cut.batches * cut.c // (4 * threads))
+    if cut.blocks_along_s > 1:  # a block of a channel does not end where the next channel begins
+        cut.group = 1
+    cut.group = max(cut.group, 1)
+    cut.groups = ceil_div(cut.c, cut.group)
+
+
+cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
+    """Cut the row layout, where no sums are asked for, into blocks of long stretches of memory."""
+    cdef Py_ssize_t tasks
+    cut.group = 1
+    if cut.blocks_along_s <= 1:
+        cut.group = min(LONG_RUN_BYTES // max(cut.s * itemsize, 1), min(cut.c, COLUMNS))
+        cut.block_n = max(COEFFICIENT_ELEMENTS // max(cut.s, 1), 1)
+        tasks = cut.batches * ceil_div(cut.c, max(cut.group, 1)) * ceil_div(cut.n, cut.block_n)
+        if threads > 1 and tasks < 4 * threads:
+            cut.group = cut.group * tasks // (4 * threads)
+        cut.group = max(cut.group, 1)
+    cut.groups = ceil_div(cut.c, cut.group)
+    cut.blocks = ceil_div(cut.n, cut.block_n) * cut.blocks_along_s
+
+
+cdef void group_columns(Cut *cut, int threads) noexcept nogil:
+    """Choose how wide the strips of the column layout are."""
+    cdef Py_ssize_t strips = max(ceil_div(cut.width, COLUMNS), 1)
+    # Enough strips for all threads, if there are few blocks. A folded row is one strip.
+    if cut.batches * cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
+        strips = max(strips, 2 * threads)
+    # Strips have nearly the same width, in whole steps.
+    cut.group = ceil_div(ceil_div(cut.c, strips), LANES) * LANES
+    cut.group = max(min(cut.group, COLUMNS // (max(cut.s, 1) * cut.fold)), 1)
+    cut.groups = ceil_div(cut.c, cut.group)
+
+
+cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    """Block b of group g; the groups of the first batch come first, then those of the next."""
+    cdef Block block
+    block.batch = g // cut.groups
+    block.c0 = g % cut.groups * cut.group
+    block.c1 = min(block.c0 + cut.group, cut.c)
+    block.n0 = b // max(cut.blocks_along_s, 1) * cut.block_n
+    block.n1 = min(block.n0 + cut.block_n, cut.n // cut.fold)
+    block.s0 = b % max(cut.blocks_along_s, 1) * cut.block_s
+    block.length = min(cut.block_s, cut.s - block.s0)
+    block.leftover_rows = 0
+    if cut.column_layout and b == cut.blocks - 1:
+        block.leftover_rows = cut.leftover_rows
+    return block

@@ -1,0 +1,69 @@
+# The row layout: how its kernels are called, which walk the runs of a block.
+
+cdef enum:
+    # Memory is prefetched when it is so many bytes away, of all inputs.
+    PREFETCH_BYTES = 8192
+
+
+cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
+    """The runs of a block, from the first sample to the last or backwards."""
+    cdef Runs runs
+    runs.mask = mask_of(job, block, block.n1 - 1 if backwards else block.n0)
+    runs.mask_stride = -job.cut.s if backwards else job.cut.s
+    runs.samples = block.n1 - block.n0
+    runs.stride = -job.cut.c * job.cut.s if backwards else job.cut.c * job.cut.s
+    runs.channels = block.c1 - block.c0
+    runs.len = block.length
+    runs.ahead = ahead_of(job, &runs)
+    return runs
+
+
+cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
+    """Where memory is read next: this sample's runs go on, and then those of the next sample."""
+    cdef Ahead ahead
+    cdef Py_ssize_t len_of_sample = runs.channels * runs.len
+    ahead.near = PREFETCH_BYTES // (job.itemsize * inputs_of(job))
+    if runs.samples == 1:  # the next block follows in memory
+        ahead.border, ahead.jump = len_of_sample, ahead.near
+    elif len_of_sample > ahead.near:
+        ahead.border = len_of_sample - ahead.near
+        ahead.jump = runs.stride - ahead.border
+    else:
+        ahead.border = 0
+        ahead.jump = runs.stride * ceil_div(ahead.near, max(len_of_sample, 1))
+    return ahead
+
+
+cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
+    """The bytes before the runs of the sample that comes first."""
+    return offset_of(job, block, block.n1 - 1 if backwards else block.n0)
+
+
+cdef void sum_runs(const Job *job, const Block *block, const double *centre, double *first,
+                   double *second) noexcept nogil:
+    """The sums of a block: of moments or, with a dy, of products."""
+    cdef Runs runs = runs_of(job, block, False)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    if job.dy == NULL:
+        job.kernels.moments(job.x + at, &runs, centre, first, second)
+    else:
+        job.kernels.products(job.dy + at, job.x + at, &runs, centre, first, second)
+
+
+cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
+    cdef Affine affine
+    # A second walk begins with what the first one has left in the cache.
+    cdef bint backwards = job.reduce != NULL
+    cdef Runs runs = runs_of(job, block, backwards)
+    cdef Py_ssize_t at = start_of(job, block, backwards)
+    affine_of(job, block, &affine)
+    job.kernels.normalize(job.x + at, job.out + at, &runs, &affine, job.nontemporal)
+
+
+cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
+    cdef Gradient gradient
+    cdef bint backwards = job.reduce != NULL
+    cdef Runs runs = runs_of(job, block, backwards)
+    cdef Py_ssize_t at = start_of(job, block, backwards)
+    gradient_of(job, block, &gradient)
+    job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient, job.nontemporal)

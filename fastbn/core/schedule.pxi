@@ -1,0 +1,231 @@
+# Which thread does which task, and in which order; what results are does not depend on it.
+
+cdef enum:
+    # Shorter runs of an output are not written by non-temporal stores.
+    NONTEMPORAL_RUN_BYTES = 1024
+
+# Half of the third-level cache, which others use too. Non-temporal stores are used where the inputs
+# and the output are larger; what all threads together walk twice should be smaller.
+cdef Py_ssize_t cache_bytes = (fastbn_l3_bytes() or 16777216) // 2
+
+
+cdef int inputs_of(const Job *job) noexcept nogil:
+    """The arrays that a job reads."""
+    return 1 if job.dy == NULL else 2
+
+
+cdef Py_ssize_t array_bytes(const Job *job) noexcept nogil:
+    """The size of one array."""
+    return job.cut.batches * job.cut.n * job.cut.c * job.cut.s * job.itemsize
+
+
+cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
+    """The bytes that a group of one batch reads."""
+    return max(job.cut.n * job.cut.group * job.cut.s * job.itemsize * inputs_of(job), 1)
+
+
+cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
+    """The bytes that all steps of a job read and write."""
+    cdef int walks = (job.reduce != NULL) + (job.apply != NULL)
+    return array_bytes(job) * (inputs_of(job) * walks + (job.apply != NULL))
+
+
+cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
+    """The groups of all batches."""
+    return job.cut.batches * job.cut.groups
+
+
+cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
+    """Whether to write the output by non-temporal stores."""
+    # Strips that are not the whole width of a matrix are short runs. So are groups of runs where
+    # there are many threads; but ordinary stores take longer there, too: for runs of 64 to 800
+    # bytes up to 1.8 times the CPU time of a training forward.
+    cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
+    cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
+    return (
+        job.apply != NULL
+        and job.kernels.fence_nontemporal != NULL
+        and (inputs_of(job) + 1) * array_bytes(job) > cache_bytes
+        and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
+        and job.out != job.x
+        and job.out != job.dy
+    )
+
+
+# ------------------------------------------------------------------ tasks
+
+# One of the tasks that threads have in common; they are about `groups` groups from g0 on.
+ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                      Py_ssize_t t) noexcept nogil
+
+
+cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups,
+                       Py_ssize_t tasks, int threads) noexcept nogil:
+    """Do all tasks. A parallel region of one thread would cost a microsecond."""
+    cdef Py_ssize_t t
+    cdef double busy = 0.0, start
+    cdef double *busy_here = &busy
+    if threads == 1:
+        for t in range(tasks):
+            task(job, g0, groups, t)
+    else:
+        start = fastbn_seconds()
+        for t in prange(tasks, schedule="dynamic", num_threads=threads):
+            execute_timed(job, task, g0, groups, t, busy_here)
+        note_wait(fastbn_seconds() - start - busy, busy)
+
+
+cdef void execute_timed(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                        double *busy) noexcept nogil:
+    """Do a task; in the calling thread, add its time to the time for which that was busy."""
+    cdef double start
+    if threadid() != 0:
+        task(job, g0, groups, t)
+        return
+    start = fastbn_seconds()
+    task(job, g0, groups, t)
+    busy[0] += fastbn_seconds() - start
+
+
+cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                        Py_ssize_t t) noexcept nogil:
+    """All steps of a group, by one thread while the group sits in that thread's cache.
+
+    The second walk goes backwards, to begin with what is in the cache.
+    """
+    cdef Py_ssize_t b
+    for b in range(job.cut.blocks):
+        job.reduce(job, g0 + t, b)
+    job.merge(job, g0 + t)
+    if job.apply != NULL:
+        for b in range(job.cut.blocks - 1, -1, -1):
+            apply_block(job, g0 + t, b)
+
+
+cdef void execute_reduce(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                         Py_ssize_t t) noexcept nogil:
+    job.reduce(job, g0 + t % groups, t // groups)
+
+
+cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                        Py_ssize_t t) noexcept nogil:
+    """In the order of memory, or backwards after a walk that has left its end in the cache."""
+    cdef Py_ssize_t u = t if job.reduce == NULL else groups * job.cut.blocks - 1 - t
+    apply_block(job, g0 + u % groups, u // groups)
+
+
+cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    cdef Block block = block_of(&job.cut, g, b)
+    job.apply(job, &block)
+    if job.nontemporal:
+        job.kernels.fence_nontemporal()
+
+
+# ------------------------------------------------------------------ a whole job
+
+
+cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                        int threads) noexcept nogil:
+    """The blocks of some groups are divided among the threads, one step after the other."""
+    cdef Py_ssize_t g, tasks = groups * job.cut.blocks
+    if job.reduce != NULL:
+        parallel_for(job, execute_reduce, g0, groups, tasks, threads)
+        for g in range(g0, g0 + groups):
+            job.merge(job, g)
+    if job.apply != NULL:
+        parallel_for(job, execute_apply, g0, groups, tasks, threads)
+
+
+cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
+    """Rounds of so many groups that the second walk finds them in the third-level cache."""
+    cdef Py_ssize_t r, groups = groups_of(job), most = max(cache_bytes // (2 * group_bytes(job)), 1)
+    for r in range(ceil_div(groups, most)):
+        execute_round(job, r * most, min(most, groups - r * most), threads)
+
+
+cdef void execute_batches(Job *job, int threads) noexcept nogil:
+    """Execute a job on at most so many threads, except for its leftover samples."""
+    threads = threads_for(bytes_moved(job), threads)
+    if job.cut.column_layout:
+        group_columns(&job.cut, threads)
+    elif job.reduce != NULL:
+        group_runs(&job.cut, job.itemsize, inputs_of(job), threads)
+    else:
+        recut_runs(&job.cut, job.itemsize, threads)
+    job.nontemporal = gains_by_nontemporal(job)
+    if job.valid != NULL and job.cut.groups > 0:
+        find_valid(job)
+    if job.reduce == NULL:
+        execute_round(job, 0, groups_of(job), threads)
+    elif threads == 1 or job.cut.blocks < 2 or (
+            groups_of(job) >= 4 * threads and group_bytes(job) * threads <= cache_bytes):
+        parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
+    else:
+        execute_rounds(job, threads)
+
+
+cdef Job leftover_job(const Job *job) noexcept nogil:
+    """The job on the samples after the batches, as a batch of its own."""
+    cdef Job leftover = job[0]
+    cdef Py_ssize_t batches = job.cut.batches, results = batches * job.cut.c
+    cdef Py_ssize_t elements = job.cut.n * job.cut.s, done = array_bytes(job)
+    cdef Py_ssize_t s = elements // job.samples
+    cdef Vector *vectors[6]
+    cdef int i
+    leftover.cut = cut_work(1, job.leftover_samples, job.cut.c, s, job.channels_last)
+    leftover.count = <double>(job.leftover_samples * s)
+    leftover.x += done
+    leftover.dy += 0 if job.dy == NULL else done
+    leftover.out += 0 if job.out == NULL else done
+    leftover.mask += 0 if job.mask == NULL else batches * elements
+    vectors[:] = [&leftover.weight, &leftover.mean, &leftover.invstd, &leftover.bias,
+                  &leftover.sum_dy, &leftover.sum_dy_xhat]
+    for i in range(6):
+        vectors[i].data += batches * vectors[i].batch_stride
+    if job.mean_out != NULL:
+        leftover.mean_out += results
+        leftover.m2_out += results
+    if job.invstd_out != NULL:
+        leftover.invstd_out += results
+    if job.sum_dy_out != NULL:
+        leftover.sum_dy_out += results
+        leftover.sum_dy_xhat_out += results
+    return leftover
+
+
+cdef int execute(Job *job, int threads) except -1:
+    """Execute a job on at most so many threads, or num_threads() for 0.
+
+    Nothing but a lack of memory is raised, and nothing has been written then.
+    """
+    cdef Job leftover
+    allocate(job)
+    with nogil:
+        threads = threads or num_threads_now()
+        execute_batches(job, threads)
+        if job.leftover_samples > 0:
+            leftover = leftover_job(job)
+            execute_batches(&leftover, threads)
+    release(job)
+    return 0
+
+
+cdef int allocate(Job *job) except -1:
+    """Get the memory for partial sums, if there are any."""
+    cdef Py_ssize_t blocks = job.cut.batches * job.cut.blocks
+    if job.reduce == NULL:
+        return 0
+    job.partial_sums = <double *>malloc((2 * job.cut.c * blocks + 1) * sizeof(double))
+    if job.mask != NULL:
+        job.valid = <BlockValid *>malloc((blocks + 1) * sizeof(BlockValid))
+        job.counts = <double *>malloc((job.cut.batches + 1) * sizeof(double))
+    if job.partial_sums == NULL or job.mask != NULL and (job.valid == NULL or job.counts == NULL):
+        release(job)
+        raise MemoryError("no memory for the partial sums of the blocks")
+    return 0
+
+
+cdef void release(Job *job) noexcept:
+    free(job.partial_sums)
+    free(job.valid)
+    free(job.counts)

@@ -1,0 +1,107 @@
+/* The registers of registers.h for AVX2 and F16C. */
+#ifndef FASTBN_KERNELS_REGISTERS_AVX2_H
+#define FASTBN_KERNELS_REGISTERS_AVX2_H
+
+#include <immintrin.h>
+
+/* Registers of 32 bytes. */
+typedef double vd __attribute__((vector_size(32)));
+typedef float vf __attribute__((vector_size(32)));
+enum { VD = 4, VF = 8 };
+
+ALWAYS_INLINE vd widen_float32(const float *p)
+{
+    return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
+}
+
+ALWAYS_INLINE vf load_float16(const uint16_t *p)
+{
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+ALWAYS_INLINE vd widen_float16(const uint16_t *p)
+{
+    return (vd)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+ALWAYS_INLINE __m128i pack_float16(vf v)
+{
+    return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadu_si128((const __m128i *)p);
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+}
+
+ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadl_epi64((const __m128i *)p);
+    return (vd)_mm256_cvtps_pd((__m128)_mm_slli_epi32(_mm_cvtepu16_epi32(h), 16));
+}
+
+ALWAYS_INLINE __m128i pack_bfloat16(vf v)
+{
+    const __m256i bits = (__m256i)v, high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i carry = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, carry), 16);
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i wide = _mm256_blendv_epi8(rounded, quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+
+ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
+{
+    _mm_storeu_si128((__m128i *)p, pack_float16(v));
+}
+
+ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
+{
+    _mm_storeu_si128((__m128i *)p, pack_bfloat16(v));
+}
+
+/* The bytes of a mask for so many lanes, as masked_vd and masked_vf take them. */
+ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index, int lanes)
+{
+    int32_t four;
+    if (index != NULL)
+        return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)mask),
+                                _mm_loadu_si128((const __m128i *)index));
+    if (lanes > 4)
+        return _mm_loadl_epi64((const __m128i *)mask);
+    memcpy(&four, mask, sizeof four);
+    return _mm_cvtsi32_si128(four);
+}
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+{
+    return (vd)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi64(mask_bytes(mask, index, VD)));
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index, VF)));
+}
+
+ALWAYS_INLINE double sum_of_lanes(vd v)
+{
+    typedef double vd2 __attribute__((vector_size(16)));
+    vd2 halves[2];
+    memcpy(halves, &v, sizeof halves);
+    const vd2 two = halves[0] + halves[1];
+    return two[0] + two[1];
+}
+
+#define HAS_NONTEMPORAL 1
+
+ALWAYS_INLINE void copy_register_nontemporal(char *to, const char *from)
+{
+    _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
+}
+
+static void fence_nontemporal(void) { _mm_sfence(); }
+
+#endif

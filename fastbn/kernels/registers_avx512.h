@@ -1,0 +1,108 @@
+/* The registers of registers.h for AVX-512 (F, BW, DQ, VL) and F16C. */
+#ifndef FASTBN_KERNELS_REGISTERS_AVX512_H
+#define FASTBN_KERNELS_REGISTERS_AVX512_H
+
+#include <immintrin.h>
+
+/* Registers of 64 bytes. */
+typedef double vd __attribute__((vector_size(64)));
+typedef float vf __attribute__((vector_size(64)));
+enum { VD = 8, VF = 16 };
+
+ALWAYS_INLINE vd widen_float32(const float *p)
+{
+    return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+}
+
+ALWAYS_INLINE vf load_float16(const uint16_t *p)
+{
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+ALWAYS_INLINE vd widen_float16(const uint16_t *p)
+{
+    return (vd)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
+}
+
+ALWAYS_INLINE __m256i pack_float16(vf v)
+{
+    return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+ALWAYS_INLINE vf load_bfloat16(const uint16_t *p)
+{
+    const __m256i h = _mm256_loadu_si256((const __m256i *)p);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+
+ALWAYS_INLINE vd widen_bfloat16(const uint16_t *p)
+{
+    const __m128i h = _mm_loadu_si128((const __m128i *)p);
+    return (vd)_mm512_cvtps_pd((__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+ALWAYS_INLINE __m256i pack_bfloat16(vf v)
+{
+    const __m512i bits = (__m512i)v, high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i carry = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, carry), 16);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
+ALWAYS_INLINE void store_float16(uint16_t *p, vf v)
+{
+    _mm256_storeu_si256((__m256i *)p, pack_float16(v));
+}
+
+ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
+{
+    _mm256_storeu_si256((__m256i *)p, pack_bfloat16(v));
+}
+
+/* The bytes of a mask for so many lanes, as masked_vd and masked_vf take them. */
+ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index, int lanes)
+{
+    if (index != NULL)
+        return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)mask),
+                                _mm_loadu_si128((const __m128i *)index));
+    if (lanes > 8)
+        return _mm_loadu_si128((const __m128i *)mask);
+    return _mm_loadl_epi64((const __m128i *)mask);
+}
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+{
+    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index, VD)));
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
+}
+
+ALWAYS_INLINE double sum_of_lanes(vd v)
+{
+    typedef double vd4 __attribute__((vector_size(32)));
+    typedef double vd2 __attribute__((vector_size(16)));
+    vd4 halves[2];
+    memcpy(halves, &v, sizeof halves);
+    const vd4 four = halves[0] + halves[1];
+    vd2 quarters[2];
+    memcpy(quarters, &four, sizeof quarters);
+    const vd2 two = quarters[0] + quarters[1];
+    return two[0] + two[1];
+}
+
+#define HAS_NONTEMPORAL 1
+
+ALWAYS_INLINE void copy_register_nontemporal(char *to, const char *from)
+{
+    _mm512_stream_si512((__m512i *)to, _mm512_loadu_si512(from));
+}
+
+static void fence_nontemporal(void) { _mm_sfence(); }
+
+#endif

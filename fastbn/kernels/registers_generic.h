@@ -1,0 +1,128 @@
+/* The registers of registers.h where no better ones are known: 16 bytes in the vector types of gcc
+ * and clang, with what SSE2 has beside them, and one element where a compiler has no such types. */
+#ifndef FASTBN_KERNELS_REGISTERS_GENERIC_H
+#define FASTBN_KERNELS_REGISTERS_GENERIC_H
+
+#if defined(__SSE2__)
+#  include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+/* Registers of 16 bytes. */
+typedef double vd __attribute__((vector_size(16)));
+typedef float vf __attribute__((vector_size(16)));
+enum { VD = 2, VF = 4 };
+#else
+/* "Registers" of one element. */
+typedef double vd;
+typedef float vf;
+enum { VD = 1, VF = 1 };
+#endif
+
+#if defined(__SSE2__)
+
+ALWAYS_INLINE vd widen_float32(const float *p)
+{
+    return (vd)_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+#else
+
+ALWAYS_INLINE vd widen_float32(const float *p)
+{
+    double wide[VD];
+    vd v;
+    for (int i = 0; i < VD; i++)
+        wide[i] = p[i];
+    memcpy(&v, wide, sizeof v);
+    return v;
+}
+
+#endif
+
+/* The 16-bit dtypes are converted element by element. */
+#define BY_ELEMENT(dtype) \
+    ALWAYS_INLINE vf load_##dtype(const uint16_t *p) \
+    { \
+        float wide[VF]; \
+        vf v; \
+        for (int i = 0; i < VF; i++) \
+            wide[i] = decode_##dtype(p[i]); \
+        memcpy(&v, wide, sizeof v); \
+        return v; \
+    } \
+    ALWAYS_INLINE vd widen_##dtype(const uint16_t *p) \
+    { \
+        double wide[VD]; \
+        vd v; \
+        for (int i = 0; i < VD; i++) \
+            wide[i] = decode_##dtype(p[i]); \
+        memcpy(&v, wide, sizeof v); \
+        return v; \
+    } \
+    ALWAYS_INLINE void store_##dtype(uint16_t *p, vf v) \
+    { \
+        float wide[VF]; \
+        memcpy(wide, &v, sizeof wide); \
+        for (int i = 0; i < VF; i++) \
+            p[i] = encode_##dtype(wide[i]); \
+    }
+BY_ELEMENT(float16)
+BY_ELEMENT(bfloat16)
+#undef BY_ELEMENT
+
+ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, const uint8_t *index, int i)
+{
+    return (signed char)mask[index == NULL ? i : index[i]];
+}
+
+#if defined(__GNUC__)
+
+typedef long long lanes_of_vd __attribute__((vector_size(16)));
+typedef int lanes_of_vf __attribute__((vector_size(16)));
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+{
+    const lanes_of_vd wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1)};
+    return (vd)((lanes_of_vd)v & wide);
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    const lanes_of_vf wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1),
+                              mask_byte(mask, index, 2), mask_byte(mask, index, 3)};
+    return (vf)((lanes_of_vf)v & wide);
+}
+
+ALWAYS_INLINE double sum_of_lanes(vd v) { return v[0] + v[1]; }
+
+#else
+
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+{
+    return mask_byte(mask, index, 0) ? v : 0.0;
+}
+
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+{
+    return mask_byte(mask, index, 0) ? v : 0.0f;
+}
+
+ALWAYS_INLINE double sum_of_lanes(vd v) { return v; }
+
+#endif
+
+#if defined(__SSE2__)
+#  define HAS_NONTEMPORAL 1
+
+ALWAYS_INLINE void copy_register_nontemporal(char *to, const char *from)
+{
+    _mm_stream_si128((__m128i *)to, _mm_loadu_si128((const __m128i *)from));
+}
+
+static void fence_nontemporal(void) { _mm_sfence(); }
+#else
+#  define HAS_NONTEMPORAL 0
+#endif
+
+#endif
