@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _selfbench.sampling import DISTURBED
+
 from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
 from bench.goals import Goal, goals_on, met, misses, rows
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw
-from bench.runner import DISTURBED
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
@@ -23,15 +24,15 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 NOTES = """\
 - Every library runs in a process of its own. They are asked in turn, in several rounds; a time \
-is the median of the rounds' medians. Arrays are warm, as far as the caches hold them.
+is the median of their samples. Arrays are warm, as far as the caches hold them.
 - The floor is measured by another process in the same rounds: a copy for a forward, the sum of \
 two arrays for a backward, with all threads (or one, if that is faster), by ordinary or by \
 streaming stores, whichever is faster.
 - A star marks a library that allocates its output in every call, because its users cannot do \
 otherwise. torch-malloc is torch with an allocator that keeps its memory, which spares it the page \
 faults; torch-compile and jax run with it as well.
-- Where the threads of a library had to wait for a CPU, because other processes were busy, the \
-round was repeated up to three times.
+- Samples in which the threads of a library had to wait for a CPU, because other processes were \
+busy, do not count; a round of no others was repeated up to three times.
 - A call in place has its input restored before every sample, outside of the time.
 - oneDNN and the floor are called from C, everything else from Python.
 - The process of a library sleeps while another one is measured: `busy` is the share of that time \
@@ -43,7 +44,7 @@ in which its threads took a CPU nevertheless.
 CUDA_NOTES = """\
 - Times are those of the device: as many calls as take a millisecond are captured in a CUDA graph, \
 whose replays are timed by events. Every library runs in a process of its own, and they are asked \
-in turn, in several rounds; a time is the median of the rounds' medians. The arrays are the same \
+in turn, in several rounds; a time is the median of their samples. The arrays are the same \
 in every call: what fits the second-level cache is found there, by the floor as well.
 - The floor is a copy for a forward (a device-to-device memcpy or a kernel, whichever is faster), \
 and the sum of two float32 arrays of the same bytes for a backward.

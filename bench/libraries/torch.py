@@ -11,7 +11,7 @@ import torch
 
 from bench import library
 from bench.cases import CALL, EPS, MOMENTUM, Array, Case, Data
-from bench.library import Run, require
+from bench.library import PreparedCall, require
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -38,7 +38,7 @@ class Library(library.Library):
         """What a user calls; torch.compile has its say here."""
         return module
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
         module = module.to(as_tensor(data.weight).dtype).train(not case.evaluation)
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -48,10 +48,10 @@ class Library(library.Library):
         if case.evaluation:
             self.mode.enter_context(torch.inference_mode())
         if case.forward:
-            return Run(partial(layer, x), lambda y: {"y": as_array(y)}, False)
+            return PreparedCall(partial(layer, x), lambda y: {"y": as_array(y)}, False)
         x.requires_grad_()
         dy = as_tensor(data.dy).clone(memory_format=FORMATS[variant])
-        return Run(
+        return PreparedCall(
             partial(
                 torch.autograd.grad,
                 layer(x),

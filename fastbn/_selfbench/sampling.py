@@ -12,8 +12,6 @@ from .machine import waited_s
 
 # Makes so many calls.
 Repeat = Callable[[int], object]
-# The seconds that so many calls take.
-Clock = Callable[[int], float]
 
 # A sample is the mean over so many calls that it takes at least this long.
 SAMPLE_S = 1e-3
@@ -34,22 +32,32 @@ def repeated(call: Callable[[], object]) -> Repeat:
     return repeat
 
 
-def wall_clock(repeat: Repeat) -> Clock:
-    """The time that passes during so many calls."""
-
-    def clock(calls: int) -> float:
-        start = time.perf_counter()
-        repeat(calls)
-        return time.perf_counter() - start
-
-    return clock
-
-
 class Sample(NamedTuple):
     """The seconds that the calls of a sample took, and for which threads waited for a CPU."""
 
     took: float
     waited: float
+
+    @property
+    def quiet(self) -> bool:
+        """Whether other processes left it the CPUs."""
+        return self.waited <= DISTURBED * self.took
+
+
+# Measures so many calls.
+Clock = Callable[[int], Sample]
+
+
+def wall_clock(repeat: Repeat) -> Clock:
+    """The time that passes during so many calls."""
+
+    def clock(calls: int) -> Sample:
+        waited, start = waited_s(), time.perf_counter()
+        repeat(calls)
+        took = time.perf_counter() - start
+        return Sample(took, waited_s() - waited)
+
+    return clock
 
 
 class Round(NamedTuple):
@@ -82,12 +90,10 @@ class Sampler:
             self.calls = max(2 * self.calls, int(self.calls * sample_s / max(took, 1e-9)))
 
     def sample(self) -> Sample:
-        """Measure so many calls."""
+        """Measure as many calls as a sample has."""
         if self.restore is not None:
             self.restore()
-        waited = waited_s()
-        took = self.clock(self.calls)
-        return Sample(took, waited_s() - waited)
+        return self.clock(self.calls)
 
     def samples_until(self, end: float) -> Round:
         """Take samples until `time.perf_counter` reaches the end, but one at least."""
@@ -96,18 +102,21 @@ class Sampler:
             found = []
         while not found or time.perf_counter() < end:
             found.append(self.sample())
-        quiet = [sample for sample in found if sample.waited <= DISTURBED * sample.took]
-        counted = quiet or found
+        counted = [sample for sample in found if sample.quiet] or found
         waited = sum(sample.waited for sample in counted) / sum(sample.took for sample in counted)
         return Round([1e3 * sample.took / self.calls for sample in counted], waited)
 
 
-def counted_ms(rounds: Sequence[Round]) -> list[float]:
-    """The samples of the quiet rounds, or of all if none is quiet."""
-    quiet = [each for each in rounds if each.quiet]
-    return list(chain(*(each.ms for each in quiet or rounds)))
+def counted(rounds: Sequence[Round]) -> Sequence[Round]:
+    """The quiet rounds, or all if none is quiet."""
+    return [each for each in rounds if each.quiet] or rounds
+
+
+def pooled_ms(rounds: Sequence[Round]) -> list[float]:
+    """The samples of the rounds that count, in ascending order."""
+    return sorted(chain(*(each.ms for each in counted(rounds))))
 
 
 def median_ms(rounds: Sequence[Round]) -> float:
-    """The median over the samples of the rounds that count."""
-    return statistics.median(counted_ms(rounds))
+    """The median of the samples of the rounds that count."""
+    return statistics.median(pooled_ms(rounds))
