@@ -11,6 +11,8 @@ from bench.libraries import FASTBN, FASTBN_AVX2, TORCH
 
 MB = 1 << 20
 NOISE = 1.05
+# The cost of a call, in multiples of np.add.
+CALL_LIMITS = {"eval": 3.0, "train": 5.0, "train_inplace": 6.0, "backward": 5.0}
 LARGE_SHAPES = ("32x64x112x112", "32x256x56x56", "32x512x28x28")
 
 Ratio = Callable[[Figures, Key, str], float | None]

@@ -62,6 +62,10 @@ class Library(ABC):
         """Forget what was prepared."""
         return
 
+    def calls(self) -> Mapping[str, Mapping[str, Repeat]]:
+        """Statements whose cost is asked for, by what is called and by operation (see calls.py)."""
+        return {}
+
 
 def require(condition: bool, reason: str) -> None:
     """Raise Unsupported for that reason unless the condition holds."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from _selfbench.sampling import DISTURBED
 
+from bench.calls import ADD, ROUNDS, SHAPE
 from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
-from bench.goals import Goal, goals_on, met, misses, rows
+from bench.goals import CALL_LIMITS, Goal, goals_on, met, misses, rows
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw
 
@@ -89,10 +90,13 @@ def _insert(readme: Path, summary: str) -> None:
 
 
 def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
+    if not result["results"]:
+        return f"{_call_costs(result)}\n"
     parts = [
         "# fastbn, its peers and the floor that memory sets",
         _summary(result, figures, images),
         "" if grows(result) else _goals(figures, max(figures.values("threads"), default=1)),
+        _call_costs(result),
     ]
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
@@ -254,6 +258,42 @@ def _calls(figures: Figures) -> str:
         return ""
     text = "An evaluation forward of a layer on a 1x64x1x1 float32 array, the shortest of many."
     return f"## A call\n\n{text}\n\n{_table(['library', 'threads', 'ns'], body)}"
+
+
+def _call_costs(result: dict[str, Any]) -> str:
+    """What calls cost where arrays are too small to matter, and whether that is within limits."""
+    costs = {(cost["call"], cost["operation"]): cost for cost in result.get("calls", ())}
+    if not costs:
+        return ""
+    calls = list(dict.fromkeys(call for call, operation in costs if operation))
+    body = [
+        [OPERATIONS[operation], f"≤ {limit:g}"]
+        + [_call_cost(costs.get((call, operation)), limit) for call in calls]
+        for operation, limit in CALL_LIMITS.items()
+    ]
+    add = ", ".join(
+        f"{cost['ns']:.0f} ns in the process of {cost['library']}"
+        for cost in result["calls"]
+        if not cost["operation"]
+    )
+    text = (
+        f"In multiples of `{ADD}` on float32 arrays of {'x'.join(map(str, SHAPE))}, on one "
+        "thread, with `out=` (torch has none); a backward is a training forward with it, less the "
+        f"forward alone. Medians of {ROUNDS} rounds, in each of which np.add and the calls take "
+        "turns; where another process had the CPU, a round does not count. "
+        f"np.add took {add}. {result['machine']['cpu']}, {result['date'][:10]} "
+        f"(checkout {result['commit']})."
+    )
+    table = _table(["", "limit", *calls], body)
+    return f"## The cost of a call\n\n{text}\n\n{table}"
+
+
+def _call_cost(cost: dict[str, Any] | None, limit: float) -> str:
+    """A multiple of np.add; of fastbn's with its verdict."""
+    if cost is None:
+        return "-"
+    verdict = " hit" if cost["times_add"] <= limit else " **miss**"
+    return f"{cost['times_add']:.1f}{verdict if cost['library'] == FASTBN else ''}"
 
 
 def _threads(figures: Figures) -> str:

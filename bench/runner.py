@@ -20,6 +20,7 @@ from bench.libraries import (
     FASTBN,
     FASTBN_AVX2,
     FASTBN_ONE_THREAD,
+    LIBRARIES,
     TORCH,
     Setup,
     libraries_on,
@@ -239,8 +240,7 @@ def started(settings: Settings) -> Iterator[tuple[Runner, dict[str, Any]]]:
         for worker in processes:
             setup = setups[worker.name]
             about[worker.name] = {**worker.about(), "environment": dict(setup.environment)}
-        if "unavailable" in about.get(FASTBN, {}):
-            raise SystemExit(f"no fastbn: {about[FASTBN]['unavailable']}")
+        require_fastbn(about)
         workers = [worker for worker in processes if "unavailable" not in about[worker.name]]
         yield Runner(settings, workers), about
         for worker in workers:
@@ -257,6 +257,30 @@ def measure(settings: Settings, cases: list[Case], progress: Any) -> dict[str, A
             for _ in runner.measure(case):
                 progress.update()
     return {"libraries": about, "results": runner.results, "left_out": runner.notes()}
+
+
+def measure_calls() -> dict[str, Any]:
+    """The cost of calls of the libraries that have layers, on one thread."""
+    result: dict[str, Any] = {"libraries": {}, "calls": []}
+    for name in LIBRARIES_WITH_LAYERS:
+        setup = LIBRARIES[name]
+        with Worker(name, setup, 1) as worker:
+            about = {**worker.about(), "environment": dict(setup.environment)}
+            result["libraries"][name] = about
+            try:
+                if "unavailable" not in about:
+                    costs = worker.request("time_calls")["costs"]
+                    result["calls"] += [{"library": name, **cost} for cost in costs]
+            except ProcessEnded as end:
+                about["unavailable"] = str(end)
+    require_fastbn(result["libraries"])
+    return result
+
+
+def require_fastbn(about: dict[str, Any]) -> None:
+    """End where fastbn is to be measured and there is none."""
+    if "unavailable" in about.get(FASTBN, {}):
+        raise SystemExit(f"no fastbn: {about[FASTBN]['unavailable']}")
 
 
 def describe(case: Case, threads: int) -> str:

@@ -2,7 +2,8 @@
 
 - `prepare` a case in some layouts, or in every one that the library knows;
 - `time` a layout of it;
-- `release` what was prepared.
+- `release` what was prepared;
+- `time_calls`, which need nothing prepared.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from _selfbench.sampling import SAMPLE_S, Sample, Sampler, repeated, wall_clock
 from _selfbench.serving import reason
 
+from bench import calls
 from bench.cases import Case, Data, check
 from bench.library import Library, PreparedCall
 
@@ -82,6 +84,10 @@ class Worker:
         _, sampler = self.prepared[variant]
         found = sampler.samples_until(time.perf_counter() + budget_ms / 1e3)
         return {"round": found._asdict(), "calls": sampler.calls}
+
+    def time_calls(self) -> dict[str, Any]:
+        """The cost of the library's calls."""
+        return calls.costs(self.library.calls())
 
     def release(self, keep_data: bool) -> dict[str, Any]:
         """Forget what was prepared, and the data too unless it is kept."""

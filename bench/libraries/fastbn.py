@@ -5,14 +5,40 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+from _selfbench.sampling import Repeat
 
 import fastbn
 from bench import library
+from bench.calls import SHAPE, STEP, arrays, statement
 from bench.cases import CALL, EPS, MOMENTUM, Case, Data
 from bench.library import PreparedCall, in_layout, overwrite
 from fastbn import functional
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+# What is called on small arrays, by operation.
+STATEMENTS = {
+    "BatchNorm2d": {
+        "eval": "evaluating(x, out=y)",
+        "train": "layer(x, out=y)",
+        "train_inplace": "layer(inout, out=inout)",
+        STEP: "layer(x, out=y); layer.backward(dy, out=dx)",
+    },
+    "F.batch_norm": {
+        "eval": "F.batch_norm(x, running_mean, running_var, weight, bias, out=y)",
+        "train": "F.batch_norm(x, running_mean, running_var, weight, bias, True, out=y)",
+        "train_inplace": (
+            "F.batch_norm(inout, running_mean, running_var, weight, bias, True, out=inout)"
+        ),
+    },
+    "F.batch_norm_forward, F.batch_norm_backward": {
+        "train": "_, mean, invstd = F.batch_norm_forward(x, weight, bias, out=y)",
+        "train_inplace": "_, mean, invstd = F.batch_norm_forward(inout, weight, bias, out=inout)",
+        STEP: (
+            "_, mean, invstd = F.batch_norm_forward(x, weight, bias, out=y); "
+            "F.batch_norm_backward(dy, x, weight, mean, invstd, out=dx)"
+        ),
+    },
+}
 
 
 class Library(library.Library):
@@ -40,6 +66,20 @@ class Library(library.Library):
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         return self._forward(case, variant, data) if case.forward else backward(case, variant, data)
+
+    def calls(self) -> dict[str, dict[str, Repeat]]:
+        layer = fastbn.BatchNorm2d(SHAPE[1])
+        names = {
+            **arrays("x", "y", "dy", "dx", "inout"),
+            **{name: getattr(layer, name).copy() for name in PARAMETERS},
+            "layer": layer,
+            "evaluating": fastbn.BatchNorm2d(SHAPE[1]).eval(),
+            "F": functional,
+        }
+        return {
+            call: {operation: statement(code, names) for operation, code in statements.items()}
+            for call, statements in STATEMENTS.items()
+        }
 
     def _forward(self, case: Case, variant: str, data: Data) -> PreparedCall:
         layer = layer_of(case, data)

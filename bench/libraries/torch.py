@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _selfbench.sampling import Repeat
 
 from bench import library
+from bench.calls import SHAPE, STEP, arrays, statement
 from bench.cases import CALL, EPS, MOMENTUM, Array, Case, Data
 from bench.library import PreparedCall, require
 
@@ -62,6 +64,26 @@ class Library(library.Library):
             lambda grads: dict(zip(("dx", "dweight", "dbias"), map(as_array, grads), strict=True)),
             False,
         )
+
+    def calls(self) -> dict[str, dict[str, Repeat]]:
+        x, dy = map(torch.from_numpy, arrays("x", "dy").values())
+        module = torch.nn.BatchNorm2d(SHAPE[1])
+        names = {
+            "module": module,
+            "evaluating": torch.nn.BatchNorm2d(SHAPE[1]).eval(),
+            "x": x,
+            "inputs": [x.clone().requires_grad_(), module.weight, module.bias],
+            "dy": dy,
+            "torch": torch,
+        }
+        evaluation = statement("evaluating(x)", names)
+        return {
+            "torch.nn.BatchNorm2d": {
+                "eval": torch.inference_mode()(evaluation),
+                "train": statement("module(inputs[0])", names),
+                STEP: statement("torch.autograd.grad(module(inputs[0]), inputs, dy)", names),
+            }
+        }
 
     def release(self) -> None:
         self.mode.close()
