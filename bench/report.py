@@ -15,7 +15,7 @@ from _selfbench.sampling import DISTURBED
 from bench.calls import ADD, ROUNDS, SHAPE
 from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
-from bench.goals import CALL_LIMITS, Goal, goals_on, met, misses, rows
+from bench.goals import CALL_LIMITS, Goal, goals_on, met, misses, ratios_of
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw
 
@@ -36,8 +36,8 @@ faults; torch-compile and jax run with it as well.
 busy, do not count; a round of no others was repeated up to three times.
 - A call in place has its input restored before every sample, outside of the time.
 - oneDNN and the floor are called from C, everything else from Python.
-- The process of a library sleeps while another one is measured: `busy` is the share of that time \
-in which its threads took a CPU nevertheless.
+- The process of a library sleeps while another one is measured: `busy` is the fraction of that \
+time in which its threads took a CPU nevertheless.
 - Results are compared with a float64 computation before they are timed.
 - fastbn-avx2 and fastbn-1-thread are fastbn with less than it could have, for two of the goals."""
 
@@ -92,7 +92,7 @@ def _insert(readme: Path, summary: str) -> None:
 def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     if not result["results"]:
         return f"{_call_costs(result)}\n"
-    parts = [
+    paragraphs = [
         "# fastbn, its peers and the floor that memory sets",
         _summary(result, figures, images),
         "" if grows(result) else _goals(figures, max(figures.values("threads"), default=1)),
@@ -101,13 +101,13 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
             for layout in LAYOUT_NAMES:
-                parts += [
+                paragraphs += [
                     section
                     for operation in OPERATIONS
                     if (section := _section(figures, threads, dtype, operation, layout))
                 ]
-    parts += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    paragraphs += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
@@ -179,9 +179,11 @@ def _against_peers(figures: Figures, threads: int) -> str:
 
 def _goals(figures: Figures, threads: int) -> str:
     """Every goal with its verdict."""
-    body = [_goal_line(goal, rows(goal, figures, threads)) for goal in goals_on(figures.device)]
-    header = ["goal", "limit", "rows within", "geometric mean", "worst row", "verdict"]
-    text = "Goals, as ratios of times, with limits for every row or for the geometric mean:"
+    body = [
+        _goal_line(goal, ratios_of(goal, figures, threads)) for goal in goals_on(figures.device)
+    ]
+    header = ["goal", "limit", "cases within", "geometric mean", "worst case", "verdict"]
+    text = "Goals, as ratios of times, with limits for every case or for the geometric mean:"
     return f"{text}\n\n{_table(header, body)}"
 
 
@@ -189,13 +191,13 @@ def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
     limit = f"≤ {goal.limit:.2f}{' in the mean' if goal.mean else ''}"
     if not found:
         return [goal.name, limit, "-", "-", "-", "not measured"]
-    worst = max(found, key=lambda row: row.value)
-    within = sum(row.value <= goal.limit for row in found)
+    worst = max(found, key=lambda each: each.value)
+    within = sum(each.value <= goal.limit for each in found)
     return [
         goal.name,
         limit,
         f"{within} of {len(found)}",
-        f"{geometric_mean(row.value for row in found):.2f}",
+        f"{geometric_mean(each.value for each in found):.2f}",
         f"{worst.value:.2f} ({worst.name})",
         "hit" if met(goal, found) else "**miss**",
     ]
@@ -364,4 +366,4 @@ def _left_out(result: dict[str, Any]) -> str:
 
 def _what(entry: dict[str, Any]) -> str:
     """Which operation was left out, for which dtype and layout."""
-    return " ".join(entry[part] for part in ("operation", "dtype", "variant") if entry[part])
+    return " ".join(filter(None, (entry["operation"], entry["dtype"], entry["variant"])))

@@ -1,4 +1,4 @@
-"""Runs the libraries, each in a process of its own, in turn and in several rounds."""
+"""Measures the libraries, each in a process of its own, in turn and in several rounds."""
 
 from __future__ import annotations
 

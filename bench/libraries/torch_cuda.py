@@ -82,7 +82,7 @@ def looked_at(names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
     """Results by their names, which stay on the device until they are looked at."""
     torch.cuda.synchronize()
     return {
-        name: OnDevice(tensor, lambda part: as_array(part.cpu()))
+        name: OnDevice(tensor, lambda piece: as_array(piece.cpu()))
         for name, tensor in zip(names, tensors, strict=True)
     }
 
