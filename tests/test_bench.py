@@ -62,6 +62,16 @@ def test_what_tells_a_result_is_kept_as_it_may_own_the_memory_that_a_call_writes
     assert owners[0]() is None
 
 
+def test_a_device_has_a_clock_of_its_own_and_the_hosts_waiting_does_not_count(bench):
+    library, worker = bench("library"), bench("worker")
+    prepared = library.PreparedCall(int, dict, True, sample_ns=lambda: 2e6)
+    sampler = worker.sampler_of(prepared)
+    found = sampler.samples_until(0.0)
+    assert sampler.calls == 1
+    assert found.ms == [pytest.approx(2.0)]
+    assert found.waited == 0.0
+
+
 def test_a_library_that_cannot_be_imported_is_unavailable(bench):
     with bench("runner").Worker("none", bench("libraries").Setup("none"), 1) as worker:
         assert "ModuleNotFoundError" in worker.about()["unavailable"]
