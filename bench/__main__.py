@@ -1,4 +1,7 @@
-"""`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew."""
+"""`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew.
+
+`python -m bench --calls` measures what a call costs, in half a minute.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ RESULTS = Path(__file__).with_name("results")
 LAYOUTS = ("nchw", "nhwc")
 # Without them there is nothing to compare.
 ALWAYS = (FLOOR, FASTBN)
-# Not in a quick run: seconds of compilation for every shape.
+# Not in a quick measurement: seconds of compilation for every shape.
 SLOW_TO_START = ("torch-compile",)
 # The sizes up to 1 GB would take the others minutes each.
 LIBRARIES_OF_SIZES = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, "onednn")
@@ -35,16 +38,21 @@ def main(arguments: list[str]) -> None:
         options = report_parser().parse_args(arguments[1:])
         write_report(options.result, options.out or options.result.parent, options.readme)
         return
-    options = parser().parse_args(arguments)
-    result = run(options)
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if options.calls and options.device != "cpu":
+        command_line.error("--calls is for arrays on the CPU")
+    result = measure(options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{result['settings']['name']}.json"
     path.write_text(as_json(result))
     write_report(path, options.out, None)
+    if options.calls:
+        print(path.with_suffix(".md").read_text())
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of a run."""
+    """The options of a measurement."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     names = commas(str)
     add = parser.add_argument
@@ -63,16 +71,17 @@ def parser() -> argparse.ArgumentParser:
         "--quick", **flag, help="three short rounds on five shapes, without torch.compile"
     )
     mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 1 GB")
-    mode.add_argument("--tiny", **flag, help="only the cost of a call on a 1x64x1x1 array")
+    mode.add_argument("--tiny", **flag, help="only evaluations of a 1x64x1x1 array")
+    mode.add_argument("--calls", **flag, help="only what calls cost, in multiples of np.add")
     add("--out", type=Path, default=RESULTS, help="the folder of the results")
-    add("--name", help="the results' file name (default: the kind of run)")
+    add("--name", help="the results' file name (default: what was measured)")
     return parser
 
 
 def report_parser() -> argparse.ArgumentParser:
     """The options of a report."""
     parser = argparse.ArgumentParser("python -m bench report")
-    parser.add_argument("result", type=Path, help="the JSON file of a run")
+    parser.add_argument("result", type=Path, help="the JSON file of a measurement")
     parser.add_argument("--out", type=Path, help="the folder of the report (default: the result's)")
     parser.add_argument(
         "--readme",
@@ -87,9 +96,8 @@ def commas(kind: type) -> Any:
     return lambda text: [kind(item) for item in text.split(",")]
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what the options ask for, for each number of threads."""
-    cases = cases_of(options)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     budget_ms = QUICK_BUDGET_MS if options.quick else BUDGET_MS
     result: dict[str, Any] = {
@@ -104,32 +112,47 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "budget_ms": budget_ms,
         },
         "libraries": {},
+        "calls": [],
         "results": [],
         "left_out": [],
     }
     others = machine.Others()
-    with tqdm(unit="round", smoothing=0.05) as progress:
-        for threads in options.threads or [default_threads(options.device)]:
-            settings = runner.Settings(
-                rounds, budget_ms, threads, libraries_of(options), options.layouts, options.device
-            )
-            part = runner.measure(settings, cases, progress)
-            result["libraries"].update(part["libraries"])
-            result["results"] += part["results"]
-            result["left_out"] += part["left_out"]
+    if wants_calls(options):
+        add(result, runner.measure_calls())
+    if not options.calls:
+        cases = cases_of(options)
+        with tqdm(unit="round", smoothing=0.05) as progress:
+            for threads in options.threads or [default_threads(options.device)]:
+                names = libraries_of(options)
+                how = rounds, budget_ms, threads, names, options.layouts, options.device
+                add(result, runner.measure(runner.Settings(*how), cases, progress))
     result["others"] = others.cpus()
     return result
 
 
+def wants_calls(options: argparse.Namespace) -> bool:
+    """Tell whether the cost of calls is measured, which is something of the CPU's."""
+    return options.calls or (options.device == "cpu" and CALL in (options.operations or [CALL]))
+
+
+def add(result: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Add what was measured to the result."""
+    for name, value in measured.items():
+        if isinstance(value, dict):
+            result[name].update(value)
+        else:
+            result[name] += value
+
+
 def as_json(result: dict[str, Any]) -> str:
     """JSON with a line for every entry of the long lists."""
-    parts = []
+    entries = []
     for name, value in result.items():
         text = json.dumps(value, indent=1)
         if isinstance(value, list):
             text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
-        parts.append(f"{json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+        entries.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def default_threads(device: str) -> int:
@@ -139,8 +162,8 @@ def default_threads(device: str) -> int:
 
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
-    kinds = {"quick": options.quick, "sizes": options.size_sweep, "tiny": options.tiny}
-    kind = next((name for name, chosen in kinds.items() if chosen), "full")
+    kinds = {"quick": "quick", "size_sweep": "sizes", "tiny": "tiny", "calls": "calls"}
+    kind = next((kind for option, kind in kinds.items() if getattr(options, option)), "full")
     return kind if options.device == "cpu" else f"{options.device}-{kind}"
 
 

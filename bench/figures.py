@@ -75,7 +75,7 @@ class Figures:
         return self.best(key, [FASTBN], [layout])
 
     def one_thread(self, key: Key, layout: str) -> Time | None:
-        """fastbn on one thread: beside the others, or in a run of its own."""
+        """fastbn on one thread: beside the others, or measured by itself."""
         alone = self.best(key._replace(threads=1), [FASTBN], [layout])
         return self.best(key, [FASTBN_ONE_THREAD], [layout]) or alone
 

@@ -84,8 +84,8 @@ static void add_stream_range(float *out, const float *a, const float *b, size_t 
 #endif
 
 /* Every thread takes an equal range of whole cache lines. */
-static void run(range_loop *loop, float *out, const float *a, const float *b, size_t count,
-                int threads, long repeats)
+static void execute(range_loop *loop, float *out, const float *a, const float *b, size_t count,
+                    int threads, long repeats)
 {
     for (long r = 0; r < repeats; r++) {
         if (threads == 1) {
@@ -108,7 +108,7 @@ static void run(range_loop *loop, float *out, const float *a, const float *b, si
 #define FLOOR(name)                                                                                \
     void name(float *out, const float *a, const float *b, size_t count, int threads, long repeats) \
     {                                                                                              \
-        run(name##_range, out, a, b, count, threads, repeats);                                     \
+        execute(name##_range, out, a, b, count, threads, repeats);                                 \
     }
 
 FLOOR(copy_memcpy)

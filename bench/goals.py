@@ -11,13 +11,15 @@ from bench.libraries import FASTBN, FASTBN_AVX2, TORCH
 
 MB = 1 << 20
 NOISE = 1.05
+# The cost of a call, in multiples of np.add.
+CALL_LIMITS = {"eval": 3.0, "train": 5.0, "train_inplace": 6.0, "backward": 5.0}
 LARGE_SHAPES = ("32x64x112x112", "32x256x56x56", "32x512x28x28")
 
 Ratio = Callable[[Figures, Key, str], float | None]
 
 
 class Goal(NamedTuple):
-    """The ratio is to be within the limit, on every row or in the geometric mean."""
+    """The ratio is to be within the limit, on every case or in the geometric mean."""
 
     name: str
     ratio: Ratio
@@ -26,20 +28,20 @@ class Goal(NamedTuple):
     layout: str = "nchw"
     dtypes: tuple[str, ...] = ("float32",)
     mean: bool = False
-    # A word for a row that misses it.
+    # A word for a case that misses it.
     short: str = ""
     applies: Callable[[Figures, Key], bool] = lambda figures, key: True
 
     def concerns(self, key: Key, layout: str) -> bool:
-        """Tell whether this is one of its rows."""
+        """Tell whether the goal is about this case."""
         case = key.case
         return (case.operation in self.operations and case.dtype in self.dtypes) and (
             layout == self.layout
         )
 
 
-class Row(NamedTuple):
-    """A row of a goal."""
+class CaseRatio(NamedTuple):
+    """The ratio of a goal in one case."""
 
     name: str
     value: float
@@ -96,7 +98,7 @@ def above_mb(figures: Figures, key: Key) -> bool:
 
 
 def bound_by_one_thread(figures: Figures, key: Key) -> bool:
-    """Tell whether a row is above 1 MB and one thread takes more than twice the floor of all."""
+    """Tell whether a case is above 1 MB and one thread takes more than twice the floor of all."""
     slowness = ratio(figures.one_thread(key, "nchw"), figures.floor(key))
     return above_mb(figures, key) and slowness is not None and slowness > 2.0
 
@@ -230,8 +232,8 @@ def limit_over_floor(operation: str, device: str = "cpu") -> float:
     return next(g.limit for g in goals if g.ratio is over_floor and operation in g.operations)
 
 
-def rows(goal: Goal, figures: Figures, threads: int) -> list[Row]:
-    """The rows of a goal that were measured."""
+def ratios_of(goal: Goal, figures: Figures, threads: int) -> list[CaseRatio]:
+    """The ratios of a goal that were measured."""
     found = []
     for key in figures.keys(threads=threads):
         if goal.concerns(key, goal.layout) and goal.applies(figures, key):
@@ -240,19 +242,19 @@ def rows(goal: Goal, figures: Figures, threads: int) -> list[Row]:
             if len(goal.operations) > 1:
                 name += f" {key.case.operation}"
             if value is not None:
-                found.append(Row(name, value))
+                found.append(CaseRatio(name, value))
     return found
 
 
-def met(goal: Goal, found: list[Row]) -> bool:
-    """Tell whether the rows, of which there is at least one, meet the goal."""
+def met(goal: Goal, found: list[CaseRatio]) -> bool:
+    """Tell whether the ratios, of which there is at least one, meet the goal."""
     if goal.mean:
-        return geometric_mean(row.value for row in found) <= goal.limit
-    return all(row.value <= goal.limit for row in found)
+        return geometric_mean(each.value for each in found) <= goal.limit
+    return all(each.value <= goal.limit for each in found)
 
 
 def misses(figures: Figures, key: Key, layout: str) -> list[str] | None:
-    """The goals of a single row that it misses, by their short names; None if it has no goal."""
+    """The goals that a single case misses, by their short names; None if it has no goal."""
     own = [goal for goal in goals_on(figures.device) if goal.short and goal.concerns(key, layout)]
     values = [
         (goal, goal.ratio(figures, key, layout)) for goal in own if goal.applies(figures, key)

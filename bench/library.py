@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from _selfbench.sampling import Repeat
+from _selfbench.serving import Unsupported
 from numpy.typing import DTypeLike
 
 from bench.cases import Array, Case, Data
 
 
-class Unsupported(Exception):
-    """The library cannot do a case; the message says why."""
-
-
 @dataclass
-class Run:
+class PreparedCall:
     """A case, ready to be called again and again.
 
     `result` takes what `call` returned and gives y, or dx with dweight and dbias, as NCHW arrays.
@@ -31,9 +29,9 @@ class Run:
     # Puts back what a call in place has overwritten.
     restore: Callable[[], object] | None = None
     # So many calls without Python between them, for code that is C.
-    repeat: Callable[[int], object] | None = None
+    repeat: Repeat | None = None
     # The nanoseconds of a call by another clock than this process's, such as a device's.
-    sample: Callable[[], float] | None = None
+    sample_ns: Callable[[], float] | None = None
     # Which of several implementations it is.
     note: str = ""
 
@@ -57,12 +55,16 @@ class Library(ABC):
         return ["nchw"]
 
     @abstractmethod
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         """Everything that happens once: buffers, compilation."""
 
     def release(self) -> None:
         """Forget what was prepared."""
         return
+
+    def calls(self) -> Mapping[str, Mapping[str, Repeat]]:
+        """Statements whose cost is asked for, by what is called and by operation (see calls.py)."""
+        return {}
 
 
 def require(condition: bool, reason: str) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from _selfbench.machine import cpu
+
 from bench.native import compiler
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -17,7 +19,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
     """The machine, as far as it tells."""
     return {
         **({} if device == "cpu" else {"gpu": _gpu()}),
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": cpu(),
         "architecture": platform.machine(),
         "cpus": len(available_cpus()),
         "caches": _caches(),

@@ -149,7 +149,7 @@ const char *norm_implementation(const norm *self)
 }
 
 /* Returns 0 if it went well. */
-int norm_run(const norm *self, long repeats)
+int norm_execute(const norm *self, long repeats)
 {
     int status = 0;
     for (long r = 0; r < repeats && !status; r++)

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _selfbench.sampling import DISTURBED
+
+from bench.calls import ADD, ROUNDS, SHAPE
 from bench.cases import CALL, OPERATIONS
 from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
-from bench.goals import Goal, goals_on, met, misses, rows
+from bench.goals import CALL_LIMITS, Goal, goals_on, met, misses, ratios_of
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw, draw_peers
-from bench.runner import DISTURBED
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
@@ -26,19 +28,19 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 NOTES = """\
 - Every library runs in a process of its own. They are asked in turn, in several rounds; a time \
-is the median of the rounds' medians. Arrays are warm, as far as the caches hold them.
+is the median of their samples. Arrays are warm, as far as the caches hold them.
 - The floor is measured by another process in the same rounds: a copy for a forward, the sum of \
 two arrays for a backward, with all threads (or one, if that is faster), by ordinary or by \
 streaming stores, whichever is faster.
 - A star marks a library that allocates its output in every call, because its users cannot do \
 otherwise. torch-malloc is torch with an allocator that keeps its memory, which spares it the page \
 faults; torch-compile and jax run with it as well.
-- Where the threads of a library had to wait for a CPU, because other processes were busy, the \
-round was repeated up to three times.
+- Samples in which the threads of a library had to wait for a CPU, because other processes were \
+busy, do not count; a round of no others was repeated up to three times.
 - A call in place has its input restored before every sample, outside of the time.
 - oneDNN and the floor are called from C, everything else from Python.
-- The process of a library sleeps while another one is measured: `busy` is the share of that time \
-in which its threads took a CPU nevertheless.
+- The process of a library sleeps while another one is measured: `busy` is the fraction of that \
+time in which its threads took a CPU nevertheless.
 - Results are compared with a float64 computation before they are timed.
 - fastbn-avx2 and fastbn-1-thread are fastbn with less than it could have, for two of the goals."""
 
@@ -46,7 +48,7 @@ in which its threads took a CPU nevertheless.
 CUDA_NOTES = """\
 - Times are those of the device: as many calls as take a millisecond are captured in a CUDA graph, \
 whose replays are timed by events. Every library runs in a process of its own, and they are asked \
-in turn, in several rounds; a time is the median of the rounds' medians. The arrays are the same \
+in turn, in several rounds; a time is the median of their samples. The arrays are the same \
 in every call: what fits the second-level cache is found there, by the floor as well.
 - The floor is a copy for a forward (a device-to-device memcpy or a kernel, whichever is faster), \
 and the sum of two float32 arrays of the same bytes for a backward.
@@ -93,21 +95,24 @@ def _insert(readme: Path, summary: str) -> None:
 
 
 def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
-    parts = [
+    if not result["results"]:
+        return f"{_call_costs(result)}\n"
+    paragraphs = [
         "# fastbn, its peers and the floor that memory sets",
         _summary(result, figures, images),
         "" if grows(result) else _goals(figures, max(figures.values("threads"), default=1)),
+        _call_costs(result),
     ]
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
             for layout in LAYOUT_NAMES:
-                parts += [
+                paragraphs += [
                     section
                     for operation in OPERATIONS
                     if (section := _section(figures, threads, dtype, operation, layout))
                 ]
-    parts += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    paragraphs += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
@@ -224,9 +229,11 @@ def _standing(figures: Figures, keys: list[Key]) -> list[str]:
 
 def _goals(figures: Figures, threads: int) -> str:
     """Every goal with its verdict."""
-    body = [_goal_line(goal, rows(goal, figures, threads)) for goal in goals_on(figures.device)]
-    header = ["goal", "limit", "rows within", "geometric mean", "worst row", "verdict"]
-    text = "Goals, as ratios of times, with limits for every row or for the geometric mean:"
+    body = [
+        _goal_line(goal, ratios_of(goal, figures, threads)) for goal in goals_on(figures.device)
+    ]
+    header = ["goal", "limit", "cases within", "geometric mean", "worst case", "verdict"]
+    text = "Goals, as ratios of times, with limits for every case or for the geometric mean:"
     return f"{text}\n\n{_table(header, body)}"
 
 
@@ -234,13 +241,13 @@ def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
     limit = f"≤ {goal.limit:.2f}{' in the mean' if goal.mean else ''}"
     if not found:
         return [goal.name, limit, "-", "-", "-", "not measured"]
-    worst = max(found, key=lambda row: row.value)
-    within = sum(row.value <= goal.limit for row in found)
+    worst = max(found, key=lambda each: each.value)
+    within = sum(each.value <= goal.limit for each in found)
     return [
         goal.name,
         limit,
         f"{within} of {len(found)}",
-        f"{geometric_mean(row.value for row in found):.2f}",
+        f"{geometric_mean(each.value for each in found):.2f}",
         f"{worst.value:.2f} ({worst.name})",
         "hit" if met(goal, found) else "**miss**",
     ]
@@ -303,6 +310,42 @@ def _calls(figures: Figures) -> str:
         return ""
     text = "An evaluation forward of a layer on a 1x64x1x1 float32 array, the shortest of many."
     return f"## A call\n\n{text}\n\n{_table(['library', 'threads', 'ns'], body)}"
+
+
+def _call_costs(result: dict[str, Any]) -> str:
+    """What calls cost where arrays are too small to matter, and whether that is within limits."""
+    costs = {(cost["call"], cost["operation"]): cost for cost in result.get("calls", ())}
+    if not costs:
+        return ""
+    calls = list(dict.fromkeys(call for call, operation in costs if operation))
+    body = [
+        [OPERATIONS[operation], f"≤ {limit:g}"]
+        + [_call_cost(costs.get((call, operation)), limit) for call in calls]
+        for operation, limit in CALL_LIMITS.items()
+    ]
+    add = ", ".join(
+        f"{cost['ns']:.0f} ns in the process of {cost['library']}"
+        for cost in result["calls"]
+        if not cost["operation"]
+    )
+    text = (
+        f"In multiples of `{ADD}` on float32 arrays of {'x'.join(map(str, SHAPE))}, on one "
+        "thread, with `out=` (torch has none); a backward is a training forward with it, less the "
+        f"forward alone. Medians of {ROUNDS} rounds, in each of which np.add and the calls take "
+        "turns; where another process had the CPU, a round does not count. "
+        f"np.add took {add}. {result['machine']['cpu']}, {result['date'][:10]} "
+        f"(checkout {result['commit']})."
+    )
+    table = _table(["", "limit", *calls], body)
+    return f"## The cost of a call\n\n{text}\n\n{table}"
+
+
+def _call_cost(cost: dict[str, Any] | None, limit: float) -> str:
+    """A multiple of np.add; of fastbn's with its verdict."""
+    if cost is None:
+        return "-"
+    verdict = " hit" if cost["times_add"] <= limit else " **miss**"
+    return f"{cost['times_add']:.1f}{verdict if cost['library'] == FASTBN else ''}"
 
 
 def _threads(figures: Figures) -> str:
@@ -373,4 +416,4 @@ def _left_out(result: dict[str, Any]) -> str:
 
 def _what(entry: dict[str, Any]) -> str:
     """Which operation was left out, for which dtype and layout."""
-    return " ".join(entry[part] for part in ("operation", "dtype", "variant") if entry[part])
+    return " ".join(filter(None, (entry["operation"], entry["dtype"], entry["variant"])))

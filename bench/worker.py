@@ -1,83 +1,56 @@
-"""The process of one library: answers the runner, a line of JSON for a line of JSON.
-
-It is started as `python -P -c STARTUP` (see runner.py) with its settings as the only argument. The
-first line it writes tells what the library is, or why there is none. Then it answers messages:
+"""The process of one library: answers the runner's requests.
 
 - `prepare` a case in some layouts, or in every one that the library knows;
 - `time` a layout of it;
-- `release` what was prepared.
+- `release` what was prepared;
+- `time_calls`, which need nothing prepared.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
-import json
 import os
-import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from _selfbench.sampling import SAMPLE_S, Sample, Sampler, repeated, wall_clock
+from _selfbench.serving import reason
+
+from bench import calls
 from bench.cases import Case, Data, check
-from bench.library import Library, Run
+from bench.library import Library, PreparedCall
 
-# A sample is the mean over so many calls that it takes at least this long.
-SAMPLE_NS = 100_000
-# A library this slow is not called an extra time to warm up in every round.
-SLOW_NS = 100_000_000
+# Calls in place that are repeated let the values grow or shrink, down to subnormal numbers, which
+# are slow. The input is therefore restored more often than a sample need begin.
+SAMPLE_IN_PLACE_S = 1e-4
 
 
-class Prepared:
-    """A case in a layout, ready and known to be right."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.calls = 1
-        self.calls = max(1, int(SAMPLE_NS / max(min(self._first()), 1.0)))
-
-    def _first(self) -> list[float]:
-        """Samples of a single call; more of them if calls are short."""
-        first = self.sample()
-        return [first, *(self.sample() for _ in range(9 if first < SLOW_NS / 100 else 1))]
-
-    def sample(self) -> float:
-        """The nanoseconds of a call, the mean over several."""
-        if self.run.sample is not None:
-            return self.run.sample()
-        call, repeat, calls = self.run.call, self.run.repeat, self.calls
-        if self.run.restore is not None:
-            self.run.restore()
-        if repeat is not None:
-            start = time.perf_counter_ns()
-            repeat(calls)
-        else:
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                call()
-        return (time.perf_counter_ns() - start) / calls
-
-    def samples(self, budget_ns: float) -> list[float]:
-        """Samples for about as long as the budget says, at least one."""
-        start = time.perf_counter_ns()
-        samples = [self.sample()]
-        if samples[0] * self.calls < SLOW_NS:  # That one woke the threads and warmed the caches.
-            samples = []
-        while not samples or time.perf_counter_ns() - start < budget_ns:
-            samples.append(self.sample())
-        return samples
+def sampler_of(prepared: PreparedCall) -> Sampler:
+    """What takes samples of a case, by the clock that it needs."""
+    if prepared.sample_ns is not None:
+        sample_ns = prepared.sample_ns
+        return Sampler(lambda calls: Sample(calls * sample_ns() * 1e-9, 0.0), sample_s=0.0)
+    clock = wall_clock(prepared.repeat or repeated(prepared.call))
+    if prepared.restore is not None:
+        return Sampler(clock, SAMPLE_IN_PLACE_S, prepared.restore)
+    return Sampler(clock, SAMPLE_S)
 
 
 class Worker:
-    """Answers messages about one library."""
+    """Answers requests about one library."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.prepared: dict[str, Prepared] = {}
+        # Both, as the memory that a call writes to may be owned by what tells its result.
+        self.prepared: dict[str, tuple[PreparedCall, Sampler]] = {}
         self.data: Data | None = None
+
+    def about(self) -> dict[str, Any]:
+        """What is measured."""
+        library = self.library
+        return {"versions": library.versions(), "api": library.api, "buffers": library.buffers}
 
     def prepare(
         self, operation: str, shape: list[int], dtype: str, variants: list[str] | None
@@ -94,26 +67,30 @@ class Worker:
             return {"prepared": {}, "failed": {"": reason(error)}}
         for variant in known if variants is None else [v for v in known if v in variants]:
             try:
-                run = self.library.prepare(case, variant, self.data)
-                if run.restore is not None:
-                    run.restore()
-                check(case, self.data, run.result(run.call()))
-                self.prepared[variant] = Prepared(run)
+                prepared = self.library.prepare(case, variant, self.data)
+                if prepared.restore is not None:
+                    prepared.restore()
+                check(case, self.data, prepared.result(prepared.call()))
+                self.prepared[variant] = prepared, sampler_of(prepared)
             except Exception as error:  # Whatever it is, the others go on.
                 answer["failed"][variant] = reason(error)
             else:
-                answer["prepared"][variant] = {"preallocated": run.preallocated, "note": run.note}
+                about = {"preallocated": prepared.preallocated, "note": prepared.note}
+                answer["prepared"][variant] = about
         return answer
 
-    def time(self, variant: str, budget_ns: float) -> dict[str, Any]:
-        """Samples, and how long threads had to wait for a CPU, relative to the time it took."""
-        prepared = self.prepared[variant]
-        start, waited = time.perf_counter_ns(), waited_ns()
-        samples = prepared.samples(budget_ns)
-        waited, took = waited_ns() - waited, time.perf_counter_ns() - start
-        return {"samples": samples, "calls": prepared.calls, "waited": waited / took}
+    def time(self, variant: str, budget_ms: float) -> dict[str, Any]:
+        """A round of samples, and how many calls each of them is the mean of."""
+        _, sampler = self.prepared[variant]
+        found = sampler.samples_until(time.perf_counter() + budget_ms / 1e3)
+        return {"round": found._asdict(), "calls": sampler.calls}
+
+    def time_calls(self) -> dict[str, Any]:
+        """The cost of the library's calls."""
+        return calls.costs(self.library.calls())
 
     def release(self, keep_data: bool) -> dict[str, Any]:
+        """Forget what was prepared, and the data too unless it is kept."""
         self.prepared.clear()
         self.library.release()
         if not keep_data:
@@ -122,60 +99,9 @@ class Worker:
         return {}
 
 
-def waited_ns() -> int:
-    """How long the threads of this process have been ready to run while others had the CPUs."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # It has ended.
-            total += int(path.read_text().split()[1])
-    return total
-
-
-def reason(error: BaseException) -> str:
-    """An error as one line."""
-    text = " ".join(str(error).split())
-    name = type(error).__name__
-    return text[:300] if name == "Unsupported" else f"{name}: {text[:300]}"
-
-
-def private_stdout() -> TextIO:
-    """The standard output for answers only; whatever a library prints goes to standard error."""
-    private = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return private
-
-
-def serve(worker: Worker, answer: Callable[[dict[str, Any]], None]) -> None:
-    """Answer until standard input ends. An answer tells how busy the process was before it."""
-    gc.disable()
-    gc.freeze()  # What the library has imported need not be searched at every release.
-    idle_wall, idle_cpu = time.perf_counter(), time.process_time()
-    for line in sys.stdin:
-        idle = [time.perf_counter() - idle_wall, time.process_time() - idle_cpu]
-        message = json.loads(line)
-        method = getattr(worker, message.pop("do"))
-        answer({**method(**message), "idle": idle})
-        idle_wall, idle_cpu = time.perf_counter(), time.process_time()
-
-
-def main() -> None:
-    """Import the library, say what it is, serve."""
-    output = private_stdout()
-
-    def answer(message: dict[str, Any]) -> None:
-        output.write(json.dumps(message) + "\n")
-        output.flush()
-
-    settings = json.loads(sys.argv[1])
-    if settings["cpus"] and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, settings["cpus"])
+def start(module: str, threads: int, cpus: list[int]) -> Worker:
+    """Import the library, on the CPUs that it may use."""
+    if cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
     warnings.simplefilter("ignore")
-    try:
-        module = importlib.import_module(f"bench.libraries.{settings['module']}")
-        library = module.Library(settings["threads"])
-        versions = library.versions()
-    except Exception as error:
-        answer({"unavailable": reason(error)})
-        return
-    answer({"versions": versions, "api": library.api, "buffers": library.buffers})
-    serve(Worker(library), answer)
+    return Worker(importlib.import_module(f"bench.libraries.{module}").Library(threads))

@@ -15,6 +15,7 @@ from support import same_bits
 import fastbn
 from fastbn import __main__, _selfbench
 from fastbn import functional as F
+from fastbn._selfbench import libraries, machine, sampling
 
 LIBRARIES = ["floor", "fastbn", *(["torch"] if importlib.util.find_spec("torch") else [])]
 NOT_IN_TORCH = {"eval_inplace", "train_inplace", "backward_inplace"}
@@ -101,12 +102,12 @@ def test_bench_prints_a_table_and_its_progress_beside_it(small, capsys, monkeypa
 
 def test_only_quiet_rounds_count_unless_there_are_none():
     def rounds(*answers):
-        return _selfbench.figures({"fastbn": [_selfbench.Answer(*answer) for answer in answers]})
+        return _selfbench.figures({"fastbn": [sampling.Round(*answer) for answer in answers]})
 
-    quiet, busy = ([1.0, 2.0, 3.0], True), ([7.0, 8.0], False)
+    quiet, busy = ([1.0, 2.0, 3.0], 0.1), ([7.0, 8.0], 0.11)
     assert rounds(quiet, busy) == {"ms": {"fastbn": 2.0}, "disturbed": []}
-    assert rounds(busy, ([50.0], False)) == {"ms": {"fastbn": 8.0}, "disturbed": ["fastbn"]}
-    assert rounds(([], True)) == {"ms": {}, "disturbed": []}
+    assert rounds(busy, ([50.0], 0.5)) == {"ms": {"fastbn": 8.0}, "disturbed": ["fastbn"]}
+    assert rounds(([], 0.0)) == {"ms": {}, "disturbed": []}
 
 
 def test_the_means_are_geometric_and_over_the_shapes():
@@ -122,13 +123,13 @@ def test_the_means_are_geometric_and_over_the_shapes():
 
 
 def test_figures_that_others_disturbed_are_marked_and_not_in_the_means(small, capsys, monkeypatch):
-    def ask(worker, shape, operation, _):
-        disturbed = (worker.library, operation) in [("fastbn", "eval"), ("floor", "backward")]
+    def time(worker, shape, operation, _):
+        disturbed = (worker.name, operation) in [("fastbn", "eval"), ("floor", "backward")]
         disturbed = (disturbed and shape[0] == 2) or operation == "train"
-        ms = 1.0 if worker.library == "floor" else 3.0 if shape[0] == 2 else 5.0
-        return _selfbench.Answer([ms], not disturbed)
+        ms = 1.0 if worker.name == "floor" else 3.0 if shape[0] == 2 else 5.0
+        return sampling.Round([ms], float(disturbed))
 
-    monkeypatch.setattr(_selfbench.Worker, "ask", ask)
+    monkeypatch.setattr(_selfbench.Worker, "time", time)
     __main__.main(["bench"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["evaluation", "1.000", "3.000", "(3.00)*"] in lines
@@ -141,7 +142,7 @@ def test_figures_that_others_disturbed_are_marked_and_not_in_the_means(small, ca
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_each_library_has_a_process_without_the_others(library):
     with _selfbench.Worker(library, 1) as worker:
-        assert worker.ask((2, 3, 4, 5), "train", 0.0).ms
+        assert worker.time((2, 3, 4, 5), "train", 0.0).ms
         loaded = Path(f"/proc/{worker.process.pid}/maps").read_text()
     assert ("fastbn/_core" in loaded) == (library == "fastbn")
     assert ("libtorch" in loaded) == (library == "torch")
@@ -149,13 +150,13 @@ def test_each_library_has_a_process_without_the_others(library):
 
 
 def test_a_process_that_fails_is_told_of():
-    with pytest.raises(RuntimeError, match="nonsense has ended"):
+    with pytest.raises(RuntimeError, match="nonsense does not start: KeyError"):
         _selfbench.Worker("nonsense", 1)
     with (
         _selfbench.Worker("floor", 1) as worker,
         pytest.raises(RuntimeError, match="floor has ended"),
     ):
-        worker.ask((2, 3, -4, 5), "train", 0.0)
+        worker.time((2, 3, -4, 5), "train", 0.0)
 
 
 BROKEN = {
@@ -191,24 +192,13 @@ def test_bench_goes_on_without_a_torch_that_cannot_be_imported(
 
 
 @pytest.fixture
-def worker(monkeypatch):
-    """The module that runs in the processes."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    path = Path(_selfbench.__file__).with_name("worker.py")
-    spec = importlib.util.spec_from_file_location("worker", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def arrays():
+    return libraries.arrays_of((4, 3, 6, 5))
 
 
-@pytest.fixture
-def arrays(worker):
-    return worker.arrays_of((4, 3, 6, 5))
-
-
-def test_the_floor_moves_what_the_operations_move(worker, arrays):
+def test_the_floor_moves_what_the_operations_move(arrays):
     x, dy, out = (array.copy() for array in arrays)
-    floor = worker.Floor(2)
+    floor = libraries.Floor(2)
     for operation, expected in [
         ("eval", (x, dy, x)),
         ("backward", (x, dy, x + dy)),
@@ -235,16 +225,17 @@ def expected(arrays):
 @pytest.mark.parametrize("operation", ["eval", "train", "backward"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_fastbn_does_what_it_is_asked_for(
-    worker, arrays, expected, set_num_threads, operation, in_place
+    arrays, expected, set_num_threads, monkeypatch, operation, in_place
 ):
-    library = worker.FastBN(1)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    library = libraries.FastBN(1)
     library.prepare(operation + ("_inplace" if in_place else ""), arrays)(1)
     overwritten = arrays.dy if operation == "backward" else arrays.x
     assert same_bits(overwritten if in_place else arrays.out, expected[operation])
 
 
 @pytest.fixture
-def clock(worker, monkeypatch):
+def clock(monkeypatch):
     """Times that only `tick` lets pass: running, and waiting for a CPU."""
     now = {"run": 0.0, "waited": 0.0}
 
@@ -252,29 +243,34 @@ def clock(worker, monkeypatch):
         now["run"] += run
         now["waited"] += waited
 
-    monkeypatch.setattr(worker.time, "perf_counter", lambda: now["run"])
-    monkeypatch.setattr(worker, "waited_s", lambda: now["waited"])
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: now["run"])
+    monkeypatch.setattr(sampling, "waited_s", lambda: now["waited"])
     return tick
 
 
-def test_each_sample_is_the_mean_of_as_many_calls_as_a_clock_can_measure(worker, clock):
+def samples_of(repeat, seconds):
+    end = sampling.time.perf_counter() + seconds
+    return sampling.Sampler(sampling.wall_clock(repeat)).samples_until(end)
+
+
+def test_each_sample_is_the_mean_of_as_many_calls_as_a_clock_can_measure(clock):
     asked = []
 
     def repeat(calls):
         asked.append(calls)
         clock(1e-4 * calls)
 
-    samples, quiet = worker.samples(repeat, 0.01)
-    assert quiet
-    assert samples == pytest.approx([0.1] * len(samples))
+    found = samples_of(repeat, 0.01)
+    assert found.quiet
+    assert found.ms == pytest.approx([0.1] * len(found.ms))
     assert asked[0] == 1
     assert sum(asked) * 1e-4 == pytest.approx(0.01, rel=0.3)
-    assert set(asked[-len(samples) :]) == {asked[-1]}
-    assert asked[-1] * 1e-4 >= worker.SAMPLE_S
+    assert set(asked[-len(found.ms) :]) == {asked[-1]}
+    assert asked[-1] * 1e-4 >= sampling.SAMPLE_S
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_samples_in_which_threads_waited_count_only_if_all_did(worker, clock, always):
+def test_samples_in_which_threads_waited_count_only_if_all_did(clock, always):
     busy = True
 
     def repeat(calls):
@@ -282,24 +278,24 @@ def test_samples_in_which_threads_waited_count_only_if_all_did(worker, clock, al
         busy = always or not busy
         clock(5e-3 if busy else 2e-3, 1e-3 if busy else 0)
 
-    samples, quiet = worker.samples(repeat, 0.1)
-    assert quiet != always
-    assert len(samples) > 5
-    assert samples == pytest.approx([5.0 if always else 2.0] * len(samples))
+    found = samples_of(repeat, 0.1)
+    assert found.quiet != always
+    assert len(found.ms) > 5
+    assert found.ms == pytest.approx([5.0 if always else 2.0] * len(found.ms))
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
-def test_waiting_for_a_cpu_is_seen(worker):
+def test_waiting_for_a_cpu_is_seen():
     code = "import time\nend = time.time() + 1\nwhile time.time() < end: pass"
     cpus = os.sched_getaffinity(0)
     others = subprocess.Popen([sys.executable, "-c", code])
     try:
         os.sched_setaffinity(0, {min(cpus)})
         os.sched_setaffinity(others.pid, {min(cpus)})
-        before, end = worker.waited_s(), time.perf_counter() + 0.3
+        before, end = machine.waited_s(), time.perf_counter() + 0.3
         while time.perf_counter() < end:
             pass
-        assert worker.waited_s() - before > 0.05
+        assert machine.waited_s() - before > 0.05
     finally:
         os.sched_setaffinity(0, cpus)
         others.kill()

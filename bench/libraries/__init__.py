@@ -22,7 +22,7 @@ class Setup(NamedTuple):
 
     module: str
     environment: Mapping[str, str] = {}
-    # None is what the run asks for.
+    # None is as many as the benchmark is asked for.
     threads: int | None = None
 
 

@@ -10,7 +10,7 @@ import cupy
 from bench import library
 from bench.cases import CALL, EPS, Case, Data
 from bench.libraries import _cupy
-from bench.library import Run, require
+from bench.library import PreparedCall, require
 
 AXES, COLUMN = (0, 2, 3), (1, -1, 1, 1)
 
@@ -28,7 +28,7 @@ class Library(library.Library):
         require(case.operation != CALL, "a call is asked of layers only")
         return ["nchw"]
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         x, dy = _cupy.on_device(data.x), _cupy.on_device(data.dy)
         vectors = (data.weight, data.bias, data.running_mean, data.running_var)
         weight, bias, mean, var = (cupy.asarray(v, x.dtype).reshape(COLUMN) for v in vectors)
@@ -39,8 +39,8 @@ class Library(library.Library):
             call = partial(trained, x, weight, bias)
         else:
             call, names = partial(gradients, dy, x, weight), ("dx", "dweight", "dbias")
-        return Run(
-            call, lambda result: _cupy.looked_at(names, result), False, sample=_cupy.timed(call)
+        return PreparedCall(
+            call, lambda result: _cupy.looked_at(names, result), False, sample_ns=_cupy.timed(call)
         )
 
     def release(self) -> None:

@@ -5,12 +5,40 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+from _selfbench.sampling import Repeat
 
 import fastbn
 from bench import library
+from bench.calls import SHAPE, STEP, arrays, statement
 from bench.cases import CALL, EPS, MOMENTUM, Case, Data
-from bench.library import Run, in_layout, overwrite
+from bench.library import PreparedCall, in_layout, overwrite
 from fastbn import functional
+
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+# What is called on small arrays, by operation.
+STATEMENTS = {
+    "BatchNorm2d": {
+        "eval": "evaluating(x, out=y)",
+        "train": "layer(x, out=y)",
+        "train_inplace": "layer(inout, out=inout)",
+        STEP: "layer(x, out=y); layer.backward(dy, out=dx)",
+    },
+    "F.batch_norm": {
+        "eval": "F.batch_norm(x, running_mean, running_var, weight, bias, out=y)",
+        "train": "F.batch_norm(x, running_mean, running_var, weight, bias, True, out=y)",
+        "train_inplace": (
+            "F.batch_norm(inout, running_mean, running_var, weight, bias, True, out=inout)"
+        ),
+    },
+    "F.batch_norm_forward, F.batch_norm_backward": {
+        "train": "_, mean, invstd = F.batch_norm_forward(x, weight, bias, out=y)",
+        "train_inplace": "_, mean, invstd = F.batch_norm_forward(inout, weight, bias, out=inout)",
+        STEP: (
+            "_, mean, invstd = F.batch_norm_forward(x, weight, bias, out=y); "
+            "F.batch_norm_backward(dy, x, weight, mean, invstd, out=dx)"
+        ),
+    },
+}
 
 
 class Library(library.Library):
@@ -36,17 +64,31 @@ class Library(library.Library):
     def variants(self, case: Case) -> list[str]:
         return ["nchw"] if case.in_place or case.operation == CALL else ["nchw", "nhwc"]
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         return self._forward(case, variant, data) if case.forward else backward(case, variant, data)
 
-    def _forward(self, case: Case, variant: str, data: Data) -> Run:
+    def calls(self) -> dict[str, dict[str, Repeat]]:
+        layer = fastbn.BatchNorm2d(SHAPE[1])
+        names = {
+            **arrays("x", "y", "dy", "dx", "inout"),
+            **{name: getattr(layer, name).copy() for name in PARAMETERS},
+            "layer": layer,
+            "evaluating": fastbn.BatchNorm2d(SHAPE[1]).eval(),
+            "F": functional,
+        }
+        return {
+            call: {operation: statement(code, names) for operation, code in statements.items()}
+            for call, statements in STATEMENTS.items()
+        }
+
+    def _forward(self, case: Case, variant: str, data: Data) -> PreparedCall:
         layer = layer_of(case, data)
         x = in_layout(data.x, variant)
         if case.operation == CALL:
-            return Run(partial(layer, x), lambda y: {"y": y}, False)
+            return PreparedCall(partial(layer, x), lambda y: {"y": y}, False)
         if not case.in_place:
-            return Run(partial(layer, x, out=np.zeros_like(x)), lambda y: {"y": y}, True)
-        return Run(
+            return PreparedCall(partial(layer, x, out=np.zeros_like(x)), lambda y: {"y": y}, True)
+        return PreparedCall(
             partial(layer, x, out=x),
             lambda y: {"y": y},
             True,
@@ -57,21 +99,21 @@ class Library(library.Library):
 def layer_of(case: Case, data: Data) -> fastbn.BatchNorm2d:
     """A layer with the parameters and statistics of the data."""
     layer = fastbn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM, dtype=data.weight.dtype)
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in PARAMETERS:
         getattr(layer, name)[...] = getattr(data, name)
     return layer.train(not case.evaluation)
 
 
-def backward(case: Case, variant: str, data: Data) -> Run:
+def backward(case: Case, variant: str, data: Data) -> PreparedCall:
     """The function under a layer's backward; the layer's own would need a forward before each."""
     x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
     _, mean, invstd = functional.batch_norm_forward(x, data.weight, data.bias, EPS)
     out = dy if case.in_place else np.zeros_like(dy)
-    run = Run(
+    prepared = PreparedCall(
         partial(functional.batch_norm_backward, dy, x, data.weight, mean, invstd, out=out),
         lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
         True,
     )
     if case.in_place:
-        run.restore = partial(overwrite, dy, in_layout(data.dy, variant))
-    return run
+        prepared.restore = partial(overwrite, dy, in_layout(data.dy, variant))
+    return prepared

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench import library, native
 from bench.cases import Array, Case, Data
-from bench.library import Run, aligned
+from bench.library import PreparedCall, aligned
 
 # Below this size of x, one thread may be faster than starting others.
 SMALL = 1 << 20
@@ -40,7 +40,7 @@ class Library(library.Library):
         threads = {1, self.threads} if case.bytes <= SMALL else {self.threads}
         return [f"{kind}/{n}" for kind in kinds if hasattr(self.c, kind) for n in sorted(threads)]
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         kind, threads = variant.split("/")
         count = case.bytes // 4
         if not self.arrays or self.arrays[0].size != count:
@@ -52,7 +52,7 @@ class Library(library.Library):
         loop.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t, ctypes.c_int, ctypes.c_long]
         loop.restype = None
         loop = partial(loop, *(array.ctypes.data for array in arrays), count, int(threads))
-        return Run(partial(loop, 1), lambda _: check(kind, arrays), True, repeat=loop)
+        return PreparedCall(partial(loop, 1), lambda _: check(kind, arrays), True, repeat=loop)
 
 
 def check(kind: str, arrays: list[Array]) -> dict[str, Array]:

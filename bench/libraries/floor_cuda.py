@@ -11,7 +11,7 @@ import numpy as np
 from bench import library
 from bench.cases import Case, Data
 from bench.libraries import _cupy
-from bench.library import Run
+from bench.library import PreparedCall
 
 
 class Library(library.Library):
@@ -26,7 +26,7 @@ class Library(library.Library):
     def variants(self, case: Case) -> list[str]:
         return ["copy_memcpy", "copy_kernel"] if case.forward else ["add_kernel"]
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         # Other dtypes would take no less time for the same bytes, and some kernels more.
         x, dy = (cupy.full(case.bytes // 4, value, np.float32) for value in (1.0, 2.0))
         out = cupy.zeros_like(x)
@@ -36,7 +36,7 @@ class Library(library.Library):
             "add_kernel": partial(cupy.add, x, dy, out=out),
         }[variant]
         wanted = 1.0 if case.forward else 3.0
-        return Run(call, lambda _: check(out, wanted), True, sample=_cupy.timed(call))
+        return PreparedCall(call, lambda _: check(out, wanted), True, sample_ns=_cupy.timed(call))
 
     def release(self) -> None:
         _cupy.release()

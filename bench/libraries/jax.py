@@ -13,7 +13,7 @@ import numpy as np
 
 from bench import library
 from bench.cases import EPS, MOMENTUM, Case, Data
-from bench.library import Run
+from bench.library import PreparedCall
 
 AXES = (0, 2, 3)
 
@@ -27,7 +27,7 @@ class Library(library.Library):
     def versions(self) -> dict[str, str]:
         return {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         parameters = [jnp.array(v) for v in (data.weight, data.bias)]
         statistics = [jnp.array(v) for v in (data.running_mean, data.running_var)]
         if case.forward:
@@ -43,7 +43,7 @@ class Library(library.Library):
         call = Call(jax.jit(function, donate_argnums=(0,) if case.in_place else ()), parameters)
         call.restore = partial(call.take, given)
         call.restore()
-        return Run(
+        return PreparedCall(
             call.in_place if case.in_place else call,
             partial(as_arrays, case),
             case.in_place,

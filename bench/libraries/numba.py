@@ -10,7 +10,7 @@ from numba import njit, prange
 
 from bench import library
 from bench.cases import EPS, MOMENTUM, Array, Case, Data
-from bench.library import Run, overwrite, require
+from bench.library import PreparedCall, overwrite, require
 
 
 class Library(library.Library):
@@ -30,31 +30,28 @@ class Library(library.Library):
         require(case.dtype in ("float32", "float64"), "no 16-bit floating point on CPUs")
         return super().variants(case)
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         n, c, h, w = case.shape
         flat = (n, c, h * w)
         x, weight, bias = data.x.reshape(flat), data.weight, data.bias
+        given = x if case.forward else data.dy.reshape(flat)
+        source = given.copy() if case.in_place else given
+        out = source if case.in_place else np.zeros_like(given)
         if case.forward:
-            source = x.copy() if case.in_place else x
-            out = source if case.in_place else np.zeros_like(x)
             statistics = (data.running_mean.copy(), data.running_var.copy())
             function = evaluate if case.evaluation else train
             call = partial(function, source, *statistics, weight, bias, out)
-            restore = partial(overwrite, source, x)
         else:
-            dy = data.dy.reshape(flat)
-            source = dy.copy() if case.in_place else dy
-            out = source if case.in_place else np.zeros_like(dy)
             mean, var = data.mean.astype(np.float64), data.var.astype(np.float64)
             call = partial(backward, source, x, weight, mean, 1 / np.sqrt(var + EPS), out)
-            restore = partial(overwrite, source, dy)
 
         def result(gradients: tuple[Array, Array] | None) -> dict[str, Array]:
             if gradients is None:
                 return {"y": out.reshape(case.shape)}
             return {"dx": out.reshape(case.shape), "dweight": gradients[0], "dbias": gradients[1]}
 
-        return Run(call, result, True, restore if case.in_place else None)
+        restore = partial(overwrite, source, given) if case.in_place else None
+        return PreparedCall(call, result, True, restore)
 
 
 @njit(parallel=True)

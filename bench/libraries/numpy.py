@@ -8,7 +8,7 @@ import numpy as np
 
 from bench import library
 from bench.cases import EPS, MOMENTUM, Array, Case, Data
-from bench.library import Run, overwrite, require
+from bench.library import PreparedCall, overwrite, require
 
 AXES = (0, 2, 3)
 
@@ -27,14 +27,14 @@ class Library(library.Library):
         require(case.dtype != "bfloat16", "no bfloat16")
         return super().variants(case)
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         weight, bias, running_mean, running_var = (
             v.astype(data.dtype).reshape(1, -1, 1, 1)
             for v in (data.weight, data.bias, data.running_mean, data.running_var)
         )
         if not case.forward:
             mean, var = (v.astype(data.dtype).reshape(1, -1, 1, 1) for v in (data.mean, data.var))
-            return Run(
+            return PreparedCall(
                 partial(backward, data.dy, data.x, weight, mean, var),
                 lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
                 False,
@@ -44,7 +44,7 @@ class Library(library.Library):
         if case.evaluation:
             function = partial(normalize_inplace if case.in_place else normalize, x)
         arguments = (running_mean, running_var, weight, bias)
-        return Run(
+        return PreparedCall(
             partial(function, *arguments),
             lambda y: {"y": y},
             case.in_place,

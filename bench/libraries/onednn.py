@@ -12,7 +12,7 @@ import numpy as np
 
 from bench import library, native
 from bench.cases import EPS, Array, Case, Data
-from bench.library import Run, aligned, overwrite, require
+from bench.library import PreparedCall, aligned, overwrite, require
 
 # The numbers by which onednn.c knows them.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -40,7 +40,7 @@ class Library(library.Library):
         self.c.array_bytes.restype = ctypes.c_size_t
         self.c.norm_create.restype = ctypes.c_void_p
         self.c.norm_implementation.restype = ctypes.c_char_p
-        self.c.norm_run.argtypes = [ctypes.c_void_p, ctypes.c_long]
+        self.c.norm_execute.argtypes = [ctypes.c_void_p, ctypes.c_long]
         # Primitives with the arrays they are bound to.
         self.norms: list[tuple[ctypes.c_void_p, list[Array | None]]] = []
 
@@ -51,7 +51,7 @@ class Library(library.Library):
         require(case.dtype in DTYPES, f"no {case.dtype} in its batch normalization")
         return list(LAYOUTS)
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         self.dims, self.dtype, layout = Dims(*case.shape), DTYPES[case.dtype], LAYOUTS[variant]
         given = self.arranged(data.x if case.forward else data.dy, layout)
         pristine = given.copy() if case.in_place else None
@@ -76,11 +76,11 @@ class Library(library.Library):
             return dict(zip(names, (plain, *gradients), strict=False))
 
         def repeat(count: int) -> None:
-            require(self.c.norm_run(norm, count) == 0, "oneDNN failed")
+            require(self.c.norm_execute(norm, count) == 0, "oneDNN failed")
 
         restore = partial(overwrite, given, pristine) if case.in_place else None
         note = self.c.norm_implementation(norm).decode()
-        return Run(partial(repeat, 1), result, True, restore, repeat, note=note)
+        return PreparedCall(partial(repeat, 1), result, True, restore, repeat, note=note)
 
     def arranged(self, plain: Array, layout: int) -> Array:
         """A copy in oneDNN's layout, as a flat array; blocks of channels are padded."""

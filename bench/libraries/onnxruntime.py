@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bench import library
 from bench.cases import EPS, Case, Data
-from bench.library import Run, require
+from bench.library import PreparedCall, require
 
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -36,7 +36,7 @@ class Library(library.Library):
         require(case.dtype in TYPES, f"no {case.dtype} here")
         return super().variants(case)
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -51,7 +51,9 @@ class Library(library.Library):
             (binding.bind_output, "y", out),
         ):
             bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return Run(partial(session.run_with_iobinding, binding), lambda _: {"y": out}, True)
+        return PreparedCall(
+            partial(session.run_with_iobinding, binding), lambda _: {"y": out}, True
+        )
 
 
 def model(case: Case, data: Data) -> bytes:

@@ -8,7 +8,7 @@ from openvino import opset15
 
 from bench import library
 from bench.cases import EPS, Case, Data
-from bench.library import Run, require
+from bench.library import PreparedCall, require
 
 
 class Library(library.Library):
@@ -26,7 +26,7 @@ class Library(library.Library):
         require(case.dtype in ("float32", "float16"), f"no {case.dtype} here")
         return super().variants(case)
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         x = opset15.parameter(list(case.shape), data.dtype.type, name="x")
         vectors = [
             opset15.constant(v.astype(data.dtype))
@@ -47,4 +47,4 @@ class Library(library.Library):
         request = compiled.create_infer_request()
         request.set_input_tensor(ov.Tensor(data.x, shared_memory=True))
         request.set_output_tensor(ov.Tensor(out, shared_memory=True))
-        return Run(request.infer, lambda _: {"y": out}, True)
+        return PreparedCall(request.infer, lambda _: {"y": out}, True)

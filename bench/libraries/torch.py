@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from _selfbench.sampling import Repeat
 
 from bench import library
+from bench.calls import SHAPE, STEP, arrays, statement
 from bench.cases import CALL, EPS, MOMENTUM, Array, Case, Data
-from bench.library import Run, require
+from bench.library import PreparedCall, require
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -38,7 +40,7 @@ class Library(library.Library):
         """What a user calls; torch.compile has its say here."""
         return module
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
         module = module.to(as_tensor(data.weight).dtype).train(not case.evaluation)
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -48,10 +50,10 @@ class Library(library.Library):
         if case.evaluation:
             self.mode.enter_context(torch.inference_mode())
         if case.forward:
-            return Run(partial(layer, x), lambda y: {"y": as_array(y)}, False)
+            return PreparedCall(partial(layer, x), lambda y: {"y": as_array(y)}, False)
         x.requires_grad_()
         dy = as_tensor(data.dy).clone(memory_format=FORMATS[variant])
-        return Run(
+        return PreparedCall(
             partial(
                 torch.autograd.grad,
                 layer(x),
@@ -62,6 +64,26 @@ class Library(library.Library):
             lambda grads: dict(zip(("dx", "dweight", "dbias"), map(as_array, grads), strict=True)),
             False,
         )
+
+    def calls(self) -> dict[str, dict[str, Repeat]]:
+        x, dy = map(torch.from_numpy, arrays("x", "dy").values())
+        module = torch.nn.BatchNorm2d(SHAPE[1])
+        names = {
+            "module": module,
+            "evaluating": torch.nn.BatchNorm2d(SHAPE[1]).eval(),
+            "x": x,
+            "inputs": [x.clone().requires_grad_(), module.weight, module.bias],
+            "dy": dy,
+            "torch": torch,
+        }
+        evaluation = statement("evaluating(x)", names)
+        return {
+            "torch.nn.BatchNorm2d": {
+                "eval": torch.inference_mode()(evaluation),
+                "train": statement("module(inputs[0])", names),
+                STEP: statement("torch.autograd.grad(module(inputs[0]), inputs, dy)", names),
+            }
+        }
 
     def release(self) -> None:
         self.mode.close()

@@ -13,7 +13,7 @@ from bench import library
 from bench.cases import CALL, EPS, MOMENTUM, Case, Data
 from bench.libraries._device import OnDevice, calls_of, sampler
 from bench.libraries.torch import FORMATS, as_array, as_tensor
-from bench.library import Run
+from bench.library import PreparedCall
 
 
 class Library(library.Library):
@@ -37,7 +37,7 @@ class Library(library.Library):
         """What a user calls; torch.compile has its say here."""
         return module
 
-    def prepare(self, case: Case, variant: str, data: Data) -> Run:
+    def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
@@ -46,11 +46,13 @@ class Library(library.Library):
         x = on_device(data.x, variant)
         if case.operation == CALL:
             self.mode.enter_context(torch.inference_mode())
-            return Run(partial(layer, x), lambda y: looked_at(("y",), (y,)), False)
+            return PreparedCall(partial(layer, x), lambda y: looked_at(("y",), (y,)), False)
         if case.forward:
             self.mode.enter_context(torch.inference_mode(case.evaluation))
             call = partial(layer, x)
-            return Run(call, lambda y: looked_at(("y",), (y,)), False, sample=timed(call))
+            return PreparedCall(
+                call, lambda y: looked_at(("y",), (y,)), False, sample_ns=timed(call)
+            )
         x.requires_grad_()
         dy = on_device(data.dy, variant)
         side = torch.cuda.Stream()
@@ -60,11 +62,11 @@ class Library(library.Library):
         parameters = [x, module.weight, module.bias]
         call = partial(torch.autograd.grad, y, parameters, dy, retain_graph=True)
         torch.cuda.synchronize()
-        return Run(
+        return PreparedCall(
             call,
             lambda gradients: looked_at(("dx", "dweight", "dbias"), gradients),
             False,
-            sample=timed(call, side),
+            sample_ns=timed(call, side),
         )
 
     def release(self) -> None:
@@ -80,7 +82,7 @@ def looked_at(names: tuple[str, ...], tensors: Any) -> dict[str, Any]:
     """Results by their names, which stay on the device until they are looked at."""
     torch.cuda.synchronize()
     return {
-        name: OnDevice(tensor, lambda part: as_array(part.cpu()))
+        name: OnDevice(tensor, lambda piece: as_array(piece.cpu()))
         for name, tensor in zip(names, tensors, strict=True)
     }
 

@@ -1,28 +1,30 @@
 """The benchmark of `python -m fastbn bench`: where this machine stands against its memory.
 
-The floor, fastbn and, if it is installed, torch run in a process each (`worker.py`), as each
-brings threads of its own, and take turns. The repository has a larger benchmark, against more
-libraries; this one is what an installed package needs.
+The floor, fastbn and, if it is installed, torch run in a process each (`libraries`, `serving`), as
+each brings threads of its own, and take turns (`process`). The repository has a larger benchmark,
+against more libraries, which shares how processes are asked and samples taken; this one is what an
+installed package needs. The modules import no other of fastbn, this one excepted: `worker` is why.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
-from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from contextlib import ExitStack
+from typing import Any
 
 from fastbn._config import show_config
 from fastbn._threads import get_num_threads
+
+from .machine import cpu
+from .process import TIMEOUT_S, Process
+from .sampling import Round, median_ms
+from .table import FASTBN, FLOOR, ITEMSIZE, OPERATIONS, TORCH, named, report
+
+__all__ = ["SECONDS", "measure", "report"]
 
 Shape = tuple[int, int, int, int]
 
@@ -34,74 +36,26 @@ SHAPES: Sequence[Shape] = (
     (1, 64, 112, 112),
     (128, 1000, 1, 1),
 )
-# Each with what it costs memory at least, which the floor does.
-OPERATIONS = {
-    "eval": "evaluation",
-    "eval_inplace": "evaluation in place",
-    "train": "training forward",
-    "train_inplace": "training forward in place",
-    "backward": "backward",
-    "backward_inplace": "backward in place",
-}
-FLOOR, FASTBN, TORCH = "floor", "fastbn", "torch"
 SECONDS = 100.0
 ROUNDS = 3
-# After a call the threads of OpenMP spin for some milliseconds, waiting for the next one.
-PAUSE_S = 0.02
-ITEMSIZE = 4  # of float32
 
 
-class Answer(NamedTuple):
-    """What a library took in a round."""
-
-    ms: list[float]  # of calls; none if the library has no such operation
-    quiet: bool  # whether other processes left it the CPUs
-
-
-class Worker:
-    """The process of one library: answers a line of JSON by a line of JSON."""
+class Worker(Process):
+    """The process of a library, which times its operations."""
 
     def __init__(self, library: str, threads: int) -> None:
-        self.library = library
-        self.process = subprocess.Popen(
-            # By its path: a part of the package would import fastbn, and its OpenMP, beside torch.
-            [
-                *(sys.executable, "-P", str(Path(__file__).with_name("worker.py"))),
-                *(library, str(threads)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.requests, self.answers = self.process.stdin, self.process.stdout
-        started = self._answer()
-        if "error" in started:
-            self.process.communicate()
-            raise RuntimeError(f"{library} does not start: {started['error']}")
-        self.version: str = started["version"]
+        super().__init__(library, "_selfbench.libraries", {"library": library, "threads": threads})
+        about = self.about()
+        if "unavailable" in about:
+            self.close()
+            raise RuntimeError(f"{library} does not start: {about['unavailable']}")
+        self.version: str = about["version"]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()
-
-    def ask(self, shape: Shape, operation: str, seconds: float) -> Answer:
+    def time(self, shape: Shape, operation: str, seconds: float) -> Round:
         """Time an operation for so long."""
-        time.sleep(PAUSE_S)
-        with suppress(BrokenPipeError):  # It has ended, as will be seen.
-            self.requests.write(json.dumps([shape, operation, seconds]) + "\n")
-            self.requests.flush()
-        return Answer(*self._answer())
-
-    def _answer(self) -> Any:
-        line = self.answers.readline()
-        if not line:
-            self.process.communicate()
-            raise RuntimeError(f"the process of {self.library} has ended; see what it wrote above")
-        return json.loads(line)
+        timeout_s = TIMEOUT_S + seconds
+        answer = self.request("time", timeout_s, shape=shape, operation=operation, seconds=seconds)
+        return Round(**answer)
 
 
 def measure(seconds: float) -> dict[str, Any]:
@@ -120,17 +74,17 @@ def measure(seconds: float) -> dict[str, Any]:
                 workers.append(stack.enter_context(Worker(TORCH, threads)))
             except RuntimeError as error:
                 print(f"Measuring without {TORCH}: {error}", file=sys.stderr)
-        versions = {worker.library: worker.version for worker in workers}
-        answers: dict[tuple[Shape, str], dict[str, list[Answer]]] = {
+        versions = {worker.name: worker.version for worker in workers}
+        rounds: dict[tuple[Shape, str], dict[str, list[Round]]] = {
             step: {name: [] for name in versions} for step in steps
         }
         budget = seconds / (len(steps) * len(workers))
         for step in progress(steps):
             for worker in workers:
-                answers[step][worker.library].append(worker.ask(*step, budget))
+                rounds[step][worker.name].append(worker.time(*step, budget))
     results = [
         {"shape": shape, "operation": operation, **figures(of)}
-        for (shape, operation), of in answers.items()
+        for (shape, operation), of in rounds.items()
     ]
     return {
         "config": show_config("dicts"),
@@ -157,16 +111,12 @@ def progress(steps: list[tuple[Shape, str]]) -> Iterator[tuple[Shape, str]]:
                 yield shape, operation
 
 
-def figures(answers: dict[str, list[Answer]]) -> dict[str, Any]:
+def figures(rounds: dict[str, list[Round]]) -> dict[str, Any]:
     """The median of each library over its quiet rounds, and which libraries had none."""
-    ms, disturbed = {}, []
-    for name, rounds in answers.items():
-        quiet = [answer for answer in rounds if answer.quiet]
-        if not quiet:
-            disturbed.append(name)
-        if rounds[0].ms:
-            ms[name] = statistics.median(chain(*(answer.ms for answer in quiet or rounds)))
-    return {"ms": ms, "disturbed": disturbed}
+    return {
+        "ms": {name: median_ms(of) for name, of in rounds.items() if of[0].ms},
+        "disturbed": [name for name, of in rounds.items() if not any(each.quiet for each in of)],
+    }
 
 
 def over_floor(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -192,59 +142,3 @@ def copy_speed(results: list[dict[str, Any]]) -> float:
     largest = max(copies, key=lambda result: math.prod(result["shape"]))
     moved = 2 * ITEMSIZE * math.prod(largest["shape"])
     return moved / largest["ms"][FLOOR] / 1e6  # type: ignore[no-any-return]
-
-
-def cpu() -> str:
-    """The name of the processor, as far as the system tells."""
-    with suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def named(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def report(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    config, libraries = result["config"], result["libraries"]
-    columns = [name for name in libraries if name != FLOOR]
-    lines = [
-        f"fastbn {config['version']}, {config['instruction_set']}, {config['threads']} threads "
-        f"({config['threads_reason']})",
-        f"{result['cpu']}; a copy reads and writes {result['copy_gb_per_s']:.0f} GB/s",
-        "",
-        "Milliseconds, float32, NCHW, and in brackets how many times those of the floor, which is",
-        "what NumPy takes in as many threads: for a copy, for backwards a sum of two arrays, in",
-        f"place a change of sign (NumPy {libraries[FLOOR]}).",
-    ]
-    if any(row["disturbed"] for row in result["results"]):
-        lines.append("* Other processes kept the CPUs busy: the figure is too high.")
-    if TORCH in libraries:
-        lines.append(f"torch {libraries[TORCH]} allocates its outputs, the others have theirs.")
-    title = f"{'':27}{FLOOR:>9}" + "".join(f"{name:>9}{'':11}" for name in columns)
-    shape = None
-    for row in result["results"]:
-        if row["shape"] != shape:
-            shape = row["shape"]
-            megabytes = ITEMSIZE * math.prod(shape) / 1e6
-            lines += ["", f"{named(shape)}, {megabytes:.1f} MB", title.rstrip()]
-        lines.append(table_row(row, columns))
-    lines += ["", "Geometric means of times over the floor", title.replace(FLOOR, " " * 5).rstrip()]
-    for operation, means in result["over_floor"].items():
-        cells = (f"{means[name]:9.2f}" if name in means else f"{'-':>9}" for name in columns)
-        lines.append(f"  {OPERATIONS[operation]:25}{'':9}{(' ' * 11).join(cells)}")
-    return "\n".join(lines)
-
-
-def table_row(row: dict[str, Any], columns: list[str]) -> str:
-    """The times of an operation, and in brackets how many times that of the floor."""
-    ms = row["ms"]
-    marks = {name: "*" if name in row["disturbed"] else "" for name in ms}
-    cells = [f"{f'{ms[FLOOR]:.3f}{marks[FLOOR]}':>9}"]
-    for name in columns:
-        if name in ms:
-            cells.append(f"{ms[name]:9.3f} {f'({ms[name] / ms[FLOOR]:.2f}){marks[name]}':10}")
-    return f"  {OPERATIONS[row['operation']]:25}{''.join(cells)}".rstrip()
