@@ -142,7 +142,11 @@ BREAKS = {
         "if (job.aligned)",
         "memory",
     ),
-    "shared memory is too short": ("kept + slot, job.x", "kept + slot + 2, job.x", "shared memory"),
+    "shared memory is too short": (
+        "resident + slot, job.x",
+        "resident + slot + 2, job.x",
+        "shared memory",
+    ),
     "blocks of a cluster do not wait": (
         "    cluster_arrive();\n    cluster_wait();\n    Sums other",
         "    cluster_arrive();\n    Sums other",

@@ -18,7 +18,7 @@ from fastbn.backends.cuda.arrays import Array
 from fastbn.backends.cuda.launch import FORMATS, ITEMSIZES, CompiledFor, Launch, kernel
 
 # The kernels that read a channel once, and those that follow where it is read twice.
-RESIDENT = {"moments": "forward_rows", "products": "backward_rows"}
+RESIDENT = {"moments": "forward_resident", "products": "backward_resident"}
 ELEMENT_WISE = {"moments": "normalize", "products": "differentiate"}
 # How much a block should keep of a channel, so that some blocks fit a multiprocessor: while one
 # waits for memory, another computes. With less than the second number, more blocks do not help.
@@ -174,7 +174,7 @@ def reduction_of_runs(kind: str, g: Geometry) -> Reduction:
     """Pieces of channels, and their merging as columns of one element."""
     chunks = g.n * chunks_of_run(g)
     splits = min(ceil_div(chunks, THREADS * CHUNKS_OF_PIECE), PIECES_MAX)
-    function = kernel(f"{kind}_rows", g.compiled_for)
+    function = kernel(f"{kind}_of_runs", g.compiled_for)
     reduce = Launch(function, g.c * splits, THREADS, 0, numbers_of_runs(g, THREADS, splits))
     merge = merge_of(kind, g, reduce.numbers)
     return Reduction(None, reduce, merge, splits * g.c * DOUBLES[kind])
@@ -189,7 +189,7 @@ def reduction_of_columns(kind: str, g: Geometry) -> Reduction:
     splits = min(wanted, ceil_div(height, STRIP_TILE * lanes))
     splits = max(splits, ceil_div(height, ROWS_MAX * lanes))
     numbers = numbers_of_columns(g, splits, width, height)
-    function = kernel(f"{kind}_columns", g.compiled_for)
+    function = kernel(f"{kind}_of_columns", g.compiled_for)
     reduce = Launch(function, strips * splits, THREADS, 0, numbers)
     return Reduction(None, reduce, merge_of(kind, g, numbers), splits * width * DOUBLES[kind])
 
