@@ -174,7 +174,7 @@ def test_results_have_the_same_bits_in_place_and_in_every_run(rng, dtype, shape,
 
 @by_dense_layout
 def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout, monkeypatch):
-    monkeypatch.setattr("fastbn._cuda.STREAM_BYTES", 0)
+    monkeypatch.setattr("fastbn.backends.cuda.launch.NON_TEMPORAL_BYTES", 0)
     x, dy, weight, bias = case(rng, (9, 10, 64, 65))
     y, mean, invstd = F.batch_norm_forward(layout(x), to_gpu(weight), to_gpu(bias))
     dx, _, _ = F.batch_norm_backward(layout(dy), layout(x), to_gpu(weight), mean, invstd)

@@ -113,7 +113,7 @@ def test_ghost_batches_are_calls_on_one_part_after_the_other(
 @BOTH
 @pytest.mark.parametrize("grid", [65535, 2])
 def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layout, monkeypatch):
-    monkeypatch.setattr("fastbn.backends.cuda.ROWS_MAX_OF_GRID", grid)
+    monkeypatch.setattr("fastbn.backends.cuda.batches.BATCHES_MAX", grid)
     launches, launch = [], cupy.cuda.driver.launchKernel
     counting = SimpleNamespace(launchKernel=lambda *a: launches.append(launch(*a)))
     x = to_gpu(layout(some(rng, (40, 5, 6, 7))))
@@ -122,8 +122,8 @@ def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layou
     for layer in (bn, norm):
         expected = copy.deepcopy(layer)(x)
         with monkeypatch.context() as patch:
-            patch.setattr("fastbn.backends.cuda.ROWS_MAX_OF_GRID", grid)
-            patch.setattr("fastbn.backends.cuda.driver", counting)
+            patch.setattr("fastbn.backends.cuda.batches.BATCHES_MAX", grid)
+            patch.setattr("fastbn.backends.cuda.launch.driver", counting)
             launches.clear()
             y = layer(x)
             layer.backward(y)

@@ -10,7 +10,7 @@ from gpu import SIMULATED, cupy, to_gpu
 from support import channels_last, contiguous, parameters, same_bits, some
 
 from fastbn import functional as F
-from fastbn.backends import cuda as _cuda
+from fastbn.backends.cuda import launch, plan
 
 if not SIMULATED:
     pytest.skip("a real GPU is under test", allow_module_level=True)
@@ -30,8 +30,8 @@ IN_ORDER, BACKWARDS, SHUFFLED, SHUFFLED_AGAIN = range(4)
 
 def forget():
     """Let nothing that has been compiled serve any more."""
-    plans = _cuda.reduction_of, _cuda.element_wise, _cuda.follower
-    for cached in (_cuda.module, _cuda.kernel, *plans):
+    plans = plan.reduction_of, plan.element_wise, plan.follower, plan.fused
+    for cached in (launch.module, launch.kernel, *plans):
         cached.cache_clear()
 
 
@@ -113,8 +113,8 @@ def test_fused_multiply_adds_change_little(rng, device, shape):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("in_batches", [False, True])
 def test_the_argument_of_a_kernel_is_as_long_as_its_structure(masked, in_batches):
-    function = _cuda.module(0, 1, masked, in_batches).get_function("normalize")
-    packed = _cuda.JOB.size + masked * _cuda.MASK.size + in_batches * _cuda.BATCHES.size
+    function = launch.module(0, 1, masked, in_batches).get_function("normalize")
+    packed = launch.JOB.size + masked * launch.MASK.size + in_batches * launch.BATCHES.size
     assert ctypes.c_longlong.in_dll(function.own.library, "job_bytes").value == packed
 
 
@@ -142,7 +142,11 @@ BREAKS = {
         "if (job.aligned)",
         "memory",
     ),
-    "shared memory is too short": ("kept + slot, job.x", "kept + slot + 2, job.x", "shared memory"),
+    "shared memory is too short": (
+        "resident + slot, job.x",
+        "resident + slot + 2, job.x",
+        "shared memory",
+    ),
     "blocks of a cluster do not wait": (
         "    cluster_arrive();\n    cluster_wait();\n    Sums other",
         "    cluster_arrive();\n    Sums other",

@@ -7,7 +7,7 @@
 #include "scheduler.h"
 
 /* The memory that a launch sizes, as much as any device has. */
-thread_local Chunk kept[(227 << 10) / sizeof(Chunk)];
+thread_local Chunk resident[(227 << 10) / sizeof(Chunk)];
 
 extern "C" const i64 job_bytes = sizeof(Job);
 
@@ -16,6 +16,6 @@ extern "C" const char *launch(void (*kernel)(const Job), const Job *job, unsigne
                               unsigned rows, unsigned threads, unsigned shared_bytes,
                               unsigned schedule)
 {
-    const Shared shared = {reinterpret_cast<char *>(kept), sizeof kept, shared_bytes};
+    const Shared shared = {reinterpret_cast<char *>(resident), sizeof resident, shared_bytes};
     return run([&] { kernel(*job); }, {blocks, rows, 1}, threads, CLUSTER, shared, schedule);
 }

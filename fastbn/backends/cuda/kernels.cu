@@ -1,8 +1,13 @@
-/* The kernels of the CUDA backend: what is done to the channels of an array, for every dtype.
+/* The kernels of the CUDA backend, for every dtype.
  *
  * The text is compiled for one dtype of x at a time (FORMAT) and, for the kernels that keep a
- * channel on chip, for one number of blocks that share it (CLUSTER); and again for calls with a mask
- * (WITH_MASK) and for those of several batches (WITH_BATCHES). It includes nothing.
+ * channel on chip, for one number of blocks that work on it together (CLUSTER); and again for calls
+ * with a mask (WITH_MASK) and for those of several batches (WITH_BATCHES). It includes nothing.
+ *
+ * Words: a block is one of CUDA's. A piece is as much of a channel, or of the rows of a matrix, as
+ * a block sums into one partial sum. A run is the contiguous elements of one channel of one sample.
+ * A chunk is 16 bytes, a tile a few chunks that a thread has in registers. A strip is neighbouring
+ * columns that a block walks together.
  *
  * Memory is read and written in chunks of 16 bytes, aligned as the elements are counted from the
  * array's first. Which thread takes which elements depends on the shape alone, and sums merge in a
@@ -219,33 +224,33 @@ struct Job {
     i64 n, c, s;
     i64 size;                      /* elements in all */
     i64 splits;                    /* pieces of a channel, or of the rows of a matrix */
-    i64 chunks;                    /* rows: chunks that s elements can touch */
-    i64 step, step_chunks;         /* rows: elements of whole samples, and chunks, that as many
-                                      chunks as a block has threads are */
+    i64 chunks;                    /* row layout: chunks that a run can touch */
+    i64 step, step_chunks;         /* row layout: elements of whole samples, and chunks, that as
+                                      many chunks as a block has threads are */
     i64 width, height;             /* columns: of the matrix; a row is a multiple of a chunk */
-    i64 stream;                    /* whether out had better not stay in the cache */
+    i64 non_temporal;              /* whether out is written by non-temporal stores */
     double *partials;
     double *mean_out, *m2_out, *invstd_out, *sum_dy_out, *sum_dy_xhat_out;
     double eps, count;
     Vector weight, bias, mean, invstd, var, sum_dy, sum_dy_xhat;
     Vector running_mean, running_var;
-    i64 *batches;    /* counts the batches in the running statistics, or null */
-    i64 cumulative;  /* whether the factor of a batch is 1 / (batches + 1) instead of momentum */
+    i64 *counter;   /* counts the batches in the running statistics, or null */
+    i64 cumulative; /* whether the factor of a batch is 1 / (counter + 1) instead of momentum */
     double momentum;
 #if WITH_MASK
-    const unsigned char *valid; /* which of the s positions of each sample count */
+    const unsigned char *valid; /* which of the s positions of each sample are valid */
     const double *valid_count;  /* how many, or null, where `count` is it */
 #endif
 #if WITH_BATCHES
-    i64 rows[9];       /* bytes from the vectors of a batch to those of the next */
+    i64 steps[9];      /* bytes from the vectors of a batch to those of the next */
     i64 partials_size; /* doubles of a batch */
-    i64 batch_count;
+    i64 batch_count;   /* batches that `follow` takes one after the other */
     double last_count; /* `count` of the last batch */
 #endif
 };
 
-/* Batches that are alike run in one launch, each in a row of the grid: what it is told is of the
- * first. */
+/* Batches of one size are side by side in a launch, each at a `y` of the grid. The launch is told of
+ * the first. */
 #if WITH_BATCHES
 __device__ Job of_batch(Job job, i64 k)
 {
@@ -264,7 +269,7 @@ __device__ Job of_batch(Job job, i64 k)
                          &job.sum_dy_xhat, &job.running_mean, &job.running_var};
     for (int i = 0; i < 9; i++)
         if (vectors[i]->data != nullptr)
-            vectors[i]->data += k * job.rows[i];
+            vectors[i]->data += k * job.steps[i];
 #if WITH_MASK
     job.valid += k * job.n * job.s;
     if (job.valid_count != nullptr)
@@ -308,8 +313,8 @@ __device__ i64 quotient(i64 a, i64 b)
 }
 
 #if WITH_MASK
-/* Those elements of a mask that count. */
-__device__ unsigned counted(const Job &job, i64 index, unsigned mask)
+/* Those elements of a chunk's mask whose positions are valid. */
+__device__ unsigned valid_of(const Job &job, i64 index, unsigned mask)
 {
     const i64 first = index * V, sample_size = job.c * job.s;
     const i64 sample = quotient(first, sample_size);
@@ -327,35 +332,36 @@ __device__ unsigned counted(const Job &job, i64 index, unsigned mask)
     return mask;
 }
 
-/* A result, with zeros for what does not count. */
-__device__ Chunk of_counted(const Job &job, i64 index, Chunk chunk, unsigned mask)
+/* A result, with zeros at invalid positions. */
+__device__ Chunk zero_invalid(const Job &job, i64 index, Chunk chunk, unsigned mask)
 {
-    const unsigned kept = counted(job, index, mask);
+    const unsigned valid = valid_of(job, index, mask);
 #pragma unroll
     for (int i = 0; i < V; i++)
-        if (!(kept >> i & 1))
+        if (!(valid >> i & 1))
             chunk.of[i] = Storage(0);
     return chunk;
 }
 
-/* How many values a channel has. */
+/* How many valid values a channel has. */
 __device__ double count_of(const Job &job)
 {
     return job.valid_count == nullptr ? job.count : *job.valid_count;
 }
 
-/* Whether they are enough to move the running statistics: not told before, if nobody can wait. */
+/* Whether they are enough to move the running statistics. The host does not know, as it would have
+ * to wait for the mask. */
 __device__ bool enough(const Job &job)
 {
     return count_of(job) > 1.0;
 }
 #else
-__device__ unsigned counted(const Job &, i64, unsigned mask)
+__device__ unsigned valid_of(const Job &, i64, unsigned mask)
 {
     return mask;
 }
 
-__device__ const Chunk &of_counted(const Job &, i64, const Chunk &chunk, unsigned)
+__device__ const Chunk &zero_invalid(const Job &, i64, const Chunk &chunk, unsigned)
 {
     return chunk;
 }
@@ -383,7 +389,7 @@ __device__ Chunk load(const Job &job, const Storage *from, i64 index)
 
 __device__ void write(const Job &job, i64 index, const Chunk &chunk)
 {
-    if (job.stream)
+    if (job.non_temporal)
         __stcs(reinterpret_cast<int4 *>(job.out) + index, *reinterpret_cast<const int4 *>(&chunk));
     else
         reinterpret_cast<Chunk *>(job.out)[index] = chunk;
@@ -403,12 +409,12 @@ __device__ void write(const Job &job, i64 index, const Chunk &chunk, unsigned ma
 
 __device__ void store(const Job &job, i64 index, const Chunk &chunk)
 {
-    write(job, index, of_counted(job, index, chunk, FULL));
+    write(job, index, zero_invalid(job, index, chunk, FULL));
 }
 
 __device__ void store(const Job &job, i64 index, const Chunk &chunk, unsigned mask)
 {
-    write(job, index, of_counted(job, index, chunk, mask), mask);
+    write(job, index, zero_invalid(job, index, chunk, mask), mask);
 }
 
 /* The elements `of(i)`, for i from 0 on. */
@@ -457,8 +463,8 @@ __device__ Moments merge(const Moments &a, const Moments &b)
 {
     if (b.count == 0.0)
         return a;
-    const double count = a.count + b.count, share = b.count / count, delta = b.mean - a.mean;
-    return {count, a.mean + delta * share, a.m2 + b.m2 + delta * (delta * (a.count * share))};
+    const double count = a.count + b.count, fraction = b.count / count, delta = b.mean - a.mean;
+    return {count, a.mean + delta * fraction, a.m2 + b.m2 + delta * (delta * (a.count * fraction))};
 }
 
 __device__ Products merge(const Products &a, const Products &b)
@@ -542,8 +548,8 @@ template <typename Sums> __device__ Sums merge_block(const Sums &own)
     return merged;
 }
 
-/* ------------------------------------------------------------------ clusters: blocks that share
- * a channel and see each other's shared memory */
+/* ------------------------------------------------------------------ clusters: blocks that work
+ * on a channel together and see each other's shared memory */
 
 #if CLUSTER > 1
 #define CLUSTER_OF_BLOCKS __cluster_dims__(CLUSTER, 1, 1)
@@ -582,11 +588,11 @@ template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
 __device__ void leave_cluster() {}
 #endif
 
-/* ------------------------------------------------------------------ sums of a run
+/* ------------------------------------------------------------------ sums of a tile
  *
- * A run is a few chunks in registers, of which masks tell the elements that count. */
+ * Masks tell which elements of its chunks are summed. */
 
-constexpr int RUN = 4;
+constexpr int TILE = 4;
 
 /* Squares of what exceeds 1e19 overflow in a float. Such values are scaled by a power of two. */
 constexpr float DOWN = 0x1p-100f;
@@ -602,8 +608,8 @@ __device__ bool overflown(const Moments &moments)
     return sizeof(Real) < sizeof(double) && !(moments.m2 < 1e300);
 }
 
-/* What a thread sums: deviations from the mean of its first run, and their squares; in Real over a
- * run, in double from run to run.
+/* What a thread sums: deviations from the mean of its first tile, and their squares; in Real over a
+ * tile, in double from tile to tile.
  *
  * The sum of the squares around the mean p of r of n elements is at most 1 + n / r times that
  * around the mean of all, since r of the squares alone make up r (p - mean)^2. A thread takes some
@@ -627,9 +633,9 @@ struct Deviations {
     }
 };
 
-/* Adds a run of LENGTH chunks, of each its WIDTH elements from element i on. */
+/* Adds a tile of LENGTH chunks, of each its WIDTH elements from element i on. */
 template <bool MASKED, bool SCALED, int LENGTH, int WIDTH>
-__device__ void add(Deviations &sums, const Chunk (&run)[LENGTH], const unsigned (&masks)[LENGTH],
+__device__ void add(Deviations &sums, const Chunk (&tile)[LENGTH], const unsigned (&masks)[LENGTH],
                     int i = 0)
 {
     int count = LENGTH * WIDTH;
@@ -642,21 +648,21 @@ __device__ void add(Deviations &sums, const Chunk (&run)[LENGTH], const unsigned
     if (sums.count == 0) {
         if (count == 0)
             return;
-        Real first = scaled<SCALED>(run[0].of[i]), sum = Real(0);
+        Real first = scaled<SCALED>(tile[0].of[i]), sum = Real(0);
         if (MASKED) {
 #pragma unroll
             for (int u = LENGTH - 1; u >= 0; u--)
 #pragma unroll
                 for (int j = WIDTH - 1; j >= 0; j--)
                     if (masks[u] >> (i + j) & 1)
-                        first = scaled<SCALED>(run[u].of[i + j]);
+                        first = scaled<SCALED>(tile[u].of[i + j]);
         }
 #pragma unroll
         for (int u = 0; u < LENGTH; u++)
 #pragma unroll
             for (int j = 0; j < WIDTH; j++)
                 if (!MASKED || masks[u] >> (i + j) & 1)
-                    sum += scaled<SCALED>(run[u].of[i + j]) - first;
+                    sum += scaled<SCALED>(tile[u].of[i + j]) - first;
         sums.pivot = first + sum / Real(count);
     }
     Real sum[4] = {}, squares[4] = {};
@@ -664,7 +670,7 @@ __device__ void add(Deviations &sums, const Chunk (&run)[LENGTH], const unsigned
     for (int u = 0; u < LENGTH; u++)
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {
-            Real deviation = scaled<SCALED>(run[u].of[i + j]) - sums.pivot;
+            Real deviation = scaled<SCALED>(tile[u].of[i + j]) - sums.pivot;
             if (MASKED)
                 deviation = masks[u] >> (i + j) & 1 ? deviation : Real(0);
             sum[u % 4] += deviation;
@@ -687,12 +693,12 @@ __device__ Centre centre_of(double mean, double invstd)
 }
 
 template <bool MASKED>
-__device__ Products products_of(const Chunk (&dy)[RUN], const Chunk (&x)[RUN],
-                                const unsigned (&masks)[RUN], const Centre &centre)
+__device__ Products products_of(const Chunk (&dy)[TILE], const Chunk (&x)[TILE],
+                                const unsigned (&masks)[TILE], const Centre &centre)
 {
     Products sums = {};
 #pragma unroll
-    for (int u = 0; u < RUN; u++) {
+    for (int u = 0; u < TILE; u++) {
         Real first = Real(0), second = Real(0);
 #pragma unroll
         for (int i = 0; i < V; i++)
@@ -708,7 +714,7 @@ __device__ Products products_of(const Chunk (&dy)[RUN], const Chunk (&x)[RUN],
     return sums;
 }
 
-/* ------------------------------------------------------------------ results of elements */
+/* ------------------------------------------------------------------ results for an element */
 
 /* y = ((x - high) - low) * scale + shift */
 struct Affine {
@@ -761,7 +767,7 @@ struct Gradient {
     }
 };
 
-/* ------------------------------------------------------------------ what becomes of the sums */
+/* ------------------------------------------------------------------ results for a channel */
 
 __device__ double invstd_of(const Job &job, const Moments &moments)
 {
@@ -797,12 +803,12 @@ __device__ void publish(const Job &job, i64 channel, const Moments &moments,
     if (job.invstd_out != nullptr)
         job.invstd_out[channel] = invstd_of(job, moments);
     if (job.running_mean.data != nullptr && enough(job)) {
-        const double factor = job.cumulative ? 1.0 / double(*job.batches + 1) : job.momentum;
+        const double factor = job.cumulative ? 1.0 / double(*job.counter + 1) : job.momentum;
         move_running(job, channel, moments, running, factor);
     }
     /* Not where other channels may still read it. */
-    if (channel == 0 && job.batches != nullptr && !job.cumulative && enough(job))
-        *job.batches += 1;
+    if (channel == 0 && job.counter != nullptr && !job.cumulative && enough(job))
+        *job.counter += 1;
 }
 
 __device__ void publish(const Job &job, i64 channel, const Products &sums)
@@ -811,14 +817,14 @@ __device__ void publish(const Job &job, i64 channel, const Products &sums)
     job.sum_dy_xhat_out[channel] = sums.dy_xhat;
 }
 
-/* ------------------------------------------------------------------ rows: a channel of a sample
- * is one run of memory */
+/* ------------------------------------------------------------------ row layout: a channel is a
+ * run in every sample */
 
 /* The chunks of a piece of a channel that a thread takes, one after the other. */
 struct Walk {
     i64 left;  /* chunks from here to the end of the piece */
-    i64 begin; /* the element at which the channel's row of this sample begins */
-    i64 chunk; /* of the row */
+    i64 begin; /* the element at which the channel's run of this sample begins */
+    i64 chunk; /* of the run */
 
     __device__ Walk(const Job &job, i64 channel, i64 piece, i64 pieces)
     {
@@ -861,7 +867,7 @@ struct Walk {
     }
 };
 
-/* Whether all threads of a warp that are here have whole runs. */
+/* Whether all threads of a warp that are here have whole tiles. */
 __device__ bool whole(unsigned common)
 {
     return __all_sync(__activemask(), common == FULL);
@@ -869,52 +875,52 @@ __device__ bool whole(unsigned common)
 
 /* The sums of what a thread takes of a piece, read by `read(array, walk, slot)`. */
 template <bool SCALED, typename Read>
-__device__ Moments moments_of_rows(const Job &job, Walk walk, Read read)
+__device__ Moments moments_of_walk(const Job &job, Walk walk, Read read)
 {
     Deviations sums = {};
     for (int slot = threadIdx.x; walk.more();) {
-        Chunk run[RUN];
-        unsigned masks[RUN], common = FULL;
+        Chunk tile[TILE];
+        unsigned masks[TILE], common = FULL;
 #pragma unroll
-        for (int u = 0; u < RUN; u++, slot += blockDim.x) {
-            run[u] = {};
+        for (int u = 0; u < TILE; u++, slot += blockDim.x) {
+            tile[u] = {};
             masks[u] = 0;
             if (walk.more()) {
-                run[u] = read(job.x, walk, slot);
-                masks[u] = counted(job, walk.index(), walk.mask(job));
+                tile[u] = read(job.x, walk, slot);
+                masks[u] = valid_of(job, walk.index(), walk.mask(job));
                 walk.next(job);
             }
             common &= masks[u];
         }
         if (whole(common))
-            add<false, SCALED, RUN, V>(sums, run, masks);
+            add<false, SCALED, TILE, V>(sums, tile, masks);
         else
-            add<true, SCALED, RUN, V>(sums, run, masks);
+            add<true, SCALED, TILE, V>(sums, tile, masks);
     }
     return sums.moments<SCALED>();
 }
 
 template <typename Read>
-__device__ Moments moments_of_rows(const Job &job, const Walk &walk, Read read)
+__device__ Moments moments_of_walk(const Job &job, const Walk &walk, Read read)
 {
-    const Moments moments = moments_of_rows<false>(job, walk, read);
-    return overflown(moments) ? moments_of_rows<true>(job, walk, read) : moments;
+    const Moments moments = moments_of_walk<false>(job, walk, read);
+    return overflown(moments) ? moments_of_walk<true>(job, walk, read) : moments;
 }
 
 template <typename Read>
-__device__ Products products_of_rows(const Job &job, Walk walk, const Centre &centre, Read read)
+__device__ Products products_of_walk(const Job &job, Walk walk, const Centre &centre, Read read)
 {
     Products sums = {};
     for (int slot = threadIdx.x; walk.more();) {
-        Chunk dy[RUN], x[RUN];
-        unsigned masks[RUN], common = FULL;
+        Chunk dy[TILE], x[TILE];
+        unsigned masks[TILE], common = FULL;
 #pragma unroll
-        for (int u = 0; u < RUN; u++, slot += blockDim.x) {
+        for (int u = 0; u < TILE; u++, slot += blockDim.x) {
             masks[u] = 0;
             if (walk.more()) {
                 dy[u] = read(job.dy, walk, slot);
                 x[u] = read(job.x, walk, slot);
-                masks[u] = counted(job, walk.index(), walk.mask(job));
+                masks[u] = valid_of(job, walk.index(), walk.mask(job));
                 walk.next(job);
             }
             common &= masks[u];
@@ -933,16 +939,17 @@ __device__ int slots_of(const Job &job)
 
 /* A channel is read once: a cluster of blocks keeps it in shared memory. Without an `out`, its
  * statistics are all that is asked for. */
-extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_rows(LAUNCHED_JOB)
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2)
+forward_resident(LAUNCHED_JOB)
 {
     OWN_JOB
-    extern __shared__ Chunk kept[];
+    extern __shared__ Chunk resident[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER;
     const Walk start(job, channel, rank, CLUSTER);
     int slot = threadIdx.x;
     for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x)
-        fetch(job, kept + slot, job.x, walk.index());
+        fetch(job, resident + slot, job.x, walk.index());
     /* What thread 0 will need is read while the elements are on their way. */
     __shared__ double weight, bias;
     __shared__ Running running;
@@ -952,8 +959,8 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
         running = Running::of(job, channel);
     }
     arrived();
-    const auto read = [&](const Storage *, const Walk &, int slot) { return kept[slot]; };
-    const Moments moments = merge_cluster(merge_block(moments_of_rows(job, start, read)));
+    const auto read = [&](const Storage *, const Walk &, int slot) { return resident[slot]; };
+    const Moments moments = merge_cluster(merge_block(moments_of_walk(job, start, read)));
     __shared__ Affine coefficients;
     if (threadIdx.x == 0 && job.out != nullptr)
         coefficients = Affine::of(moments.mean, invstd_of(job, moments), weight, bias);
@@ -962,7 +969,7 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
         const Affine affine = coefficients;
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
-            const Chunk x = kept[slot];
+            const Chunk x = resident[slot];
             const Chunk y = chunk_of([&](int i) { return affine(x.of[i]); });
             store(job, walk.index(), y, walk.mask(job));
         }
@@ -972,26 +979,27 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) forward_r
     leave_cluster();
 }
 
-extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_rows(LAUNCHED_JOB)
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2)
+backward_resident(LAUNCHED_JOB)
 {
     OWN_JOB
-    extern __shared__ Chunk kept[];
+    extern __shared__ Chunk resident[];
     const i64 channel = blockIdx.x / CLUSTER;
     const int rank = blockIdx.x % CLUSTER, slots = slots_of(job);
     const Walk start(job, channel, rank, CLUSTER);
     int slot = threadIdx.x;
     for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
         const i64 index = walk.index();
-        fetch(job, kept + slot, job.dy, index);
-        fetch(job, kept + slots + slot, job.x, index);
+        fetch(job, resident + slot, job.dy, index);
+        fetch(job, resident + slots + slot, job.x, index);
     }
     /* Read while the elements are on their way. */
     const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
     arrived();
     const auto read = [&](const Storage *array, const Walk &, int slot) {
-        return kept[array == job.x ? slots + slot : slot];
+        return resident[array == job.x ? slots + slot : slot];
     };
-    const Products sums = merge_cluster(merge_block(products_of_rows(job, start, centre, read)));
+    const Products sums = merge_cluster(merge_block(products_of_walk(job, start, centre, read)));
     __shared__ Gradient coefficients;
     if (threadIdx.x == 0 && job.out != nullptr)
         coefficients = Gradient::of(job, channel, sums);
@@ -1000,7 +1008,7 @@ extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 2) backward_
         const Gradient gradient = coefficients;
         slot = threadIdx.x;
         for (Walk walk = start; walk.more(); walk.next(job), slot += blockDim.x) {
-            const Chunk dy = kept[slot], x = kept[slots + slot];
+            const Chunk dy = resident[slot], x = resident[slots + slot];
             const Chunk dx = chunk_of([&](int i) { return gradient(x.of[i], dy.of[i]); });
             store(job, walk.index(), dx, walk.mask(job));
         }
@@ -1022,7 +1030,7 @@ __device__ void put_partial(const Job &job, i64 index, const Products &sums)
     reinterpret_cast<Products *>(job.partials)[index] = sums;
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(LAUNCHED_JOB)
+extern "C" __global__ void __launch_bounds__(256, 4) moments_of_runs(LAUNCHED_JOB)
 {
     OWN_JOB
     const i64 channel = quotient(blockIdx.x, job.splits);
@@ -1031,12 +1039,12 @@ extern "C" __global__ void __launch_bounds__(256, 4) moments_rows(LAUNCHED_JOB)
         return load(job, array, walk.index());
     };
     const Walk walk(job, channel, piece, job.splits);
-    const Moments moments = merge_block(moments_of_rows(job, walk, read));
+    const Moments moments = merge_block(moments_of_walk(job, walk, read));
     if (threadIdx.x == 0)
         put_partial(job, piece * job.c + channel, moments);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 4) products_rows(LAUNCHED_JOB)
+extern "C" __global__ void __launch_bounds__(256, 4) products_of_runs(LAUNCHED_JOB)
 {
     OWN_JOB
     const i64 channel = quotient(blockIdx.x, job.splits), piece = blockIdx.x % job.splits;
@@ -1045,7 +1053,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) products_rows(LAUNCHED_JOB)
     };
     const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
     const Walk walk(job, channel, piece, job.splits);
-    const Products sums = merge_block(products_of_rows(job, walk, centre, read));
+    const Products sums = merge_block(products_of_walk(job, walk, centre, read));
     if (threadIdx.x == 0)
         put_partial(job, piece * job.c + channel, sums);
 }
@@ -1062,7 +1070,7 @@ __device__ i64 channel_of(const Job &job, i64 column)
 
 /* A strip of columns is as many chunks wide; the other threads of a block take further rows. */
 constexpr int STRIP = 8;
-constexpr int STRIP_RUN = V == 8 ? 4 : 8; /* more would not fit the registers */
+constexpr int STRIP_TILE = V == 8 ? 4 : 8; /* more would not fit the registers */
 
 /* Where a thread of a strip is. */
 struct Strip {
@@ -1093,9 +1101,9 @@ struct Strip {
         return row < end ? mask_between(0, job.size - index(job, row) * V) : 0;
     }
 
-    __device__ unsigned counted_mask(const Job &job, i64 row) const
+    __device__ unsigned valid_mask(const Job &job, i64 row) const
     {
-        return counted(job, index(job, row), mask(job, row));
+        return valid_of(job, index(job, row), mask(job, row));
     }
 };
 
@@ -1149,31 +1157,31 @@ template <bool SCALED> __device__ void moments_of_strip(const Job &job, const St
                                                         Moments (&moments)[V])
 {
     Deviations sums[V] = {};
-    for (i64 row = strip.row; row < strip.end; row += STRIP_RUN * strip.lanes) {
-        Chunk run[STRIP_RUN];
-        unsigned masks[STRIP_RUN], common = FULL;
+    for (i64 row = strip.row; row < strip.end; row += STRIP_TILE * strip.lanes) {
+        Chunk tile[STRIP_TILE];
+        unsigned masks[STRIP_TILE], common = FULL;
 #pragma unroll
-        for (int u = 0; u < STRIP_RUN; u++) {
-            run[u] = {};
-            masks[u] = strip.counted_mask(job, row + u * strip.lanes);
+        for (int u = 0; u < STRIP_TILE; u++) {
+            tile[u] = {};
+            masks[u] = strip.valid_mask(job, row + u * strip.lanes);
             if (masks[u])
-                run[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
+                tile[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
             common &= masks[u];
         }
         const bool all = whole(common);
 #pragma unroll
         for (int i = 0; i < V; i++)
             if (all)
-                add<false, SCALED, STRIP_RUN, 1>(sums[i], run, masks, i);
+                add<false, SCALED, STRIP_TILE, 1>(sums[i], tile, masks, i);
             else
-                add<true, SCALED, STRIP_RUN, 1>(sums[i], run, masks, i);
+                add<true, SCALED, STRIP_TILE, 1>(sums[i], tile, masks, i);
     }
 #pragma unroll
     for (int i = 0; i < V; i++)
         moments[i] = sums[i].moments<SCALED>();
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(LAUNCHED_JOB)
+extern "C" __global__ void __launch_bounds__(256, 2) moments_of_columns(LAUNCHED_JOB)
 {
     OWN_JOB
     const Strip strip(job);
@@ -1190,7 +1198,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) moments_columns(LAUNCHED_JO
     put_columns(job, strip, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) products_columns(LAUNCHED_JOB)
+extern "C" __global__ void __launch_bounds__(256, 2) products_of_columns(LAUNCHED_JOB)
 {
     OWN_JOB
     const Strip strip(job);
@@ -1202,12 +1210,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_columns(LAUNCHED_J
             const i64 channel = channel_of(job, strip.column * V + i);
             centre[i] = centre_of(at(job.mean, channel), at(job.invstd, channel));
         }
-        for (i64 row = strip.row; row < strip.end; row += RUN * strip.lanes) {
-            Chunk dy[RUN], x[RUN];
-            unsigned masks[RUN];
+        for (i64 row = strip.row; row < strip.end; row += TILE * strip.lanes) {
+            Chunk dy[TILE], x[TILE];
+            unsigned masks[TILE];
 #pragma unroll
-            for (int u = 0; u < RUN; u++) {
-                masks[u] = strip.counted_mask(job, row + u * strip.lanes);
+            for (int u = 0; u < TILE; u++) {
+                masks[u] = strip.valid_mask(job, row + u * strip.lanes);
                 if (masks[u]) {
                     dy[u] = load(job, job.dy, strip.index(job, row + u * strip.lanes));
                     x[u] = load(job, job.x, strip.index(job, row + u * strip.lanes));
@@ -1217,7 +1225,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_columns(LAUNCHED_J
             for (int i = 0; i < V; i++) {
                 Real first = Real(0), second = Real(0);
 #pragma unroll
-                for (int u = 0; u < RUN; u++)
+                for (int u = 0; u < TILE; u++)
                     if (masks[u] >> i & 1) {
                         const Real gradient = decode(dy[u].of[i]);
                         const Real deviation =
@@ -1235,7 +1243,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_columns(LAUNCHED_J
 /* ------------------------------------------------------------------ merging the pieces
  *
  * A block for each channel. Pieces lie as the columns of a channel do, of which it has s in each of
- * the folds of a row; pieces of rows lie as if it had one. */
+ * the folds of a row; pieces of runs lie as if it had one. */
 
 template <typename Sums> __device__ Sums merged_partials(const Job &job, i64 channel)
 {
@@ -1268,14 +1276,14 @@ extern "C" __global__ void __launch_bounds__(256) merge_products(LAUNCHED_JOB)
 }
 
 #if WITH_BATCHES
-/* The running statistics move towards those of one batch after the other. A thread for each channel.
- */
+/* Moves the running statistics towards those of one batch after the other. A thread for each
+ * channel. */
 extern "C" __global__ void __launch_bounds__(256) follow(const Job launched)
 {
     const i64 channel = i64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (channel >= launched.c)
         return;
-    i64 seen = launched.cumulative ? *launched.batches : 0;
+    i64 seen = launched.cumulative ? *launched.counter : 0;
     for (i64 k = 0; k < launched.batch_count; k++) {
         Job job = of_batch(launched, k);
         if (k == launched.batch_count - 1)
@@ -1352,8 +1360,8 @@ __device__ void compute_columns(const Job &job)
             return own[COEFFICIENTS == 1 ? 0 : i](inputs[0][u].of[i], inputs[LAST][u].of[i]);
         });
     };
-    bool on_the_way = all_whole();
-    if (on_the_way)
+    bool in_flight = all_whole();
+    if (in_flight)
         read();
     for (int i = threadIdx.x; i < columns.channels; i += blockDim.x) {
         const i64 channel = columns.first + i;
@@ -1365,7 +1373,7 @@ __device__ void compute_columns(const Job &job)
         for (int i = 0; i < COEFFICIENTS; i++)
             own[i] = table[quotient(columns.column * V + i, job.s) - columns.first];
     }
-    while (on_the_way) {
+    while (in_flight) {
         const i64 here = index;
         Chunk outputs[AHEAD];
 #pragma unroll
@@ -1373,8 +1381,8 @@ __device__ void compute_columns(const Job &job)
             outputs[u] = compute(u);
         row += AHEAD * columns.lanes;
         index += AHEAD * step;
-        on_the_way = all_whole();
-        if (on_the_way)
+        in_flight = all_whole();
+        if (in_flight)
             read();
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
