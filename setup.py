@@ -97,7 +97,7 @@ class BuildExt(build_ext):
             (c for c in openmp_candidates(msvc) if self.builds(OPENMP_PROBE, *c)), ([], [])
         )
         if not openmp_flags:
-            self.warn("no OpenMP: fastbn will run on one thread")
+            self.warn("no OpenMP: fastbn will use one thread")
         isas = {
             name: (isa_flags, supported)
             for name, (isa_flags, macro, supported) in (ISAS_MSVC if msvc else ISAS).items()

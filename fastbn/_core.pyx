@@ -343,8 +343,8 @@ cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) no
 
 include "core/valid.pxi"
 include "core/sums.pxi"
-include "core/rows.pxi"
-include "core/columns.pxi"
+include "core/row_layout.pxi"
+include "core/column_layout.pxi"
 include "core/schedule.pxi"
 include "core/arrays.pxi"
 

@@ -72,22 +72,22 @@ ALWAYS_INLINE uint32_t bits_of_float(float x)
 
 ALWAYS_INLINE float decode_float16(uint16_t h)
 {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
-    if (rest < 0x0400) /* subnormal: a multiple of 2^-24 */
-        return sign ? -(float)rest * 0x1p-24f : (float)rest * 0x1p-24f;
-    return float_of_bits(sign | ((rest << 13) + (rest < 0x7c00 ? 112u << 23 : 224u << 23)));
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, size = h & 0x7fff; /* without its sign */
+    if (size < 0x0400) /* subnormal: a multiple of 2^-24 */
+        return sign ? -(float)size * 0x1p-24f : (float)size * 0x1p-24f;
+    return float_of_bits(sign | ((size << 13) + (size < 0x7c00 ? 112u << 23 : 224u << 23)));
 }
 
 ALWAYS_INLINE uint16_t encode_float16(float x)
 {
-    const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, rest = bits_of_float(x) & 0x7fffffff;
-    if (rest > 0x7f800000) /* NaN */
-        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
-    if (rest >= 0x477ff000) /* rounds to 65536 or more */
+    const uint32_t sign = bits_of_float(x) >> 16 & 0x8000, size = bits_of_float(x) & 0x7fffffff;
+    if (size > 0x7f800000) /* NaN */
+        return (uint16_t)(sign | 0x7e00 | (size >> 13 & 0x3ff));
+    if (size >= 0x477ff000) /* rounds to 65536 or more */
         return (uint16_t)(sign | 0x7c00);
-    if (rest < 0x38800000) /* subnormal: a multiple of 2^-24 */
-        return (uint16_t)(sign | (bits_of_float(float_of_bits(rest) * 0x1p24f + 0x1p23f) & 0x7fff));
-    return (uint16_t)(sign | (((rest + 0xfff + (rest >> 13 & 1)) >> 13) - (112u << 10)));
+    if (size < 0x38800000) /* subnormal: a multiple of 2^-24 */
+        return (uint16_t)(sign | (bits_of_float(float_of_bits(size) * 0x1p24f + 0x1p23f) & 0x7fff));
+    return (uint16_t)(sign | (((size + 0xfff + (size >> 13 & 1)) >> 13) - (112u << 10)));
 }
 
 ALWAYS_INLINE float decode_bfloat16(uint16_t h) { return float_of_bits((uint32_t)h << 16); }
@@ -138,7 +138,7 @@ ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
 }
 
 /* Copies memory by non-temporal stores, which do not read first what they overwrite. A cache line
- * that is stored in part, or in both ways, costs more than an ordinary store: the bytes of the
+ * that is stored in pieces, or in both ways, costs more than an ordinary store: the bytes of the
  * first and the last line, where they are not whole, are stored ordinarily. */
 ALWAYS_INLINE void copy_nontemporal(char *to, const char *from, size_t bytes)
 {
