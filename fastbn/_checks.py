@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import _core
 from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array
@@ -153,7 +154,12 @@ NATIVE_FLOATS = frozenset(np.dtype(code) for code in "efd")
 
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Tell whether it is one of the four dtypes, in any byte order."""
-    return dtype in NATIVE_FLOATS or dtype.char in "efd" or dtype.name == "bfloat16"
+    if dtype in NATIVE_FLOATS or dtype.char in "efd":
+        return True
+    if dtype.name != "bfloat16":
+        return False
+    _core.know_bfloat16(dtype)  # From now on, the quick path takes it.
+    return True
 
 
 def is_array(value: Any) -> bool:

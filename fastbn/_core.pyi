@@ -1,9 +1,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Statistics = NDArray[np.float64]
 
 mask_padding: int
 
@@ -82,3 +84,87 @@ def backward(
     sum_dy_xhat: Array,
     threads: int,
 ) -> None: ...
+def unrecoverable_channels(
+    dtype: np.dtype[Any], count: float, weight: Array, bias: Array | None
+) -> list[int]: ...
+def set_quick_path(on: bool) -> bool: ...
+def know_bfloat16(dtype: np.dtype[Any]) -> None: ...
+def try_evaluate(
+    x: object,
+    out: object,
+    running_mean: object,
+    running_var: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    ranks: tuple[int, ...] | None,
+    num_features: int | None,
+    /,
+) -> Array | None: ...
+def try_train(
+    x: object,
+    out: object,
+    running_mean: object,
+    running_var: object,
+    weight: object,
+    bias: object,
+    momentum: object,
+    eps: object,
+    /,
+) -> tuple[Array, Statistics, Statistics] | None: ...
+def try_layer_train(
+    x: object,
+    out: object,
+    running_mean: object,
+    running_var: object,
+    counter: object,
+    weight: object,
+    bias: object,
+    momentum: object,
+    eps: object,
+    ranks: tuple[int, ...],
+    num_features: int,
+    /,
+) -> tuple[Array, SavedForBackward] | None: ...
+def try_backward(
+    dy: object, x: object, weight: object, mean: object, invstd: object, out: object, /
+) -> tuple[Array, Statistics, Statistics] | None: ...
+def try_layer_backward(
+    dy: object,
+    saved: SavedForBackward,
+    weight: object,
+    bias: object,
+    weight_grad: object,
+    bias_grad: object,
+    out: object,
+    /,
+) -> tuple[Array, Array | None, Array | None] | None: ...
+
+class SavedForBackward:
+    def __init__(
+        self,
+        x: Array,
+        mean: Statistics,
+        invstd: Statistics,
+        in_place: bool = False,
+        frozen: bool = False,
+        kept: Any = None,
+        mask: Array | None = None,
+        batch_size: int = 0,
+    ) -> None: ...
+    @property
+    def x(self) -> Array: ...
+    @property
+    def mean(self) -> Statistics: ...
+    @property
+    def invstd(self) -> Statistics: ...
+    @property
+    def in_place(self) -> bool: ...
+    @property
+    def frozen(self) -> bool: ...
+    @property
+    def kept(self) -> Any: ...
+    @property
+    def mask(self) -> Array | None: ...
+    @property
+    def batch_size(self) -> int: ...

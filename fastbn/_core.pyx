@@ -9,9 +9,13 @@ The functions trust their caller: arrays have the right shapes, dtypes and layou
 
 import os
 
+cimport cython
 cimport numpy as cnp
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cython.parallel cimport prange, threadid
-from libc.math cimport isfinite, isnan
+from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
+from libc.math cimport fabs, isfinite, isnan, pow
+from libc.stdint cimport INT64_MAX
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memset
 
@@ -252,6 +256,14 @@ cdef const char *start_of_vector(const Vector *vector, const Block *block) noexc
     return vector.data + block.batch * vector.batch_stride + block.c0 * vector.stride
 
 
+cdef Block some_channels(Py_ssize_t i, Py_ssize_t channels) noexcept nogil:
+    """The i-th COLUMNS of a number of channels, of the first batch."""
+    cdef Block block
+    memset(&block, 0, sizeof(Block))
+    block.c0, block.c1 = i * COLUMNS, min((i + 1) * COLUMNS, channels)
+    return block
+
+
 cdef void read_vector(const Vector *vector, const Block *block, double *to) noexcept nogil:
     """The values of a block's channels."""
     cdef Py_ssize_t c, count = block.c1 - block.c0
@@ -415,9 +427,9 @@ cdef void move_once(const Vector *moved, const Vector *target, Py_ssize_t batch,
     cdef double targets[COLUMNS]
     cdef Block block
     cdef Py_ssize_t c, i
-    block.batch = batch
     for i in range(ceil_div(channels, COLUMNS)):
-        block.c0, block.c1 = i * COLUMNS, min((i + 1) * COLUMNS, channels)
+        block = some_channels(i, channels)
+        block.batch = batch
         read_vector(moved, &block, values)
         read_vector(target, &block, targets)
         for c in range(block.c1 - block.c0):
@@ -470,3 +482,8 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
     job.weight = vector_of(weight, 1)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
     execute(&job, threads)
+
+
+include "core/recovery.pxi"
+include "core/saved.pxi"
+include "core/quick.pxi"

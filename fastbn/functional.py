@@ -20,6 +20,7 @@ All functions check everything before they write anything.
 from __future__ import annotations
 
 from fastbn import _checks as checks
+from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, Statistics
 from fastbn.backends import backend_of
@@ -112,14 +113,39 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
-    x = checks.as_input(input)
     parameters = running_mean, running_var, weight, bias
+    if mask is None and ghost_batch_size is None:
+        y = _quick_batch_norm(input, out, *parameters, training, momentum, eps)
+        if y is not None:
+            return y
+    x = checks.as_input(input)
     size = checks.as_batch_size(ghost_batch_size)
     if not training:
         return normalize.by_running(checks.running_call(x, *parameters, eps, out=out, mask=mask))
     momentum = checks.as_real(momentum, "momentum")
     call = checks.training_call(x, *parameters, momentum, eps, batch_size=size, out=out, mask=mask)
     return normalize.by_batch(call)[0]
+
+
+def _quick_batch_norm(
+    x: ArrayLike,
+    out: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Array | None:
+    """`batch_norm` of a plain call; None for any other."""
+    running = running_mean, running_var
+    if not training:
+        return _core.try_evaluate(x, out, *running, weight, bias, eps, None, None)
+    if momentum is None:
+        return None
+    result = _core.try_train(x, out, *running, weight, bias, momentum, eps)
+    return None if result is None else result[0]
 
 
 def instance_norm(
@@ -352,6 +378,10 @@ def batch_norm_forward(
     (True, array([[-1., -1.],
            [ 1.,  1.]]), array([2., 7.]), array([1. , 0.5]))
     """
+    if mask is None and ghost_batch_size is None:
+        result = _core.try_train(x, out, None, None, weight, bias, 0.0, eps)
+        if result is not None:
+            return result
     x = checks.as_input(x)
     call = checks.forward_call(x, weight, bias, eps, out, mask)
     size = checks.as_batch_size(ghost_batch_size)
@@ -527,6 +557,10 @@ def batch_norm_backward(
     >>> dbias.round(6), dweight.round(4)
     (array([0.]), array([3.]))
     """
+    if mask is None and ghost_batch_size is None:
+        gradients = _core.try_backward(dy, x, weight, mean, invstd, out)
+        if gradients is not None:
+            return gradients
     x = checks.as_input(x)
     size = checks.as_batch_size(ghost_batch_size)
     return normalize.backward(

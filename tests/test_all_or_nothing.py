@@ -221,13 +221,17 @@ def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
 # A KeyboardInterrupt just before a kernel starts.
 
 
+KERNELS = ["forward", "elemt", "stats", "backward", "backward_reduce", "backward_elemt"]
+KERNELS += [name for name in vars(_core) if name.startswith("try_")]
+
+
 @contextmanager
 def interrupted_kernels(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        for name in ("forward", "elemt", "stats", "backward", "backward_reduce", "backward_elemt"):
+        for name in KERNELS:
             patched.setattr(_core, name, interrupt)
         yield
 

@@ -231,6 +231,12 @@ def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
 # What is asked of a backend besides batch normalization.
 
 
+def unrecoverable(x: Array, weight: Array, bias: Array | None) -> NDArray[np.intp]:
+    """The channels of x that a forward in place does not determine."""
+    count = float(x.size // max(x.shape[1], 1))
+    return np.array(_core.unrecoverable_channels(x.dtype, count, weight, bias), np.intp)
+
+
 def channels_of(x: Array, channels: NDArray[np.intp]) -> Array:
     """A copy of some channels of an array, in its layout."""
     copy = np.empty_like(x, shape=(x.shape[0], len(channels), *x.shape[2:]))

@@ -92,6 +92,9 @@ class Backend(Protocol):
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradient of x, and the sums of dy and of dy * xhat, for each batch."""
 
+    def unrecoverable(self, x: Array, weight: Array, bias: Array | None) -> Array:
+        """The channels of x that the output of a forward in place does not determine."""
+
     def channels_of(self, x: Array, channels: Array) -> Array:
         """A copy of some channels of an array, in its layout."""
 

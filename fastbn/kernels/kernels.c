@@ -40,26 +40,58 @@ static ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
 
 static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
+#if defined(__GNUC__) && !defined(__clang__)
+/* gcc warns of arrays of one value per channel, that there might be no channels. */
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+/* Where the length of a run is known at compile time, it takes no loop. */
+#define FOR_RUNS_OF(run, DO) \
+    switch (run) { \
+    case 1: DO(1); break; \
+    case 2: DO(2); break; \
+    case 4: DO(4); break; \
+    default: DO(run); \
+    }
+
 /* One value per column, from one per channel. */
 #define SPREAD(type) \
+    ALWAYS_INLINE void spread_over_runs_##type(ptrdiff_t channels, ptrdiff_t run, \
+                                               const type *from, type *to) \
+    { \
+        for (ptrdiff_t c = 0; c < channels; c++) \
+            for (ptrdiff_t i = 0; i < run; i++) \
+                to[c * run + i] = from[c]; \
+    } \
     static void spread_##type(const fastbn_matrix *matrix, const type *from, type *to) \
     { \
-        const ptrdiff_t channels = matrix->channels, run = matrix->run; \
-        for (ptrdiff_t j = 0; j < matrix->len; j += channels * run) \
-            for (ptrdiff_t i = 0; i < run; i++) \
-                for (ptrdiff_t c = 0; c < channels; c++) \
-                    to[j + c * run + i] = from[c]; \
+        const ptrdiff_t channels = matrix->channels; \
+        for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run) \
+            FOR_RUNS_OF(matrix->run, SPREAD_##type) \
     }
+#define SPREAD_float(run) spread_over_runs_float(channels, run, from, to + j)
+#define SPREAD_double(run) spread_over_runs_double(channels, run, from, to + j)
 SPREAD(float)
 SPREAD(double)
+
+ALWAYS_INLINE void add_runs(ptrdiff_t channels, ptrdiff_t run, const double *from, double *to)
+{
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        double sum = to[c];
+        for (ptrdiff_t i = 0; i < run; i++)
+            sum += from[c * run + i];
+        to[c] = sum;
+    }
+}
 
 /* Adds one value per column to one per channel. */
 static void add_columns_to_channels(const fastbn_matrix *matrix, const double *from, double *to)
 {
-    for (ptrdiff_t j = 0; j < matrix->len; j += matrix->channels * matrix->run)
-        for (ptrdiff_t i = 0; i < matrix->run; i++)
-            for (ptrdiff_t c = 0; c < matrix->channels; c++)
-                to[c] += from[j + c * matrix->run + i];
+    const ptrdiff_t channels = matrix->channels;
+#define ADD(run) add_runs(channels, run, from + j, to)
+    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
+        FOR_RUNS_OF(matrix->run, ADD)
+#undef ADD
 }
 
 /* How sums of columns heed a mask: step by step or, where a row is valid or not as a whole, by a

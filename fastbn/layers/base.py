@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Never, Self
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, NDArray, Statistics
 from fastbn.layers.saved import (
@@ -32,6 +33,7 @@ class Norm(LayerState):
 
     _family: ClassVar[str]
     _ranks: ClassVar[tuple[int, ...]]
+    _batch_ranks: ClassVar[tuple[int, ...]]  # of those, the ones with an axis of samples
 
     num_features: int
     # Any stands for None: which of them are None, one knows from the arguments, a type checker
@@ -180,7 +182,34 @@ class Norm(LayerState):
         TypeError
             If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
         """
+        if mask is None:
+            y = self._quick_forward(x, out)
+            if y is not None:
+                return y
         return self._forward(self._as_input(x), out, mask)
+
+    def _quick_forward(self, x: ArrayLike, out: Array | None) -> Array | None:
+        """`forward` of a plain call; None for any other."""
+        if self.training:
+            return self._quick_train(x, out)
+        y = _core.try_evaluate(
+            x,
+            out,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            self._batch_ranks,
+            self.num_features,
+        )
+        if y is not None:
+            self._saved = NO_BACKWARD_IN_EVAL
+        return y
+
+    def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
+        """`forward` in training mode of a plain call; None for any other."""
+        return None
 
     def _forward(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
         """`forward` of an array of shape (N, C, ...) that fits the layer."""
@@ -199,11 +228,11 @@ class Norm(LayerState):
             y if call.in_place else x,
             mean,
             invstd,
+            call.in_place,
+            self.frozen,
+            kept,
             call.mask,
             call.batch_size,
-            self.frozen,
-            call.in_place,
-            kept,
         )
         return y
 
@@ -291,7 +320,14 @@ class Norm(LayerState):
         """
         if isinstance(self._saved, str):
             raise RuntimeError(self._saved)
-        return self._backward(self._saved, dy, out)
+        dx = self._quick_backward(self._saved, dy, out)
+        return self._backward(self._saved, dy, out) if dx is None else dx
+
+    def _quick_backward(
+        self, saved: SavedForBackward, dy: ArrayLike, out: Array | None
+    ) -> Array | None:
+        """`backward` of a plain call; None for any other."""
+        return None
 
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         """`backward`, from what the forward left."""

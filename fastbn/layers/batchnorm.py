@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from fastbn import _checks as checks
+from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm
+from fastbn.layers.saved import NO_SECOND_BACKWARD, SavedForBackward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -32,6 +34,40 @@ class BatchNorm(Norm):
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         )
         self.ghost_batch_size = checks.as_batch_size(ghost_batch_size) or None
+
+    def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
+        if self.frozen or self._recorder is not None or self.ghost_batch_size is not None:
+            return None
+        tracks = self.track_running_stats
+        result = _core.try_layer_train(
+            x,
+            out,
+            self.running_mean if tracks else None,
+            self.running_var if tracks else None,
+            self.num_batches_tracked if tracks else None,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            self._batch_ranks,
+            self.num_features,
+        )
+        if result is None:
+            return None
+        y, self._saved = result
+        return y
+
+    def _quick_backward(
+        self, saved: SavedForBackward, dy: ArrayLike, out: Array | None
+    ) -> Array | None:
+        result = _core.try_layer_backward(
+            dy, saved, self.weight, self.bias, self.weight_grad, self.bias_grad, out
+        )
+        if result is None:
+            return None
+        dx, self.weight_grad, self.bias_grad = result
+        self._saved = NO_SECOND_BACKWARD
+        return dx
 
     def _training_call(
         self, x: Array, out: Array | None, mask: ArrayLike | None
@@ -147,7 +183,7 @@ class BatchNorm2d(BatchNorm):
     True
     """
 
-    _ranks = (4,)
+    _ranks = _batch_ranks = (4,)
 
 
 class BatchNorm1d(BatchNorm):
@@ -163,7 +199,7 @@ class BatchNorm1d(BatchNorm):
            [ 1.,  1.]])
     """
 
-    _ranks = (2, 3)
+    _ranks = _batch_ranks = (2, 3)
 
 
 class BatchNorm3d(BatchNorm):
@@ -177,4 +213,4 @@ class BatchNorm3d(BatchNorm):
     (1, 2, 3, 4, 5)
     """
 
-    _ranks = (5,)
+    _ranks = _batch_ranks = (5,)

@@ -162,7 +162,7 @@ class InstanceNorm2d(InstanceNorm):
     [[[[-1.0, 1.0]]], [[[-1.0, 1.0]]]]
     """
 
-    _ranks = (3, 4)
+    _ranks, _batch_ranks = (3, 4), (4,)
 
 
 class InstanceNorm1d(InstanceNorm):
@@ -176,7 +176,7 @@ class InstanceNorm1d(InstanceNorm):
     array([[-1.,  1.]])
     """
 
-    _ranks = (2, 3)
+    _ranks, _batch_ranks = (2, 3), (3,)
 
 
 class InstanceNorm3d(InstanceNorm):
@@ -192,4 +192,4 @@ class InstanceNorm3d(InstanceNorm):
     (1, 2, 3, 4, 5)
     """
 
-    _ranks = (4, 5)
+    _ranks, _batch_ranks = (4, 5), (5,)

@@ -7,19 +7,27 @@ copy of their input.
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fastbn import _normalize as normalize
+from fastbn._core import SavedForBackward
 from fastbn._types import Array, NDArray, Statistics
 from fastbn.backends import backend_of
 
-# Where |bias| exceeds this many times |weight|, too many digits of the output are the bias's;
-# bfloat16 has fewer of them to lose. Nor may the output underflow or overflow.
-RECOVERABLE = 16.0
-RECOVERABLE_BFLOAT16 = 4.0
+__all__ = [
+    "NO_BACKWARD_IN_EVAL",
+    "NO_FORWARD",
+    "NO_SECOND_BACKWARD",
+    "GradBuffer",
+    "KeptChannels",
+    "SavedForBackward",
+    "grad_buffer",
+    "gradients",
+    "keep_all",
+    "keep_channels",
+]
 
 # Saved where no backward is possible: the reason.
 NO_FORWARD = "backward() needs a forward in training mode before it"
@@ -35,19 +43,6 @@ class KeptChannels(NamedTuple):
 
     channels: NDArray[np.intp] | slice
     x: Array
-
-
-class SavedForBackward(NamedTuple):
-    """What a forward in training mode leaves for its backward."""
-
-    x: Array  # the input or, where the output took its place, the output
-    mean: Statistics
-    invstd: Statistics
-    mask: Array | None = None
-    batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
-    frozen: bool = False
-    in_place: bool = False
-    kept: KeptChannels | None = None
 
 
 class Operands(NamedTuple):
@@ -70,17 +65,10 @@ def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | No
         return None
     if not backend_of(x).readable():
         return keep_all(x)
-    weight = np.abs(_as_float64(call.weight, 1.0, x))
-    bias = np.abs(_as_float64(call.bias, 0.0, x))
-    smallest, greatest = _limits(x.dtype)
-    far = RECOVERABLE if x.dtype.kind == "f" else RECOVERABLE_BFLOAT16
-    # No normalized value of n exceeds sqrt(n).
-    largest = weight * (normalize.values_per_channel(x) ** 0.5 + far)
-    recoverable = (weight >= smallest) & (largest <= greatest) & (bias <= far * weight)
-    channels = np.flatnonzero(~recoverable)
-    if not channels.size:
+    channels = backend_of(x).unrecoverable(x, call.weight, call.bias)
+    if not len(channels):
         return None
-    if channels.size == x.shape[1]:
+    if len(channels) == x.shape[1]:
         return keep_all(x)
     return KeptChannels(channels, backend_of(x).channels_of(x, channels))
 
@@ -147,13 +135,6 @@ def _as_float64(vector: Array | None, default: float, x: Array) -> Statistics:
     if vector is None:
         return np.full_like(x, default, np.float64, shape=x.shape[1])
     return vector.astype(np.float64)
-
-
-@functools.cache
-def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
-    """The smallest normal number and the greatest; bfloat16's exponents are those of float32."""
-    limits = np.finfo(dtype if dtype.kind == "f" else np.float32)
-    return float(limits.smallest_normal), float(limits.max)
 
 
 class GradBuffer(NamedTuple):

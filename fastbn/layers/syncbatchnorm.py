@@ -15,6 +15,7 @@ from fastbn import _normalize as normalize
 from fastbn._mpi import Ranks, mpi
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
+from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all
 from fastbn.moments import Moments
@@ -76,7 +77,7 @@ class SyncBatchNorm(BatchNorm):
     array([0.05, 0.05], dtype=float32)
     """
 
-    _ranks = (2, 3, 4, 5)
+    _ranks = _batch_ranks = (2, 3, 4, 5)
     _group: Ranks | None
     _total: Moments  # of the last forward in training
 
@@ -98,6 +99,10 @@ class SyncBatchNorm(BatchNorm):
         )
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self._group = None
+
+    # In training, what the core does is one part of what the ranks do.
+    _quick_train = Norm._quick_train
+    _quick_backward = Norm._quick_backward
 
     def forward(
         self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None

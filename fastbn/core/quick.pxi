@@ -1,0 +1,465 @@
+# The quick path: it takes a call as it came if all of it is plain, and returns None otherwise.
+#
+# Plain are exact ndarrays, aligned and of native byte order, C-contiguous or channels-last, of the
+# right shapes and dtypes, and options of the types float and None. What is read and what is written
+# is the same memory, or apart. A call that is declined takes the checked path, which converts it or
+# tells what is wrong; both paths give the same bits. All memory is taken before anything is
+# written. The caller owns a reference to every array.
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype,
+                                bint subok)
+
+
+cdef bint quick_path = os.environ.get("FASTBN_QUICK_PATH") != "0"
+
+
+def set_quick_path(bint on):
+    """Switch the quick path on or off; return whether it was on."""
+    global quick_path
+    cdef bint was_on = quick_path
+    quick_path = on
+    return was_on
+
+
+# ------------------------------------------------------------------ what is plain
+
+# The type number of ml_dtypes' bfloat16, which the checked path has recognized by its name.
+cdef int bfloat16_type_num = -1
+
+
+def know_bfloat16(cnp.dtype dtype not None):
+    """Let the quick path take a dtype for bfloat16."""
+    global bfloat16_type_num
+    bfloat16_type_num = dtype.type_num
+
+
+cdef bint is_plain(object value) noexcept:
+    """Tell whether it is an ndarray, of one of the four dtypes, that can be read as it is."""
+    cdef int type_num
+    if not cnp.PyArray_CheckExact(value):
+        return False
+    type_num = cnp.PyArray_TYPE(<cnp.ndarray>value)
+    return cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray>value) and (
+        type_num == cnp.NPY_FLOAT32 or type_num == cnp.NPY_FLOAT64
+        or type_num == cnp.NPY_FLOAT16 or type_num == bfloat16_type_num)
+
+
+cdef bint is_plain_input(object x, object ranks, object num_features) except -1:
+    """Tell whether it is a plain array of shape (N, C, ...) that fits a layer, if there is one."""
+    cdef cnp.ndarray array
+    if not quick_path or not is_plain(x):
+        return False
+    array = <cnp.ndarray>x
+    if cnp.PyArray_NDIM(array) < 2 or cnp.PyArray_SIZE(array) == 0 or layout_of(array) == UNFIT:
+        return False
+    if ranks is None:
+        return True
+    return (cnp.PyArray_DIMS(array)[1] == <Py_ssize_t>num_features
+            and has_rank(<tuple>ranks, cnp.PyArray_NDIM(array)))
+
+
+cdef bint has_rank(tuple ranks, int ndim) except -1:
+    cdef object rank
+    for rank in ranks:
+        if <int>rank == ndim:
+            return True
+    return False
+
+
+cdef bint is_plain_beside(object value, cnp.ndarray x) noexcept:
+    """Tell whether it is a plain array of x's shape, dtype and layout."""
+    cdef cnp.ndarray array
+    if value is x:
+        return True
+    if not is_plain(value):
+        return False
+    array = <cnp.ndarray>value
+    return (cnp.PyArray_TYPE(array) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(array, x)
+            and layout_of(array) == layout_of(x))
+
+
+cdef bint is_plain_output(object out, cnp.ndarray x, cnp.ndarray dy) noexcept:
+    """Tell whether it is None, or a plain array that is x or dy, or apart from both."""
+    if out is None:
+        return True
+    return (is_plain_beside(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
+            and is_same_or_apart(<cnp.ndarray>out, x) and is_same_or_apart(<cnp.ndarray>out, dy))
+
+
+cdef bint is_same_or_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Tell whether arrays of one shape, dtype and layout are the same memory, or apart."""
+    return is_same(a, b) or is_apart(a, b)
+
+
+cdef bint is_same(cnp.ndarray a, cnp.ndarray b) noexcept:
+    return cnp.PyArray_BYTES(a) == cnp.PyArray_BYTES(b)
+
+
+cdef bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Tell whether dense arrays, or vectors of positive strides, have no memory in common."""
+    cdef const char *start_a = cnp.PyArray_BYTES(a)
+    cdef const char *start_b = cnp.PyArray_BYTES(b)
+    return start_a + extent_of(a) <= start_b or start_b + extent_of(b) <= start_a
+
+
+cdef Py_ssize_t extent_of(cnp.ndarray array) noexcept:
+    """The bytes from the start of the first element to the end of the last one."""
+    if cnp.PyArray_NDIM(array) != 1:
+        return cnp.PyArray_NBYTES(array)
+    return (cnp.PyArray_STRIDES(array)[0] * (cnp.PyArray_DIMS(array)[0] - 1)
+            + cnp.PyArray_ITEMSIZE(array))
+
+
+cdef bint is_plain_vector(object value, cnp.ndarray x, object out) noexcept:
+    """Tell whether it is None, or a plain vector of a value per channel, apart from out."""
+    cdef cnp.ndarray vector
+    if value is None:
+        return True
+    if not is_plain(value):
+        return False
+    vector = <cnp.ndarray>value
+    if (cnp.PyArray_NDIM(vector) != 1 or cnp.PyArray_DIMS(vector)[0] != cnp.PyArray_DIMS(x)[1]
+            or cnp.PyArray_STRIDES(vector)[0] <= 0):
+        return False
+    return out is None or is_apart(vector, <cnp.ndarray>out)
+
+
+cdef bint is_plain_target(object value, cnp.ndarray x, object out) noexcept:
+    """Tell whether it is None, or a plain vector that can be written to."""
+    return is_plain_vector(value, x, out) and (
+        value is None or cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value))
+
+
+cdef bint is_plain_gradient(object gradient, object parameter, cnp.ndarray x,
+                            object out) noexcept:
+    """Tell whether it is a sum of gradients that can be added to, or None for a new one.
+
+    NumPy rounds sums from float64, kernels round those of 16 bits from float32.
+    """
+    if parameter is None:
+        return gradient is None
+    if not is_plain_target(gradient, x, out):
+        return False
+    return cnp.PyArray_ITEMSIZE(<cnp.ndarray>(parameter if gradient is None else gradient)) > 2
+
+
+cdef bint is_plain_counter(object counter) noexcept:
+    """Tell whether it is None, or an int64 that can count on."""
+    cdef cnp.ndarray array
+    if counter is None:
+        return True
+    if not cnp.PyArray_CheckExact(counter):
+        return False
+    array = <cnp.ndarray>counter
+    if (cnp.PyArray_NDIM(array) != 0 or cnp.PyArray_TYPE(array) != cnp.NPY_INT64
+            or not cnp.PyArray_ISBEHAVED(array)):
+        return False
+    return 0 <= counter_of(array)[0] < INT64_MAX
+
+
+cdef cnp.npy_int64 *counter_of(object counter) noexcept:
+    return <cnp.npy_int64 *>cnp.PyArray_BYTES(<cnp.ndarray>counter)
+
+
+cdef bint is_plain_eps(object eps) noexcept:
+    return PyFloat_CheckExact(eps) and PyFloat_AS_DOUBLE(eps) > 0.0
+
+
+# ------------------------------------------------------------------ memory
+
+cdef cnp.ndarray result_like(cnp.ndarray x, object out):
+    """out, or a new array of x's dtype and layout."""
+    if out is not None:
+        return <cnp.ndarray>out
+    return <cnp.ndarray>PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, False)
+
+
+cdef cnp.ndarray new_vector(Py_ssize_t channels, int type_num):
+    """A new vector of one value per channel."""
+    cdef cnp.npy_intp shape = channels
+    return <cnp.ndarray>cnp.PyArray_SimpleNew(1, &shape, type_num)
+
+
+cdef double *new_doubles(Py_ssize_t count) except NULL:
+    cdef double *doubles = <double *>malloc(count * sizeof(double))
+    if doubles == NULL:
+        raise MemoryError("no memory for sums of the channels")
+    return doubles
+
+
+cdef Vector vector_of_doubles(const double *values) noexcept nogil:
+    """A vector of one double per channel."""
+    cdef Vector vector = constant(0.0)
+    vector.data, vector.stride = <const char *>values, sizeof(double)
+    vector.kernels = &isa_in_use.float64
+    return vector
+
+
+# ------------------------------------------------------------------ forwards
+
+def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, ranks, num_features, /):
+    """Normalize by running statistics; None if the call is not plain."""
+    cdef cnp.ndarray array, target
+    cdef Job job
+    if not is_plain_input(x, ranks, num_features):
+        return None
+    array = <cnp.ndarray>x
+    if (running_mean is None or running_var is None or not is_plain_eps(eps)
+            or not is_plain_output(out, array, array)
+            or not is_plain_vector(running_mean, array, out)
+            or not is_plain_vector(running_var, array, out)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(bias, array, out)):
+        return None
+    target = result_like(array, out)
+    init_job_on(&job, array, None, 0)
+    job.mean, job.var = vector_of(running_mean, 0), vector_of(running_var, 1)
+    job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
+    job.eps = PyFloat_AS_DOUBLE(eps)
+    apply_normalize(&job, cnp.PyArray_BYTES(target))
+    execute(&job, 0)
+    return target
+
+
+def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, /):
+    """Normalize by the batch and move the running statistics; None if the call is not plain.
+
+    Returns y, mean and invstd.
+    """
+    cdef SavedForBackward saved
+    cdef cnp.ndarray y
+    if not is_plain_input(x, None, None):
+        return None
+    saved = SavedForBackward.__new__(SavedForBackward)
+    y = train(<cnp.ndarray>x, out, running_mean, running_var, None, weight, bias, momentum, eps,
+              saved, False)
+    return None if y is None else (y, saved.mean, saved.invstd)
+
+
+def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, ranks,
+                    num_features, /):
+    """Normalize by the batch and move the running statistics; None if the call is not plain.
+
+    Returns y and what the backward needs. A forward in place is plain only if its backward can
+    recover all channels.
+    """
+    cdef SavedForBackward saved
+    cdef cnp.ndarray y
+    if not is_plain_input(x, ranks, num_features):
+        return None
+    saved = SavedForBackward.__new__(SavedForBackward)
+    y = train(<cnp.ndarray>x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
+              saved, True)
+    return None if y is None else (y, saved)
+
+
+cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, object running_var,
+                       object counter, object weight, object bias, object momentum, object eps,
+                       SavedForBackward saved, bint recovers):
+    """The forward of a plain input in training; None if anything else is not plain."""
+    cdef cnp.ndarray target
+    cdef Py_ssize_t channels
+    cdef double count, factor = 0.0
+    cdef double *m2
+    if ((running_mean is None) != (running_var is None) or not is_plain_eps(eps)
+            or not (momentum is None or PyFloat_CheckExact(momentum))
+            or not is_plain_counter(counter)
+            or not is_plain_output(out, array, array)
+            or not is_plain_target(running_mean, array, out)
+            or not is_plain_target(running_var, array, out)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(bias, array, out)):
+        return None
+    channels = cnp.PyArray_DIMS(array)[1]
+    count = <double>(cnp.PyArray_SIZE(array) // channels)
+    saved.in_place = out is not None and is_same(<cnp.ndarray>out, array)
+    if count < 2.0:
+        return None
+    if saved.in_place and recovers and not all_recoverable(array, weight, bias, count):
+        return None
+    if momentum is not None:
+        factor = PyFloat_AS_DOUBLE(momentum)
+    elif counter is not None:
+        factor = 1.0 / <double>(counter_of(counter)[0] + 1)
+    target = result_like(array, out)
+    saved.x = target if saved.in_place else array
+    saved.mean = new_vector(channels, cnp.NPY_FLOAT64)
+    saved.invstd = new_vector(channels, cnp.NPY_FLOAT64)
+    m2 = new_doubles(channels)
+    try:
+        normalize_batch(array, weight, bias, PyFloat_AS_DOUBLE(eps), target, saved, m2)
+        if running_mean is not None:  # not before: they may share memory with weight and bias
+            move_to_batch(running_mean, <const double *>cnp.PyArray_BYTES(saved.mean), 1.0,
+                          factor)
+            move_to_batch(running_var, m2, count - 1.0, factor)
+        if counter is not None:
+            counter_of(counter)[0] += 1
+    finally:
+        free(m2)
+    return target
+
+
+cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
+                          double count) noexcept:
+    """Tell whether the output of a forward in place determines all channels."""
+    cdef Limits limits = limits_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x))
+    cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    if weight is None:
+        return True
+    return next_unrecoverable(&limits, count, &weights, &biases, 0, channels) == channels
+
+
+cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
+                         cnp.ndarray out, SavedForBackward saved, double *m2) except -1:
+    cdef Job job
+    init_job_on(&job, x, None, 0)
+    reduce_to_moments(&job, output_vector(saved.mean, &job.mean), m2,
+                      output_vector(saved.invstd, &job.invstd))
+    job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
+    job.eps = eps
+    apply_normalize(&job, cnp.PyArray_BYTES(out))
+    return execute(&job, 0)
+
+
+cdef void move_to_batch(cnp.ndarray running, const double *batch, double divisor,
+                        double factor) noexcept:
+    """Move running statistics towards those of a batch."""
+    cdef Vector moved = vector_of(running, 0), target = vector_of_doubles(batch)
+    move_once(&moved, &target, 0, cnp.PyArray_DIMS(running)[0], divisor, factor)
+
+
+# ------------------------------------------------------------------ backwards
+
+def try_backward(dy, x, weight, mean, invstd, out, /):
+    """The gradients of `batch_norm_forward`; None if the call is not plain."""
+    cdef cnp.ndarray array, target, dweight, dbias
+    cdef Vector weights, means, invstds
+    cdef Py_ssize_t channels
+    if not is_plain_input(x, None, None):
+        return None
+    array = <cnp.ndarray>x
+    if (mean is None or invstd is None or not is_plain_beside(dy, array)
+            or not is_plain_output(out, array, <cnp.ndarray>dy)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(mean, array, out)
+            or not is_plain_vector(invstd, array, out)):
+        return None
+    channels = cnp.PyArray_DIMS(array)[1]
+    target = result_like(array, out)
+    dweight = new_vector(channels, cnp.NPY_FLOAT64)
+    dbias = new_vector(channels, cnp.NPY_FLOAT64)
+    weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
+    differentiate(<cnp.ndarray>dy, array, &weights, &means, &invstds, target,
+                  <double *>cnp.PyArray_BYTES(dbias), <double *>cnp.PyArray_BYTES(dweight))
+    return target, dweight, dbias
+
+
+def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight_grad, bias_grad,
+                       out, /):
+    """The gradient of a layer's input, and the sums of its gradients; None if it is not plain."""
+    cdef cnp.ndarray array, target
+    cdef Py_ssize_t channels
+    cdef double *doubles
+    if (saved.frozen or saved.kept is not None or saved.mask is not None or saved.batch_size != 0
+            or not is_plain_input(saved.x, None, None)):
+        return None
+    array = <cnp.ndarray>saved.x
+    if (not is_plain_beside(dy, array)
+            or not is_plain_output(out, array, <cnp.ndarray>dy)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(bias, array, out)
+            or not is_plain_gradient(weight_grad, weight, array, out)
+            or not is_plain_gradient(bias_grad, bias, array, out)):
+        return None
+    channels = cnp.PyArray_DIMS(array)[1]
+    target = result_like(array, out)
+    of_weight = new_gradient(weight_grad, weight)
+    of_bias = new_gradient(bias_grad, bias)
+    doubles = new_doubles(5 * channels)  # two sums, three vectors
+    try:
+        layer_backward(<cnp.ndarray>dy, saved, weight, bias, target, doubles)
+        add_gradient(of_weight, doubles + channels, weight_grad is None)
+        add_gradient(of_bias, doubles, bias_grad is None)
+    finally:
+        free(doubles)
+    return target, of_weight, of_bias
+
+
+cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weight,
+                        cnp.ndarray bias, cnp.ndarray out, double *doubles) except -1:
+    """The gradient of the input, and the two sums in the first of five doubles per channel."""
+    cdef cnp.ndarray x = saved.x
+    cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
+    cdef Vector invstds = vector_of(saved.invstd, 1), biases
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    if saved.in_place:
+        biases = vector_of(bias, 0)
+        recovered_operands(channels, &invstds, &weights, &biases, doubles + 2 * channels)
+        means = vector_of_doubles(doubles + 2 * channels)
+        invstds = vector_of_doubles(doubles + 3 * channels)
+        weights = vector_of_doubles(doubles + 4 * channels)
+    return differentiate(dy, x, &weights, &means, &invstds, out, doubles, doubles + channels)
+
+
+cdef void recovered_operands(Py_ssize_t channels, const Vector *invstd, const Vector *weight,
+                             const Vector *bias, double *to) noexcept nogil:
+    """What takes the place of mean, invstd and weight where x is the output.
+
+    xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
+    """
+    cdef double *means = to
+    cdef double *invstds = to + channels
+    cdef double *weights = to + 2 * channels
+    cdef Block block
+    cdef Py_ssize_t c, i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        read_vector(bias, &block, means + block.c0)
+        read_vector(weight, &block, weights + block.c0)
+        read_vector(invstd, &block, invstds + block.c0)
+    for c in range(channels):
+        invstds[c], weights[c] = 1.0 / weights[c], invstds[c] * weights[c] * weights[c]
+
+
+cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, const Vector *mean,
+                       const Vector *invstd, cnp.ndarray out, double *sum_dy,
+                       double *sum_dy_xhat) except -1:
+    cdef Job job
+    init_job_on(&job, x, None, 0)
+    job.dy = cnp.PyArray_BYTES(dy)
+    job.mean, job.invstd, job.weight = mean[0], invstd[0], weight[0]
+    reduce_to_products(&job, sum_dy, sum_dy_xhat)
+    job.sum_dy, job.sum_dy_xhat = vector_of_doubles(sum_dy), vector_of_doubles(sum_dy_xhat)
+    apply_gradient(&job, cnp.PyArray_BYTES(out))
+    return execute(&job, 0)
+
+
+cdef object new_gradient(object gradient, object parameter):
+    """The sum of gradients that is there, or a new one of the parameter's dtype."""
+    if gradient is not None or parameter is None:
+        return gradient
+    return new_vector(cnp.PyArray_DIMS(<cnp.ndarray>parameter)[0],
+                      cnp.PyArray_TYPE(<cnp.ndarray>parameter))
+
+
+cdef void add_gradient(cnp.ndarray gradient, const double *added, bint is_new) noexcept:
+    """Add to a sum of gradients, or begin it."""
+    cdef Vector total
+    cdef double sums[COLUMNS]
+    cdef Block block
+    cdef Py_ssize_t c, i, channels
+    if gradient is None:
+        return
+    total, channels = vector_of(gradient, 0), cnp.PyArray_DIMS(gradient)[0]
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        if is_new:
+            memcpy(sums, added + block.c0, (block.c1 - block.c0) * sizeof(double))
+        else:
+            read_vector(&total, &block, sums)
+            for c in range(block.c1 - block.c0):
+                sums[c] += added[block.c0 + c]
+        total.kernels.store_from_double(sums, total.stride, block.c1 - block.c0,
+                                        <char *>start_of_vector(&total, &block))
