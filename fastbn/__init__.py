@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastbn import functional
-from fastbn._threads import get_num_threads, set_num_threads
+from fastbn._threads import get_num_threads, set_num_threads, threads
 from fastbn._version import __version__
 from fastbn.layers import (
     BatchNorm1d,
@@ -50,6 +50,7 @@ __all__ = [
     "recalibrate",
     "set_num_threads",
     "show_config",
+    "threads",
 ]
 
 # What many programs never use, and the modules that are imported when it is first asked for.

@@ -15,11 +15,8 @@ def omp_pause() -> bool: ...
 def set_thread_policy(fixed: int, cpus: int, limit: int) -> None: ...
 def set_threads_here(n: int) -> int: ...
 def num_threads() -> int: ...
-def avoid_waits(avoid: bool) -> None: ...
 def layout(array: Array) -> int: ...
-def stats(
-    x: Array, mask: Array | None, batch_size: int, mean: Array, m2: Array, threads: int
-) -> None: ...
+def stats(x: Array, mask: Array | None, batch_size: int, mean: Array, m2: Array) -> None: ...
 def elemt(
     x: Array,
     mask: Array | None,
@@ -30,7 +27,6 @@ def elemt(
     weight: Array | None,
     bias: Array | None,
     out: Array,
-    threads: int,
 ) -> None: ...
 def forward(
     x: Array,
@@ -43,7 +39,6 @@ def forward(
     mean: Array,
     m2: Array,
     invstd: Array,
-    threads: int,
 ) -> None: ...
 def move_towards(
     running: Array, batches: Array, divisors: Sequence[float], factors: Sequence[float]
@@ -56,7 +51,6 @@ def backward_reduce(
     invstd: Array | None,
     sum_dy: Array,
     sum_dy_xhat: Array,
-    threads: int,
 ) -> None: ...
 def backward_elemt(
     dy: Array,
@@ -69,7 +63,6 @@ def backward_elemt(
     sum_dy_xhat: Array | None,
     count: float,
     out: Array,
-    threads: int,
 ) -> None: ...
 def backward(
     dy: Array,
@@ -82,7 +75,6 @@ def backward(
     out: Array,
     sum_dy: Array,
     sum_dy_xhat: Array,
-    threads: int,
 ) -> None: ...
 def unrecoverable_channels(
     dtype: np.dtype[Any], count: float, weight: Array, bias: Array | None

@@ -367,24 +367,24 @@ include "core/arrays.pxi"
 # samples, the last one the remaining ones; 0 stands for all of them. Where there is more than one
 # batch, what is written per channel has the shape (batches, c), and what is read may have it. A
 # mask is None or a C-contiguous array of the shape of x without its channels, of 255 and 0, behind
-# which are mask_padding more bytes. Threads are at most so many, or num_threads() for 0.
+# which are mask_padding more bytes.
 
 mask_padding = MASK_BYTES
 
 
 def stats(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size,
-          cnp.ndarray mean not None, cnp.ndarray m2 not None, int threads):
+          cnp.ndarray mean not None, cnp.ndarray m2 not None):
     """Write the mean and m2 of every channel of x."""
     cdef Job job
     cdef Vector unread
     init_job_on(&job, x, mask, batch_size)
     reduce_to_moments(&job, output_vector(mean, &job.mean), output_vector(m2, &unread), NULL)
-    execute(&job, threads)
+    execute(&job)
 
 
 def elemt(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray mean, cnp.ndarray invstd,
           cnp.ndarray var, double eps, cnp.ndarray weight, cnp.ndarray bias,
-          cnp.ndarray out not None, int threads):
+          cnp.ndarray out not None):
     """Write x, normalized by mean and either invstd or var and eps, into out."""
     cdef Job job
     init_job_on(&job, x, mask, 0)
@@ -392,12 +392,12 @@ def elemt(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray mean, cnp.ndarra
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
     apply_normalize(&job, cnp.PyArray_BYTES(out))
-    execute(&job, threads)
+    execute(&job)
 
 
 def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp.ndarray weight,
             cnp.ndarray bias, double eps, cnp.ndarray out not None, cnp.ndarray mean not None,
-            cnp.ndarray m2 not None, cnp.ndarray invstd not None, int threads):
+            cnp.ndarray m2 not None, cnp.ndarray invstd not None):
     """Write x, normalized by its own statistics, into out, and those statistics."""
     cdef Job job
     cdef Vector unread
@@ -407,7 +407,7 @@ def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
     apply_normalize(&job, cnp.PyArray_BYTES(out))
-    execute(&job, threads)
+    execute(&job)
 
 
 def move_towards(cnp.ndarray running not None, cnp.ndarray batches not None, divisors, factors):
@@ -448,18 +448,18 @@ cdef void init_backward_job_on(Job *job, cnp.ndarray dy, cnp.ndarray x, cnp.ndar
 
 def backward_reduce(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
                     cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray sum_dy not None,
-                    cnp.ndarray sum_dy_xhat not None, int threads):
+                    cnp.ndarray sum_dy_xhat not None):
     """Write the sums of dy and of dy * xhat of every channel."""
     cdef Job job
     init_backward_job_on(&job, dy, x, mask, 0, mean, invstd)
     reduce_to_products(&job, output_vector(sum_dy, &job.sum_dy),
                        output_vector(sum_dy_xhat, &job.sum_dy_xhat))
-    execute(&job, threads)
+    execute(&job)
 
 
 def backward_elemt(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
                    cnp.ndarray mean, cnp.ndarray invstd, cnp.ndarray weight, cnp.ndarray sum_dy,
-                   cnp.ndarray sum_dy_xhat, double count, cnp.ndarray out not None, int threads):
+                   cnp.ndarray sum_dy_xhat, double count, cnp.ndarray out not None):
     """Write the gradient of x into out, by the given sums over count elements."""
     cdef Job job
     init_backward_job_on(&job, dy, x, mask, 0, mean, invstd)
@@ -467,13 +467,13 @@ def backward_elemt(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
     job.weight = vector_of(weight, 1)
     job.count = count
     apply_gradient(&job, cnp.PyArray_BYTES(out))
-    execute(&job, threads)
+    execute(&job)
 
 
 def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
              Py_ssize_t batch_size, cnp.ndarray weight, cnp.ndarray mean, cnp.ndarray invstd,
              cnp.ndarray out not None, cnp.ndarray sum_dy not None,
-             cnp.ndarray sum_dy_xhat not None, int threads):
+             cnp.ndarray sum_dy_xhat not None):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat."""
     cdef Job job
     init_backward_job_on(&job, dy, x, mask, batch_size, mean, invstd)
@@ -481,7 +481,7 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
                        output_vector(sum_dy_xhat, &job.sum_dy_xhat))
     job.weight = vector_of(weight, 1)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
-    execute(&job, threads)
+    execute(&job)
 
 
 include "core/recovery.pxi"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +61,13 @@ _omp_num_threads = os.environ.get("OMP_NUM_THREADS")
 _omp_max_threads = _core.omp_max_threads()
 _cpus = min(_granted.values()) if _omp_num_threads is None else INT_MAX
 _num_threads: int | None = None
+_limit = INT_MAX
+_paused = True
+
+
+def tell_core() -> None:
+    """Let the core decide by what is known here."""
+    _core.set_thread_policy(_num_threads or 0, _cpus, _limit)
 
 
 def pause_before_fork() -> None:
@@ -72,10 +81,10 @@ def limit_after_fork() -> None:
     global _limit
     if not _paused:
         _limit = 1
+        tell_core()
 
 
-_paused = True
-_limit = INT_MAX
+tell_core()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=pause_before_fork, after_in_child=limit_after_fork)
 
@@ -86,8 +95,9 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What `set_num_threads` set. By default what OpenMP would use where ``OMP_NUM_THREADS`` is
-        set, otherwise no more than the CPUs that the affinity mask and the cgroup grant.
+        Inside `threads`, the number that it sets for the calling thread; otherwise the number of
+        `set_num_threads`. By default it is what OpenMP would use where ``OMP_NUM_THREADS`` is set,
+        otherwise no more than the CPUs that the affinity mask and the cgroup grant.
 
     Examples
     --------
@@ -95,17 +105,14 @@ def get_num_threads() -> int:
     >>> fastbn.get_num_threads() >= 1
     True
     """
-    n = _num_threads  # read once: another Python thread may set it meanwhile
-    if n is not None:
-        return min(n, _limit)
-    return min(_core.omp_max_threads(), _cpus, _limit)
+    return _core.num_threads()
 
 
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
     Results do not depend on it, to the bit. By default, after a call whose threads waited long for
-    a CPU that another process had, the next 64 calls run on one thread, or more, up to 2048, where
+    a CPU that another process had, the next 64 calls use one thread, or more, up to 2048, where
     such waits come again soon; with a number set here, calls wait.
 
     Parameters
@@ -127,24 +134,73 @@ def set_num_threads(n: int | None) -> None:
     >>> fastbn.set_num_threads(None)
     """
     global _num_threads
-    if n is not None:
-        if isinstance(n, bool) or not isinstance(n, int | np.integer):
-            raise TypeError(f"the number of threads must be an int or None, got {n!r}")
-        if n < 1:
-            raise ValueError(
-                f"the number of threads must be at least 1, got {n}; None is the default again"
-            )
-        n = min(int(n), INT_MAX)
-    _num_threads = n
-    _core.avoid_waits(n is None)
+    _num_threads = as_num_threads(n)
+    tell_core()
+
+
+class threads:
+    """Set the number of threads of the calls that the calling thread makes in a ``with`` block.
+
+    It takes precedence over `set_num_threads`; as after that, calls wait for their threads. Other
+    Python threads, those that are started inside the block included, do not notice it. Blocks may
+    be nested, and the inner one decides.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; it may exceed the number of CPUs. None is the default, whatever has been set.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If n is less than 1, or neither an integer nor None.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.threads(3):
+    ...     fastbn.get_num_threads()
+    3
+    """
+
+    def __init__(self, n: int | None) -> None:
+        self._n = as_num_threads(n)
+        # For each Python thread: what was set before each block that it has entered.
+        self._outer: dict[int, list[int]] = {}
+
+    def __enter__(self) -> None:
+        outer = self._outer.setdefault(threading.get_ident(), [])
+        outer.append(_core.set_threads_here(self._n or DEFAULT))
+
+    def __exit__(self, *_: object) -> None:
+        _core.set_threads_here(self._outer[threading.get_ident()].pop())
+
+
+DEFAULT = -1  # As the core calls it.
+
+
+def as_num_threads(n: Any) -> int | None:
+    """A number of threads, or None for the default."""
+    if n is None:
+        return None
+    if isinstance(n, bool) or not isinstance(n, int | np.integer):
+        raise TypeError(f"the number of threads must be an int or None, got {n!r}")
+    if n < 1:
+        raise ValueError(
+            f"the number of threads must be at least 1, got {n}; None is the default again"
+        )
+    return min(int(n), INT_MAX)
 
 
 def why_so_many_threads() -> str:
     """What decides `get_num_threads`."""
-    maximum = _core.omp_max_threads()
+    maximum, threads_here = _core.omp_max_threads(), _core.set_threads_here(0)
+    _core.set_threads_here(threads_here)
     if _limit < INT_MAX:
         return "forked from a process whose threads could not be ended"
-    if _num_threads is not None:
+    if threads_here > 0:
+        return "fastbn.threads"
+    if _num_threads is not None and threads_here == 0:
         return "set_num_threads"
     if _core.platform()["openmp"] == "none":
         return "built without OpenMP"

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from fastbn import _core
-from fastbn._threads import get_num_threads
 from fastbn._types import Array, NDArray, Statistics
 
 
 def stats(x: Array, mask: Array | None = None) -> tuple[Statistics, Statistics]:
     """Mean and m2 of each channel."""
     mean, m2 = vectors(x, 2)
-    _core.stats(packed(x), packed_mask(mask), 0, mean, m2, get_num_threads())
+    _core.stats(packed(x), packed_mask(mask), 0, mean, m2)
     return mean, m2
 
 
@@ -38,8 +37,8 @@ def elemt(
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
     source = packed(x)
     target, out = output(x, source, out)
-    threads, mask = get_num_threads(), packed_mask(mask)
-    _core.elemt(source, mask, mean, invstd, var, eps, weight, bias, target, threads)
+    mask = packed_mask(mask)
+    _core.elemt(source, mask, mean, invstd, var, eps, weight, bias, target)
     return unpacked(target, out)
 
 
@@ -72,11 +71,11 @@ def forward(
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3, batch_size)
     native_mean, native_var = native(running_mean), native(running_var)
-    threads, mask = get_num_threads(), packed_mask(mask)
+    mask = packed_mask(mask)
     # Before anything is written.
     ones, divisors = [1.0] * len(counts), [count - 1.0 for count in counts]
     factors = factors_of(momentum, counter, len(counts))
-    _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd, threads)
+    _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd)
     y = unpacked(target, out)
     if any(counts):
         # Not before: they may share memory with weight and bias.
@@ -116,8 +115,8 @@ def backward_reduce(
     source = packed(x)
     dy = packed_like(source, dy)
     sum_dy, sum_dy_xhat = vectors(x, 2)
-    threads, mask = get_num_threads(), packed_mask(mask)
-    _core.backward_reduce(dy, source, mask, mean, invstd, sum_dy, sum_dy_xhat, threads)
+    mask = packed_mask(mask)
+    _core.backward_reduce(dy, source, mask, mean, invstd, sum_dy, sum_dy_xhat)
     return sum_dy, sum_dy_xhat
 
 
@@ -137,10 +136,8 @@ def backward_elemt(
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
-    threads, mask = get_num_threads(), packed_mask(mask)
-    _core.backward_elemt(
-        dy, source, mask, mean, invstd, weight, sum_dy, sum_dy_xhat, count, target, threads
-    )
+    mask = packed_mask(mask)
+    _core.backward_elemt(dy, source, mask, mean, invstd, weight, sum_dy, sum_dy_xhat, count, target)
     return unpacked(target, out)
 
 
@@ -163,10 +160,8 @@ def backward(
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(x, 2, batch_size)
-    threads, mask = get_num_threads(), packed_mask(mask)
-    _core.backward(
-        dy, source, mask, batch_size, weight, mean, invstd, target, sum_dy, sum_dy_xhat, threads
-    )
+    mask = packed_mask(mask)
+    _core.backward(dy, source, mask, batch_size, weight, mean, invstd, target, sum_dy, sum_dy_xhat)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 

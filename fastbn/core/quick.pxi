@@ -218,7 +218,7 @@ def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, ranks, nu
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = PyFloat_AS_DOUBLE(eps)
     apply_normalize(&job, cnp.PyArray_BYTES(target))
-    execute(&job, 0)
+    execute(&job)
     return target
 
 
@@ -320,7 +320,7 @@ cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, do
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
     apply_normalize(&job, cnp.PyArray_BYTES(out))
-    return execute(&job, 0)
+    return execute(&job)
 
 
 cdef void move_to_batch(cnp.ndarray running, const double *batch, double divisor,
@@ -433,7 +433,7 @@ cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, cons
     reduce_to_products(&job, sum_dy, sum_dy_xhat)
     job.sum_dy, job.sum_dy_xhat = vector_of_doubles(sum_dy), vector_of_doubles(sum_dy_xhat)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
-    return execute(&job, 0)
+    return execute(&job)
 
 
 cdef object new_gradient(object gradient, object parameter):

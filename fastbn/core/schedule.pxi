@@ -193,15 +193,15 @@ cdef Job leftover_job(const Job *job) noexcept nogil:
     return leftover
 
 
-cdef int execute(Job *job, int threads) except -1:
-    """Execute a job on at most so many threads, or num_threads() for 0.
+cdef int execute(Job *job) except -1:
+    """Execute a job.
 
     Nothing but a lack of memory is raised, and nothing has been written then.
     """
     cdef Job leftover
+    cdef int threads = num_threads_now()
     allocate(job)
     with nogil:
-        threads = threads or num_threads_now()
         execute_batches(job, threads)
         if job.leftover_samples > 0:
             leftover = leftover_job(job)

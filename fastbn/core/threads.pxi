@@ -11,7 +11,7 @@ cdef extern from *:
     static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone, fastbn_next_alone;
     """
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
-    # The number of threads that is set for its calls; 0 for none.
+    # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
     int threads_here "fastbn_threads_here"
     # The calls that shall use one thread, and how many it will be when one has to wait for a CPU.
     Py_ssize_t calls_alone "fastbn_calls_alone"
@@ -19,6 +19,7 @@ cdef extern from *:
 
 
 cdef enum:
+    THREADS_DEFAULT = -1
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
@@ -37,7 +38,6 @@ cdef double LONG_WAIT = 1e-3
 cdef int threads_fixed = 0
 cdef int threads_cpus = 0
 cdef int threads_limit = 0
-cdef bint waits_avoided = True
 
 
 def set_thread_policy(int fixed, int cpus, int limit):
@@ -47,7 +47,10 @@ def set_thread_policy(int fixed, int cpus, int limit):
 
 
 def set_threads_here(int n):
-    """Set the number of threads for calls of this Python thread, 0 for none; return the last."""
+    """Set the number of threads for calls of this Python thread; return what was set before.
+
+    0 stands for none, -1 for the default, whatever is set for the process.
+    """
     global threads_here
     cdef int previous = threads_here
     threads_here = n
@@ -59,15 +62,9 @@ def num_threads():
     return num_threads_now()
 
 
-def avoid_waits(bint avoid):
-    """Let calls after one whose threads waited for a CPU use one thread, or not."""
-    global waits_avoided
-    waits_avoided = avoid
-
-
 cdef int num_threads_now() noexcept nogil:
     cdef int threads = threads_here or threads_fixed
-    if threads == 0:
+    if threads <= 0:
         threads = fastbn_omp_max_threads()
         if threads_cpus > 0:
             threads = min(threads, threads_cpus)
@@ -78,7 +75,7 @@ cdef int num_threads_now() noexcept nogil:
 
 cdef bint avoids_waits() noexcept nogil:
     """Whether calls may use one thread because others waited: not where their number is set."""
-    return waits_avoided and threads_fixed == 0 and threads_here == 0
+    return (threads_here or threads_fixed) <= 0
 
 
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
