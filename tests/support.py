@@ -228,7 +228,7 @@ def run_python(code, cwd, **environment):
     env = {k: v for k, v in os.environ.items() if k not in variables}
     env |= {k: v for k, v in variables.items() if v is not None}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
     )
 
 

@@ -6,6 +6,8 @@ import pytest
 import reference
 import support
 
+pytestmark = pytest.mark.isa
+
 QUICK = accuracy.SHAPES[1:3]
 
 

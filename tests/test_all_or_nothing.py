@@ -21,6 +21,8 @@ import fastbn
 from fastbn import _core
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.sanitize]
+
 SHAPE = (4, 3, 6, 5)
 LAYOUTS = [support.contiguous, support.channels_last, support.sliced, support.byte_swapped]
 
@@ -144,6 +146,7 @@ print([array.tobytes() for array in arrays] == before)
 """
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by way of /proc")
 def test_an_output_that_the_system_has_no_memory_for(tmp_path):
     assert output_of(LIMITED, tmp_path).split() == ["MemoryError"] * 3 + ["True"]
@@ -206,6 +209,7 @@ EXHAUSTING = {
 }
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by way of /proc")
 @pytest.mark.parametrize("name", EXHAUSTING)
 def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):

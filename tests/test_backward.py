@@ -9,6 +9,8 @@ from support import parameters, same_bits, some
 import fastbn
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
+
 SHAPES = [(4, 3), (3, 2, 5), (2, 3, 4, 5), (5, 33, 7, 7), (2, 1, 40, 41), (2, 3, 2, 3, 4)]
 
 

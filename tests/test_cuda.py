@@ -134,6 +134,7 @@ def test_backward_gives_the_gradients(rng, dtype, shape, layout):
         support.assert_within(actual.get(), exact, bound)
 
 
+@pytest.mark.sanitize
 @by_shape(*SHAPES)
 @by_dense_layout
 def test_fused_functions_give_the_bits_of_the_primitives_they_are_made_of(

@@ -82,6 +82,7 @@ BATCHES = [
 by_batches = pytest.mark.parametrize(("device", "shape"), BATCHES, indirect=["device"], ids=str)
 
 
+@pytest.mark.sanitize
 @BOTH
 @by_batches
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(rng, shape, la
     support.assert_within(m2.get() / count, exact_var, reference.ulp(exact_var, np.float32))
 
 
+@pytest.mark.sanitize
 @BOTH
 @by_shape
 @by_dtype

@@ -1,19 +1,19 @@
-"""The same bits for every number of threads, instruction set, process, load, in place or not."""
+"""The same bits for every number of threads, for every load and address, in place or not."""
 
 import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import fingerprint
 import numpy as np
 import pytest
-from support import output_of, parameters, same_bits, some
+from support import parameters, same_bits, some
 
 import fastbn
-from fastbn import _core
 from fastbn import functional as F
+
+pytestmark = pytest.mark.isa
 
 THREADS = [1, 2, 3, 4, 7, 16]
 # They have something to lose by a schedule: pieces, rounds and strips that threads share.
@@ -68,6 +68,7 @@ def load(processes):
             process.communicate()
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("path", SHARED)
 def test_load_from_other_processes_changes_no_bit(path, set_num_threads):
     arguments = fingerprint.arguments(path, np.dtype(np.float32))
@@ -77,36 +78,6 @@ def test_load_from_other_processes_changes_no_bit(path, set_num_threads):
     with load(2 * os.cpu_count()):
         for _ in range(5):
             assert differences(fingerprint.results(*arguments), expected) == []
-
-
-def fingerprints(folder, **environment):
-    """The hashes of the large paths that a process of its own prints, by what they are of."""
-    folder_of_tests = str(Path(fingerprint.__file__).parent)
-    code = f"import sys; sys.path.insert(0, {folder_of_tests!r}); import fingerprint; "
-    code += "fingerprint.main(paths_only=True)"
-    lines = output_of(code, folder, **environment).splitlines()
-    shown = dict(line.split(": ") for line in lines if line.startswith(("instruction", "threads")))
-    hashes = [line.split(" ", 1) for line in lines if line.endswith(tuple(fingerprint.DTYPES))]
-    return shown, {name: value for value, name in hashes}
-
-
-@pytest.fixture(scope="module")
-def expected_fingerprints(tmp_path_factory):
-    return fingerprints(tmp_path_factory.mktemp("base"), FASTBN_ISA="base", OMP_NUM_THREADS="1")[1]
-
-
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_every_instruction_set_gives_the_same_bits(tmp_path, expected_fingerprints, isa):
-    if isa not in _core.platform()["isas"]:
-        pytest.skip(f"this machine has no {isa}")
-    shown, hashes = fingerprints(tmp_path, FASTBN_ISA=isa)
-    assert shown["instruction set"].startswith(isa)
-    assert hashes == expected_fingerprints
-
-
-def test_every_process_gives_the_same_bits(tmp_path, expected_fingerprints):
-    _, hashes = fingerprints(tmp_path, OMP_NUM_THREADS="3")
-    assert hashes == expected_fingerprints
 
 
 def train(x, dy, in_place):

@@ -25,6 +25,7 @@ def read(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_snippets_run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

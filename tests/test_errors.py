@@ -12,6 +12,8 @@ import fastbn
 from fastbn import _backends
 from fastbn import functional as F
 
+pytestmark = pytest.mark.isa
+
 SHAPE = (4, 3, 6, 5)
 
 

@@ -13,6 +13,8 @@ from support import same_bits
 
 from fastbn import functional as F
 
+pytestmark = pytest.mark.isa
+
 # Even counts, cut in every way: runs, groups of runs, blocks, pieces, strips, folded rows, a rest.
 # No pair has a block's border between its two.
 SHAPES = [

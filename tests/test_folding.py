@@ -7,6 +7,8 @@ from support import read_only, refused, same_bits, some, untouched
 
 import fastbn
 
+pytestmark = pytest.mark.isa
+
 RELATIVE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
 LAYERS = {1: fastbn.BatchNorm1d, 2: fastbn.BatchNorm2d, 3: fastbn.BatchNorm3d}
 # The extents of an input and of a kernel with so many axes.
@@ -193,6 +195,7 @@ def test_a_weight_of_any_strides_and_byte_order_serves(rng, layout):
         assert same_bits(new, same)
 
 
+@pytest.mark.torch
 def test_torch_parameters_serve(rng):
     torch = pytest.importorskip("torch")
     bn, conv = trained(rng, 4), torch.nn.Conv2d(3, 4, 2)
@@ -201,6 +204,7 @@ def test_torch_parameters_serve(rng):
         assert same_bits(new, same)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("axes", [1, 2, 3])

@@ -5,21 +5,24 @@ import sys
 import pytest
 from support import output_of
 
+pytestmark = pytest.mark.serial
+
+
+def modules_after(statement, folder):
+    """The modules that a statement leaves imported in a new process."""
+    return set(output_of(f"{statement}; import sys; print(*sys.modules)", folder).split())
+
 
 def test_importing_brings_neither_torch_nor_cupy(tmp_path):
-    code = "import fastbn, sys; print(*sys.modules)"
-    modules = output_of(code, tmp_path).split()
+    modules = modules_after("import fastbn", tmp_path)
     assert "fastbn" in modules
-    assert not {"torch", "cupy", "ml_dtypes", "scipy"} & set(modules)
+    assert not {"torch", "cupy", "ml_dtypes", "mpi4py", "scipy"} & modules
 
 
-def test_importing_adds_less_than_50_ms_to_importing_numpy(tmp_path):
-    code = (
-        "import numpy, time; start = time.process_time(); import fastbn;"
-        "print(time.process_time() - start)"
-    )
-    seconds = [float(output_of(code, tmp_path)) for _ in range(7)]
-    assert min(seconds) < 0.05  # the others are those of a busy machine
+@pytest.mark.xfail(strict=True, reason="not yet at their first use")
+def test_importing_leaves_to_first_use_what_takes_time_to_import(tmp_path):
+    added = modules_after("import fastbn", tmp_path) - modules_after("import numpy", tmp_path)
+    assert not {"dataclasses", "numpy.typing", "fastbn._mpi", "fastbn.recalibration"} & added
 
 
 # What forward and backward of a step in place allocate at most, above what there was before, of an
@@ -64,7 +67,7 @@ MEGABYTE = 2**20
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("aside", [0, 40, 64])
 def test_training_in_place_allocates_what_it_sets_aside(tmp_path, aside, dtype, last, frozen):
     code = STEP.format(aside=aside, dtype=dtype, last=last, frozen=frozen)

@@ -8,7 +8,11 @@ from support import output_of
 
 import fastbn
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+pytestmark = [
+    pytest.mark.wheel,
+    pytest.mark.serial,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+]
 
 # Large enough for two threads. A process that does not end is killed, and its parent with it.
 CODE = """

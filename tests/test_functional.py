@@ -11,6 +11,8 @@ from support import parameters, same_bits, some
 import fastbn
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
+
 SHAPES = [(4, 3), (3, 2, 5), (3, 4, 6, 5), (2, 33, 7, 7), (2, 3, 2, 3, 4), (2, 1, 300, 300)]
 LAYOUTS = [support.contiguous, support.channels_last, support.sliced]
 

@@ -18,6 +18,8 @@ from support import (
 import fastbn
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
+
 SHAPES = [(12, 3), (12, 3, 5), (12, 40, 5, 7), (12, 3, 40, 41), (12, 70, 3, 2), (13, 2, 9, 9)]
 BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
 LAYERS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}

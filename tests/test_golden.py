@@ -9,6 +9,8 @@ import support
 
 import fastbn
 
+pytestmark = pytest.mark.isa
+
 FOLDER = Path(__file__).parent / "golden"
 
 

@@ -7,6 +7,8 @@ from support import same_bits
 
 from fastbn import functional as F
 
+pytestmark = pytest.mark.isa
+
 CODES = np.arange(2**16, dtype=np.uint16)
 
 

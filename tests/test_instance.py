@@ -13,6 +13,8 @@ from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
 
+pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+
 LAYERS = {
     "1d": (fastbn.InstanceNorm1d, fastbn.BatchNorm1d, (4, 3, 7)),
     "2d": (fastbn.InstanceNorm2d, fastbn.BatchNorm2d, (4, 3, 5, 2)),

@@ -46,6 +46,7 @@ def test_a_dlpack_object_is_read_where_it_lies(rng, layout):
     assert same_bits(bn.backward(OnlyDLPack(dy)), expected)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_torch_tensor_goes_in_and_out_without_a_copy(rng, dtype, channels_last):
@@ -60,6 +61,7 @@ def test_a_torch_tensor_goes_in_and_out_without_a_copy(rng, dtype, channels_last
     assert same_bits(y, fastbn.BatchNorm2d(3)(tensor.numpy()))
 
 
+@pytest.mark.torch
 def test_bits_of_bfloat16_tensors_serve(rng):
     torch, ml_dtypes = pytest.importorskip("torch"), pytest.importorskip("ml_dtypes")
     tensor = torch.from_numpy(some(rng, SHAPE)).bfloat16()
@@ -138,12 +140,14 @@ def test_what_is_written_to_must_be_an_array_and_the_error_says_how(rng):
         F.batch_norm(x, OnlyDLPack(statistics), statistics, training=True)
 
 
+@pytest.mark.torch
 def test_a_tensor_with_a_gradient_is_refused_with_what_to_pass():
     torch = pytest.importorskip("torch")
     with refused(TypeError, "x of type Tensor", "detach()"):
         fastbn.BatchNorm2d(3)(torch.ones(SHAPE, requires_grad=True))
 
 
+@pytest.mark.torch
 def test_a_bfloat16_tensor_is_refused_with_what_to_pass():
     torch = pytest.importorskip("torch")
     hint = "x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
@@ -189,6 +193,7 @@ def test_layers_of_one_checkpoint_are_told_apart_by_their_prefix(rng, tmp_path, 
             assert same_bits(getattr(restored, name), array)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("through", FORMATS)
 def test_a_model_of_torch_loads_through_its_checkpoint_and_directly(rng, tmp_path, through):
     torch = pytest.importorskip("torch")
@@ -212,6 +217,7 @@ def test_bfloat16_keeps_its_bits_in_safetensors(rng, tmp_path):
     assert same_bits(restored.running_var, bn.running_var)
 
 
+@pytest.mark.torch
 def test_a_bfloat16_model_of_torch_loads_from_safetensors_and_directly(tmp_path):
     torch, save = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
     dtype = support.dtype_of("bfloat16")

@@ -12,6 +12,8 @@ from support import parameters, same_bits, some
 
 import fastbn
 
+pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+
 LAYERS = [
     (fastbn.BatchNorm1d, (4, 3)),
     (fastbn.BatchNorm1d, (4, 3, 5)),

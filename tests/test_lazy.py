@@ -9,6 +9,8 @@ from support import parameters, refused, same_bits, some
 
 import fastbn
 
+pytestmark = pytest.mark.isa
+
 LAYERS = [
     (fastbn.LazyBatchNorm1d, fastbn.BatchNorm1d, (4, 3)),
     (fastbn.LazyBatchNorm1d, fastbn.BatchNorm1d, (4, 3, 5)),

@@ -26,6 +26,8 @@ from support import (
 import fastbn
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "sequences.py"
 
 # Runs and their tails, short runs and folded rows, several blocks and pieces of a channel.
@@ -324,6 +326,7 @@ def test_an_empty_batch_takes_a_mask_and_changes_nothing():
     assert bn.backward(y).shape == y.shape
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
     pytest.importorskip("tqdm")
     done = subprocess.run(
@@ -331,7 +334,7 @@ def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = done.stdout.splitlines()[1:]

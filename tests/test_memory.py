@@ -6,7 +6,7 @@ import sys
 import pytest
 from support import output_of
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [pytest.mark.serial, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
 # Every public entry, good calls and refused ones, 100,000 calls in all.
 LEAK = """
@@ -96,6 +96,7 @@ print(tracemalloc.get_traced_memory()[0] - before)
 """
 
 
+@pytest.mark.slow
 def test_nothing_leaks_over_100_000_calls(tmp_path):
     resident, traced = map(int, output_of(LEAK, tmp_path).split())
     assert resident < 2**20  # ten bytes a call
@@ -154,9 +155,17 @@ SHAPES = {
     "channels last, few": ((8, 512, 512, 3), True, 256),
     "channels last, many": ((1, 362, 362, 128), True, 256),
 }
+QUICK = "rows", "channels last"
+by_shape = pytest.mark.parametrize(
+    ("shape", "last", "blocks"),
+    [
+        pytest.param(*case, marks=[] if name in QUICK else pytest.mark.slow, id=name)
+        for name, case in SHAPES.items()
+    ],
+)
 
 
-@pytest.mark.parametrize(("shape", "last", "blocks"), SHAPES.values(), ids=SHAPES)
+@by_shape
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_in_place_next_to_nothing_is_allocated(tmp_path, shape, last, blocks, dtype):
     code = (START + PEAK).format(shape=shape, last=last, dtype=dtype, threads=2)
@@ -166,7 +175,7 @@ def test_in_place_next_to_nothing_is_allocated(tmp_path, shape, last, blocks, dt
     assert max(kilobytes) < 768, kilobytes
 
 
-@pytest.mark.parametrize(("shape", "last", "blocks"), SHAPES.values(), ids=SHAPES)
+@by_shape
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_a_call_needs_is_two_sums_for_each_block(tmp_path, shape, last, blocks, dtype):
     # By the address space, which the system counts to the page. The slack is for some vectors of

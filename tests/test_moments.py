@@ -231,17 +231,19 @@ def test_the_moments_of_a_sum_over_processes_are_those_of_one(rng):
 
 def run_example():
     pytest.importorskip("sklearn")
-    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_gives_the_same_statistics_in_every_way():
     ways = [line.split("  ", 1)[0].strip() for line in run_example().splitlines()]
     with_dask = importlib.util.find_spec("distributed") is not None
     assert ways[: 2 + with_dask] == ["generator", "processes", "Dask"][: 2 + with_dask]
 
 
+@pytest.mark.slow
 def test_a_tree_of_dask_tasks_on_a_cluster_of_processes_gives_the_whole(rng):
     dask_array = pytest.importorskip("dask.array")
     distributed = pytest.importorskip("distributed")

@@ -10,6 +10,8 @@ from support import parameters, same_bits, some
 import fastbn
 from fastbn import functional as F
 
+pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+
 DISTRIBUTIONS = ["N(0,1)", "N(1e3,1)", "N(1e4,0.1²)", "N(1e6,1)", "N(1,1e-4²)", "one outlier"]
 # Small, odd and large channels; the last splits one channel over many blocks.
 SHAPES = [

@@ -8,6 +8,8 @@ from support import same_bits
 import fastbn
 from fastbn import functional as F
 
+pytestmark = pytest.mark.torch
+
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 

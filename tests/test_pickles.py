@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from support import output_of, same_bits
 
+pytestmark = pytest.mark.isa
+
 FOLDER = Path(__file__).parent
 ENTRIES = pickle.loads((FOLDER / "golden" / "pickles.pkl").read_bytes())
 

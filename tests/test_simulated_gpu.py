@@ -92,6 +92,7 @@ def contraction(monkeypatch):
     forget()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("contraction")
 @pytest.mark.parametrize(("device", "shape"), CASES, ids=str)
 def test_fused_multiply_adds_change_little(rng, device, shape):
@@ -156,6 +157,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_kernel_is_told(rng, broken, name):
     part, other, sign = BREAKS[name]

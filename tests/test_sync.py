@@ -21,7 +21,7 @@ from support import (
 import fastbn
 from fastbn import _core
 
-RANKS = [1, 2, 3, 4]
+RANKS = [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
 PROGRAM = Path(__file__).with_name("sync_ranks.py")
 PYTHON = [sys.executable, "-m", "mpi4py"]  # where an exception on one rank ends all of them
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -36,7 +36,7 @@ def run_ranks(ranks, case):
         [MPIEXEC, "-n", str(ranks), *PYTHON, PROGRAM, case],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

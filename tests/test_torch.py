@@ -12,6 +12,8 @@ from support import same_bits, some
 
 import fastbn
 
+pytestmark = pytest.mark.torch
+
 torch = pytest.importorskip("torch")
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
