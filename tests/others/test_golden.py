@@ -11,7 +11,7 @@ import fastbn
 
 pytestmark = pytest.mark.isa
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def load(name):

@@ -9,7 +9,7 @@ from support import output_of, same_bits
 
 pytestmark = pytest.mark.isa
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 ENTRIES = pickle.loads((FOLDER / "golden" / "pickles.pkl").read_bytes())
 
 

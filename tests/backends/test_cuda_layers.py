@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import support
-from gpu import SIMULATED, cupy, simulated, to_gpu
+from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
@@ -14,32 +14,6 @@ from fastbn import functional as F
 
 pytestmark = pytest.mark.usefixtures("device")
 BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
-
-
-def host(value):
-    """An array of either kind, or what is none, as NumPy has it."""
-    return value.get() if isinstance(value, cupy.ndarray) else value
-
-
-def on_both(layer, *arrays):
-    """Copies of a layer on the CPU and on the GPU, each with arrays beside it."""
-    yield copy.deepcopy(layer), *(array.copy(order="K") for array in arrays)
-    yield copy.deepcopy(layer).to("cuda"), *map(to_gpu, arrays)
-
-
-def assert_alike(results, relative=1e-5):
-    """Asserts that lists of arrays, one from each device, agree."""
-    for expected, actual in zip(*results, strict=True):
-        assert (expected is None) == (actual is None)
-        if expected is not None:
-            support.assert_close(host(actual), expected, relative)
-
-
-def step(layer, x, dy, in_place=False, **options):
-    """Results of a training step, and the arrays of the layer after it."""
-    y = layer(x, out=x if in_place else None, **options)
-    results = [y.copy(), layer.backward(dy)]
-    return results + [getattr(layer, name) for name in support.LAYER_ARRAYS]
 
 
 @BOTH
@@ -172,18 +146,6 @@ def test_moments_of_parts_add_up(rng, dtype):
     support.assert_close(total.mean, expected.mean, 1e-6)
     support.assert_close(total.m2, expected.m2, 1e-6)
     assert fastbn.Moments(2, cupy.ones(3), cupy.zeros(3)) == fastbn.Moments(2, [1] * 3, [0] * 3)
-
-
-class OneRank:
-    """What a layer asks of MPI and of a communicator, where the others have nothing to add."""
-
-    rank, size, IN_PLACE = 0, 1, None
-
-    def allgather(self, value):
-        return [value]
-
-    def Allreduce(self, *_):
-        pass
 
 
 @pytest.mark.parametrize("in_place", [False, True])

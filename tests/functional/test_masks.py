@@ -28,7 +28,7 @@ from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "sequences.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sequences.py"
 
 # Runs and their tails, short runs and folded rows, several blocks and pieces of a channel.
 SHAPES = [

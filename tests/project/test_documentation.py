@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from snippets import python_blocks, run_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES if "_build" not in page.parts]
 WITH_SNIPPETS = [page for page in PAGES if any(python_blocks(ROOT / page))]

@@ -22,7 +22,7 @@ from support import same_bits, some
 from fastbn import Moments
 from fastbn.functional import batch_norm_stats
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "moments.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "moments.py"
 DATA = {
     "N(0, 1)": (0.0, 1.0),
     "N(1e3, 1)": (1e3, 1.0),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import support
-from gpu import SIMULATED, cupy, simulated, to_gpu
+from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
 from support import (
     channels_last,
     contiguous,
@@ -16,7 +16,6 @@ from support import (
     some_mask,
     spoilt,
 )
-from test_cuda_layers import OneRank, assert_alike, on_both, step
 
 import fastbn
 from fastbn import functional as F

@@ -14,7 +14,7 @@ import fastbn
 
 pytestmark = pytest.mark.isa
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "recalibrate.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "recalibrate.py"
 LAYERS = {
     "1d": (fastbn.BatchNorm1d, (4, 3, 7)),
     "2d": (fastbn.BatchNorm2d, (4, 3, 5, 2)),
