@@ -43,6 +43,12 @@ def parameters(channels, dtype=np.float32):
     return weight.astype(dtype), bias.astype(dtype)
 
 
+def case(rng, shape, dtype=np.float32):
+    """x, dy, weight and bias, on the host."""
+    weight, bias = parameters(shape[1])
+    return some(rng, shape, dtype), some(rng, shape, dtype, mean=0.1), weight, bias
+
+
 # Masks.
 
 

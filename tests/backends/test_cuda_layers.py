@@ -56,35 +56,6 @@ BATCHES = [
 by_batches = pytest.mark.parametrize(("device", "shape"), BATCHES, indirect=["device"], ids=str)
 
 
-@pytest.mark.sanitize
-@BOTH
-@by_batches
-@pytest.mark.parametrize(
-    ("dtype", "masked"), [(np.float32, False), (np.float32, True), (np.float16, False)]
-)
-@pytest.mark.parametrize("momentum", [0.3, None])
-def test_ghost_batches_are_calls_on_one_part_after_the_other(
-    rng, dtype, device, shape, masked, momentum, layout
-):
-    size = shape[0] // 3  # and a rest of one or two samples
-    kind = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}[len(shape)]
-    plain = kind(shape[1], momentum=momentum, dtype=dtype, device=f"cuda:{device.id}")
-    ghosts = copy.deepcopy(plain)
-    ghosts.ghost_batch_size = size
-    x, dy = to_gpu(layout(some(rng, shape, dtype))), to_gpu(layout(some(rng, shape, dtype)))
-    mask = rng.random((shape[0], 1, *shape[2:])) < 0.6
-    mask[::size] = mask[-2:] = True
-    mask = to_gpu(mask) if masked else None
-    y, dx = ghosts(x, mask=mask), ghosts.backward(dy)
-    for first in range(0, shape[0], size):
-        part = slice(first, first + size)
-        y_part = plain(x[part], mask=None if mask is None else mask[part])
-        assert same_bits(y_part.get(), y[part].get())
-        assert same_bits(plain.backward(dy[part]).get(), dx[part].get())
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        assert same_bits(getattr(ghosts, name).get(), getattr(plain, name).get())
-
-
 @BOTH
 @pytest.mark.parametrize("grid", [65535, 2])
 def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layout, monkeypatch):

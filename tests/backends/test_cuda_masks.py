@@ -2,14 +2,10 @@
 
 import numpy as np
 import pytest
-import reference
-import support
 from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
 from support import (
     channels_last,
     contiguous,
-    gathered,
-    left_out,
     parameters,
     same_bits,
     some,
@@ -38,84 +34,6 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.usefixtures("device")
 
 
-@BOTH
-@by_shape
-@by_dtype
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_training_step_is_that_of_what_counts(rng, dtype, shape, layout, in_place):
-    x, dy = layout(some(rng, shape, dtype)), layout(some(rng, shape, dtype, mean=0))
-    mask, (weight, bias) = some_mask(rng, shape), parameters(shape[1])
-    on_gpu, gpu_weight = to_gpu(mask), to_gpu(weight)
-    a, b = to_gpu(spoilt(x, mask)), to_gpu(spoilt(dy, mask, np.inf))
-    _, mean, invstd = F.batch_norm_forward(a, mask=on_gpu)
-    gradients = F.batch_norm_backward(
-        b, a, gpu_weight, mean, invstd, mask=on_gpu, out=b if in_place else None
-    )
-    y = F.batch_norm_forward(a, gpu_weight, to_gpu(bias), mask=on_gpu, out=a if in_place else None)[
-        0
-    ].get()
-    kept, kept_dy = gathered(x, mask), gathered(dy, mask)
-    exact = reference.forward(kept, weight, bias)
-    _, exact_mean, exact_var = reference.moments(kept)
-    offset = np.abs(exact_mean) / np.sqrt(exact_var)
-    bound = reference.forward_bound(exact, dtype, weight, bias, offset)
-    support.assert_within(gathered(y, mask), exact, bound)
-    assert (left_out(y, mask) == 0).all()
-    dx, *sums = (array.get() for array in gradients)
-    exact = reference.backward(kept_dy, kept, weight)
-    bounds = reference.gradient_bounds(kept_dy, kept, dtype, exact_mean, exact_var, weight)
-    for actual, expected, bound in zip((gathered(dx, mask), *sums), exact, bounds, strict=True):
-        support.assert_within(actual, expected, bound + reference.ulp(expected, actual.dtype))
-    assert (left_out(dx, mask) == 0).all()
-
-
-@BOTH
-@by_shape
-@pytest.mark.parametrize("garbage", [np.nan, 1e30])
-def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(rng, shape, layout, garbage):
-    x, mask = layout(some(rng, shape, mean=1e6, std=1)), some_mask(rng, shape)
-    mask[: shape[0] // 3 + 1] = False  # the first threads and blocks have nothing
-    mask[-1] = True
-    count, mean, m2 = F.batch_norm_stats(to_gpu(spoilt(x, mask, garbage)), to_gpu(mask))
-    exact_count, exact_mean, exact_var = reference.moments(gathered(x, mask))
-    assert count == exact_count
-    support.assert_within(mean.get(), exact_mean, reference.ulp(exact_mean, np.float32))
-    support.assert_within(m2.get() / count, exact_var, reference.ulp(exact_var, np.float32))
-
-
-@pytest.mark.sanitize
-@BOTH
-@by_shape
-@by_dtype
-def test_the_primitives_compose_to_the_fused_functions(rng, dtype, shape, layout):
-    x, dy = (to_gpu(layout(some(rng, shape, dtype))) for _ in range(2))
-    mask, (weight, bias) = to_gpu(some_mask(rng, shape)), map(to_gpu, parameters(shape[1]))
-    count, mean, m2 = F.batch_norm_stats(x, mask)
-    y, fused_mean, invstd = F.batch_norm_forward(x, weight, bias, mask=mask)
-    sums = F.batch_norm_backward_reduce(dy, x, mean, invstd, mask=mask)
-    dx = F.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *sums, count, mask=mask)
-    own_invstd = 1.0 / cupy.sqrt(m2 / count + 1e-5)
-    composed = [mean, own_invstd, F.batch_norm_elemt(x, mean, invstd, weight, bias, mask=mask)]
-    fused = F.batch_norm_backward(dy, x, weight, mean, invstd, mask=mask)
-    for one, other in zip(
-        (fused_mean, invstd, y, *fused), (*composed, dx, *sums[::-1]), strict=True
-    ):
-        assert same_bits(one.get(), other.get())
-
-
-@BOTH
-@by_shape
-@by_dtype
-def test_a_mask_of_nothing_but_true_changes_no_bit(rng, dtype, shape, layout):
-    x, dy = (to_gpu(layout(some(rng, shape, dtype))) for _ in range(2))
-    results = []
-    for mask in (None, cupy.ones((shape[0], *[1] * (len(shape) - 1)), bool)):
-        y, mean, invstd = F.batch_norm_forward(x, mask=mask)
-        gradients = F.batch_norm_backward(dy, x, None, mean, invstd, mask=mask)
-        results.append([a.get() for a in (y, mean, invstd, *gradients)])
-    assert all(map(same_bits, *results))
-
-
 @simulated
 @by_shape
 def test_the_order_of_threads_and_blocks_changes_no_bit(rng, shape):
@@ -128,15 +46,6 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(rng, shape):
         results.append([a.get() for a in (y, mean, invstd, *gradients)])
     for other in results[1:]:
         assert all(map(same_bits, results[0], other))
-
-
-@pytest.mark.parametrize("shape", [(4, 1, 1, 7), (1, 1, 6, 7), (6, 7), (7,), (4, 1, 1, 1), ()])
-def test_a_mask_broadcasts(rng, shape):
-    x, mask = to_gpu(some(rng, (4, 3, 6, 7))), rng.random(shape) < 0.5
-    mask.flat[0] = True
-    full = np.broadcast_to(mask, (4, 1, 6, 7)).copy()
-    y, expected = (F.batch_norm_forward(x, mask=to_gpu(each))[0] for each in (mask, full))
-    assert same_bits(y.get(), expected.get())
 
 
 # Layers.
@@ -193,31 +102,6 @@ def test_synchronization_moments_and_recalibration(rng, monkeypatch):
     assert_alike(results)
 
 
-def test_evaluation_writes_zeros_where_the_mask_is_false(rng):
-    x, mask = some(rng, (4, 3, 5, 6)), some_mask(rng, (4, 3, 5, 6))
-    bn = fastbn.BatchNorm2d(3, device="cuda").eval()
-    y = bn(to_gpu(spoilt(x, mask)), mask=to_gpu(mask)).get()
-    assert same_bits(gathered(y, mask), gathered(bn(to_gpu(x)).get(), mask))
-    assert (left_out(y, mask) == 0).all()
-
-
-def test_the_mask_may_be_overwritten_before_the_backward(rng):
-    x, mask = to_gpu(some(rng, (4, 3, 5, 6))), to_gpu(some_mask(rng, (4, 3, 5, 6)))
-    bn, other = (fastbn.BatchNorm2d(3, device="cuda") for _ in range(2))
-    other(x, mask=mask)
-    bn(x, mask=mask)
-    mask[...] = True
-    assert same_bits(bn.backward(x).get(), other.backward(x).get())
-
-
-def test_an_empty_batch_takes_a_mask_and_changes_nothing():
-    bn = fastbn.BatchNorm2d(3, device="cuda")
-    y = bn(cupy.zeros((0, 3, 5, 6), np.float32), mask=cupy.zeros((0, 1, 5, 6), bool))
-    assert y.shape == (0, 3, 5, 6)
-    assert int(bn.num_batches_tracked) == 0
-    assert bn.backward(y).shape == y.shape
-
-
 # Errors.
 
 
@@ -226,29 +110,14 @@ def state_of(layer):
     return {name: array.get().tobytes() for name, array in layer.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    ("mask", "error", "message"),
-    [
-        (cupy.zeros((4, 1, 5, 6), bool), ValueError, "no value"),
-        (cupy.array(np.arange(120).reshape(4, 1, 5, 6) == 7), ValueError, "more than 1 value"),
-        (cupy.ones((4, 3, 5, 6), bool), ValueError, r"mask\[:, :1\]"),
-        (cupy.ones((4, 1, 5, 7), bool), ValueError, r"\(4, 1, 5, 6\)"),
-        (cupy.ones((4, 1, 5, 6)), TypeError, "float64"),
-        (np.ones((4, 1, 5, 6), bool), TypeError, "mask must be a CuPy array"),
-        ([True], TypeError, "mask must be a CuPy array"),
-    ],
-)
+@pytest.mark.parametrize("mask", [np.ones((4, 1, 5, 6), bool), [True]], ids=["NumPy", "list"])
 @pytest.mark.parametrize("ghost_batch_size", [None, 2])
-def test_a_mask_that_cannot_serve_is_refused_and_nothing_changes(
-    rng, mask, error, message, ghost_batch_size
-):
+def test_a_mask_of_another_kind_is_refused_and_nothing_changes(rng, mask, ghost_batch_size):
     bn = fastbn.BatchNorm2d(3, device="cuda", ghost_batch_size=ghost_batch_size)
     x = to_gpu(some(rng, (4, 3, 5, 6)))
     bn(x)
     before, bits = state_of(bn), x.get()
-    if ghost_batch_size and message == "more than 1 value":
-        message = "no value|more than 1 value"
-    with pytest.raises(error, match=message):
+    with pytest.raises(TypeError, match="mask must be a CuPy array"):
         bn(x, mask=mask, out=x)
     assert state_of(bn) == before
     assert same_bits(x.get(), bits)
