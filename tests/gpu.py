@@ -3,6 +3,7 @@
 import copy
 import importlib
 
+import internals
 import pytest
 import simulated_gpu
 import support
@@ -23,6 +24,7 @@ found = find()
 if found is None:
     pytest.skip("no GPU, and no g++ to simulate one", allow_module_level=True)
 cupy, SIMULATED = found
+cuda = importlib.import_module(internals.CUDA)  # the backend
 
 on_hardware = pytest.mark.skipif(SIMULATED, reason="the simulation has no streams and graphs")
 simulated = pytest.mark.skipif(not SIMULATED, reason="real hardware decides that by itself")

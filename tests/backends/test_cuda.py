@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import support
-from gpu import cupy, on_hardware, to_gpu
+from gpu import cuda, cupy, on_hardware, to_gpu
 from support import case, same_bits, some
 
 import fastbn
@@ -30,7 +30,7 @@ by_dense_layout = pytest.mark.parametrize("layout", [contiguous, channels_last])
 
 @by_dense_layout
 def test_arrays_that_are_stored_around_the_cache_are_right(rng, layout, monkeypatch):
-    monkeypatch.setattr("fastbn._cuda.STREAM_BYTES", 0)
+    monkeypatch.setattr(cuda, "STREAM_BYTES", 0)
     x, dy, weight, bias = case(rng, (9, 10, 64, 65))
     y, mean, invstd = F.batch_norm_forward(layout(x), to_gpu(weight), to_gpu(bias))
     dx, _, _ = F.batch_norm_backward(layout(dy), layout(x), to_gpu(weight), mean, invstd)

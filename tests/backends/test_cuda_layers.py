@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import support
-from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
+from gpu import SIMULATED, OneRank, assert_alike, cuda, cupy, on_both, simulated, step, to_gpu
+from internals import alone_on_its_rank
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
@@ -59,7 +60,7 @@ by_batches = pytest.mark.parametrize(("device", "shape"), BATCHES, indirect=["de
 @BOTH
 @pytest.mark.parametrize("grid", [65535, 2])
 def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layout, monkeypatch):
-    monkeypatch.setattr("fastbn._cuda.ROWS_MAX_OF_GRID", grid)
+    monkeypatch.setattr(cuda, "ROWS_MAX_OF_GRID", grid)
     launches, launch = [], cupy.cuda.driver.launchKernel
     counting = SimpleNamespace(launchKernel=lambda *a: launches.append(launch(*a)))
     x = to_gpu(layout(some(rng, (40, 5, 6, 7))))
@@ -68,8 +69,8 @@ def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layou
     for layer in (bn, norm):
         expected = copy.deepcopy(layer)(x)
         with monkeypatch.context() as patch:
-            patch.setattr("fastbn._cuda.ROWS_MAX_OF_GRID", grid)
-            patch.setattr("fastbn._cuda.driver", counting)
+            patch.setattr(cuda, "ROWS_MAX_OF_GRID", grid)
+            patch.setattr(cuda, "driver", counting)
             launches.clear()
             y = layer(x)
             layer.backward(y)
@@ -123,8 +124,7 @@ def test_moments_of_parts_add_up(rng, dtype):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_a_synchronized_layer_of_one_rank(rng, momentum, frozen, in_place, monkeypatch):
-    for name in ("mpi", "_record_type", "_operation"):
-        monkeypatch.setattr(f"fastbn._mpi.{name}", lambda *_: OneRank())
+    alone_on_its_rank(monkeypatch, OneRank())
     layer = fastbn.BatchNorm2d(5, momentum=momentum)
     layer.weight[:], layer.bias[:] = parameters(5)
     if frozen:
@@ -160,10 +160,8 @@ def test_channels_that_the_output_does_not_determine(rng, half, frozen, in_place
 
 @BOTH
 def test_some_channels_are_copied_in_any_layout(rng, layout):
-    from fastbn import _cuda
-
     x, channels = layout(some(rng, (3, 5, 4, 2))), np.array([3, 0])
-    copied = _cuda.channels_of(to_gpu(x), cupy.array(channels))
+    copied = cuda.channels_of(to_gpu(x), cupy.array(channels))
     assert same_bits(copied.get(), x[:, channels])
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
+from internals import alone_on_its_rank
 from support import (
     channels_last,
     contiguous,
@@ -88,8 +89,7 @@ def test_instance_normalization(rng, options, in_place, layout):
 
 
 def test_synchronization_moments_and_recalibration(rng, monkeypatch):
-    for name in ("mpi", "_record_type", "_operation"):
-        monkeypatch.setattr(f"fastbn._mpi.{name}", lambda *_: OneRank())
+    alone_on_its_rank(monkeypatch, OneRank())
     x, dy = some(rng, (8, 3, 5, 6)), some(rng, (8, 3, 5, 6))
     mask, results = some_mask(rng, x.shape), []
     for layer, a, b, each in on_both(fastbn.BatchNorm2d(3), spoilt(x, mask), dy, mask):

@@ -6,10 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from internals import CUDA_SOURCE
 
-import fastbn
-
-SOURCE = Path(fastbn.__file__).with_name("_cuda.cu")
 # Volta to Hopper, where there are clusters.
 ARCHITECTURES = [(70, 1), (75, 1), (80, 1), (86, 1), (89, 1), (90, 1), (90, 2), (90, 8), (90, 16)]
 MASK, BATCHES = "-DWITH_MASK=1", "-DWITH_BATCHES=1"
@@ -48,8 +46,8 @@ def architectures_of(nvrtc):
 def compile_or_fail(nvrtc, *options):
     """Compiles the source to PTX; fails with the compiler's log, warnings about it included."""
     program = ctypes.c_void_p()
-    source = SOURCE.read_bytes()
-    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"_cuda.cu", 0, None, None)
+    source, name = CUDA_SOURCE.read_bytes(), CUDA_SOURCE.name.encode()
+    assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name, 0, None, None)
     encoded = [option.encode() for option in options]
     failed = nvrtc.nvrtcCompileProgram(
         program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded)
@@ -60,7 +58,7 @@ def compile_or_fail(nvrtc, *options):
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     assert not failed, log.value.decode()
-    assert b"_cuda.cu(" not in log.value, log.value.decode()
+    assert name + b"(" not in log.value, log.value.decode()
 
 
 @pytest.mark.parametrize("format", range(4), ids=["float32", "float64", "float16", "bfloat16"])

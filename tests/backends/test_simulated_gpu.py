@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import support
-from gpu import SIMULATED, cupy, to_gpu
+from gpu import SIMULATED, cuda, cupy, to_gpu
+from internals import CUDA_SOURCE
 from support import channels_last, contiguous, parameters, same_bits, some
 
-from fastbn import _cuda
 from fastbn import functional as F
 
 if not SIMULATED:
@@ -30,8 +30,8 @@ IN_ORDER, BACKWARDS, SHUFFLED, SHUFFLED_AGAIN = range(4)
 
 def forget():
     """Let nothing that has been compiled serve any more."""
-    plans = _cuda.reduction_of, _cuda.element_wise, _cuda.follower
-    for cached in (_cuda.module, _cuda.kernel, *plans):
+    plans = cuda.reduction_of, cuda.element_wise, cuda.follower
+    for cached in (cuda.module, cuda.kernel, *plans):
         cached.cache_clear()
 
 
@@ -44,7 +44,7 @@ def broken(monkeypatch):
     def replace(part, other):
         def read_broken(path):
             text = read(path)
-            if path.name != "_cuda.cu":
+            if path.name != CUDA_SOURCE.name:
                 return text
             assert part in text
             return text.replace(part, other, 1)
@@ -114,8 +114,8 @@ def test_fused_multiply_adds_change_little(rng, device, shape):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("in_batches", [False, True])
 def test_the_argument_of_a_kernel_is_as_long_as_its_structure(masked, in_batches):
-    function = _cuda.module(0, 1, masked, in_batches).get_function("normalize")
-    packed = _cuda.JOB.size + masked * _cuda.MASK.size + in_batches * _cuda.BATCHES.size
+    function = cuda.module(0, 1, masked, in_batches).get_function("normalize")
+    packed = cuda.JOB.size + masked * cuda.MASK.size + in_batches * cuda.BATCHES.size
     assert ctypes.c_longlong.in_dll(function.own.library, "job_bytes").value == packed
 
 

@@ -4,9 +4,8 @@ import os
 import sys
 
 import pytest
+from internals import CORE, core
 from support import output_of
-
-import fastbn
 
 pytestmark = [
     pytest.mark.wheel,
@@ -129,18 +128,19 @@ print(all(children) and right())
 
 
 # As torch loads the runtime that it brings along: its symbols come before those of all others.
-LOAD_ANOTHER_RUNTIME = """
+LOAD_ANOTHER_RUNTIME = f"""
 import ctypes, shutil
+import {CORE} as core
 
 def another_runtime():
-    ours = fastbn._core.platform()["openmp"].partition("(")[2].rstrip(")")
+    ours = core.platform()["openmp"].partition("(")[2].rstrip(")")
     ctypes.CDLL(shutil.copy(ours, os.path.abspath("another.so")), ctypes.RTLD_GLOBAL)
     return True
 """
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or fastbn._core.platform()["openmp"] == "none",
+    sys.platform != "linux" or core.platform()["openmp"] == "none",
     reason="no OpenMP runtime that could be there twice",
 )
 @pytest.mark.parametrize(

@@ -11,14 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import internals
 import numpy as np
 import pytest
 import support
 from support import THREADS, output_of, run_python, same_bits, some
 
 import fastbn
-import fastbn._core
-from fastbn import _cpu
 from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.wheel, pytest.mark.serial]
@@ -65,7 +64,7 @@ def test_anything_else_is_refused(set_num_threads, value):
 
 
 needs_openmp = pytest.mark.skipif(
-    fastbn._core.platform()["openmp"] == "none", reason="a build without OpenMP"
+    internals.core.platform()["openmp"] == "none", reason="a build without OpenMP"
 )
 
 
@@ -117,10 +116,10 @@ def test_the_quota_of_the_cgroup_is_respected(tmp_path, monkeypatch, of_process,
         write(path, text + "\n")
         if path.name == "cpu.cfs_quota_us":
             write(path.with_name("cpu.cfs_period_us"), "100000\n")
-    quota = _cpu.cgroup_quota(str(tmp_path))
-    assert quota == (_cpu.INT_MAX if cpus is None else cpus)
-    monkeypatch.setattr(_cpu, "cgroup_quota", lambda: quota)
-    assert _cpu.granted_cpus()["cgroup"] == quota
+    quota = internals.threads.cgroup_quota(str(tmp_path))
+    assert quota == (internals.threads.INT_MAX if cpus is None else cpus)
+    monkeypatch.setattr(internals.threads, "cgroup_quota", lambda: quota)
+    assert internals.threads.granted_cpus()["cgroup"] == quota
 
 
 def write(path, text):
@@ -208,12 +207,13 @@ REASON = "import fastbn; print(fastbn.show_config('dicts')['threads_reason'])"
             "changed in the OpenMP runtime since the import, as threadpoolctl does",
         ),
         (
-            "from fastbn import _cpu; _cpu._granted = {'affinity': 9, 'cgroup': 1}; _cpu._cpus = 1",
+            f"import {internals.THREADS} as threads\n"
+            "threads._granted = {'affinity': 9, 'cgroup': 1}; threads._cpus = 1",
             {},
             "the cgroup grants 1 CPUs, rounded up",
         ),
         (
-            "from fastbn import _cpu; _cpu._limit = 1",
+            f"import {internals.THREADS} as threads; threads._limit = 1",
             {},
             "forked from a process whose threads could not be ended",
         ),
@@ -301,14 +301,14 @@ def ticking():
 def test_other_python_threads_run_during_a_call(monkeypatch, set_num_threads, threads, name):
     set_num_threads(threads)
     x = np.zeros((16, 16, 128, 128), np.float32)
-    kernel, windows = getattr(fastbn._core, name), []
+    kernel, windows = getattr(internals.core, name), []
 
     def timed(*args):
         start = time.perf_counter()
         kernel(*args)
         windows.append((start, time.perf_counter()))
 
-    monkeypatch.setattr(fastbn._core, name, timed)
+    monkeypatch.setattr(internals.core, name, timed)
 
     def calls_with_ticks():
         # In the middle half: a thread may lose the GIL just before a kernel that would keep it.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import support
+from internals import CORE, core
 from support import (
     failing_allocation,
     failures_without_a_trace,
@@ -18,7 +19,6 @@ from support import (
 )
 
 import fastbn
-from fastbn import _core
 from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.sanitize]
@@ -158,7 +158,7 @@ EXHAUSTED = """
 import resource
 import numpy as np
 import fastbn
-from fastbn import _core
+import {core} as core
 
 def exhausting(kernel, out):
     def call(*args):
@@ -169,7 +169,7 @@ def exhausting(kernel, out):
 
 def attempt(call, out):
     for name, kernel in kernels.items():
-        setattr(_core, name, exhausting(kernel, out))
+        setattr(core, name, exhausting(kernel, out))
     try:
         call(out, out=out)
         print("done")
@@ -177,12 +177,12 @@ def attempt(call, out):
         print("MemoryError")
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     for name, kernel in kernels.items():
-        setattr(_core, name, kernel)
+        setattr(core, name, kernel)
 
 channels = 2**18
 fastbn.set_num_threads(1)
 bn = {layer}
-kernels = {{name: getattr(_core, name) for name in {kernels!r}}}
+kernels = {{name: getattr(core, name) for name in {kernels!r}}}
 rng = np.random.default_rng(0)
 x, dy = rng.standard_normal((2, 2, channels, 2), dtype=np.float32)
 for _ in range(2):  # gradients are new, then added to
@@ -216,7 +216,7 @@ def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
     if name == "synchronized":
         pytest.importorskip("mpi4py.MPI")
     layer, aside, kernels = EXHAUSTING[name]
-    code = EXHAUSTED.format(layer=layer, aside=aside, kernels=kernels)
+    code = EXHAUSTED.format(core=CORE, layer=layer, aside=aside, kernels=kernels)
     # Of the C library's own memory there is some for small things.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "4194304"}
     assert output_of(code, tmp_path, **malloc).split() == ["done"] * 4
@@ -232,7 +232,7 @@ def interrupted_kernels(monkeypatch):
 
     with monkeypatch.context() as patched:
         for name in ("forward", "elemt", "stats", "backward", "backward_reduce", "backward_elemt"):
-            patched.setattr(_core, name, interrupt)
+            patched.setattr(core, name, interrupt)
         yield
 
 

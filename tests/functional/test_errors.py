@@ -3,13 +3,13 @@
 import sys
 from functools import partial
 
+import internals
 import numpy as np
 import pytest
 import support
 from support import parameters, refused, some
 
 import fastbn
-from fastbn import _backends
 from fastbn import functional as F
 
 pytestmark = pytest.mark.isa
@@ -110,10 +110,10 @@ def test_an_unknown_device_is_refused():
 def without_cupy(monkeypatch):
     """As if CuPy could not be imported, whether it is installed or not."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "fastbn._cuda", raising=False)
-    _backends.cuda.cache_clear()
+    monkeypatch.delitem(sys.modules, internals.CUDA, raising=False)
+    internals.backends.cuda.cache_clear()
     yield
-    _backends.cuda.cache_clear()
+    internals.backends.cuda.cache_clear()
 
 
 @pytest.mark.usefixtures("without_cupy")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import reference
 import support
+from internals import core
 from support import same_bits, some
 
-from fastbn import _core
 from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
@@ -67,8 +67,8 @@ def test_writing_in_place_leaves_the_neighbours_alone(rng, dtype):
 )
 def test_channels_last_arrays_are_read_as_they_lie(rng, shape):
     x = support.channels_last(some(rng, shape))
-    assert _core.layout(x) == (1 if shape[1] == 1 else 2)
-    assert _core.layout(x[::-1]) == 0
+    assert core.layout(x) == (1 if shape[1] == 1 else 2)
+    assert core.layout(x[::-1]) == 0
 
 
 def check(rng, shape, layout, dtype):

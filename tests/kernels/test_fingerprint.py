@@ -4,9 +4,8 @@ from pathlib import Path
 
 import fingerprint
 import pytest
+from internals import core
 from support import output_of
-
-from fastbn import _core
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +27,7 @@ def expected_fingerprints(tmp_path_factory):
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_every_instruction_set_gives_the_same_bits(tmp_path, expected_fingerprints, isa):
-    if isa not in _core.platform()["isas"]:
+    if isa not in core.platform()["isas"]:
         pytest.skip(f"this machine has no {isa}")
     shown, hashes = fingerprints(tmp_path, FASTBN_ISA=isa)
     assert shown["instruction set"].startswith(isa)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from internals import core
 from support import (
     channels_last,
     contiguous,
@@ -19,7 +20,6 @@ from support import (
 )
 
 import fastbn
-from fastbn import _core
 
 RANKS = [1, 2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
 PROGRAM = Path(__file__).with_name("sync_ranks.py")
@@ -100,7 +100,7 @@ def test_an_interrupt_after_the_reduction_changes_nothing(rng, monkeypatch):
         ("backward_elemt", lambda: sync.backward(dy, out=dy)),
     ):
         with monkeypatch.context() as patched, refused(KeyboardInterrupt, intact=[sync, x, dy]):
-            patched.setattr(_core, kernel, interrupt)
+            patched.setattr(core, kernel, interrupt)
             call()
         call()
 

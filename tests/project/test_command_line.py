@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from internals import BENCH_WORKER, CORE, bench
 from support import same_bits
 
 import fastbn
-from fastbn import __main__, _bench
+from fastbn import __main__
 from fastbn import functional as F
 
 LIBRARIES = ["floor", "fastbn", *(["torch"] if importlib.util.find_spec("torch") else [])]
@@ -58,26 +59,26 @@ def test_seconds_without_the_benchmark_are_refused(tmp_path, arguments):
 @pytest.fixture
 def small(monkeypatch):
     """A benchmark of two small arrays, a round each, without torch, which is slow to start."""
-    monkeypatch.setattr(_bench, "TORCH", "no_torch")
-    monkeypatch.setattr(_bench, "SHAPES", ((2, 3, 4, 5), (16, 8, 32, 32)))
-    monkeypatch.setattr(_bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "TORCH", "no_torch")
+    monkeypatch.setattr(bench, "SHAPES", ((2, 3, 4, 5), (16, 8, 32, 32)))
+    monkeypatch.setattr(bench, "ROUNDS", 1)
 
 
 @pytest.mark.torch
 def test_bench_times_every_operation_and_library(small, capsys, monkeypatch):
-    monkeypatch.setattr(_bench, "TORCH", "torch")
+    monkeypatch.setattr(bench, "TORCH", "torch")
     __main__.main(["bench", "--json", "--seconds", "0.2"])
     result = json.loads(capsys.readouterr().out)
     assert result["config"] == fastbn.show_config("dicts")
     assert list(result["libraries"]) == LIBRARIES
     cells = {(tuple(row["shape"]), row["operation"]): row for row in result["results"]}
-    assert list(cells) == [(s, operation) for s in _bench.SHAPES for operation in _bench.OPERATIONS]
+    assert list(cells) == [(s, operation) for s in bench.SHAPES for operation in bench.OPERATIONS]
     for (_, operation), row in cells.items():
         expected = [n for n in LIBRARIES if n != "torch" or operation not in NOT_IN_TORCH]
         assert list(row["ms"]) == expected
         assert all(0 < ms < float("inf") for ms in row["ms"].values())
-    assert list(result["over_floor"]) == list(_bench.OPERATIONS)
-    copy = cells[_bench.SHAPES[1], "eval"]["ms"]["floor"]
+    assert list(result["over_floor"]) == list(bench.OPERATIONS)
+    copy = cells[bench.SHAPES[1], "eval"]["ms"]["floor"]
     assert result["copy_gb_per_s"] == pytest.approx(2 * 16 * 8 * 32 * 32 * 4 / copy / 1e6)
 
 
@@ -89,7 +90,7 @@ def test_bench_prints_a_table_and_its_progress_beside_it(small, capsys, monkeypa
         monkeypatch.setitem(sys.modules, "tqdm", None)
     __main__.main(["bench", "--seconds", "0.1"])
     table, errors = capsys.readouterr()
-    for title in (*_bench.OPERATIONS.values(), "2x3x4x5", "16x8x32x32, 0.5 MB", "GB/s"):
+    for title in (*bench.OPERATIONS.values(), "2x3x4x5", "16x8x32x32, 0.5 MB", "GB/s"):
         assert title in table
     assert all(line == line.rstrip() and len(line) <= 100 for line in table.splitlines())
     assert "12/12" in errors
@@ -100,7 +101,7 @@ def test_bench_prints_a_table_and_its_progress_beside_it(small, capsys, monkeypa
 
 def test_only_quiet_rounds_count_unless_there_are_none():
     def rounds(*answers):
-        return _bench.figures({"fastbn": [_bench.Answer(*answer) for answer in answers]})
+        return bench.figures({"fastbn": [bench.Answer(*answer) for answer in answers]})
 
     quiet, busy = ([1.0, 2.0, 3.0], True), ([7.0, 8.0], False)
     assert rounds(quiet, busy) == {"ms": {"fastbn": 2.0}, "disturbed": []}
@@ -114,7 +115,7 @@ def test_the_means_are_geometric_and_over_the_shapes():
         {"operation": "eval", "ms": {"floor": 3.0, "fastbn": 24.0, "torch": 9.0}, "disturbed": []},
         {"operation": "train", "ms": {"floor": 1.0, "fastbn": 7.0}, "disturbed": ["torch"]},
     ]
-    means = _bench.over_floor(results)
+    means = bench.over_floor(results)
     assert means["eval"] == pytest.approx({"fastbn": 4.0, "torch": 3.0})
     assert means["train"] == pytest.approx({"fastbn": 7.0})
     assert means["backward"] == {}
@@ -125,9 +126,9 @@ def test_figures_that_others_disturbed_are_marked_and_not_in_the_means(small, ca
         disturbed = (worker.library, operation) in [("fastbn", "eval"), ("floor", "backward")]
         disturbed = (disturbed and shape[0] == 2) or operation == "train"
         ms = 1.0 if worker.library == "floor" else 3.0 if shape[0] == 2 else 5.0
-        return _bench.Answer([ms], not disturbed)
+        return bench.Answer([ms], not disturbed)
 
-    monkeypatch.setattr(_bench.Worker, "ask", ask)
+    monkeypatch.setattr(bench.Worker, "ask", ask)
     __main__.main(["bench"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["evaluation", "1.000", "3.000", "(3.00)*"] in lines
@@ -140,19 +141,19 @@ def test_figures_that_others_disturbed_are_marked_and_not_in_the_means(small, ca
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_each_library_has_a_process_without_the_others(library):
-    with _bench.Worker(library, 1) as worker:
+    with bench.Worker(library, 1) as worker:
         assert worker.ask((2, 3, 4, 5), "train", 0.0).ms
         loaded = Path(f"/proc/{worker.process.pid}/maps").read_text()
-    assert ("fastbn/_core" in loaded) == (library == "fastbn")
+    assert (CORE.replace(".", "/") in loaded) == (library == "fastbn")
     assert ("libtorch" in loaded) == (library == "torch")
     assert worker.process.returncode == 0
 
 
 def test_a_process_that_fails_is_told_of():
     with pytest.raises(RuntimeError, match="nonsense has ended"):
-        _bench.Worker("nonsense", 1)
+        bench.Worker("nonsense", 1)
     with (
-        _bench.Worker("floor", 1) as worker,
+        bench.Worker("floor", 1) as worker,
         pytest.raises(RuntimeError, match="floor has ended"),
     ):
         worker.ask((2, 3, -4, 5), "train", 0.0)
@@ -177,7 +178,7 @@ def test_bench_goes_on_without_a_torch_that_cannot_be_imported(
     (tmp_path / "torch" / "__init__.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(_bench, "TORCH", "torch")
+    monkeypatch.setattr(bench, "TORCH", "torch")
     __main__.main(["bench", "--json", "--seconds", "0.01"])
     output, errors = capfd.readouterr()
     assert list(json.loads(output)["libraries"]) == ["floor", "fastbn"]
@@ -194,7 +195,7 @@ def test_bench_goes_on_without_a_torch_that_cannot_be_imported(
 def worker(monkeypatch):
     """The module that runs in the processes."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    path = Path(_bench.__file__).with_name("_bench_worker.py")
+    path = BENCH_WORKER
     spec = importlib.util.spec_from_file_location("_bench_worker", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from internals import WITH_EXAMPLES
 from snippets import python_blocks, run_page
 
 ROOT = Path(__file__).parents[2]
@@ -71,19 +72,7 @@ def test_every_page_is_in_the_sdist():
             assert page in manifest
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fastbn.functional",
-        "fastbn.layers",
-        "fastbn.folding",
-        "fastbn.instance",
-        "fastbn.moments",
-        "fastbn.recalibration",
-        "fastbn.sync",
-        "fastbn._cpu",
-    ],
-)
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_docstring_examples_give_what_they_say(name):
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.attempted > 0
