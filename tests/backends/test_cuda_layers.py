@@ -81,6 +81,7 @@ def test_the_number_of_launches_is_that_of_grids_not_of_batches(rng, grid, layou
             assert len(launches) >= 20
 
 
+@pytest.mark.slow
 @simulated
 @by_batches
 def test_the_order_of_threads_and_blocks_changes_no_bit_of_batches(rng, device, shape):

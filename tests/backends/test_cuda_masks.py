@@ -35,6 +35,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = pytest.mark.usefixtures("device")
 
 
+@pytest.mark.slow
 @simulated
 @by_shape
 def test_the_order_of_threads_and_blocks_changes_no_bit(rng, shape):

@@ -66,7 +66,9 @@ MEGABYTE = 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
-@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize(
+    "frozen", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "frozen"]
+)
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("aside", [0, 40, 64])

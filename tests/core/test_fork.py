@@ -100,6 +100,7 @@ ENVIRONMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=str)
 def test_a_parallel_call_works_after_a_fork_under_settings_of_openmp(tmp_path, environment):
     order = "right() and in_child(lambda: right() and in_child(right)) and pool() and right()"

@@ -166,7 +166,7 @@ by_shape = pytest.mark.parametrize(
 
 
 @by_shape
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_in_place_next_to_nothing_is_allocated(tmp_path, shape, last, blocks, dtype):
     code = (START + PEAK).format(shape=shape, last=last, dtype=dtype, threads=2)
     # What is freed goes back to the system: a new array would hide in it.
@@ -176,7 +176,7 @@ def test_in_place_next_to_nothing_is_allocated(tmp_path, shape, last, blocks, dt
 
 
 @by_shape
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_what_a_call_needs_is_two_sums_for_each_block(tmp_path, shape, last, blocks, dtype):
     # By the address space, which the system counts to the page. The slack is for some vectors of
     # one value per channel.

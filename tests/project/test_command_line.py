@@ -170,6 +170,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "words"), BROKEN.values(), ids=BROKEN)
 def test_bench_goes_on_without_a_torch_that_cannot_be_imported(
     small, tmp_path, monkeypatch, capfd, code, words
