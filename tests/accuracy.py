@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import reference
 import support
+from internals import core
 
 import fastbn
-from fastbn import _core
 
 LAYOUTS = {"NCHW": support.contiguous, "channels-last": support.channels_last}
 # Large, small and odd channels; single elements; a channel of many blocks.
@@ -248,7 +248,7 @@ def cpu():
 
 def report():
     """The tables, with the machine and the versions that they come from."""
-    by_isa = {isa: measure_elsewhere(isa) for isa in _core.platform()["isas"]}
+    by_isa = {isa: measure_elsewhere(isa) for isa in core.platform()["isas"]}
     first, *others = by_isa.values()
     versions = [f"fastbn {fastbn.__version__}", f"NumPy {np.__version__}"]
     theirs = None

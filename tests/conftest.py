@@ -1,7 +1,13 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite, and how it is spread over processes."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+# Processes that test side by side have a CPU each. This must be said before OpenMP is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
@@ -17,6 +23,33 @@ everywhere = hypothesis.settings(database=None, deadline=None)
 hypothesis.settings.register_profile("fixed", everywhere, max_examples=100, derandomize=True)
 hypothesis.settings.register_profile("explore", everywhere, max_examples=5000)
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave tests that measure to `pytest_sessionfinish`, in a worker of pytest-xdist."""
+    if hasattr(config, "workerinput"):
+        items[:] = [item for item in items if item.get_closest_marker("serial") is None]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """After all workers have ended, run the tests that measure, with nothing beside them."""
+    result = yield
+    in_workers = session.config.pluginmanager.hasplugin("dsession")
+    finished = pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED
+    if in_workers and session.exitstatus in finished and not session.shouldfail:
+        statuses = {session.exitstatus, run_serial(session.config)} - {finished[-1]}
+        session.exitstatus = max(statuses, default=finished[-1])
+    return result
+
+
+def run_serial(config):
+    """Run, of the tests that were asked for, those marked serial; return the exit status."""
+    asked = config.option.markexpr
+    only = f"({asked}) and serial" if asked else "serial"
+    command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-n0", "-m", only]
+    print("\nTests that run alone:", flush=True)
+    return subprocess.run(command, cwd=config.invocation_params.dir).returncode
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """What the library computes, and hashes of that to compare between processes and versions.
 
-As a script it prints a line for every case and dtype: a hash, and what it is of; with the argument
-`paths`, for the large paths of the core alone. Only public names are used, so that the same file
-runs with any version.
+As a script it prints a line for every case and dtype: a hash, and what it is of. Only public
+names are used, so that the same file runs with any version.
 """
 
 import hashlib
 import itertools
-import sys
 import zlib
 
 import numpy as np
@@ -373,7 +371,7 @@ def cases(dtype):
     yield from tool_cases(dtype)
 
 
-def main(*, paths_only=False):
+def main():
     """Print the hashes, for the instruction set and the threads that the environment sets."""
     fastbn.show_config()
     for name in DTYPES:
@@ -383,9 +381,9 @@ def main(*, paths_only=False):
             continue
         for path in PATHS:
             print(fingerprint(path, name), f"{path}, {name}")
-        for case, results in () if paths_only else cases(dtype):
+        for case, results in cases(dtype):
             print(digest_of(results), f"{case}, {name}")
 
 
 if __name__ == "__main__":
-    main(paths_only="paths" in sys.argv[1:])
+    main()

@@ -43,6 +43,12 @@ def parameters(channels, dtype=np.float32):
     return weight.astype(dtype), bias.astype(dtype)
 
 
+def case(rng, shape, dtype=np.float32):
+    """x, dy, weight and bias, on the host."""
+    weight, bias = parameters(shape[1])
+    return some(rng, shape, dtype), some(rng, shape, dtype, mean=0.1), weight, bias
+
+
 # Masks.
 
 
@@ -228,7 +234,7 @@ def run_python(code, cwd, **environment):
     env = {k: v for k, v in os.environ.items() if k not in variables}
     env |= {k: v for k, v in variables.items() if v is not None}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
     )
 
 

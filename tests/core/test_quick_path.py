@@ -1,0 +1,292 @@
+"""The quick path and the checked path give the same bits, statistics, states and errors."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+from internals import CHECKS, core
+from support import (
+    LAYER_ARRAYS,
+    WRITEABLE_LAYOUTS,
+    byte_swapped,
+    channels_last,
+    contiguous,
+    dtype_of,
+    parameters,
+    read_only,
+    some,
+)
+
+import fastbn
+from fastbn import functional as F
+
+SHAPES = [(4, 3, 5, 7), (2, 64, 2, 2), (3, 600, 1, 1), (6, 2, 33, 40)]
+OPTIONS = [
+    {},
+    {"momentum": None},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"dtype": np.float64},
+    {"dtype": np.float16},
+]
+
+
+@pytest.fixture
+def both_paths():
+    """Calls a function on each path, on arguments of its own, and compares what comes of it."""
+    was_on = core.set_quick_path(True)
+
+    def compare(function, *arguments):
+        outcomes = []
+        for on in (True, False):
+            core.set_quick_path(on)
+            outcomes.append(outcome_of(function, copy.deepcopy(arguments)))
+        assert outcomes[0] == outcomes[1]
+
+    yield compare
+    core.set_quick_path(was_on)
+
+
+def outcome_of(function, arguments):
+    """What a function returns or raises, and what it leaves of its arguments, to the bit."""
+    try:
+        result = [described(value) for value in function(*arguments)]
+    except Exception as error:
+        result = type(error), str(error)
+    return result, [described(value) for value in arguments]
+
+
+def described(value):
+    """An array or a layer, to the bit."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.strides, value.tobytes()
+    if isinstance(value, fastbn.BatchNorm2d):
+        arrays = {name: described(getattr(value, name)) for name in LAYER_ARRAYS}
+        return arrays, saved_by(value)
+    return repr(value)
+
+
+def saved_by(layer):
+    saved = layer._saved
+    if isinstance(saved, str):
+        return saved
+    kept = None if saved.kept is None else [repr(saved.kept.channels), described(saved.kept.x)]
+    arrays = [described(array) for array in (saved.x, saved.mean, saved.invstd)]
+    return arrays, saved.in_place, saved.frozen, kept, saved.batch_size
+
+
+def layer_of(channels, mode="train", **options):
+    bn = fastbn.BatchNorm2d(channels, **options)
+    for name, values in zip(("weight", "bias"), parameters(channels), strict=True):
+        if getattr(bn, name) is not None:
+            getattr(bn, name)[...] = values
+    return getattr(bn, mode)()
+
+
+# Where a call writes: nowhere that is given, somewhere else, over its input.
+def outputs(x):
+    yield None
+    yield np.empty_like(x)
+    yield x
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_of_a_layer(rng, both_paths, shape, layout, options, mode, where):
+    if "track_running_stats" in options and mode == "freeze":
+        mode = "train"  # There is nothing to freeze.
+    bn = layer_of(shape[1], mode, **options)
+    x, dy = layout(some(rng, shape)), layout(some(rng, shape))
+
+    def step(bn, x, dy):
+        for _ in range(2):  # the second backward adds to the gradients of the first
+            y = bn(x, out=list(outputs(x))[where])
+            yield y
+            if mode != "eval":
+                yield bn.backward(dy, out=list(outputs(dy))[where])
+
+    both_paths(step, bn, x, dy)
+
+
+@pytest.mark.parametrize("layout", [*WRITEABLE_LAYOUTS, read_only, byte_swapped])
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_any_dtype_and_layout(rng, both_paths, x_dtype, layout):
+    x, dy = (some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(2))
+
+    def step(bn, x, dy):
+        x, dy = layout(x), layout(dy)
+        yield from (bn(x), bn.backward(dy), bn.eval()(x))
+
+    both_paths(step, layer_of(3), x, dy)
+
+
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.9, 4.0, 4.1, 15.9, 16.0, 16.1, np.nan, np.inf])
+@pytest.mark.parametrize("size", [1e-300, 1e-40, 1e-5, 1.0, 1e4, 1e38, 1e300])
+def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ratio, size):
+    bn = layer_of(3, dtype=np.float64)
+    bn.weight[1], bn.bias[1] = size, size * ratio
+    x, dy = (some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(2))
+    with np.errstate(all="ignore"):
+        both_paths(lambda bn, x, dy: (bn(x, out=x), bn.backward(dy, out=dy)), bn, x, dy)
+
+
+def overlapping(x):
+    """An array that overlaps x in part."""
+    return np.lib.stride_tricks.as_strided(x.reshape(-1)[1:], x.shape, x.strides)
+
+
+WRONG = {
+    "a list": lambda bn, x: {"x": x.tolist()},
+    "another number of channels": lambda bn, x: {"x": x[:, :2].copy()},
+    "another rank": lambda bn, x: {"x": x[0]},
+    "integers": lambda bn, x: {"x": x.astype(np.int32)},
+    "complex numbers": lambda bn, x: {"x": x.astype(np.complex64)},
+    "a subclass": lambda bn, x: {"x": x.view(np.recarray)},
+    "nothing": lambda bn, x: {"x": x[:0]},
+    "one value per channel": lambda bn, x: {"x": x[:1, :, :1, :1].copy()},
+    "an output of another shape": lambda bn, x: {"out": np.empty((1, *x.shape[1:]), x.dtype)},
+    "an output of another dtype": lambda bn, x: {"out": np.empty(x.shape, np.float64)},
+    "an output of another layout": lambda bn, x: {"out": channels_last(x)},
+    "a read-only output": lambda bn, x: {"out": read_only(x)},
+    "an output that is a list": lambda bn, x: {"out": x.tolist()},
+    "an output that overlaps the input": lambda bn, x: {"x": x[:-1], "out": overlapping(x[:-1])},
+    "a mask": lambda bn, x: {"mask": np.ones((len(x), 1, *x.shape[2:]), bool)},
+    "no eps": lambda bn, x: setattr(bn, "eps", 0.0),
+    "an integer eps": lambda bn, x: setattr(bn, "eps", 1),
+    "eps of NaN": lambda bn, x: setattr(bn, "eps", np.nan),
+    "an integer momentum": lambda bn, x: setattr(bn, "momentum", 1),
+    "a bool for a momentum": lambda bn, x: setattr(bn, "momentum", True),
+    "a weight of another length": lambda bn, x: setattr(bn, "weight", np.ones(5, np.float32)),
+    "a weight that is a list": lambda bn, x: setattr(bn, "weight", [1.0, 2.0, 3.0]),
+    "a weight of integers": lambda bn, x: setattr(bn, "weight", np.ones(3, int)),
+    "a reversed weight": lambda bn, x: setattr(bn, "weight", bn.weight[::-1]),
+    "a byte-swapped bias": lambda bn, x: setattr(bn, "bias", byte_swapped(bn.bias)),
+    "one running statistic": lambda bn, x: setattr(bn, "running_var", None),
+    "read-only statistics": lambda bn, x: bn.running_mean.setflags(write=False),
+    "byte-swapped statistics": lambda bn, x: setattr(
+        bn, "running_mean", byte_swapped(bn.running_mean)
+    ),
+    "statistics that are the weight": lambda bn, x: setattr(bn, "running_var", bn.weight),
+    "a full counter": lambda bn, x: bn.num_batches_tracked.fill(2**63 - 1),
+    "a negative counter": lambda bn, x: bn.num_batches_tracked.fill(-1),
+    "a small counter": lambda bn, x: setattr(bn, "num_batches_tracked", np.array(3, np.int8)),
+    "no counter": lambda bn, x: setattr(bn, "num_batches_tracked", None),
+    "a float counter": lambda bn, x: setattr(bn, "num_batches_tracked", np.array(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_unusual_calls_do_and_say_the_same(rng, both_paths, mode, name):
+    bn, x = layer_of(3, mode), some(rng, (4, 3, 5, 7))
+
+    def call(bn, x):
+        changed = WRONG[name](bn, x) or {}
+        yield bn(changed.pop("x", x), **changed)
+
+    both_paths(call, bn, x)
+
+
+UNUSUAL_BACKWARDS = {
+    "a gradient of another dtype": lambda bn, x: {"dy": x.astype(np.float64)},
+    "a gradient of another shape": lambda bn, x: {"dy": x[:1]},
+    "a gradient of another layout": lambda bn, x: {"dy": channels_last(x)},
+    "sums of another shape": lambda bn, x: setattr(bn, "weight_grad", np.ones(2, np.float32)),
+    "sums of another dtype": lambda bn, x: setattr(bn, "weight_grad", np.ones(3, np.float16)),
+    "sums of two dtypes": lambda bn, x: setattr(bn, "bias_grad", np.ones(3)),
+    "read-only sums": lambda bn, x: setattr(bn, "bias_grad", read_only(np.ones(3, np.float32))),
+    "sums without a parameter": lambda bn, x: bn.__dict__.update(
+        weight=None, weight_grad=np.ones(3)
+    ),
+    "one array for both sums": lambda bn, x: bn.__dict__.update(
+        weight_grad=(ones := np.ones(3)), bias_grad=ones
+    ),
+    "an output of another dtype": lambda bn, x: {"out": np.empty(x.shape, np.float64)},
+    "a read-only output": lambda bn, x: {"out": read_only(x)},
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", UNUSUAL_BACKWARDS)
+def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place):
+    bn, x, dy = layer_of(3), some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7))
+
+    def call(bn, x, dy):
+        yield bn(x, out=x if in_place else None)
+        changed = UNUSUAL_BACKWARDS[name](bn, dy) or {}
+        yield bn.backward(changed.pop("dy", dy), **changed)
+
+    both_paths(call, bn, x, dy)
+
+
+@pytest.mark.parametrize("offset", range(-4, 5))
+def test_a_bias_beside_and_in_the_output(rng, both_paths, offset):
+    x = some(rng, (4, 3, 3, 3))
+
+    def call(x, memory):
+        out, bias = memory[8 : 8 + x.size].reshape(x.shape), memory[8 + offset :][:3]
+        yield F.batch_norm(x, np.zeros(3), np.ones(3), bias=bias, out=out)
+
+    both_paths(call, x, np.zeros(x.size + 16, np.float32))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize(("training", "out"), list(itertools.product([False, True], range(3))))
+def test_functions(rng, both_paths, layout, training, out):
+    x, dy = layout(some(rng, (4, 3, 5, 7))), layout(some(rng, (4, 3, 5, 7)))
+    running = np.zeros(3, np.float32), np.ones(3, np.float32)
+
+    def call(x, dy, mean, var, weight, bias):
+        vectors = mean, var, weight, bias
+        yield F.batch_norm(x, *vectors, training, 0.3, out=list(outputs(x))[out])
+        y, mean, invstd = F.batch_norm_forward(x, weight, bias)
+        yield from (y, mean, invstd)
+        yield from F.batch_norm_backward(dy, x, weight, mean, invstd, out=list(outputs(dy))[out])
+
+    both_paths(call, x, dy, *running, *parameters(3))
+
+
+def test_a_plain_call_takes_the_quick_path(rng, monkeypatch):
+    bn, x = layer_of(3), some(rng, (4, 3, 5, 7))
+
+    def checked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(f"{CHECKS}.as_array", checked)
+    bn(x)
+    bn.backward(x)
+    bn(x, out=x)
+    bn.backward(x, out=x)
+    bn.eval()(x)
+    y, mean, invstd = F.batch_norm_forward(x)
+    F.batch_norm_backward(y, x, None, mean, invstd)
+    F.batch_norm(x, bn.running_mean, bn.running_var, training=True)
+    F.batch_norm(x, bn.running_mean, bn.running_var)
+
+
+def test_an_override_of_a_method_is_not_passed_over(rng):
+    class Doubled(fastbn.BatchNorm2d):
+        def forward(self, x, **options):
+            return 2 * super().forward(x, **options)
+
+        def backward(self, dy, **options):
+            return super().backward(2 * dy, **options)
+
+    x = some(rng, (4, 3, 5, 7))
+    plain, doubled = fastbn.BatchNorm2d(3), Doubled(3)
+    assert (doubled(x) == 2 * plain(x)).all()
+    assert (doubled.backward(x) == plain.backward(2 * x)).all()
+
+
+def test_it_can_be_switched_off_in_the_environment(tmp_path):
+    from support import output_of
+
+    code = "from fastbn import _core; print(_core.set_quick_path(True))"
+    assert output_of(code, tmp_path, FASTBN_QUICK_PATH="0").strip() == "False"
+    assert output_of(code, tmp_path, FASTBN_QUICK_PATH=None).strip() == "True"

@@ -1,0 +1,34 @@
+"""What the tests use of the package beside its public names, all in one place.
+
+A name that moves in the package is put right here. Modules are given as modules, and by their names
+where programs import them that run in processes of their own.
+"""
+
+from pathlib import Path
+
+import fastbn
+from fastbn import _core, _selfbench, _threads
+
+core, bench, threads = _core, _selfbench, _threads
+CORE, THREADS, CHECKS = core.__name__, threads.__name__, "fastbn._checks"
+CUDA, MPI = "fastbn.backends.cuda", "fastbn._mpi"  # not imported before they are needed
+PACKAGE = Path(fastbn.__file__).parent
+CUDA_SOURCE = PACKAGE / "backends/cuda/kernels.cu"
+# What the import of the package leaves to its first use.
+AT_FIRST_USE = {
+    *(MPI, "fastbn.moments", "fastbn.recalibration", "fastbn.folding", "fastbn._config"),
+    *("fastbn.layers.syncbatchnorm", "dataclasses"),
+}
+# Where the examples of docstrings are.
+LAYERS = ["batchnorm", "instancenorm", "lazy", "state", "syncbatchnorm"]
+WITH_EXAMPLES = [
+    *("fastbn.functional", "fastbn.moments", "fastbn.folding", "fastbn.recalibration"),
+    *("fastbn._config", "fastbn._threads"),
+    *(f"fastbn.layers.{name}" for name in LAYERS),
+]
+
+
+def alone_on_its_rank(monkeypatch, communicator):
+    """Let a communicator stand for MPI, whose other ranks have nothing to add."""
+    for name in ("mpi", "_record_type", "_operation"):
+        monkeypatch.setattr(f"{MPI}.{name}", lambda *_: communicator)

@@ -1,0 +1,116 @@
+"""The same bits for every number of threads, for every load and address, in place or not."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import fingerprint
+import numpy as np
+import pytest
+from support import parameters, same_bits, some
+
+import fastbn
+from fastbn import functional as F
+
+pytestmark = pytest.mark.isa
+
+THREADS = [1, 2, 3, 4, 7, 16]
+# They have something to lose by a schedule: pieces, rounds and strips that threads share.
+SHARED = ["channels of several blocks", "pieces of a channel", "rounds of channels, streamed"]
+SHARED += ["strips of columns"]
+
+
+def differences(a, b):
+    """The names of the results that differ."""
+    return [name for name in a if not same_bits(a[name], b[name])]
+
+
+@pytest.mark.parametrize("path", fingerprint.PATHS)
+def test_any_number_of_threads_gives_the_same_bits(dtype, path, set_num_threads):
+    arguments = fingerprint.arguments(path, dtype)
+
+    def results(threads):
+        set_num_threads(threads)
+        return fingerprint.results(*arguments)
+
+    expected = results(1)
+    assert {n: differences(results(n), expected) for n in THREADS} == {n: [] for n in THREADS}
+
+
+@pytest.mark.parametrize("path", fingerprint.PATHS)
+def test_in_place_gives_the_same_bits(dtype, path):
+    # The out-of-place call of the larger ones stores around the cache.
+    x, dy, weight, bias = fingerprint.arguments(path, dtype)
+    y, mean, invstd = F.batch_norm_forward(x, weight, bias)
+    dx, *sums = F.batch_norm_backward(dy, x, weight, mean, invstd)
+    expected = [y, mean, invstd, dx, *sums]
+    backward = F.batch_norm_backward(dy, x, weight, mean, invstd, out=dy)
+    forward = F.batch_norm_forward(x, weight, bias, out=x)
+    assert all(map(same_bits, [*forward, *backward], expected))
+
+
+@contextmanager
+def load(processes):
+    """Keeps so many other processes busy."""
+    code = "print(flush=True)\nwhile True: pass"
+    busy = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        for _ in range(processes)
+    ]
+    try:
+        for process in busy:
+            process.stdout.readline()
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("path", SHARED)
+def test_load_from_other_processes_changes_no_bit(path, set_num_threads):
+    arguments = fingerprint.arguments(path, np.dtype(np.float32))
+    set_num_threads(1)
+    expected = fingerprint.results(*arguments)
+    set_num_threads(4)
+    with load(2 * os.cpu_count()):
+        for _ in range(5):
+            assert differences(fingerprint.results(*arguments), expected) == []
+
+
+def train(x, dy, in_place):
+    """What three training steps leave behind, and their outputs; in place, gradients may differ."""
+    bn = fastbn.BatchNorm2d(x.shape[1])
+    bn.weight[:], bn.bias[:] = parameters(x.shape[1])
+    y = []
+    for _ in range(3):
+        batch = x.copy(order="K")
+        y.append(bn(batch, out=batch if in_place else None).copy())
+        bn.backward(dy)
+    return {"y": np.array(y), "running_mean": bn.running_mean, "running_var": bn.running_var} | (
+        {} if in_place else {"weight_grad": bn.weight_grad, "bias_grad": bn.bias_grad}
+    )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_training_steps_give_the_same_bits_from_run_to_run(rng, dtype, in_place, set_num_threads):
+    x, dy = some(rng, (8, 5, 151, 153), dtype), some(rng, (8, 5, 151, 153), dtype)
+    expected = train(x, dy, in_place=False)
+    for threads in THREADS:
+        set_num_threads(threads)
+        assert differences(train(x, dy, in_place), expected) == []
+
+
+@pytest.mark.parametrize("shift", [0, 4, 12, 28, 60])
+def test_the_address_of_an_array_changes_no_bit(rng, shift):
+    # Streaming stores begin at a cache line; what comes before it takes another way.
+    shape = (15, 40, 60, 59)
+    x = some(rng, shape)
+    buffer = np.zeros(x.nbytes + 128, np.uint8)
+    start = -buffer.ctypes.data % 64 + shift
+    out = buffer[start : start + x.nbytes].view(np.float32).reshape(shape)
+    y, mean, invstd = F.batch_norm_forward(x, out=out)
+    expected = F.batch_norm_elemt(x[:8], mean, invstd)
+    assert same_bits(y[:8], expected)

@@ -1,0 +1,486 @@
+"""The layers: attributes, modes, momentum, freezing, gradients, copies."""
+
+import copy
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import reference
+import support
+from support import parameters, same_bits, some
+
+import fastbn
+
+pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+
+LAYERS = [
+    (fastbn.BatchNorm1d, (4, 3)),
+    (fastbn.BatchNorm1d, (4, 3, 5)),
+    (fastbn.BatchNorm2d, (4, 3, 5, 2)),
+    (fastbn.BatchNorm3d, (4, 3, 5, 2, 3)),
+]
+
+
+def test_attributes_and_their_defaults():
+    bn = fastbn.BatchNorm2d(3)
+    assert (bn.num_features, bn.eps, bn.momentum) == (3, 1e-5, 0.1)
+    assert bn.affine is bn.track_running_stats is bn.training is True
+    for name, value in [("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)]:
+        assert same_bits(getattr(bn, name), np.full(3, value, np.float32))
+    assert same_bits(bn.num_batches_tracked, np.array(0, np.int64))
+    assert isinstance(bn.num_batches_tracked, np.ndarray)
+    assert bn.weight_grad is bn.bias_grad is None
+
+
+def test_the_arguments_of_the_constructor():
+    bn = fastbn.BatchNorm2d(3, 1e-3, 0.8, True, True, None, np.float64, bias=False)
+    assert (bn.num_features, bn.eps, bn.momentum) == (3, 1e-3, 0.8)
+    assert bn.weight.dtype == bn.running_mean.dtype == bn.running_var.dtype == np.float64
+    assert bn.bias is None
+    with pytest.raises(TypeError):
+        fastbn.BatchNorm2d(3, 1e-3, 0.8, True, True, None, np.float64, False)
+
+
+def test_every_dtype_serves_for_the_arrays(dtype):
+    bn = fastbn.BatchNorm2d(3, dtype=dtype)
+    for array in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        assert array.dtype == dtype
+    assert bn.num_batches_tracked.dtype == np.int64
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_cpu_is_a_device(device):
+    assert fastbn.BatchNorm2d(3, device=device).weight is not None
+
+
+def test_a_layer_that_is_not_affine_has_no_parameters():
+    bn = fastbn.BatchNorm2d(3, affine=False)
+    assert bn.weight is bn.bias is None
+    assert bn.running_mean is not None
+
+
+def test_a_layer_that_does_not_track_has_no_buffers():
+    bn = fastbn.BatchNorm2d(3, track_running_stats=False)
+    assert bn.running_mean is bn.running_var is bn.num_batches_tracked is None
+    assert bn.weight is not None
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (
+            fastbn.BatchNorm2d(3),
+            "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, "
+            "track_running_stats=True)",
+        ),
+        (
+            fastbn.BatchNorm1d(5, 1e-3, None, False),
+            "BatchNorm1d(5, eps=0.001, momentum=None, affine=False, bias=False, "
+            "track_running_stats=True)",
+        ),
+        (
+            fastbn.BatchNorm3d(1, track_running_stats=False, bias=False),
+            "BatchNorm3d(1, eps=1e-05, momentum=0.1, affine=True, bias=False, "
+            "track_running_stats=False)",
+        ),
+    ],
+    ids=["2d", "1d", "3d"],
+)
+def test_repr_is_that_of_torch(layer, expected):
+    assert repr(layer) == expected
+    assert expected == f"{type(layer).__name__}({layer.extra_repr()})"
+
+
+def test_repr_shows_another_dtype_than_the_default(dtype):
+    shown = repr(fastbn.BatchNorm2d(3, dtype=dtype))
+    assert shown.endswith(f", dtype={dtype})") == (dtype != np.float32)
+    assert ("dtype" in shown) == (dtype != np.float32)
+
+
+def test_methods_that_set_something_return_the_layer():
+    bn = fastbn.BatchNorm2d(3)
+    assert bn.train() is bn.eval() is bn.freeze() is bn.unfreeze() is bn.zero_grad() is bn
+
+
+def test_train_and_eval_set_training():
+    bn = fastbn.BatchNorm2d(3)
+    assert bn.eval().training is False
+    assert bn.train().training is True
+    assert bn.train(False).training is False
+    assert bn.train(True).training is True
+
+
+def test_freezing_leaves_training_alone():
+    bn = fastbn.BatchNorm2d(3)
+    assert bn.freeze().training is True
+    assert bn.eval().training is False
+    assert bn.unfreeze().training is False
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_a_training_step(rng, layer, shape):
+    x = some(rng, shape)
+    bn = layer(3)
+    bn.weight[:], bn.bias[:] = parameters(3)
+    exact = reference.forward(x, bn.weight, bn.bias)
+    mean, var = reference.updated(x, np.zeros(3), np.ones(3), 0.1)
+    support.assert_within(bn(x), exact, reference.forward_bound(exact, x.dtype, bn.weight, bn.bias))
+    support.assert_close(bn.running_mean, mean, 3e-7)
+    support.assert_close(bn.running_var, var, 3e-7)
+    assert bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS)
+def test_an_eval_step_changes_nothing(rng, layer, shape):
+    bn = layer(3)
+    bn(some(rng, shape))
+    bn.eval()
+    x = some(rng, shape)
+    exact = reference.normalize(x, bn.running_mean, bn.running_var)
+    with support.untouched(bn):
+        y = bn(x)
+    support.assert_close(y, exact, 1e-6)
+
+
+def test_running_statistics_move_by_momentum_towards_the_batch(rng):
+    bn = fastbn.BatchNorm2d(3, momentum=0.3, dtype=np.float64)
+    mean, var = np.zeros(3), np.ones(3)
+    for step in range(1, 4):
+        x = some(rng, (4, 3, 5, 2), np.float64)
+        mean, var = reference.updated(x, mean, var, 0.3)
+        bn(x)
+        support.assert_close(bn.running_mean, mean, 1e-13)
+        support.assert_close(bn.running_var, var, 1e-13)
+        assert bn.num_batches_tracked == step
+
+
+def test_a_momentum_of_one_keeps_the_last_batch(rng):
+    bn = fastbn.BatchNorm2d(3, momentum=1.0, dtype=np.float64)
+    for _ in range(2):
+        x = some(rng, (4, 3, 5, 2), np.float64)
+        bn(x)
+    support.assert_close(bn.running_mean, x.mean((0, 2, 3)), 1e-13)
+    support.assert_close(bn.running_var, x.var((0, 2, 3), ddof=1), 1e-13)
+
+
+def test_a_momentum_of_zero_keeps_the_running_statistics(rng):
+    bn = fastbn.BatchNorm2d(3, momentum=0.0)
+    bn(some(rng, (4, 3, 5, 2)))
+    assert (bn.running_mean == 0).all()
+    assert (bn.running_var == 1).all()
+    assert bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("resets", [0, 1])
+def test_momentum_none_averages_all_batches_since_the_reset(rng, resets):
+    bn = fastbn.BatchNorm2d(3, momentum=None, dtype=np.float64)
+    for _ in range(resets):
+        bn(some(rng, (4, 3, 5, 2), np.float64))
+        bn.reset_running_stats()
+        assert bn.num_batches_tracked == 0
+    batches = [some(rng, (4, 3, 5, 2), np.float64) for _ in range(4)]
+    for x in batches:
+        bn(x)
+    support.assert_close(bn.running_mean, np.mean([x.mean((0, 2, 3)) for x in batches], 0), 1e-13)
+    unbiased = [x.var((0, 2, 3), ddof=1) for x in batches]
+    support.assert_close(bn.running_var, np.mean(unbiased, 0), 1e-13)
+
+
+def test_without_a_counter_momentum_none_means_a_factor_of_zero(rng):
+    bn = fastbn.BatchNorm2d(3, momentum=None)
+    bn.num_batches_tracked = None
+    bn(some(rng, (4, 3, 5, 2)))
+    assert (bn.running_mean == 0).all()
+    assert (bn.running_var == 1).all()
+    assert bn.num_batches_tracked is None
+
+
+def test_without_a_counter_a_number_as_momentum_works_as_ever(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn, other = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    bn.num_batches_tracked = None
+    bn(x)
+    other(x)
+    assert same_bits(bn.running_mean, other.running_mean)
+    assert same_bits(bn.running_var, other.running_var)
+
+
+def test_reset_running_stats_leaves_the_parameters_alone(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn.weight[:], bn.bias[:] = parameters(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    bn.reset_running_stats()
+    assert (bn.running_mean == 0).all()
+    assert (bn.running_var == 1).all()
+    assert bn.num_batches_tracked == 0
+    assert same_bits(bn.weight, parameters(3)[0])
+
+
+def test_reset_parameters_resets_everything(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn.weight[:], bn.bias[:] = parameters(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    bn.reset_parameters()
+    for name, value in [("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)]:
+        assert (getattr(bn, name) == value).all()
+    assert bn.num_batches_tracked == 0
+
+
+def test_resetting_a_layer_without_arrays_does_nothing():
+    bn = fastbn.BatchNorm2d(3, affine=False, track_running_stats=False)
+    bn.reset_running_stats()
+    bn.reset_parameters()
+    assert bn.weight is bn.running_mean is None
+
+
+def test_without_tracking_eval_uses_the_statistics_of_the_batch(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3, track_running_stats=False)
+    assert same_bits(bn(x), bn.eval()(x))
+
+
+def test_buffers_set_to_none_later_count_as_not_tracked(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3)
+    bn.running_mean = bn.running_var = None
+    expected = fastbn.BatchNorm2d(3)(x)
+    assert same_bits(bn(x), expected)
+    assert same_bits(bn.eval()(x), expected)
+
+
+def test_tracking_turned_off_later_leaves_the_buffers_alone_and_eval_uses_them(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3)
+    bn(x)
+    bn.track_running_stats = False
+    expected = fastbn.BatchNorm2d(3)(x)
+    with support.untouched(bn):
+        assert same_bits(bn(x), expected)
+        exact = reference.normalize(x, bn.running_mean, bn.running_var)
+        support.assert_close(bn.eval()(x), exact, 1e-6)
+
+
+def test_a_frozen_layer_uses_its_running_statistics_in_training(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    x = some(rng, (4, 3, 5, 2))
+    expected = bn.eval()(x)
+    bn.train().freeze()
+    with support.untouched(bn):
+        assert same_bits(bn(x), expected)
+
+
+def test_freezing_survives_train_and_ends_with_unfreeze(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3).freeze().eval().train()
+    with support.untouched(bn):
+        bn(x)
+    bn.unfreeze()(x)
+    assert bn.num_batches_tracked == 1
+    assert (bn.running_mean != 0).all()
+
+
+def test_a_frozen_layer_takes_a_single_value_per_channel(rng):
+    x = some(rng, (1, 3, 1, 1))
+    bn = fastbn.BatchNorm2d(3).freeze()
+    support.assert_close(bn(x), reference.normalize(x, np.zeros(3), np.ones(3)), 1e-6)
+
+
+def test_eval_takes_a_single_value_per_channel(rng):
+    x = some(rng, (1, 3, 1, 1))
+    bn = fastbn.BatchNorm2d(3).eval()
+    support.assert_close(bn(x), reference.normalize(x, np.zeros(3), np.ones(3)), 1e-6)
+
+
+@pytest.mark.parametrize("parameter_dtype", support.DTYPES)
+def test_gradients_add_up_in_the_dtype_of_their_parameters(rng, parameter_dtype):
+    parameter_dtype = support.dtype_of(parameter_dtype)
+    bn = fastbn.BatchNorm2d(3, dtype=parameter_dtype)
+    total_weight, total_bias = np.zeros(3, parameter_dtype), np.zeros(3, parameter_dtype)
+    for _ in range(3):
+        x, dy = some(rng, (4, 3, 5, 2)), some(rng, (4, 3, 5, 2))
+        _, dweight, dbias = reference.backward(dy, x)
+        total_weight, total_bias = total_weight + dweight, total_bias + dbias
+        bn(x)
+        bn.backward(dy)
+    assert bn.weight_grad.dtype == bn.bias_grad.dtype == parameter_dtype
+    for actual, exact in [(bn.weight_grad, total_weight), (bn.bias_grad, total_bias)]:
+        support.assert_within(actual, exact, 4 * reference.ulp(np.abs(exact) + 40, parameter_dtype))
+
+
+def test_a_gradient_has_the_dtype_of_its_own_parameter(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn.weight = np.ones(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    bn.backward(some(rng, (4, 3, 5, 2)))
+    assert bn.weight_grad.dtype == np.float64
+    assert bn.bias_grad.dtype == np.float32
+
+
+def test_zero_grad_sets_the_gradients_to_none(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    bn.backward(some(rng, (4, 3, 5, 2)))
+    assert bn.weight_grad is not None
+    bn.zero_grad()
+    assert bn.weight_grad is bn.bias_grad is None
+
+
+def test_parameters_that_are_not_there_get_no_gradient(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3, bias=False)
+    bn(x)
+    bn.backward(x)
+    assert bn.weight_grad is not None
+    assert bn.bias_grad is None
+    bn = fastbn.BatchNorm2d(3, affine=False)
+    bn(x)
+    bn.backward(x)
+    assert bn.weight_grad is bn.bias_grad is None
+
+
+def test_parameters_and_buffers_may_be_views_of_one_larger_array(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn, other = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    buffer = np.zeros((3, 8), np.float32)
+    bn.weight, bn.bias, bn.running_mean, bn.running_var = buffer.T[1:8:2]
+    bn.weight[:] = bn.running_var[:] = 1
+    assert same_bits(bn(x), other(x))
+    assert same_bits(buffer[:, 5], other.running_mean)
+    assert same_bits(buffer[:, 7], other.running_var)
+    assert (buffer[:, ::2] == 0).all()
+
+
+def test_a_forward_keeps_its_input_until_the_backward(rng):
+    x = some(rng, (4, 3, 5, 2))
+    alive = weakref.ref(x)
+    bn = fastbn.BatchNorm2d(3)
+    bn(x)
+    del x
+    assert alive() is not None
+    bn.backward(np.ones((4, 3, 5, 2), np.float32))
+    assert alive() is None
+
+
+def test_an_eval_forward_drops_what_was_remembered(rng):
+    x = some(rng, (4, 3, 5, 2))
+    alive = weakref.ref(x)
+    bn = fastbn.BatchNorm2d(3)
+    bn(x)
+    del x
+    bn.eval()(np.ones((4, 3, 5, 2), np.float32))
+    assert alive() is None
+
+
+def test_changing_the_mode_keeps_what_was_remembered(rng):
+    x, dy = some(rng, (4, 3, 5, 2)), some(rng, (4, 3, 5, 2))
+    bn, other = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    bn(x)
+    other(x)
+    assert same_bits(bn.eval().backward(dy), other.backward(dy))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 4)], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_an_empty_training_batch_touches_nothing(rng, dtype, shape, momentum):
+    bn = fastbn.BatchNorm2d(3, momentum=momentum)
+    bn(some(rng, (4, 3, 5, 2)))
+    x = np.empty(shape, dtype)
+    with support.untouched(bn):
+        y = bn(x)
+    assert same_bits(y, x)
+    assert same_bits(bn.backward(x), x)
+    assert same_bits(bn.weight_grad, np.zeros(3, np.float32))
+    assert same_bits(bn.bias_grad, np.zeros(3, np.float32))
+
+
+def test_an_empty_batch_adds_nothing_to_the_gradients(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    bn.backward(some(rng, (4, 3, 5, 2)))
+    x = np.empty((0, 3, 5, 2), np.float32)
+    with support.untouched(bn):
+        bn(x)
+        bn.backward(x)
+
+
+def test_an_empty_batch_in_place(rng):
+    x = np.empty((0, 3, 5, 2), np.float32)
+    bn = fastbn.BatchNorm2d(3)
+    assert bn(x, out=x) is x
+    assert bn.backward(x, out=x) is x
+
+
+@pytest.mark.parametrize("mode", ["eval", "freeze"])
+def test_an_empty_batch_in_eval_and_frozen(mode):
+    x = np.empty((0, 3, 5, 2), np.float32)
+    bn = fastbn.BatchNorm2d(3)
+    getattr(bn, mode)()
+    with support.untouched(bn):
+        assert same_bits(bn(x), x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+def test_no_channels(mode):
+    x = np.empty((2, 0, 3, 3), np.float32)
+    bn = fastbn.BatchNorm2d(0)
+    getattr(bn, mode)()
+    assert same_bits(bn(x), x)
+    assert bn.running_mean.shape == (0,)
+    if mode != "eval":
+        assert same_bits(bn.backward(x), x)
+        assert bn.weight_grad.shape == (0,)
+
+
+def trained(rng):
+    bn = fastbn.BatchNorm2d(3, 1e-3, 0.3)
+    bn.weight[:], bn.bias[:] = parameters(3)
+    bn(some(rng, (4, 3, 5, 2)))
+    return bn
+
+
+DUPLICATES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda bn: pickle.loads(pickle.dumps(bn)),
+}
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_a_duplicate_is_the_same_layer(rng, duplicate):
+    bn = trained(rng)
+    twin = duplicate(bn)
+    assert type(twin) is fastbn.BatchNorm2d
+    assert repr(twin) == repr(bn)
+    for name, array in bn.state_dict().items():
+        assert same_bits(getattr(twin, name), array)
+    assert isinstance(twin.num_batches_tracked, np.ndarray)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+def test_a_duplicate_keeps_the_mode(rng, duplicate, mode):
+    x = some(rng, (4, 3, 5, 2))
+    bn = trained(rng)
+    getattr(bn, mode)()
+    twin = duplicate(bn)
+    assert twin.training is bn.training
+    assert same_bits(twin(x), bn(x))
+
+
+@pytest.mark.parametrize("name", ["deepcopy", "pickle"])
+def test_a_deep_duplicate_is_independent(rng, name):
+    bn = trained(rng)
+    twin = DUPLICATES[name](bn)
+    with support.untouched(bn):
+        twin(some(rng, (4, 3, 5, 2)))
+        twin.weight[:] = 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_a_bfloat16_layer_can_be_pickled(rng, dtype):
+    bn = fastbn.BatchNorm2d(3, dtype=support.dtype_of(dtype))
+    bn(some(rng, (4, 3, 5, 2)))
+    twin = pickle.loads(pickle.dumps(bn))
+    assert same_bits(twin.running_mean, bn.running_mean)

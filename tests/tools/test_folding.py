@@ -1,0 +1,276 @@
+"""A batch normalization folded into a convolution or a linear layer gives what both give."""
+
+import numpy as np
+import pytest
+import support
+from support import read_only, refused, same_bits, some, untouched
+
+import fastbn
+
+pytestmark = pytest.mark.isa
+
+RELATIVE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
+LAYERS = {1: fastbn.BatchNorm1d, 2: fastbn.BatchNorm2d, 3: fastbn.BatchNorm3d}
+# The extents of an input and of a kernel with so many axes.
+EXTENTS = {0: ((), ()), 1: ((7,), (3,)), 2: ((6, 5), (3, 2)), 3: ((4, 5, 3), (2, 3, 1))}
+
+
+def trained(rng, channels, axes=2, **kwargs):
+    """A layer with something in every array that it has."""
+    bn = LAYERS[max(axes, 1)](channels, dtype=np.float64, **kwargs)
+    bn.running_mean[:] = rng.normal(0.5, 1.0, channels)
+    bn.running_var[:] = rng.uniform(0.1, 3.0, channels)
+    if bn.weight is not None:
+        bn.weight[:] = rng.normal(0.0, 1.5, channels)
+    if bn.bias is not None:
+        bn.bias[:] = rng.normal(0.0, 1.0, channels)
+    return bn.eval()
+
+
+def grouped(x, weight, groups):
+    """Input and weight as pairs of the groups' own."""
+    return zip(np.split(x, groups, axis=1), np.split(weight, groups), strict=True)
+
+
+def convolve(x, weight, bias, groups=1, stride=1):
+    """A convolution without padding (cross-correlation, as networks have it), from its definition.
+
+    Without axes behind the channels it is a linear layer.
+    """
+    kernel = weight.shape[2:]
+    y = []
+    for part, w in grouped(x, weight, groups):
+        extents = tuple(range(2, x.ndim))
+        windows = np.lib.stride_tricks.sliding_window_view(part, kernel, extents)
+        windows = windows[
+            (..., *(slice(None, None, stride) for _ in kernel), *[slice(None)] * len(kernel))
+        ]
+        axes = [1, *range(x.ndim, 2 * x.ndim - 2)]
+        product = np.tensordot(windows, w, (axes, list(range(1, w.ndim))))
+        y.append(np.moveaxis(product, -1, 1))
+    return np.concatenate(y, axis=1) + per_channel(bias, x.ndim)
+
+
+def convolve_transposed(x, weight, bias, groups=1, stride=1):
+    """A transposed convolution: every input element adds its multiple of the kernel."""
+    kernel = weight.shape[2:]
+    y = []
+    for part, w in grouped(x, weight, groups):
+        extents = [(n - 1) * stride + k for n, k in zip(x.shape[2:], kernel, strict=True)]
+        target = np.zeros((len(x), w.shape[1], *extents))
+        for tap in np.ndindex(*kernel):
+            product = np.moveaxis(np.tensordot(part, w[(..., *tap)], (1, 0)), -1, 1)
+            ends = [k + (n - 1) * stride + 1 for k, n in zip(tap, x.shape[2:], strict=True)]
+            places = tuple(slice(k, end, stride) for k, end in zip(tap, ends, strict=True))
+            target[(..., *places)] += product
+        y.append(target)
+    return np.concatenate(y, axis=1) + per_channel(bias, x.ndim)
+
+
+def per_channel(bias, ndim):
+    return 0 if bias is None else np.reshape(bias, (-1, *[1] * (ndim - 2)))
+
+
+CASES = [
+    (axes, groups, has_bias)
+    for axes in EXTENTS
+    for groups in ([1, 3] if axes else [1])
+    for has_bias in (True, False)
+]
+STRIDES = [1, 2]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(("axes", "groups", "has_bias"), CASES)
+def test_after_a_convolution(rng, axes, groups, has_bias, stride):
+    extents, kernel = EXTENTS[axes]
+    x, weight = some(rng, (2, 6, *extents)), some(rng, (9, 6 // groups, *kernel), np.float64)
+    bias = some(rng, 9, np.float64) if has_bias else None
+    bn = trained(rng, 9, axes)
+    folded = fastbn.fold(bn, weight, bias, groups=groups)
+    expected = bn(convolve(x, weight, bias, groups, stride))
+    support.assert_close(convolve(x, *folded, groups, stride), expected, 1e-13)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(("axes", "groups", "has_bias"), CASES)
+def test_before_a_convolution(rng, axes, groups, has_bias, stride):
+    extents, kernel = EXTENTS[axes]
+    x = some(rng, (2, 6, *extents), np.float64)
+    weight = some(rng, (9, 6 // groups, *kernel), np.float64)
+    bias = some(rng, 9, np.float64) if has_bias else None
+    bn = trained(rng, 6, axes)
+    folded = fastbn.fold(bn, weight, bias, bn_first=True, groups=groups)
+    expected = convolve(bn(x), weight, bias, groups, stride)
+    support.assert_close(convolve(x, *folded, groups, stride), expected, 1e-13)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(("axes", "groups", "has_bias"), [case for case in CASES if case[0]])
+def test_after_a_transposed_convolution(rng, axes, groups, has_bias, stride):
+    extents, kernel = EXTENTS[axes]
+    x, weight = some(rng, (2, 6, *extents)), some(rng, (6, 9 // groups, *kernel), np.float64)
+    bias = some(rng, 9, np.float64) if has_bias else None
+    bn = trained(rng, 9, axes)
+    folded = fastbn.fold(bn, weight, bias, transposed=True, groups=groups)
+    expected = bn(convolve_transposed(x, weight, bias, groups, stride))
+    support.assert_close(convolve_transposed(x, *folded, groups, stride), expected, 1e-13)
+
+
+def padded(x, values):
+    """x with a border of one value for each channel."""
+    y = np.empty((*x.shape[:2], *(n + 2 for n in x.shape[2:])), x.dtype)
+    y[...] = per_channel(values, x.ndim)
+    y[:, :, 1:-1, 1:-1] = x
+    return y
+
+
+def test_before_a_convolution_that_pads_with_zeros_the_border_is_wrong_and_can_be_mended(rng):
+    x, weight = some(rng, (2, 4, 6, 6), np.float64), some(rng, (3, 4, 3, 3), np.float64)
+    bn = trained(rng, 4)
+    zeros = np.zeros(4)
+    expected = convolve(padded(bn(x), zeros), weight, None)
+    folded = fastbn.fold(bn, weight, bn_first=True)
+    y = convolve(padded(x, zeros), *folded)
+    inside = (..., slice(1, -1), slice(1, -1))
+    support.assert_close(y[inside], expected[inside], 1e-13)
+    assert abs(y - expected).max() > 0.1
+    # The value that the batch normalization takes to 0 is what the border has to be.
+    zero = bn.running_mean - bn.bias * np.sqrt(bn.running_var + bn.eps) / bn.weight
+    support.assert_close(convolve(padded(x, zero), *folded), expected, 1e-13)
+
+
+@pytest.mark.parametrize("mode", ["edge", "reflect", "wrap"])
+def test_before_a_convolution_that_pads_with_its_input_nothing_is_wrong(rng, mode):
+    x, weight = some(rng, (2, 4, 6, 6), np.float64), some(rng, (3, 4, 3, 3), np.float64)
+    bn = trained(rng, 4)
+    around = [(0, 0), (0, 0), (1, 1), (1, 1)]
+    expected = convolve(np.pad(bn(x), around, mode), weight, None)
+    folded = fastbn.fold(bn, weight, bn_first=True)
+    support.assert_close(convolve(np.pad(x, around, mode), *folded), expected, 1e-13)
+
+
+@pytest.mark.parametrize("bn_first", [True, False])
+@pytest.mark.parametrize("kwargs", [{"affine": False}, {"bias": False}], ids=str)
+def test_a_layer_may_lack_weight_or_bias(rng, kwargs, bn_first):
+    x, weight = some(rng, (5, 4), np.float64), some(rng, (4, 4), np.float64)
+    bn = trained(rng, 4, 0, **kwargs)
+    folded = fastbn.fold(bn, weight, bn_first=bn_first)
+    expected = convolve(bn(x), weight, None) if bn_first else bn(convolve(x, weight, None))
+    support.assert_close(convolve(x, *folded), expected, 1e-13)
+
+
+@pytest.mark.parametrize("bn_first", [True, False])
+def test_the_result_has_the_dtype_of_the_weight(rng, dtype, bn_first):
+    x, weight = some(rng, (5, 4), np.float64), some(rng, (4, 4), dtype)
+    bn = trained(rng, 4, 0)
+    new_weight, new_bias = fastbn.fold(bn, weight, np.ones(4), bn_first=bn_first)
+    assert new_weight.dtype == new_bias.dtype == dtype
+    wide = fastbn.fold(bn, weight.astype(np.float64), np.ones(4), bn_first=bn_first)
+    assert same_bits(new_weight, wide[0].astype(dtype))
+    assert same_bits(new_bias, wide[1].astype(dtype))
+    expected = convolve(x, *wide)
+    narrow = (array.astype(np.float64) for array in (new_weight, new_bias))
+    support.assert_close(convolve(x, *narrow), expected, 4 * RELATIVE[dtype.name])
+
+
+@pytest.mark.parametrize("state", ["train", "eval", "freeze"])
+def test_the_mode_does_not_matter_and_nothing_is_changed(rng, state):
+    bn = trained(rng, 4)
+    weight, bias = read_only(some(rng, (4, 2, 3, 3))), read_only(some(rng, 4))
+    expected = fastbn.fold(bn, weight, bias)
+    getattr(bn, state)()
+    with untouched(bn, weight, bias):
+        folded = fastbn.fold(bn, weight, bias)
+    for new, same, old in zip(folded, expected, (weight, bias), strict=True):
+        assert same_bits(new, same)
+        assert not np.shares_memory(new, old)
+
+
+@pytest.mark.parametrize("layout", [support.sliced, support.fortran, support.byte_swapped])
+def test_a_weight_of_any_strides_and_byte_order_serves(rng, layout):
+    bn, weight, bias = trained(rng, 4), some(rng, (4, 2, 3, 3)), some(rng, 4)
+    expected = fastbn.fold(bn, weight, bias)
+    for new, same in zip(fastbn.fold(bn, layout(weight), layout(bias)), expected, strict=True):
+        assert same_bits(new, same)
+
+
+@pytest.mark.torch
+def test_torch_parameters_serve(rng):
+    torch = pytest.importorskip("torch")
+    bn, conv = trained(rng, 4), torch.nn.Conv2d(3, 4, 2)
+    expected = fastbn.fold(bn, conv.weight.detach().numpy(), conv.bias.detach().numpy())
+    for new, same in zip(fastbn.fold(bn, conv.weight, conv.bias), expected, strict=True):
+        assert same_bits(new, same)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_modules_of_torch_with_folded_parameters_give_what_both_gave(rng, axes, bias, transposed):
+    torch = pytest.importorskip("torch")
+    name = f"Conv{'Transpose' if transposed else ''}{axes}d"
+    conv = getattr(torch.nn, name)(4, 6, 3, 2, 1, groups=2, bias=bias, dtype=torch.float64)
+    norm = getattr(torch.nn, f"BatchNorm{axes}d")(6, dtype=torch.float64)
+    both = torch.nn.Sequential(conv, norm)
+    x = torch.from_numpy(some(rng, (5, 4, *[6] * axes), np.float64))
+    both(x)
+    bn = LAYERS[axes](6, dtype=np.float64)
+    bn.load_state_dict(both.state_dict(), prefix="1.")
+    folded = fastbn.fold(bn, conv.weight, conv.bias, transposed=conv.transposed, groups=conv.groups)
+    expected = both.eval()(x).detach().numpy()
+    conv.weight.data, new_bias = map(torch.from_numpy, folded)
+    conv.bias = torch.nn.Parameter(new_bias)
+    support.assert_close(conv(x).detach().numpy(), expected, 1e-13)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (3, 0, 2)])
+def test_layers_without_channels_fold(shape):
+    bn = fastbn.BatchNorm1d(shape[0])
+    weight, bias = fastbn.fold(bn, np.zeros(shape), np.ones(shape[0]))
+    assert weight.shape == shape
+    assert bias.shape == shape[:1]
+
+
+# What cannot be folded.
+
+
+@pytest.mark.parametrize(
+    ("layer", "exception", "word"),
+    [
+        (fastbn.BatchNorm2d(4, track_running_stats=False), RuntimeError, "running statistics"),
+        (fastbn.LazyBatchNorm2d(), RuntimeError, "first input"),
+        (fastbn.InstanceNorm2d(4, track_running_stats=True), TypeError, "each sample"),
+        (fastbn.LazyInstanceNorm2d(), TypeError, "each sample"),
+        (None, TypeError, "NoneType"),
+    ],
+    ids=str,
+)
+def test_a_layer_that_cannot_be_folded_is_refused(layer, exception, word):
+    with refused(exception, word):
+        fastbn.fold(layer, np.ones((4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "kwargs", "exception", "names"),
+    [
+        (np.ones(4), {}, ValueError, ["(4,)", "(out, in / groups, ...)"]),
+        (np.ones(4), {"transposed": True}, ValueError, ["(in, out / groups, ...)"]),
+        (np.ones((4, 4), int), {}, TypeError, ["int64", "astype"]),
+        (np.ma.ones((4, 4)), {}, TypeError, ["mask"]),
+        (np.ones((6, 4)), {}, ValueError, [6, 4, "bn_first=True", "transposed=True"]),
+        (np.ones((6, 5)), {"bn_first": True}, ValueError, ["5 input", 4]),
+        (np.ones((4, 5, 3)), {"transposed": True}, ValueError, ["5 output", 4]),
+        (np.ones((4, 4, 1)), {"transposed": True, "bn_first": True}, ValueError, ["border"]),
+        (np.ones((4, 1, 1)), {"groups": 3}, ValueError, ["groups", 4, 3]),
+        (np.ones((4, 1, 1)), {"groups": 0}, ValueError, ["groups", 0]),
+        (np.ones((4, 1, 1)), {"groups": 2.0}, TypeError, ["groups", "float"]),
+        (np.ones((4, 1, 1)), {"groups": True}, TypeError, ["groups", "bool"]),
+        (np.ones((4, 1)), {"bias": np.ones(3)}, ValueError, ["bias", "(4,)", "(3,)"]),
+        (np.ones((4, 1)), {"bias": np.ones(4, complex)}, TypeError, ["bias", "complex128"]),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_refused(rng, weight, kwargs, exception, names):
+    with refused(exception, *names):
+        fastbn.fold(trained(rng, 4), weight, **kwargs)
