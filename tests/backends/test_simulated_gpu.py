@@ -69,6 +69,7 @@ def results(x, dy):
     return [a.get() for a in (*arrays, *F.batch_norm_backward(dy, x, weight, mean, invstd))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(("device", "shape"), [*CASES, *OTHER_CLUSTERS], ids=str)
 def test_the_order_of_threads_and_blocks_changes_no_bit(rng, device, shape, layout):
