@@ -20,6 +20,7 @@ import cupy
 import numpy as np
 from cupy.cuda import runtime
 
+from fastbn import _core
 from fastbn.backends.cuda.arrays import (
     Array,
     number_of_batches,
@@ -260,6 +261,14 @@ class Addresses:
             "typestr": f"|V{array.itemsize}",
             "data": (array.data.ptr, False),
         }
+
+
+def unrecoverable(x: Array, weight: Array, bias: Array | None) -> Array:
+    """The channels of x that the output of a forward in place does not determine."""
+    count = float(x.size // max(x.shape[1], 1))
+    bias = None if bias is None else to_host(bias)
+    channels = _core.unrecoverable_channels(x.dtype, count, to_host(weight), bias)
+    return cupy.array(channels, np.intp)
 
 
 def channels_of(x: Array, channels: Array) -> Array:
