@@ -39,6 +39,7 @@ LIBRARIES = {
     FASTBN_ONE_THREAD: Setup("fastbn", threads=1),
     "numpy": Setup("numpy"),
     "numba": Setup("numba"),
+    "numba-fastmath": Setup("numba_fastmath"),
     TORCH: Setup("torch"),
     TORCH_MALLOC: Setup("torch", TUNED_MALLOC),
     "torch-compile": Setup("torch_compile", {"TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED_MALLOC}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,6 +18,7 @@ from bench.library import PreparedCall, overwrite, require
 class Library(library.Library):
     """Loops over (N, C, H*W) arrays."""
 
+    fastmath = False
     api = "@njit(parallel=True) loops over channels, sums in float64"
     buffers = "preallocated: another array, or the input"
 
@@ -37,13 +40,16 @@ class Library(library.Library):
         given = x if case.forward else data.dy.reshape(flat)
         source = given.copy() if case.in_place else given
         out = source if case.in_place else np.zeros_like(given)
+        sum_dtype = np.dtype(case.dtype if self.fastmath else "float64")
+        evaluate, train, backward = kernels(sum_dtype, self.fastmath)
         if case.forward:
             statistics = (data.running_mean.copy(), data.running_var.copy())
             function = evaluate if case.evaluation else train
             call = partial(function, source, *statistics, weight, bias, out)
         else:
-            mean, var = data.mean.astype(np.float64), data.var.astype(np.float64)
-            call = partial(backward, source, x, weight, mean, 1 / np.sqrt(var + EPS), out)
+            mean, var = data.mean.astype(sum_dtype), data.var.astype(np.float64)
+            invstd = (1 / np.sqrt(var + EPS)).astype(sum_dtype)
+            call = partial(backward, source, x, weight, mean, invstd, out)
 
         def result(gradients: tuple[Array, Array] | None) -> dict[str, Array]:
             if gradients is None:
@@ -54,59 +60,66 @@ class Library(library.Library):
         return PreparedCall(call, result, True, restore)
 
 
-@njit(parallel=True)
-def evaluate(x, running_mean, running_var, weight, bias, out):
-    n, channels, size = x.shape
-    for c in prange(channels):
-        scale = weight[c] / np.sqrt(running_var[c] + x.dtype.type(EPS))
-        mean, shift = running_mean[c], bias[c]
-        for i in range(n):
-            for j in range(size):
-                out[i, c, j] = (x[i, c, j] - mean) * scale + shift
+@cache
+def kernels(sum_dtype: np.dtype[Any], fastmath: bool) -> tuple[Callable[..., Any], ...]:
+    """Evaluation, training forward and backward, with sums of a dtype."""
+    of_sums = sum_dtype.type
+    compiled = njit(parallel=True, fastmath=fastmath)
 
+    @compiled
+    def evaluate(x, running_mean, running_var, weight, bias, out):
+        n, channels, size = x.shape
+        for c in prange(channels):
+            scale = weight[c] / np.sqrt(running_var[c] + x.dtype.type(EPS))
+            mean, shift = running_mean[c], bias[c]
+            for i in range(n):
+                for j in range(size):
+                    out[i, c, j] = (x[i, c, j] - mean) * scale + shift
 
-@njit(parallel=True)
-def train(x, running_mean, running_var, weight, bias, out):
-    n, channels, size = x.shape
-    count = n * size
-    for c in prange(channels):
-        total = 0.0
-        for i in range(n):
-            for j in range(size):
-                total += x[i, c, j]
-        mean = total / count
-        total = 0.0
-        for i in range(n):
-            for j in range(size):
-                total += (x[i, c, j] - mean) ** 2
-        var = total / count
-        running_mean[c] += MOMENTUM * (mean - running_mean[c])
-        running_var[c] += MOMENTUM * (total / (count - 1) - running_var[c])
-        center = x.dtype.type(mean)
-        scale = x.dtype.type(weight[c] / np.sqrt(var + EPS))
-        shift = bias[c]
-        for i in range(n):
-            for j in range(size):
-                out[i, c, j] = (x[i, c, j] - center) * scale + shift
+    @compiled
+    def train(x, running_mean, running_var, weight, bias, out):
+        n, channels, size = x.shape
+        count = n * size
+        for c in prange(channels):
+            total = of_sums(0)
+            for i in range(n):
+                for j in range(size):
+                    total += x[i, c, j]
+            mean = of_sums(total / count)
+            total = of_sums(0)
+            for i in range(n):
+                for j in range(size):
+                    total += (x[i, c, j] - mean) ** 2
+            var = total / count
+            running_mean[c] += MOMENTUM * (mean - running_mean[c])
+            running_var[c] += MOMENTUM * (total / (count - 1) - running_var[c])
+            center = x.dtype.type(mean)
+            scale = x.dtype.type(weight[c] / np.sqrt(var + EPS))
+            shift = bias[c]
+            for i in range(n):
+                for j in range(size):
+                    out[i, c, j] = (x[i, c, j] - center) * scale + shift
 
+    @compiled
+    def backward(dy, x, weight, mean, invstd, out):
+        n, channels, size = x.shape
+        count = n * size
+        dweight, dbias = np.empty(channels), np.empty(channels)
+        for c in prange(channels):
+            sum_dy = sum_dy_xhat = of_sums(0)
+            for i in range(n):
+                for j in range(size):
+                    sum_dy += dy[i, c, j]
+                    sum_dy_xhat += dy[i, c, j] * ((x[i, c, j] - mean[c]) * invstd[c])
+            dweight[c], dbias[c] = sum_dy_xhat, sum_dy
+            # dx = dy * a + (x - mean) * b + shift, in x's dtype
+            a = x.dtype.type(weight[c] * invstd[c])
+            b = x.dtype.type(-sum_dy_xhat / count * weight[c] * invstd[c] ** 2)
+            center = x.dtype.type(mean[c])
+            shift = x.dtype.type(-sum_dy / count * weight[c] * invstd[c])
+            for i in range(n):
+                for j in range(size):
+                    out[i, c, j] = dy[i, c, j] * a + (x[i, c, j] - center) * b + shift
+        return dweight, dbias
 
-@njit(parallel=True)
-def backward(dy, x, weight, mean, invstd, out):
-    n, channels, size = x.shape
-    count = n * size
-    dweight, dbias = np.empty(channels), np.empty(channels)
-    for c in prange(channels):
-        sum_dy = sum_dy_xhat = 0.0
-        for i in range(n):
-            for j in range(size):
-                sum_dy += dy[i, c, j]
-                sum_dy_xhat += dy[i, c, j] * ((x[i, c, j] - mean[c]) * invstd[c])
-        dweight[c], dbias[c] = sum_dy_xhat, sum_dy
-        # dx = dy * a + (x - mean) * b + shift, in x's dtype
-        a = x.dtype.type(weight[c] * invstd[c])
-        b = x.dtype.type(-sum_dy_xhat / count * weight[c] * invstd[c] ** 2)
-        center, shift = x.dtype.type(mean[c]), x.dtype.type(-sum_dy / count * weight[c] * invstd[c])
-        for i in range(n):
-            for j in range(size):
-                out[i, c, j] = dy[i, c, j] * a + (x[i, c, j] - center) * b + shift
-    return dweight, dbias
+    return evaluate, train, backward
