@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _core
+from fastbn._interchange import from_dlpack, is_masked, mask_is_lost, on_host
 from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array
@@ -167,19 +169,6 @@ def is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) or is_cupy(value)
 
 
-def is_masked(value: Any) -> bool:
-    """Tell whether it is a masked array; np.ma is slow to import, so the others are not asked."""
-    return type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)
-
-
-def mask_is_lost(name: str) -> str:
-    """What is wrong with a masked array."""
-    return (
-        f"{name} is a masked array, whose mask would be lost: pass {name}.filled(0) and, with x, "
-        f"mask= for the positions that count"
-    )
-
-
 def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
@@ -200,46 +189,6 @@ def as_array(value: Any, name: str) -> Array:
             f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; {mend}"
         )
     return value  # type: ignore[no-any-return]
-
-
-def from_dlpack(value: Any, name: str) -> Array:
-    """An ndarray of the memory of a DLPack object."""
-    try:
-        array: Array = np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError) as error:
-        raise TypeError(
-            f"{name} of type {type(value).__name__} cannot be read: "
-            f"{str(error).rstrip('.')}{dlpack_hint(value, name)}"
-        ) from error
-    return array
-
-
-CUDA_DEVICES = (2, 13)  # DLPack's numbers of CUDA memory, and of CUDA's managed memory
-
-
-def dlpack_hint(value: Any, name: str) -> str:
-    """Suggest how to pass a DLPack object that NumPy cannot read."""
-    if value.__dlpack_device__()[0] in CUDA_DEVICES:
-        return f"; on a GPU, pass cupy.from_dlpack({name})"
-    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
-        as_bits = f"{name}.view(torch.int16).numpy()"
-        return f"; of torch's bfloat16, pass {as_bits}.view(ml_dtypes.bfloat16)"
-    return ""
-
-
-def on_host(value: Any, name: str) -> Array:
-    """An array-like, CuPy array or torch tensor, Parameter or not, as an ndarray of any dtype."""
-    if is_masked(value):
-        raise TypeError(mask_is_lost(name))
-    if is_cupy(value):
-        return backend_of(value).to_host(value)
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        try:
-            return np.asarray(value)
-        except TypeError:  # NumPy does not know torch's bfloat16
-            return np.asarray(value.float())
-    return np.asarray(value)
 
 
 def as_input(x: Any) -> Array:
@@ -576,20 +525,35 @@ def check_state(state: Any) -> None:
         raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
 
 
-def state_hint(state: Mapping[str, Any], prefix: str) -> str:
-    """Suggest the prefix under which a state has a layer, or not to be strict."""
+# What other libraries call weight, bias, running_mean and running_var.
+FOREIGN_NAMES = {
+    **dict.fromkeys(("gamma", "scale"), "weight"),
+    **dict.fromkeys(("beta", "B", "offset"), "bias"),
+    **dict.fromkeys(("moving_mean", "input_mean", "mean"), "running_mean"),
+    **dict.fromkeys(("moving_variance", "moving_var", "input_var", "var"), "running_var"),
+}
+
+
+def state_hint(state: Mapping[str, Any], prefix: str, expected: list[str]) -> str:
+    """Suggest the prefix or the names under which a state has a layer, or not to be strict."""
     for key in state:
         other = key.removesuffix("weight")
         if other not in (key, prefix) and other + "running_mean" in state:
             return f"; perhaps with prefix={other!r}"
-    return "; strict=False loads those that fit"
+    if any(key in state for key in expected):
+        return "; strict=False loads those that fit"
+    known = [(key, re.split(r"[/.]", key.removesuffix(":0"))[-1]) for key in state]
+    renamed = [f"{k!r} to {prefix + FOREIGN_NAMES[n]!r}" for k, n in known if n in FOREIGN_NAMES]
+    if renamed:
+        return f"; rename {', '.join(renamed)}"
+    return f"; the names that it knows are {', '.join(expected)}"
 
 
 def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], str]) -> Array:
     """An entry of a layer's state as an array that can be copied into the given one."""
     entry = on_host(value, key)
-    if array.dtype.kind == "i" and entry.dtype.kind not in "iu":
-        raise TypeError(f"{key} must hold integers, got {entry.dtype}")
+    if array.dtype.kind == "i":
+        return as_counter(entry, key, array)
     if entry.dtype.kind not in "iu" and not is_float(entry.dtype):
         hint = "; .npz does not keep bfloat16, safetensors does" if entry.dtype == "V2" else ""
         raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
@@ -597,6 +561,16 @@ def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], s
         fits = array.ndim == entry.ndim == 1
         hint = f": {other_layers(entry.size)}" if fits else ""
         raise RuntimeError(f"{key} must have the shape {array.shape}, got {entry.shape}{hint}")
-    if array.dtype.kind == "i" and not 0 <= int(entry) <= np.iinfo(array.dtype).max:
-        raise ValueError(f"{key} must be a number of batches, got {int(entry)}")
     return entry
+
+
+def as_counter(entry: Array, key: str, counter: Array) -> Array:
+    """A number of batches of a state, which averages and casts may have made a float."""
+    if entry.dtype.kind not in "biu" and not is_float(entry.dtype):
+        raise TypeError(f"{key} must hold a real number, got {entry.dtype}")
+    if entry.shape not in ((), (1,)):
+        raise RuntimeError(f"{key} must have the shape (), got {entry.shape}")
+    number = entry.reshape(()).item() if entry.dtype.kind in "biu" else float(entry.reshape(()))
+    if not 0 <= number <= np.iinfo(counter.dtype).max:
+        raise ValueError(f"{key} must be a number of batches, got {number}")
+    return np.array(int(number), counter.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn._interchange import on_host
 from fastbn._normalize import running_statistics
 from fastbn._types import Array, ArrayLike, Statistics
 from fastbn.layers.batchnorm import BatchNorm
@@ -151,13 +152,13 @@ def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
 
 def _as_vector(value: Any, name: str, c: int) -> Statistics:
     """One value per channel of the layer, in float64 on the host."""
-    vector = checks.on_host(value, name)
+    vector = on_host(value, name)
     return checks.as_vector(vector, name, c, vector).astype(np.float64)
 
 
 def _as_floats(value: Any, name: str) -> Array:
     """An ndarray of one of the four dtypes, in native byte order."""
-    array = checks.as_array(checks.on_host(value, name), name)
+    array = checks.as_array(on_host(value, name), name)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastbn import _checks as checks
 from fastbn import functional as F
+from fastbn._interchange import on_host
 from fastbn._types import ArrayLike, Statistics
 
 __all__ = ["Moments"]
@@ -259,7 +260,7 @@ class Moments:
 
 def _as_statistics(value: Any, name: str) -> Statistics:
     """A read-only copy, of float64 in host memory, of one real number per channel."""
-    array = checks.on_host(value, name)
+    array = on_host(value, name)
     if array.size and array.dtype.kind not in "iu" and not checks.is_float(array.dtype):
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     if array.ndim != 1:

@@ -12,6 +12,7 @@ from fastbn import _checks as checks
 from fastbn import _normalize as normalize
 from fastbn._types import Array, Statistics
 from fastbn.backends import backend_for, backend_of
+from fastbn.layers.base import Norm, recorders
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.syncbatchnorm import SyncBatchNorm
 from fastbn.moments import Moments
@@ -28,7 +29,9 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     block the forwards of the layers in training mode leave the running statistics alone and add up
     the exact mean and variance of all their input (`Moments`). At its end the running statistics
     become these, with the unbiased variance, and num_batches_tracked the number of batches. If an
-    exception ends the block, they stay as they were.
+    exception ends the block, they stay as they were. Layers that have their running statistics in
+    common, such as `copy.copy` makes them, are recalibrated together, by all that any of them sees,
+    whichever of them is passed. At the end of the block nothing is saved for a backward any more.
 
     The block has the user's own loop: forwards over the training set, or a good part of it, in
     batches of the size of the training, and no updates of the weights. Each forward reads its input
@@ -61,17 +64,17 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     >>> bn.running_mean, bn.running_var, data.var(ddof=1)
     (array([3.]), array([4.66666667]), np.float64(4.666666666666667))
     """
-    recorders = [_Recorder(layer) for layer in _checked(layers)]
-    for recorder in recorders:
+    started = _recorders_of(_checked(layers))
+    for recorder in started:
         recorder.start()
     try:
         yield
     finally:
-        for recorder in recorders:
+        for recorder in started:
             recorder.stop()
-    for recorder in recorders:
+    for recorder in started:
         recorder.check()
-    for recorder in recorders:
+    for recorder in started:
         recorder.write()
 
 
@@ -100,23 +103,48 @@ def _checked(layers: tuple[Any, ...]) -> tuple[BatchNorm, ...]:
     return tuple(dict.fromkeys(layers))
 
 
+def _recorders_of(layers: tuple[BatchNorm, ...]) -> list[_Recorder]:
+    """A recorder for each array of running means, and for each lazy layer."""
+    of_keys: dict[int, _Recorder] = {}
+    for layer in layers:
+        of_keys.setdefault(_key_of(layer), _Recorder(layer))
+    return list(of_keys.values())
+
+
+def _key_of(layer: BatchNorm) -> int:
+    """What tells which layers are recorded together."""
+    return id(layer if layer.has_uninitialized_params() else layer.running_mean)
+
+
 class _Recorder:
-    """Adds up what a layer sees, in place of its running statistics."""
+    """Adds up what layers with common running statistics see, in place of these."""
 
     def __init__(self, layer: BatchNorm) -> None:
         self.layer = layer
+        self.seen: dict[int, Norm] = {}  # the layers that have made a forward
+        self.keys: list[int] = []
         self.total = Moments()
         self.batches = 0
 
     def start(self) -> None:
-        self.layer._recorder = self.record
+        self.listen_to(_key_of(self.layer))
+
+    def listen_to(self, key: int) -> None:
+        if key not in self.keys:
+            self.keys.append(key)
+            recorders[key] = self
 
     def stop(self) -> None:
-        del self.layer._recorder
+        for key in self.keys:
+            del recorders[key]
+        for layer in self.seen.values():
+            layer.release()
 
-    def record(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
-        """The layer's own forward, with its running statistics left alone."""
-        layer, x, mask = self.layer, call.x, call.mask
+    def record(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        """A layer's own forward, with its running statistics left alone."""
+        self.listen_to(id(layer.running_mean))  # It was lazy, and may have twins from now on.
+        self.seen[id(layer)] = layer
+        x, mask = call.x, call.mask
         # Before `out` may take the place of x.
         count, sums = normalize.values_per_channel(x, mask), backend_of(x).stats(x, mask)
         result = layer._forward_train(call)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Never, Self
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, Never, Protocol, Self
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, NDArray, Statistics
 from fastbn.layers.saved import (
-    NO_BACKWARD_IN_EVAL,
+    AFTER_FREEZE,
+    AFTER_TRAIN,
     NO_FORWARD,
     NO_SECOND_BACKWARD,
     GradBuffer,
@@ -23,6 +25,18 @@ from fastbn.layers.saved import (
     keep_channels,
 )
 from fastbn.layers.state import LayerState
+
+
+class Recorder(Protocol):
+    """What sees the training forwards of layers in place of their running statistics."""
+
+    def record(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        """Do the forward of a layer, whose running statistics are left alone."""
+
+
+# While layers are recalibrated: what records them, by the identity of their array of running means
+# or, of a lazy layer, of the layer. Layers that have the array in common are recorded together.
+recorders: dict[int, Recorder] = {}
 
 # The number of channels of a lazy layer.
 UNKNOWN: Any = object()
@@ -45,10 +59,6 @@ class Norm(LayerState):
     num_batches_tracked: NDArray[np.int64] | Any
     weight_grad: Array | Any
     bias_grad: Array | Any
-
-    # What takes the place of `_forward_train`, and sees its call, while a layer is recalibrated.
-    # The running statistics are left alone then.
-    _recorder: Callable[[normalize.Forward], tuple[Array, Statistics, Statistics]] | None = None
 
     def __init__(
         self,
@@ -129,7 +139,7 @@ class Norm(LayerState):
 
     def __call__(
         self,
-        x: ArrayLike,
+        input: ArrayLike,
         *others: Never,
         out: Array | None = None,
         mask: ArrayLike | None = None,
@@ -140,10 +150,10 @@ class Norm(LayerState):
                 f"{type(self).__name__} is called with x alone by position, got {1 + len(others)} "
                 f"arguments; pass out and mask by name: layer(x, out=..., mask=...)"
             )
-        return self.forward(x, out=out, mask=mask)
+        return self.forward(input, out=out, mask=mask)
 
     def forward(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
         """Normalize a batch.
 
@@ -154,39 +164,41 @@ class Norm(LayerState):
 
         Parameters
         ----------
-        x : array_like of shape (N, C, ...)
+        input : array_like of shape (N, C, ...)
             float32, float64, float16 or bfloat16, whatever the dtype of the layer.
         out : ndarray of shape (N, C, ...), optional
-            Where to write the result: `x`, a view of exactly its elements, or an array that does
-            not overlap it, of x's dtype. With ``out=x`` a training step allocates nothing of x's
-            size, but a copy of channels that the output does not determine: those with a weight of
-            0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of these,
-            unless they are all channels, the backward allocates as much again. It needs the output,
-            weight and bias as they are now.
+            Where to write the result: `input`, a view of exactly its elements, or an array that
+            does not overlap it, of its dtype. With ``out=input`` a training step allocates nothing
+            of its size, but a copy of channels that the output does not determine: those with a
+            weight of 0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of
+            these, unless they are all channels, the backward allocates as much again. It needs the
+            output, weight and bias as they are now.
         mask : array_like of bool, optional
-            Which positions count, of a shape that broadcasts to (N, 1, ...): valid pixels, or the
-            part of each sequence that is not padding. What x holds where it is False counts for
-            nothing, neither here nor in the backward, and output and gradient are 0 there. The
-            backward has a copy.
+            Which positions are valid, of a shape that broadcasts to (N, 1, ...): pixels of an
+            image, or the part of each sequence that is not padding. What the input holds at the
+            others changes nothing, neither here nor in the backward; output and gradient are 0
+            there. The backward has a copy.
 
         Returns
         -------
         ndarray of shape (N, C, ...)
-            `out`, or a new array of x's dtype and memory layout.
+            `out`, or a new array of the input's dtype and memory layout.
 
         Raises
         ------
         ValueError
-            If x has a wrong rank or number of channels, a single value per channel in training or
-            none that counts, or `out` or `mask` cannot serve. Nothing has been changed then.
+            If the input has a wrong rank or number of channels, or in training a single value per
+            channel or no valid one; or if `out` or `mask` cannot serve. Nothing has been changed
+            then.
         TypeError
-            If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
+            If the dtype of the input is not one of the four, `out` has another, or `mask` is not
+            boolean.
         """
         if mask is None:
-            y = self._quick_forward(x, out)
+            y = self._quick_forward(input, out)
             if y is not None:
                 return y
-        return self._forward(self._as_input(x), out, mask)
+        return self._forward(self._as_input(input), out, mask)
 
     def _quick_forward(self, x: ArrayLike, out: Array | None) -> Array | None:
         """`forward` of a plain call; None for any other."""
@@ -204,7 +216,7 @@ class Norm(LayerState):
             self.num_features,
         )
         if y is not None:
-            self._saved = NO_BACKWARD_IN_EVAL
+            self._saved = self._no_backward_in_eval()
         return y
 
     def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
@@ -215,9 +227,10 @@ class Norm(LayerState):
         """`forward` of an array of shape (N, C, ...) that fits the layer."""
         if not self.training:
             y = self._forward_eval(x, out, mask)
-            self._saved = NO_BACKWARD_IN_EVAL
+            self._saved = self._no_backward_in_eval()
             return y
-        forward = self._recorder or self._forward_train
+        recorder = self._recorder
+        forward = self._forward_train if recorder is None else partial(recorder.record, self)
         call_of = self._training_call
         if self.frozen:
             forward, call_of = normalize.frozen, self._running_call
@@ -236,6 +249,10 @@ class Norm(LayerState):
         )
         return y
 
+    def _no_backward_in_eval(self) -> str:
+        """Why a forward in evaluation mode has no backward, and which one has."""
+        return AFTER_TRAIN if self.frozen or self.running_mean is None else AFTER_FREEZE
+
     def _as_input(self, x: ArrayLike) -> Array:
         """x as an array of a rank and a number of channels that fit."""
         array = checks.as_input_of_rank(x, self._ranks, self._family)
@@ -251,6 +268,14 @@ class Norm(LayerState):
         if self.running_mean is None and self.running_var is None:
             return self._normalize(self._training_call(x, out, mask))[0]
         return normalize.by_running(self._running_call(x, out, mask))
+
+    @property
+    def _recorder(self) -> Recorder | None:
+        """What records the layer, if it is recalibrated."""
+        if not recorders:
+            return None
+        running_mean = getattr(self, "running_mean", None)  # A lazy layer has none yet.
+        return recorders.get(id(running_mean)) or recorders.get(id(self))
 
     def _forward_train(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         """Normalize by the input's own statistics; move the running ones."""
@@ -367,6 +392,15 @@ class Norm(LayerState):
         self.weight_grad = None if of_weight is None else of_weight.add(dweight)
         self.bias_grad = None if of_bias is None else of_bias.add(dbias)
         self._saved = NO_SECOND_BACKWARD
+
+    def release(self) -> Self:
+        """Let go of what the last forward has saved for its backward; return the layer.
+
+        That is as large as a batch. A backward then needs another forward. The end of `recalibrate`
+        does the same.
+        """
+        self._saved = NO_FORWARD
+        return self
 
     # What is shown.
 

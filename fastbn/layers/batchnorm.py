@@ -6,7 +6,7 @@ from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
-from fastbn.layers.base import Norm
+from fastbn.layers.base import Norm, recorders
 from fastbn.layers.saved import NO_SECOND_BACKWARD, SavedForBackward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -36,7 +36,7 @@ class BatchNorm(Norm):
         self.ghost_batch_size = checks.as_batch_size(ghost_batch_size) or None
 
     def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
-        if self.frozen or self._recorder is not None or self.ghost_batch_size is not None:
+        if self.frozen or recorders or self.ghost_batch_size is not None:
             return None
         tracks = self.track_running_stats
         result = _core.try_layer_train(
@@ -104,9 +104,10 @@ class BatchNorm2d(BatchNorm):
     them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
     evaluation mode they are the running ones.
 
-    A layer is called like a function, and has a `backward` and `zero_grad`; `train`, `eval`,
-    `freeze` and `unfreeze` set its mode; `state_dict`, `load_state_dict`, `reset_parameters` and
-    `reset_running_stats` are about its arrays, and `to` about where they are.
+    A layer is called like a function, and has a `backward` and `zero_grad`; `release` lets go of
+    what a forward has saved. `train`, `eval`, `freeze` and `unfreeze` set its mode; `state_dict`,
+    `load_state_dict`, `reset_parameters` and `reset_running_stats` are about its arrays, and `to`
+    about where they are.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ class InstanceNorm(Norm):
         )
 
     def forward(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
         """Normalize each sample of a batch.
 
@@ -46,28 +46,30 @@ class InstanceNorm(Norm):
 
         Parameters
         ----------
-        x : array_like of shape (N, C, ...) or (C, ...)
+        input : array_like of shape (N, C, ...) or (C, ...)
             float32, float64, float16 or bfloat16, whatever the dtype of the layer.
-        out : ndarray of x's shape, optional
-            Where to write the result: `x`, a view of exactly its elements, or an array that does
-            not overlap it, of x's dtype.
+        out : ndarray of the input's shape, optional
+            Where to write the result: `input`, a view of exactly its elements, or an array that
+            does not overlap it, of its dtype.
         mask : array_like of bool, optional
             Which positions count, as `BatchNorm2d.forward` takes it.
 
         Returns
         -------
-        ndarray of x's shape
-            `out`, or a new array of x's dtype and memory layout.
+        ndarray of the input's shape
+            `out`, or a new array of the input's dtype and memory layout.
 
         Raises
         ------
         ValueError
-            If x has a wrong rank or number of channels, a single value per channel of a sample or
-            none that counts, or `out` or `mask` cannot serve. Nothing has been changed then.
+            If the input has a wrong rank or number of channels, or a sample a single value per
+            channel or no valid one; or if `out` or `mask` cannot serve. Nothing has been changed
+            then.
         TypeError
-            If the dtype of x is not one of the four, `out` has another, or `mask` is not boolean.
+            If the dtype of the input is not one of the four, `out` has another, or `mask` is not
+            boolean.
         """
-        return super().forward(x, out=out, mask=mask)
+        return super().forward(input, out=out, mask=mask)
 
     def _forward(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
         if self._is_sample(x):

@@ -17,6 +17,7 @@ from fastbn.layers.instancenorm import (
     InstanceNorm2d,
     InstanceNorm3d,
 )
+from fastbn.layers.state import LoadedKeys
 
 __all__ = [
     "LazyBatchNorm1d",
@@ -52,23 +53,30 @@ class Lazy(Norm):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def forward(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
-        """Take the number of channels from x, then do what the layer that this becomes does."""
-        x = checks.as_input_of_rank(x, self._ranks, self._family)
+        """Take the number of channels from the input; do what the layer that this becomes does."""
+        x = checks.as_input_of_rank(input, self._ranks, self._family)
         num_features = x.shape[self._channel_axis(x)]
         y: Array = self._initialized(num_features, "forward", x, out=out, mask=mask)
         return y
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy shares no array with a layer that has but this one yet.
+        state = super().__getstate__()
+        if self.num_batches_tracked is not None:
+            state["num_batches_tracked"] = self.num_batches_tracked.copy()
+        return state
+
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
-    ) -> tuple[list[str], list[str]]:
+    ) -> LoadedKeys:
         """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
         checks.check_state(state)
-        for name in self._state_names:
+        for name in self._state_names[:-1]:  # A counter may have the shape (1,).
             shape = np.shape(state.get(prefix + name, 0))
             if len(shape) == 1:
-                keys: tuple[list[str], list[str]] = self._initialized(
+                keys: LoadedKeys = self._initialized(
                     shape[0], "load_state_dict", state, strict, prefix
                 )
                 return keys

@@ -17,7 +17,8 @@ from fastbn._types import Array, NDArray, Statistics
 from fastbn.backends import backend_of
 
 __all__ = [
-    "NO_BACKWARD_IN_EVAL",
+    "AFTER_FREEZE",
+    "AFTER_TRAIN",
     "NO_FORWARD",
     "NO_SECOND_BACKWARD",
     "GradBuffer",
@@ -31,9 +32,9 @@ __all__ = [
 
 # Saved where no backward is possible: the reason.
 NO_FORWARD = "backward() needs a forward in training mode before it"
-NO_BACKWARD_IN_EVAL = (
-    "backward() needs a forward in training mode, and the last one was in evaluation mode; "
-    "freeze() trains with running statistics"
+AFTER_FREEZE, AFTER_TRAIN = (
+    f"backward() needs a forward in training mode, and the last one was in evaluation mode; {mend}"
+    for mend in ("freeze() trains with running statistics", "call train() before it")
 )
 NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves once"
 

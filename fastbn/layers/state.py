@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from fastbn.layers.saved import NO_FORWARD
 
 if TYPE_CHECKING:
     from fastbn.layers.saved import SavedForBackward
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict` returns."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class LayerState:
@@ -125,14 +132,15 @@ class LayerState:
 
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
-    ) -> tuple[list[str], list[str]]:
+    ) -> LoadedKeys:
         """Copy parameters and buffers into the arrays that are there; all or nothing.
 
         Parameters
         ----------
         state : mapping of str to array_like
             A `state_dict`, one of torch's (tensors), or what ``np.load`` or
-            ``safetensors.numpy.load_file`` returns. num_batches_tracked may be absent.
+            ``safetensors.numpy.load_file`` returns. num_batches_tracked may be absent,
+            and be a number of any real dtype, which is truncated, of the shape () or (1,).
         strict : bool, default True
             Whether a missing or an unexpected name is an error.
         prefix : str, default ""
@@ -140,7 +148,7 @@ class LayerState:
 
         Returns
         -------
-        missing_keys, unexpected_keys : list of str
+        named tuple of missing_keys and unexpected_keys : list of str
             Names with their prefix.
 
         Raises
@@ -150,7 +158,7 @@ class LayerState:
         TypeError
             If state is no mapping, or an entry does not hold real numbers.
         ValueError
-            If num_batches_tracked is negative, or an array of the layer is read-only.
+            If num_batches_tracked is negative or not finite, or an array of the layer is read-only.
         """
         checks.check_state(state)
         if not isinstance(strict, bool):
@@ -165,7 +173,7 @@ class LayerState:
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
                 f"missing keys {missing}, unexpected keys {unexpected}"
-                f"{checks.state_hint(state, prefix)}"
+                f"{checks.state_hint(state, prefix, expected)}"
             )
         entries = {
             name: checks.as_entry(state[prefix + name], prefix + name, array, self._other_layers)
@@ -185,7 +193,7 @@ class LayerState:
             }
         for name, copy in copies.items():
             own[name][...] = copy
-        return missing, unexpected
+        return LoadedKeys(missing, unexpected)
 
     def _other_layers(self, num_features: int) -> str:
         """Suggest layers that take another number of channels."""
@@ -193,9 +201,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left for its backward is as large as a batch, and of no use elsewhere.
-        state = {**self.__dict__, "_saved": NO_FORWARD}
-        state.pop("_recorder", None)
-        return state
+        return {**self.__dict__, "_saved": NO_FORWARD}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of version 0.1.0 have _memory in place of _saved.

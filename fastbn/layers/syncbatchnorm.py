@@ -105,16 +105,16 @@ class SyncBatchNorm(BatchNorm):
     _quick_backward = Norm._quick_backward
 
     def forward(
-        self, x: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
         """Normalize this rank's part of a batch; see `BatchNorm2d.forward`.
 
         Collective in training mode, unless frozen.
         """
         if not self.training or self.frozen:
-            return super().forward(x, out=out, mask=mask)
+            return super().forward(input, out=out, mask=mask)
         forward = super().forward
-        return self._all_ranks().together(lambda: forward(x, out=out, mask=mask))
+        return self._all_ranks().together(lambda: forward(input, out=out, mask=mask))
 
     def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the gradient of the last forward's input; see `BatchNorm2d.backward`.

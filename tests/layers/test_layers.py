@@ -484,3 +484,31 @@ def test_a_bfloat16_layer_can_be_pickled(rng, dtype):
     bn(some(rng, (4, 3, 5, 2)))
     twin = pickle.loads(pickle.dumps(bn))
     assert same_bits(twin.running_mean, bn.running_mean)
+
+
+@pytest.mark.parametrize("name", fastbn.layers.__all__)
+def test_the_input_may_be_passed_by_torchs_name(rng, name):
+    layer = getattr(fastbn, name)
+    layer = layer() if name.startswith("Lazy") else layer(3)
+    x = some(rng, (4, 3, *([5] * int(name[-2]))))
+    y = layer(input=x)
+    assert same_bits(layer.forward(input=x), y)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "mend"),
+    [
+        (lambda bn: bn.eval(), "freeze()"),
+        (lambda bn: bn.freeze().eval(), "call train()"),
+        (lambda bn: fastbn.BatchNorm2d(3, track_running_stats=False).eval(), "call train()"),
+        (lambda bn: fastbn.InstanceNorm2d(3).eval(), "call train()"),
+    ],
+    ids=["eval", "frozen", "no running statistics", "instance"],
+)
+@pytest.mark.parametrize("quick", [False, True])
+def test_after_evaluation_the_error_says_what_makes_a_backward(rng, prepare, mend, quick):
+    bn, x = prepare(fastbn.BatchNorm2d(3)), some(rng, (4, 3, 5, 5))
+    bn(x if quick else x.astype(x.dtype.newbyteorder()))
+    with pytest.raises(RuntimeError, match="in evaluation mode") as caught:
+        bn.backward(x)
+    assert mend in str(caught.value)

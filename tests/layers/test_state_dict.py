@@ -206,3 +206,98 @@ def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
     trained.load_state_dict(state)
     assert same_bits(trained.weight, bias)
     assert same_bits(trained.bias, weight)
+
+
+# What averages of states and casts make of a counter; what torch loads.
+
+
+@pytest.mark.parametrize("make", [fastbn.BatchNorm2d, lambda _: fastbn.LazyBatchNorm2d()])
+@pytest.mark.parametrize(
+    ("value", "counter"),
+    [
+        (np.float64(3.9), 3),
+        (np.array(7.0, np.float16), 7),
+        (np.array([5]), 5),
+        (np.array([5.5], np.float32), 5),
+        (True, 1),
+        (np.array(False), 0),
+        (12, 12),
+        (2**53, 2**53),
+        (np.array(2**62 + 1), 2**62 + 1),
+    ],
+    ids=str,
+)
+def test_a_counter_is_a_real_number_of_any_dtype(trained, make, value, counter):
+    bn = make(3)
+    bn.load_state_dict(trained.state_dict() | {"num_batches_tracked": value})
+    assert same_bits(bn.num_batches_tracked, np.array(counter, np.int64))
+
+
+def test_a_bfloat16_counter(trained):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    trained.load_state_dict(
+        trained.state_dict() | {"num_batches_tracked": np.array(9).astype(bfloat16)}
+    )
+    assert trained.num_batches_tracked == 9
+
+
+@pytest.mark.parametrize("value", [-1, -1.0, np.nan, np.inf, -np.inf, 1e30, 2**63])
+def test_a_counter_that_counts_nothing_is_refused(trained, value):
+    state = fastbn.BatchNorm2d(3).state_dict() | {"num_batches_tracked": value}
+    with refused(ValueError, "num_batches_tracked", intact=[trained]):
+        trained.load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", ["3", 3j, None], ids=str)
+def test_a_counter_that_is_no_real_number_is_refused(trained, value):
+    state = fastbn.BatchNorm2d(3).state_dict() | {"num_batches_tracked": value}
+    with refused(TypeError, "num_batches_tracked", intact=[trained]):
+        trained.load_state_dict(state)
+
+
+def test_the_result_has_names(trained):
+    keys = trained.load_state_dict({"weight": np.ones(3), "more": np.ones(3)}, strict=False)
+    assert keys.missing_keys == ["bias", "running_mean", "running_var"]
+    assert keys.unexpected_keys == ["more"]
+    assert keys == (keys.missing_keys, keys.unexpected_keys)
+
+
+# Names of other libraries.
+
+FOREIGN = {
+    "keras": {
+        "batch_normalization/gamma:0": "weight",
+        "batch_normalization/beta:0": "bias",
+        "batch_normalization/moving_mean:0": "running_mean",
+        "batch_normalization/moving_variance:0": "running_var",
+    },
+    "onnx": {
+        "scale": "weight",
+        "B": "bias",
+        "input_mean": "running_mean",
+        "input_var": "running_var",
+    },
+    "flax": {
+        "params/bn/scale": "weight",
+        "params/bn/bias": "bias",
+        "batch_stats/bn/mean": "running_mean",
+        "batch_stats/bn/var": "running_var",
+    },
+}
+
+
+@pytest.mark.parametrize("library", FOREIGN)
+def test_names_of_other_libraries_are_told_what_they_are_here(trained, library):
+    state = {key: np.ones(3) for key in FOREIGN[library]}
+    renamed = [f"{key!r} to {name!r}" for key, name in FOREIGN[library].items() if name != "bias"]
+    with pytest.raises(RuntimeError) as caught:
+        trained.load_state_dict(state)
+    assert all(words in str(caught.value) for words in renamed)
+    assert "strict=False" not in str(caught.value)
+
+
+def test_where_no_name_fits_the_error_says_which_names_would(trained):
+    with pytest.raises(RuntimeError, match="the names that it knows are") as e:
+        trained.load_state_dict({"bn.kernel": np.ones(3)}, prefix="bn.")
+    assert "bn.weight, bn.bias, bn.running_mean" in str(e.value)
+    assert "strict=False" not in str(e.value)
