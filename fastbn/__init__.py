@@ -62,16 +62,19 @@ _LATER = {
     "recalibrate": "fastbn.recalibration",
     "show_config": "fastbn._config",
 }
+_LATER_MODULES = ("folding", "instance", "moments", "recalibration", "sync")
 
 if not TYPE_CHECKING:  # a checker takes every name that a module's __getattr__ may have
 
     def __getattr__(name: str) -> Any:
-        if name not in _LATER:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
+        if name in _LATER_MODULES:
+            return importlib.import_module(f"fastbn.{name}")
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_LATER})
+        return sorted({*globals(), *_LATER, *_LATER_MODULES})

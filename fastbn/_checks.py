@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _core
+from fastbn._core import SavedForBackward
 from fastbn._interchange import from_dlpack, is_masked, mask_is_lost, on_host
 from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
@@ -256,6 +257,15 @@ def as_gradient(dy: Any, x: Array) -> Array:
     if dy.shape != x.shape:
         raise ValueError(f"dy must have x's shape {x.shape}, got {dy.shape}")
     return dy  # type: ignore[no-any-return]
+
+
+def check_saved(saved: SavedForBackward) -> None:
+    """Refuse a backward of an array that has another shape than the forward saved."""
+    if saved.x.shape != saved.shape:
+        raise RuntimeError(
+            f"the forward saved an array of the shape {saved.shape}, and its shape has been set to "
+            f"{saved.x.shape} since: pass a reshaped view instead"
+        )
 
 
 def as_vector(value: Any, name: str, c: int, x: Array) -> Array:

@@ -12,12 +12,13 @@ import os
 cimport cython
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
+from cpython.long cimport PyLong_CheckExact
 from cython.parallel cimport prange, threadid
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport fabs, isfinite, isnan, pow
-from libc.stdint cimport INT64_MAX
+from libc.stdint cimport INT32_MAX, INT64_MAX
 from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memset
 
 
 cdef extern from "kernels.h" nogil:
@@ -90,6 +91,11 @@ cdef extern from "platform.h" nogil:
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
     double fastbn_seconds()
+    ctypedef struct fastbn_range:
+        pass
+    void fastbn_set_range(fastbn_range *range, Py_ssize_t first, Py_ssize_t end)
+    Py_ssize_t fastbn_take_first(fastbn_range *range)
+    Py_ssize_t fastbn_take_last(fastbn_range *range)
     const char *fastbn_compiler()
     const char *fastbn_openmp()
 

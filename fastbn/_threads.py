@@ -165,15 +165,31 @@ class threads:
 
     def __init__(self, n: int | None) -> None:
         self._n = as_num_threads(n)
-        # For each Python thread: what was set before each block that it has entered.
-        self._outer: dict[int, list[int]] = {}
 
     def __enter__(self) -> None:
-        outer = self._outer.setdefault(threading.get_ident(), [])
-        outer.append(_core.set_threads_here(self._n or DEFAULT))
+        blocks_here().append(self)
+        set_by_blocks()
 
     def __exit__(self, *_: object) -> None:
-        _core.set_threads_here(self._outer[threading.get_ident()].pop())
+        # Of several Python coroutines, one may leave its block before another leaves an inner one.
+        blocks = blocks_here()
+        del blocks[max(i for i, block in enumerate(blocks) if block is self)]
+        set_by_blocks()
+
+
+_here = threading.local()
+
+
+def blocks_here() -> list[threads]:
+    """The blocks that the calling thread is in, the inner ones last."""
+    blocks: list[threads] = _here.__dict__.setdefault("blocks", [])
+    return blocks
+
+
+def set_by_blocks() -> None:
+    """Let the innermost block decide, if there is one."""
+    blocks = blocks_here()
+    _core.set_threads_here((blocks[-1]._n or DEFAULT) if blocks else 0)
 
 
 DEFAULT = -1  # As the core calls it.

@@ -80,8 +80,8 @@ def batch_norm(
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.
     mask : array_like of bool, optional
-        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
-        add nothing to the statistics, and the result is 0 there.
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
+        to the statistics, and the result is 0 there.
     ghost_batch_size : int, optional
         Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
         left over at the end as well; the running statistics take one after the other. Without
@@ -186,8 +186,8 @@ def instance_norm(
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.
     mask : array_like of bool, optional
-        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
-        add nothing to the statistics, and the result is 0 there.
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
+        to the statistics, and the result is 0 there.
 
     Returns
     -------
@@ -243,14 +243,14 @@ def batch_norm_stats(
     x : array_like of shape (N, C, ...)
         float32, float64, float16 or bfloat16.
     mask : array_like of bool, optional
-        Which positions count, of a shape that broadcasts to (N, 1, ...).
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...).
 
     Returns
     -------
     count : int
-        The number of values of a channel that count.
+        The number of valid values of a channel.
     mean, m2 : ndarray of shape (C,), float64
-        Zeros if nothing counts.
+        Zeros if no position is valid.
 
     Raises
     ------
@@ -350,8 +350,8 @@ def batch_norm_forward(
         Where to write the result: `x`, a view of exactly its elements, or an array that does not
         overlap it, of x's dtype.
     mask : array_like of bool, optional
-        Which positions count, of a shape that broadcasts to (N, 1, ...): those where it is False
-        add nothing to the statistics, and the result is 0 there.
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
+        to the statistics, and the result is 0 there.
     ghost_batch_size : int, optional
         Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
         left over at the end as well.
@@ -407,7 +407,7 @@ def batch_norm_backward_reduce(
     mean, invstd : array_like of shape (C,)
         The statistics by which it was normalized.
     mask : array_like of bool, optional
-        Which positions count, of a shape that broadcasts to (N, 1, ...).
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...).
 
     Returns
     -------

@@ -87,7 +87,7 @@ class Moments:
         x : array_like of shape (N, C, ...)
             float32, float64, float16 or bfloat16. May be empty.
         mask : array_like of bool, optional
-            Which positions count, of a shape that broadcasts to (N, 1, ...).
+            Which positions are valid, of a shape that broadcasts to (N, 1, ...).
 
         Returns
         -------

@@ -45,7 +45,7 @@ cdef bint is_plain(object value) noexcept:
         or type_num == cnp.NPY_FLOAT16 or type_num == bfloat16_type_num)
 
 
-cdef bint is_plain_input(object x, object ranks, object num_features) except -1:
+cdef bint is_plain_input(object x, tuple ranks, object num_features) except -1:
     """Tell whether it is a plain array of shape (N, C, ...) that fits a layer, if there is one."""
     cdef cnp.ndarray array
     if not quick_path or not is_plain(x):
@@ -55,8 +55,9 @@ cdef bint is_plain_input(object x, object ranks, object num_features) except -1:
         return False
     if ranks is None:
         return True
-    return (cnp.PyArray_DIMS(array)[1] == <Py_ssize_t>num_features
-            and has_rank(<tuple>ranks, cnp.PyArray_NDIM(array)))
+    return (PyLong_CheckExact(num_features)
+            and cnp.PyArray_DIMS(array)[1] == <Py_ssize_t>num_features
+            and has_rank(ranks, cnp.PyArray_NDIM(array)))
 
 
 cdef bint has_rank(tuple ranks, int ndim) except -1:
@@ -198,7 +199,8 @@ cdef Vector vector_of_doubles(const double *values) noexcept nogil:
 
 # ------------------------------------------------------------------ forwards
 
-def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, ranks, num_features, /):
+def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, tuple ranks,
+                 num_features, /):
     """Normalize by running statistics; None if the call is not plain."""
     cdef cnp.ndarray array, target
     cdef Job job
@@ -237,8 +239,8 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, /)
     return None if y is None else (y, saved.mean, saved.invstd)
 
 
-def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, ranks,
-                    num_features, /):
+def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
+                    tuple ranks, num_features, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y and what the backward needs. A forward in place is plain only if its backward can
@@ -283,7 +285,7 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     elif counter is not None:
         factor = 1.0 / <double>(counter_of(counter)[0] + 1)
     target = result_like(array, out)
-    saved.x = target if saved.in_place else array
+    saved.save(target if saved.in_place else array)
     saved.mean = new_vector(channels, cnp.NPY_FLOAT64)
     saved.invstd = new_vector(channels, cnp.NPY_FLOAT64)
     m2 = new_doubles(channels)
@@ -363,7 +365,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     cdef Py_ssize_t channels
     cdef double *doubles
     if (saved.frozen or saved.kept is not None or saved.mask is not None or saved.batch_size != 0
-            or not is_plain_input(saved.x, None, None)):
+            or not is_plain_input(saved.x, None, None) or not saved.has_its_shape()):
         return None
     array = <cnp.ndarray>saved.x
     if (not is_plain_beside(dy, array)

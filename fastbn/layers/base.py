@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, Never, Protocol, Self
 
@@ -87,53 +86,6 @@ class Norm(LayerState):
         self._saved = NO_FORWARD
         if num_features is not UNKNOWN:
             self._allocate(checks.as_num_features(num_features))
-
-    def _allocate(self, num_features: int) -> None:
-        """Make the arrays, now that the number of channels is known."""
-        self.num_features = num_features
-        shape, dtype, tracked = (num_features,), self._dtype, self.track_running_stats
-        self.weight = self._full(shape, 1, dtype) if self.affine else None
-        self.bias = self._full(shape, 0, dtype) if self._has_bias else None
-        self.running_mean = self._full(shape, 0, dtype) if tracked else None
-        self.running_var = self._full(shape, 1, dtype) if tracked else None
-
-    # Modes.
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode, or with ``mode=False`` evaluation mode; return the layer."""
-        if not isinstance(mode, bool):
-            raise ValueError(f"training mode is expected to be boolean, got {mode!r}")
-        self.training = mode
-        return self
-
-    def eval(self) -> Self:
-        """Set evaluation mode: normalize by the running statistics; return the layer."""
-        return self.train(False)
-
-    def freeze(self) -> Self:
-        """Normalize by the running statistics in training mode too; return the layer.
-
-        The statistics are not updated any more, and the backward takes them for constants, while
-        weight and bias still get gradients. The usual choice for fine-tuning with small batches.
-        Lasts until `unfreeze`, through `train` and `eval`.
-
-        Raises
-        ------
-        RuntimeError
-            If the layer has no running statistics.
-        """
-        if any(getattr(self, name, "to come") is None for name in ("running_mean", "running_var")):
-            raise RuntimeError(
-                "freeze() needs running statistics, and this layer tracks none: "
-                "make it with track_running_stats=True"
-            )
-        self.frozen = True
-        return self
-
-    def unfreeze(self) -> Self:
-        """Undo `freeze`; return the layer."""
-        self.frozen = False
-        return self
 
     # Forward.
 
@@ -356,6 +308,7 @@ class Norm(LayerState):
 
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         """`backward`, from what the forward left."""
+        checks.check_saved(saved)
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
         sums = self._checked_gradients(saved.x)
@@ -401,39 +354,3 @@ class Norm(LayerState):
         """
         self._saved = NO_FORWARD
         return self
-
-    # What is shown.
-
-    def extra_repr(self) -> str:
-        """Return the arguments as `repr` shows them; device and dtype if not the default."""
-        shown = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self._has_bias}, "
-            f"track_running_stats={self.track_running_stats}{self._family_repr()}"
-        )
-        if self._device != "cpu":
-            shown += f", device={self._device}"
-        if self._dtype != np.float32:
-            shown += f", dtype={self._dtype.name}"
-        return shown
-
-    def _family_repr(self) -> str:
-        """The arguments that other families do not have."""
-        return ""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def _other_layers(self, num_features: int) -> str:
-        """Suggest layers that take another number of channels."""
-        layer = type(self)
-        lazy_forms = dict.fromkeys(_lazy_forms(layer, Norm))
-        return ", or ".join([f"{layer.__name__}({num_features})", *lazy_forms])
-
-
-def _lazy_forms(layer: type[Norm], family: type[Norm]) -> Iterator[str]:
-    """The names of the layers of a family that become the given one."""
-    for lazy in family.__subclasses__():
-        if getattr(lazy, "_becomes", None) is layer:
-            yield lazy.__name__
-        yield from _lazy_forms(layer, lazy)

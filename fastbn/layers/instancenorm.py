@@ -52,7 +52,7 @@ class InstanceNorm(Norm):
             Where to write the result: `input`, a view of exactly its elements, or an array that
             does not overlap it, of its dtype.
         mask : array_like of bool, optional
-            Which positions count, as `BatchNorm2d.forward` takes it.
+            Which positions are valid, as `BatchNorm2d.forward` takes it.
 
         Returns
         -------

@@ -120,7 +120,8 @@ def _operands(saved: SavedForBackward, weight: Array | None, bias: Array | None)
     if saved.kept is not None:  # These get their gradients from what was kept.
         weight[saved.kept.channels], bias[saved.kept.channels] = 1.0, 0.0
     # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
-    return Operands(x, bias, 1.0 / weight, scale * weight, scale)
+    with np.errstate(all="ignore"):  # A weight may have been set to 0 since.
+        return Operands(x, bias, 1.0 / weight, scale * weight, scale)
 
 
 def _kept_operands(kept: KeptChannels, saved: SavedForBackward, weight: Array | None) -> Operands:

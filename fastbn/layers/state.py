@@ -1,9 +1,9 @@
-"""The arrays of a layer as state: state dicts, initial values, devices, pickles."""
+"""The state of a layer: its arrays, modes and options; state dicts, devices, pickles, repr."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -25,7 +25,7 @@ class LoadedKeys(NamedTuple):
 
 
 class LayerState:
-    """What a layer's parameters and buffers have in common with those of every other layer."""
+    """What the state of a layer has in common with that of every other one."""
 
     _state_names: ClassVar[tuple[str, ...]] = (
         "weight",
@@ -34,12 +34,30 @@ class LayerState:
         "running_var",
         "num_batches_tracked",
     )
+    num_features: int
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    training: bool
+    frozen: bool
     _device: str
+    _dtype: np.dtype[Any]
+    _has_bias: bool
     _saved: SavedForBackward | str
 
     def _full(self, shape: tuple[int, ...], value: int, dtype: DTypeLike) -> Array:
         """A new array of one and the same value, on the layer's device."""
         return backend_for(self._device).asarray(np.full(shape, value, dtype), dtype, self._device)
+
+    def _allocate(self, num_features: int) -> None:
+        """Make the arrays, now that the number of channels is known."""
+        self.num_features = num_features
+        shape, dtype, tracked = (num_features,), self._dtype, self.track_running_stats
+        self.weight = self._full(shape, 1, dtype) if self.affine else None
+        self.bias = self._full(shape, 0, dtype) if self._has_bias else None
+        self.running_mean = self._full(shape, 0, dtype) if tracked else None
+        self.running_var = self._full(shape, 1, dtype) if tracked else None
 
     def to(self, device: str) -> Self:
         """Move parameters, buffers and gradients to a device; return the layer.
@@ -91,6 +109,46 @@ class LayerState:
             array = getattr(self, name, None)
             if array is not None:
                 array[...] = value
+
+    # Modes.
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or with ``mode=False`` evaluation mode; return the layer."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode is expected to be boolean, got {mode!r}")
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode: normalize by the running statistics; return the layer."""
+        return self.train(False)
+
+    def freeze(self) -> Self:
+        """Normalize by the running statistics in training mode too; return the layer.
+
+        The statistics are not updated any more, and the backward takes them for constants, while
+        weight and bias still get gradients. The usual choice for fine-tuning with small batches.
+        Lasts until `unfreeze`, through `train` and `eval`.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has no running statistics.
+        """
+        if any(getattr(self, name, "to come") is None for name in ("running_mean", "running_var")):
+            raise RuntimeError(
+                "freeze() needs running statistics, and this layer tracks none: "
+                "make it with track_running_stats=True"
+            )
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`; return the layer."""
+        self.frozen = False
+        return self
+
+    # State dicts and pickles.
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """Return copies of the parameters and buffers under torch's names.
@@ -195,10 +253,6 @@ class LayerState:
             own[name][...] = copy
         return LoadedKeys(missing, unexpected)
 
-    def _other_layers(self, num_features: int) -> str:
-        """Suggest layers that take another number of channels."""
-        raise NotImplementedError
-
     def __getstate__(self) -> dict[str, Any]:
         # What a forward left for its backward is as large as a batch, and of no use elsewhere.
         return {**self.__dict__, "_saved": NO_FORWARD}
@@ -208,3 +262,39 @@ class LayerState:
         state = {**state, "_saved": NO_FORWARD}
         state.pop("_memory", None)
         self.__dict__.update(state)
+
+    # What is shown.
+
+    def extra_repr(self) -> str:
+        """Return the arguments as `repr` shows them; device and dtype if not the default."""
+        shown = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self._has_bias}, "
+            f"track_running_stats={self.track_running_stats}{self._family_repr()}"
+        )
+        if self._device != "cpu":
+            shown += f", device={self._device}"
+        if self._dtype != np.float32:
+            shown += f", dtype={self._dtype.name}"
+        return shown
+
+    def _family_repr(self) -> str:
+        """The arguments that other families do not have."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _other_layers(self, num_features: int) -> str:
+        """Suggest layers that take another number of channels."""
+        layer = type(self)
+        lazy_forms = dict.fromkeys(_lazy_forms(layer, LayerState))
+        return ", or ".join([f"{layer.__name__}({num_features})", *lazy_forms])
+
+
+def _lazy_forms(layer: type[LayerState], family: type[LayerState]) -> Iterator[str]:
+    """The names of the layers of a family that become the given one."""
+    for lazy in family.__subclasses__():
+        if getattr(lazy, "_becomes", None) is layer:
+            yield lazy.__name__
+        yield from _lazy_forms(layer, lazy)

@@ -29,8 +29,8 @@ class SyncBatchNorm(BatchNorm):
     Each rank has a part of the batch, of any length, none included; output, running statistics and
     gradients of the input are those that `BatchNorm2d` would give for all of it in one process. A
     forward and a backward in training mode are collective: all ranks make them, in the same order.
-    Each is one all-reduce of 2 C + 4 float64, and one more where nothing counts on any rank. The
-    results have the same bits in every run with so many ranks.
+    Each is one all-reduce of 2 C + 4 float64, and one more where no position is valid on any rank.
+    The results have the same bits in every run with so many ranks.
 
     Parameters
     ----------
@@ -202,13 +202,14 @@ class SyncBatchNorm(BatchNorm):
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         if saved.frozen:
             return super()._backward(saved, dy, out)
+        checks.check_saved(saved)
         x = saved.x if saved.kept is None else saved.kept.x
         dy = checks.as_gradient(dy, x)
-        out = checks.check_out(out, saved.x, dy)
-        self._checked_gradients(x)
+        parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
+        out = checks.check_out(out, saved.x, dy, **parameters, **self._checked_gradients(x))
         buffers = self._grad_buffers(saved.mean)
         out = normalize.empty_like(x) if out is None else out
-        weight = checks.as_vectors(x, weight=self.weight)["weight"]
+        weight = parameters["weight"]
         mean, invstd, mask, backend = saved.mean, saved.invstd, saved.mask, backend_of(x)
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)

@@ -25,6 +25,12 @@ def test_importing_leaves_to_first_use_what_takes_time_to_import(tmp_path):
     assert not AT_FIRST_USE & added
 
 
+def test_modules_are_there_though_they_are_imported_later(tmp_path):
+    names = "moments", "recalibration", "folding", "sync", "instance", "layers", "functional"
+    code = "; ".join(f"import fastbn; print(fastbn.{name}.__name__)" for name in names)
+    assert output_of(code, tmp_path).split() == [f"fastbn.{name}" for name in names]
+
+
 # What forward and backward of a step in place allocate at most, above what there was before, of an
 # array of 12.8 MB (6.4 in 16 bits); by what NumPy asks for and by what the system gives.
 STEP = """

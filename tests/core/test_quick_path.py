@@ -62,7 +62,7 @@ def described(value):
     """An array or a layer, to the bit."""
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.strides, value.tobytes()
-    if isinstance(value, fastbn.BatchNorm2d):
+    if isinstance(value, fastbn.BatchNorm2d | fastbn.InstanceNorm2d):
         arrays = {name: described(getattr(value, name)) for name in LAYER_ARRAYS}
         return arrays, saved_by(value)
     return repr(value)
@@ -75,6 +75,44 @@ def saved_by(layer):
     kept = None if saved.kept is None else [repr(saved.kept.channels), described(saved.kept.x)]
     arrays = [described(array) for array in (saved.x, saved.mean, saved.invstd)]
     return arrays, saved.in_place, saved.frozen, kept, saved.batch_size
+
+
+@pytest.mark.parametrize("x_layout", [contiguous, channels_last])
+@pytest.mark.parametrize("where", range(3))
+def test_evaluation_of_instance_normalization(rng, both_paths, x_layout, where):
+    layer = fastbn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    layer(some(rng, (4, 3, 5, 7)))
+    x = x_layout(some(rng, (4, 3, 5, 7)))
+    both_paths(
+        lambda layer, x: [layer.eval()(x, out=list(outputs(x))[where]), layer(x[0].copy())],
+        layer,
+        x,
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 105, 1, 1), (1, 12, 5, 7), (2, 3, 10, 7)])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_backward_of_an_array_that_was_given_another_shape(
+    rng, both_paths, in_place, affine, shape
+):
+    def call(bn, x):
+        bn(x, out=x if in_place else None)
+        x.shape = shape
+        yield bn.backward(np.ones_like(x))
+
+    both_paths(call, layer_of(3, affine=affine), some(rng, (4, 3, 5, 7)))
+    with pytest.raises(RuntimeError, match="has been set"):
+        list(call(layer_of(3, affine=affine), some(rng, (4, 3, 5, 7))))
+
+
+def test_a_weight_of_zero_after_a_forward_in_place(rng, both_paths):
+    def call(bn, x, dy):
+        bn(x, out=x)
+        bn.weight[1] = 0
+        yield bn.backward(dy)
+
+    both_paths(call, layer_of(3), some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7)))
 
 
 def layer_of(channels, mode="train", **options):
@@ -143,6 +181,7 @@ def overlapping(x):
 
 WRONG = {
     "a list": lambda bn, x: {"x": x.tolist()},
+    "a number of features that is none": lambda bn, x: setattr(bn, "num_features", 3.0),
     "another number of channels": lambda bn, x: {"x": x[:, :2].copy()},
     "another rank": lambda bn, x: {"x": x[0]},
     "integers": lambda bn, x: {"x": x.astype(np.int32)},

@@ -490,6 +490,17 @@ def test_other_python_threads_do_not_notice_a_block():
     assert fastbn.get_num_threads() == default
 
 
+def test_blocks_may_end_in_another_order():
+    default = fastbn.get_num_threads()
+    first, second = fastbn.threads(5), fastbn.threads(3)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert fastbn.get_num_threads() == 3
+    second.__exit__()
+    assert fastbn.get_num_threads() == default
+
+
 def test_show_config_tells_of_a_block():
     with fastbn.threads(2):
         assert fastbn.show_config("dicts")["threads_reason"] == "fastbn.threads"
