@@ -183,11 +183,15 @@ def as_array(value: Any, name: str) -> Array:
             value = from_dlpack(value, name)
         value = np.asarray(value)
     if not is_float(value.dtype):
-        mend = "convert it, for example by astype(np.float32)"
+        mend = ""
         if value.dtype == bool and name not in ("x", "dy"):
-            mend = "a mask is passed by name: mask=..."
+            mend = "; a mask is passed by name: mask=..."
+        elif value.dtype.kind in "biu":
+            mend = "; convert it, for example by np.asarray(..., np.float32)"
+        elif value.dtype.kind == "c":
+            mend = "; pass its real and imaginary parts"
         raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}; {mend}"
+            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}{mend}"
         )
     return value  # type: ignore[no-any-return]
 
@@ -550,12 +554,13 @@ def state_hint(state: Mapping[str, Any], prefix: str, expected: list[str]) -> st
         other = key.removesuffix("weight")
         if other not in (key, prefix) and other + "running_mean" in state:
             return f"; perhaps with prefix={other!r}"
+    last = {k: re.split(r"[/.]", k.removesuffix(":0"))[-1] for k in state if k not in expected}
+    if any(name in FOREIGN_NAMES for name in last.values()):
+        names = {**FOREIGN_NAMES, **{key.removeprefix(prefix): key for key in expected}}
+        renamed = {k: prefix + names[n].removeprefix(prefix) for k, n in last.items() if n in names}
+        return "; rename " + ", ".join(f"{old!r} to {new!r}" for old, new in renamed.items())
     if any(key in state for key in expected):
         return "; strict=False loads those that fit"
-    known = [(key, re.split(r"[/.]", key.removesuffix(":0"))[-1]) for key in state]
-    renamed = [f"{k!r} to {prefix + FOREIGN_NAMES[n]!r}" for k, n in known if n in FOREIGN_NAMES]
-    if renamed:
-        return f"; rename {', '.join(renamed)}"
     return f"; the names that it knows are {', '.join(expected)}"
 
 

@@ -16,6 +16,7 @@ from fastbn.layers.saved import (
     AFTER_TRAIN,
     NO_FORWARD,
     NO_SECOND_BACKWARD,
+    RELEASED,
     GradBuffer,
     KeptChannels,
     SavedForBackward,
@@ -352,5 +353,6 @@ class Norm(LayerState):
         That is as large as a batch. A backward then needs another forward. The end of `recalibrate`
         does the same.
         """
-        self._saved = NO_FORWARD
+        if not isinstance(self._saved, str):
+            self._saved = RELEASED
         return self

@@ -21,6 +21,7 @@ __all__ = [
     "AFTER_TRAIN",
     "NO_FORWARD",
     "NO_SECOND_BACKWARD",
+    "RELEASED",
     "GradBuffer",
     "KeptChannels",
     "SavedForBackward",
@@ -32,9 +33,16 @@ __all__ = [
 
 # Saved where no backward is possible: the reason.
 NO_FORWARD = "backward() needs a forward in training mode before it"
+RELEASED = (
+    "backward() needs another forward in training mode: what the last one saved is gone since "
+    "release(), or since the end of recalibrate()"
+)
 AFTER_FREEZE, AFTER_TRAIN = (
     f"backward() needs a forward in training mode, and the last one was in evaluation mode; {mend}"
-    for mend in ("freeze() trains with running statistics", "call train() before it")
+    for mend in (
+        "call train() before it; freeze() trains with running statistics",
+        "call train() before it",
+    )
 )
 NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves once"
 

@@ -435,10 +435,11 @@ def test_a_hostile_npz_is_refused(rng, tmp_path, capfd, value, exception, messag
     [
         (np.int64(-1), ValueError),
         (np.uint64(2**63), ValueError),
-        (np.float64(3), TypeError),
+        (np.float64("nan"), ValueError),
+        (np.complex64(3), TypeError),
         (np.zeros(3, np.int64), RuntimeError),
     ],
-    ids=["negative", "too large", "float", "shape"],
+    ids=["negative", "too large", "NaN", "complex", "shape"],
 )
 def test_a_counter_that_cannot_count_is_refused(rng, value, exception):
     bn = layer(rng)
