@@ -1,12 +1,16 @@
 # Which thread does which task, and in which order; what results are does not depend on it.
 
 cdef enum:
+    # More threads than a call ever uses.
+    THREADS_MAX = 1024
     # Shorter runs of an output are not written by non-temporal stores.
     NONTEMPORAL_RUN_BYTES = 1024
 
 # Half of the third-level cache, which others use too. Non-temporal stores are used where the inputs
-# and the output are larger; what all threads together walk twice should be smaller.
-cdef Py_ssize_t cache_bytes = (fastbn_l3_bytes() or 16777216) // 2
+# and the output are larger; what all threads together walk twice should be smaller. A virtual
+# machine may report the cache of a whole socket, of which its neighbours leave it a part: on one
+# that reported 480 MiB, non-temporal copies won from 40 to 48 MiB on.
+cdef Py_ssize_t cache_bytes = min((fastbn_l3_bytes() or 16777216) // 2, 50331648)
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
@@ -59,32 +63,59 @@ ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                       Py_ssize_t t) noexcept nogil
 
 
+# All tasks, and the range of them that each thread walks. Tasks that follow each other are
+# neighbours in memory: threads whose channels alternated would disturb each other's cache lines,
+# pages and prefetches at every border between them.
+cdef struct Tasks:
+    const Job *job
+    Task task
+    Py_ssize_t g0, groups
+    int threads
+    fastbn_range ranges[THREADS_MAX]
+    double busy                   # the seconds for which the calling thread has worked
+
+
 cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups,
-                       Py_ssize_t tasks, int threads) noexcept nogil:
+                       Py_ssize_t count, int threads) noexcept nogil:
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
+    cdef Tasks tasks
+    cdef Tasks *shared = &tasks
     cdef Py_ssize_t t
-    cdef double busy = 0.0, start
-    cdef double *busy_here = &busy
-    if threads == 1:
-        for t in range(tasks):
-            task(job, g0, groups, t)
-    else:
-        start = fastbn_seconds()
-        for t in prange(tasks, schedule="dynamic", num_threads=threads):
-            execute_timed(job, task, g0, groups, t, busy_here)
-        note_wait(fastbn_seconds() - start - busy, busy)
-
-
-cdef void execute_timed(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
-                        double *busy) noexcept nogil:
-    """Do a task; in the calling thread, add its time to the time for which that was busy."""
+    cdef int i
     cdef double start
-    if threadid() != 0:
-        task(job, g0, groups, t)
+    if threads == 1 or count > INT32_MAX:
+        for t in range(count):
+            task(job, g0, groups, t)
         return
+    tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
+    tasks.threads, tasks.busy = min(threads, THREADS_MAX), 0.0
+    for i in range(tasks.threads):
+        fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
+                         count * (i + 1) // tasks.threads)
     start = fastbn_seconds()
-    task(job, g0, groups, t)
-    busy[0] += fastbn_seconds() - start
+    for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
+        walk_range(shared, i)
+    note_wait(fastbn_seconds() - start - tasks.busy, tasks.busy)
+
+
+cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
+    """Do the tasks of a range in their order, then the last ones of ranges that are not done."""
+    cdef Py_ssize_t t
+    cdef int i
+    cdef double start = fastbn_seconds()
+    while True:
+        t = fastbn_take_first(&tasks.ranges[own])
+        if t < 0:
+            break
+        tasks.task(tasks.job, tasks.g0, tasks.groups, t)
+    for i in range(1, tasks.threads):
+        while True:
+            t = fastbn_take_last(&tasks.ranges[(own + i) % tasks.threads])
+            if t < 0:
+                break
+            tasks.task(tasks.job, tasks.g0, tasks.groups, t)
+    if threadid() == 0:
+        tasks.busy += fastbn_seconds() - start
 
 
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,

@@ -2,6 +2,9 @@
 #include "platform.h"
 
 #include <stdio.h>
+#if defined(_MSC_VER)
+#  include <intrin.h>
+#endif
 #if defined(_OPENMP)
 #  include <omp.h>
 #  if !defined(_WIN32)
@@ -80,6 +83,55 @@ int fastbn_omp_pause(void)
 #else
     return 1;
 #endif
+}
+
+void fastbn_set_range(fastbn_range *range, ptrdiff_t first, ptrdiff_t end)
+{
+    range->first_and_end = (int64_t)first << 32 | (int64_t)end;
+}
+
+/* Replaces the range if it still is what was seen; otherwise tells what it is now. */
+static int replace(fastbn_range *range, int64_t *seen, int64_t wanted)
+{
+#if defined(_MSC_VER)
+    const int64_t found = _InterlockedCompareExchange64(&range->first_and_end, wanted, *seen);
+    const int same = found == *seen;
+    *seen = found;
+    return same;
+#else
+    return __atomic_compare_exchange_n(&range->first_and_end, seen, wanted, 0, __ATOMIC_RELAXED,
+                                       __ATOMIC_RELAXED);
+#endif
+}
+
+static int64_t look_at(fastbn_range *range)
+{
+#if defined(_MSC_VER)
+    return _InterlockedCompareExchange64(&range->first_and_end, 0, 0);
+#else
+    return __atomic_load_n(&range->first_and_end, __ATOMIC_RELAXED);
+#endif
+}
+
+static int32_t first_of(int64_t range) { return (int32_t)(range >> 32); }
+static int32_t end_of(int64_t range) { return (int32_t)(range & INT32_MAX); }
+
+ptrdiff_t fastbn_take_first(fastbn_range *range)
+{
+    int64_t seen = look_at(range);
+    while (first_of(seen) < end_of(seen))
+        if (replace(range, &seen, seen + ((int64_t)1 << 32)))
+            return first_of(seen);
+    return -1;
+}
+
+ptrdiff_t fastbn_take_last(fastbn_range *range)
+{
+    int64_t seen = look_at(range);
+    while (first_of(seen) < end_of(seen))
+        if (replace(range, &seen, seen - 1))
+            return end_of(seen) - 1;
+    return -1;
 }
 
 double fastbn_seconds(void)
