@@ -187,7 +187,7 @@ def as_array(value: Any, name: str) -> Array:
         if value.dtype == bool and name not in ("x", "dy"):
             mend = "; a mask is passed by name: mask=..."
         elif value.dtype.kind in "biu":
-            mend = "; convert it, for example by np.asarray(..., np.float32)"
+            mend = "; convert it, for example by astype(np.float32)"
         elif value.dtype.kind == "c":
             mend = "; pass its real and imaginary parts"
         raise TypeError(
