@@ -30,8 +30,9 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     the exact mean and variance of all their input (`Moments`). At its end the running statistics
     become these, with the unbiased variance, and num_batches_tracked the number of batches. If an
     exception ends the block, they stay as they were. Layers that have their running statistics in
-    common, such as ``copy.copy`` makes them, are recalibrated together, by all that any of them sees,
-    whichever of them is passed. At the end of the block nothing is saved for a backward any more.
+    common, such as ``copy.copy`` makes them, are recalibrated together, by all that any of them
+    sees, whichever of them is passed. At the end of the block nothing is saved for a backward any
+    more.
 
     The block has the user's own loop: forwards over the training set, or a good part of it, in
     batches of the size of the training, and no updates of the weights. Each forward reads its input
