@@ -7,7 +7,16 @@ import numpy as np
 import fastbn
 from fastbn import functional as F
 
-SHAPES = [(2, 3, 5, 7), (3, 5, 2), (33, 2), (0, 3, 2), (1, 70, 3), (2, 2, 17, 31), (600, 3)]
+SHAPES = [
+    (2, 3, 5, 7),
+    (3, 5, 2),
+    (33, 2),
+    (0, 3, 2),
+    (1, 70, 3),
+    (2, 2, 17, 31),
+    (600, 3),
+    (520, 17),
+]
 DTYPES = ["float16", "float32", "float64"]
 
 

@@ -54,23 +54,36 @@ cdef extern from "kernels.h" nogil:
         const unsigned char *mask
         Py_ssize_t mask_stride
 
+    ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
+                                              double *first, double *second) noexcept nogil
+    ctypedef void SumProducts "fastbn_products"(const void *dy, const void *x, const Runs *runs,
+                                                const double *mean, double *first,
+                                                double *second) noexcept nogil
+    ctypedef void SumColumnMoments "fastbn_column_moments"(const void *x, const Matrix *matrix,
+                                                           const double *pivot, double *first,
+                                                           double *second) noexcept nogil
+    ctypedef void SumColumnProducts "fastbn_column_products"(const void *dy, const void *x,
+                                                             const Matrix *matrix,
+                                                             const double *mean, double *first,
+                                                             double *second) noexcept nogil
+
     ctypedef struct Kernels "fastbn_kernels":
         void (*load_as_double)(const void *x, Py_ssize_t stride, Py_ssize_t count,
                                double *to) noexcept nogil
         void (*store_from_double)(const double *from_, Py_ssize_t stride, Py_ssize_t count,
                                   void *to) noexcept nogil
-        void (*moments)(const void *x, const Runs *runs, const double *pivot, double *first,
-                        double *second) noexcept nogil
-        void (*products)(const void *dy, const void *x, const Runs *runs, const double *mean,
-                         double *first, double *second) noexcept nogil
+        SumMoments *moments
+        SumProducts *products
+        SumColumnMoments *column_moments
+        SumColumnProducts *column_products
+        SumMoments *tree_moments
+        SumProducts *tree_products
+        SumColumnMoments *column_tree_moments
+        SumColumnProducts *column_tree_products
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
                           int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,
                          const Gradient *gradient, int nontemporal) noexcept nogil
-        void (*column_moments)(const void *x, const Matrix *matrix, const double *pivot,
-                               double *first, double *second) noexcept nogil
-        void (*column_products)(const void *dy, const void *x, const Matrix *matrix,
-                                const double *mean, double *first, double *second) noexcept nogil
         void (*column_normalize)(const void *x, void *y, const Matrix *matrix,
                                  const Affine *affine, int nontemporal) noexcept nogil
         void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
@@ -154,10 +167,10 @@ include "core/cut.pxi"
 ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
 ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil
 
-# How the kernels of the layout are called: sums of a block around a centre for each channel, and
-# the element-wise kernel of a block.
-ctypedef void (*SumBlock)(const Job *job, const Block *block, const double *centre,
-                          double *first, double *second) noexcept nogil
+# How the kernels of the layout are called: sums of a block around a centre for each channel, in
+# float32 or in double, and the element-wise kernel of a block.
+ctypedef void (*SumBlock)(const Job *job, const Block *block, bint in_float32,
+                          const double *centre, double *first, double *second) noexcept nogil
 ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
 
 # One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
@@ -185,6 +198,7 @@ cdef struct Job:
     ApplyBlock apply
     SumBlock sum_block
     bint refine_pivot             # whether a pivot must be near the mean
+    bint in_float32               # whether blocks are summed in float32 where that is exact enough
     bint nontemporal              # whether the output is written by non-temporal stores
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are
@@ -240,6 +254,11 @@ cdef void reduce_to_products(Job *job, double *sum_dy, double *sum_dy_xhat) noex
     """Let the job find the sums of dy and of dy * xhat."""
     job.sum_dy_out, job.sum_dy_xhat_out = sum_dy, sum_dy_xhat
     job.reduce, job.merge = reduce_products, merge_products
+
+
+cdef void sum_in_float32(Job *job) noexcept nogil:
+    """Let the job sum in float32: its sums are not what the caller asks for."""
+    job.in_float32 = job.itemsize < <Py_ssize_t>sizeof(double)
 
 
 cdef void apply_normalize(Job *job, char *out) noexcept nogil:
@@ -412,6 +431,7 @@ def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp
                       output_vector(invstd, &job.invstd))
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
+    sum_in_float32(&job)
     apply_normalize(&job, cnp.PyArray_BYTES(out))
     execute(&job)
 
@@ -486,6 +506,7 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
     reduce_to_products(&job, output_vector(sum_dy, &job.sum_dy),
                        output_vector(sum_dy_xhat, &job.sum_dy_xhat))
     job.weight = vector_of(weight, 1)
+    sum_in_float32(&job)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
     execute(&job)
 

@@ -2,14 +2,13 @@
 
 `batch_norm` and `instance_norm` have the signatures of the functions of these names in
 ``torch.nn.functional``. The primitives under them are what synchronized, masked or otherwise
-composed batch normalization is made of; `batch_norm_forward` and `batch_norm_backward` fuse them
-and give the same bits.
+composed batch normalization is made of; `batch_norm_forward` and `batch_norm_backward` fuse them.
 
 Arrays have the shape (N, C, ...): N samples of C channels, and any number of further axes. They are
 float32, float64, float16 or ml_dtypes' bfloat16, of any strides. One that is C-contiguous, or would
 be with the channels last, is read as it lies; others are copied. Arithmetic is done in float32
-(float64 for float64 arrays), sums in float64. Every result has the same bits whatever the number of
-threads.
+(float64 for float64 arrays), sums in float64; the fused functions may add up to eight terms of a
+sum in float32. Every result has the same bits whatever the number of threads.
 
 CuPy arrays are taken as well, by all functions: then every array of a call is one of CuPy's, on the
 current device, and so are the results. The kernels run on CuPy's current stream.

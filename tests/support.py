@@ -167,6 +167,32 @@ def assert_close(actual, expected, relative):
     assert_within(actual, expected, relative * np.abs(expected).max(initial=0))
 
 
+def assert_composes(fused, composed, dtype, size=None):
+    """Asserts that a fused function gives, for inputs of a dtype, what its primitives compose to.
+
+    Those of float64 have the same bits. For narrower ones the fused functions may sum in float32:
+    they are within 2 ulp at a size that is given, or that of the largest result.
+    """
+    if np.dtype(dtype) == np.float64:
+        assert same_bits(fused, composed)
+        return
+    assert fused.dtype == composed.dtype
+    size = np.abs(reference.wide(composed)).max(initial=0) if size is None else size
+    unit = np.float32 if fused.dtype == np.float64 else fused.dtype
+    assert_within(fused, composed, 2 * reference.ulp(size, unit))
+
+
+def assert_step_composes(fused, composed, dtype, dy, x):
+    """The same of y, mean, invstd, dx, dweight and dbias, by what the sums are made of."""
+    axes = (0, *range(2, x.ndim))
+    dy, x = np.abs(reference.wide(dy)), reference.wide(x)
+    mean, invstd = (a.reshape(-1, *[1] * (x.ndim - 2)) for a in composed[1:3])
+    sizes = [None, np.maximum(np.abs(composed[1]), 1 / composed[2]), None, None]
+    sizes += [(dy * np.abs((x - mean) * invstd)).sum(axes), dy.sum(axes)]
+    for one, other, size in zip(fused, composed, sizes, strict=True):
+        assert_composes(one, other, dtype, size)
+
+
 def bits_of(thing):
     """All bits of an array, or of all arrays of a layer."""
     if isinstance(thing, np.ndarray):

@@ -23,28 +23,33 @@ cdef Matrix leftover_matrix(const Job *job, const Block *block) noexcept nogil:
     return matrix
 
 
-cdef void sum_columns(const Job *job, const Block *block, const double *centre, double *first,
-                      double *second) noexcept nogil:
+cdef void sum_columns(const Job *job, const Block *block, bint in_float32, const double *centre,
+                      double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
     memset(first, 0, folded.channels * sizeof(double))
     memset(second, 0, folded.channels * sizeof(double))
-    add_columns(job, &folded, offset_of(job, block, block.n0), centre, first, second)
-    add_columns(job, &leftover, offset_of(job, block, block.n1), centre, first, second)
+    add_columns(job, &folded, in_float32, offset_of(job, block, block.n0), centre, first, second)
+    add_columns(job, &leftover, in_float32, offset_of(job, block, block.n1), centre, first, second)
 
 
-cdef void add_columns(const Job *job, const Matrix *matrix, Py_ssize_t at, const double *centre,
-                      double *first, double *second) noexcept nogil:
+cdef void add_columns(const Job *job, const Matrix *matrix, bint in_float32, Py_ssize_t at,
+                      const double *centre, double *first, double *second) noexcept nogil:
+    cdef SumColumnMoments *moments = job.kernels.column_moments
+    cdef SumColumnProducts *products = job.kernels.column_products
     if matrix.rows == 0:
         return
+    if in_float32:
+        moments, products = job.kernels.column_tree_moments, job.kernels.column_tree_products
     if job.dy == NULL:
-        job.kernels.column_moments(job.x + at, matrix, centre, first, second)
+        moments(job.x + at, matrix, centre, first, second)
     else:
-        job.kernels.column_products(job.dy + at, job.x + at, matrix, centre, first, second)
+        products(job.dy + at, job.x + at, matrix, centre, first, second)
 
 
-cdef void sum_columns_in_chunks(const Job *job, const Block *block, const double *centre,
-                                double *first, double *second) noexcept nogil:
+cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_float32,
+                                const double *centre, double *first,
+                                double *second) noexcept nogil:
     """The sums of a block of doubles, a few rows at a time; left-over rows go with the last."""
     cdef Sums firsts, seconds
     cdef Block chunk = block[0]
@@ -55,7 +60,7 @@ cdef void sum_columns_in_chunks(const Job *job, const Block *block, const double
         chunk.n0 = block.n0 + i * ADDITIONS
         chunk.n1 = min(chunk.n0 + ADDITIONS, block.n1)
         chunk.leftover_rows = block.leftover_rows if i == chunks - 1 else 0
-        sum_columns(job, &chunk, centre, first, second)
+        sum_columns(job, &chunk, in_float32, centre, first, second)
         add(&firsts, first, block.c1 - block.c0)
         add(&seconds, second, block.c1 - block.c0)
     write_sums(&firsts, block.c1 - block.c0, first)

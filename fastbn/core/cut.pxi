@@ -26,7 +26,7 @@ cdef enum:
     # A group of channels that is walked twice should stay in a cache of the second level, but its
     # runs should not be much shorter than a page.
     GROUP_BYTES = 524288
-    GROUP_RUN_BYTES = 3072
+    GROUP_RUN_BYTES = 2048
     # A group that is walked once may have long runs, and coefficients that serve so many elements.
     LONG_RUN_BYTES = 524288
     COEFFICIENT_ELEMENTS = 1024
@@ -104,14 +104,19 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
 cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
     """Choose how many channels are summed together in the row layout."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
-    cut.group = max(GROUP_BYTES // max(cut.n * run * inputs, 1), GROUP_RUN_BYTES // run)
-    cut.group = min(cut.group, GROUP)
-    if threads > 1:  # enough groups for all threads to be busy to the end
-        cut.group = min(cut.group, cut.batches * cut.c // (4 * threads))
+    cdef Py_ssize_t long_runs = ceil_div(GROUP_RUN_BYTES, run)
+    cut.group = min(max(GROUP_BYTES // max(cut.n * run * inputs, 1), long_runs), GROUP)
+    if threads > 1:  # enough groups for all threads to be busy to the end, if runs stay long
+        cut.group = min(cut.group, max(cut.batches * cut.c // (4 * threads), long_runs))
+        cut.group = min(cut.group, ceil_div(cut.batches * cut.c, threads))
     if cut.blocks_along_s > 1:  # a block of a channel does not end where the next channel begins
         cut.group = 1
     cut.group = max(cut.group, 1)
     cut.groups = ceil_div(cut.c, cut.group)
+    if cut.batches == 1 and cut.groups > 1:  # as many groups for every thread, of nearly one size
+        cut.groups = ceil_div(cut.groups, threads) * threads
+        cut.group = ceil_div(cut.c, cut.groups)
+        cut.groups = ceil_div(cut.c, cut.group)
 
 
 cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:

@@ -321,6 +321,7 @@ cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, do
                       output_vector(saved.invstd, &job.invstd))
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
+    sum_in_float32(&job)
     apply_normalize(&job, cnp.PyArray_BYTES(out))
     return execute(&job)
 
@@ -434,6 +435,7 @@ cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, cons
     job.mean, job.invstd, job.weight = mean[0], invstd[0], weight[0]
     reduce_to_products(&job, sum_dy, sum_dy_xhat)
     job.sum_dy, job.sum_dy_xhat = vector_of_doubles(sum_dy), vector_of_doubles(sum_dy_xhat)
+    sum_in_float32(&job)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
     return execute(&job)
 

@@ -39,15 +39,19 @@ cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noe
     return offset_of(job, block, block.n1 - 1 if backwards else block.n0)
 
 
-cdef void sum_runs(const Job *job, const Block *block, const double *centre, double *first,
-                   double *second) noexcept nogil:
+cdef void sum_runs(const Job *job, const Block *block, bint in_float32, const double *centre,
+                   double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Runs runs = runs_of(job, block, False)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
+    cdef SumMoments *moments = job.kernels.moments
+    cdef SumProducts *products = job.kernels.products
+    if in_float32:
+        moments, products = job.kernels.tree_moments, job.kernels.tree_products
     if job.dy == NULL:
-        job.kernels.moments(job.x + at, &runs, centre, first, second)
+        moments(job.x + at, &runs, centre, first, second)
     else:
-        job.kernels.products(job.dy + at, job.x + at, &runs, centre, first, second)
+        products(job.dy + at, job.x + at, &runs, centre, first, second)
 
 
 cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:

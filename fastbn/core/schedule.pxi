@@ -18,9 +18,14 @@ cdef int inputs_of(const Job *job) noexcept nogil:
     return 1 if job.dy == NULL else 2
 
 
+cdef Py_ssize_t batch_bytes(const Job *job) noexcept nogil:
+    """The size of a batch of one array."""
+    return job.cut.n * job.cut.c * job.cut.s * job.itemsize
+
+
 cdef Py_ssize_t array_bytes(const Job *job) noexcept nogil:
     """The size of one array."""
-    return job.cut.batches * job.cut.n * job.cut.c * job.cut.s * job.itemsize
+    return job.cut.batches * batch_bytes(job)
 
 
 cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
@@ -237,6 +242,7 @@ cdef int execute(Job *job) except -1:
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
             execute_batches(&leftover, threads)
+        note_end(bytes_moved(job))
     release(job)
     return 0
 

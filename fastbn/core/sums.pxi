@@ -36,7 +36,29 @@ cdef void write_sums(const Sums *sums, Py_ssize_t channels, double *to) noexcept
 
 
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
-    """Mean and m2 of a block: sums of deviations from a pivot, and of their squares.
+    """Mean and m2 of a block."""
+    cdef double exact_mean[COLUMNS]
+    cdef double exact_m2[COLUMNS]
+    cdef bint distrusted[COLUMNS]
+    cdef Block block = block_of(&job.cut, g, b)
+    cdef BlockValid valid = valid_of(job, g, b)
+    cdef Py_ssize_t c
+    cdef double *mean = partial_sums_of(job, &block, b)
+    cdef double *m2 = mean + job.cut.c
+    if valid.count == 0:
+        return
+    if not gains_by_float32(job, &valid):
+        exact_moments(job, &block, &valid, mean, m2)
+    elif not float32_moments(job, &block, &valid, mean, m2, distrusted):
+        exact_moments(job, &block, &valid, exact_mean, exact_m2)
+        for c in range(block.c1 - block.c0):  # channels do not depend on their neighbours
+            if distrusted[c]:
+                mean[c], m2[c] = exact_mean[c], exact_m2[c]
+
+
+cdef void exact_moments(const Job *job, const Block *block, const BlockValid *valid, double *mean,
+                        double *m2) noexcept nogil:
+    """Mean and m2 of a block: sums of deviations from a pivot, and of their squares, in float64.
 
     With any element h of the block as the pivot, (h - mean)^2 <= m2, so that subtracting
     (sum of deviations)^2 / count loses no more than a factor of count of the precision. Of a
@@ -47,28 +69,123 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
-    cdef Block block = block_of(&job.cut, g, b)
-    cdef BlockValid valid = valid_of(job, g, b)
     cdef Py_ssize_t c, channels = block.c1 - block.c0
-    cdef double *mean = partial_sums_of(job, &block, b)
-    cdef double *m2 = mean + job.cut.c
-    if valid.count == 0:
-        return
-    job.kernels.load_as_double(job.x + element_of(job, &block, valid.first) * job.itemsize,
-                               job.cut.s * job.itemsize, channels, pivot)
+    read_channels(job, block, valid.first, pivot)
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
-    job.sum_block(job, &block, pivot, first, second)
+    job.sum_block(job, block, False, pivot, first, second)
     if job.refine_pivot:
         for c in range(channels):
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
-        job.sum_block(job, &block, pivot, first, second)
+        job.sum_block(job, block, False, pivot, first, second)
+    moments_around(pivot, first, second, valid.count, channels, mean, m2)
+
+
+cdef void moments_around(const double *pivot, const double *first, const double *second,
+                         Py_ssize_t count, Py_ssize_t channels, double *mean,
+                         double *m2) noexcept nogil:
+    cdef Py_ssize_t c
     for c in range(channels):
-        mean[c] = first[c] / valid.count
+        mean[c] = first[c] / count
         # Rounding can take a variance of nearly zero below it.
         m2[c] = max(second[c] - first[c] * mean[c], 0.0)
         mean[c] += pivot[c]
+
+
+cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
+                        double *to) noexcept nogil:
+    """The elements of a block's channels at a position, counted in those of one channel."""
+    job.kernels.load_as_double(job.x + element_of(job, block, at) * job.itemsize,
+                               job.cut.s * job.itemsize, block.c1 - block.c0, to)
+
+
+# ------------------------------------------------------------------ sums in float32
+
+cdef enum:
+    # Blocks of fewer valid positions are summed in float64: few rounding errors do not average out,
+    # and looking for a pivot costs as much as is gained.
+    FLOAT32_MIN = 512
+    # What larger batches read comes from memory that is slower than sums in float64. A machine's
+    # caches must not decide, since bits would depend on them.
+    FLOAT32_BYTES_MAX = 8388608
+    # The positions among whose elements a pivot is looked for.
+    PIVOT_SAMPLES = 16
+
+# Sums of squares, or of products, below this, for each element, have lost bits of terms that
+# float32 does not hold.
+cdef double FLOAT32_TINY = 2.0 ** -100
+
+
+cdef bint gains_by_float32(const Job *job, const BlockValid *valid) noexcept nogil:
+    return (job.in_float32 and valid.count >= FLOAT32_MIN
+            and inputs_of(job) * batch_bytes(job) <= FLOAT32_BYTES_MAX)
+
+
+cdef bint float32_moments(const Job *job, const Block *block, const BlockValid *valid,
+                          double *mean, double *m2, bint *distrusted) noexcept nogil:
+    """The same in float32, where rounding errors are of the size of the deviations.
+
+    So the pivot must be near the mean: subtracting (sum of deviations)^2 / count multiplies the
+    relative error of m2 by 1 + (pivot - mean)^2 / variance. Channels where that is more than 2 are
+    distrusted, and so are those whose squares have left float32's range. Returns whether there are
+    none.
+    """
+    cdef double first[COLUMNS]
+    cdef double second[COLUMNS]
+    cdef double pivot[COLUMNS]
+    cdef bint trusted = True
+    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    find_pivots(job, block, valid, pivot)
+    job.sum_block(job, block, True, pivot, first, second)
+    moments_around(pivot, first, second, valid.count, channels, mean, m2)
+    for c in range(channels):
+        distrusted[c] = (leaves_float32(first[c], second[c], valid.count)
+                         or first[c] / valid.count * first[c] > m2[c])
+        trusted = trusted and not distrusted[c]
+    return trusted
+
+
+cdef bint leaves_float32(double first, double second, Py_ssize_t count) noexcept nogil:
+    """Tell whether sums have overflowed, or may lack what has underflowed."""
+    if not (isfinite(first) and isfinite(second)):
+        return True
+    return fabs(second) < count * FLOAT32_TINY and not first == second == 0.0
+
+
+cdef void find_pivots(const Job *job, const Block *block, const BlockValid *valid,
+                      double *pivot) noexcept nogil:
+    """Of a few valid elements of each channel the one that is next to their mean.
+
+    They lie an odd number of positions apart, all over the block. Deviations from an element are
+    exact for numbers of few digits, such as 16-bit ones.
+    """
+    cdef double mean[COLUMNS]
+    cdef double element[COLUMNS]
+    cdef Py_ssize_t at[PIVOT_SAMPLES]
+    cdef Py_ssize_t c, i, count = 1, channels = block.c1 - block.c0
+    cdef Py_ssize_t step = samples_of(job, block) * block.length // (PIVOT_SAMPLES + 1) | 1
+    at[0] = valid.first
+    for i in range(1, PIVOT_SAMPLES):
+        at[count] = position_of(job, block, i * step)
+        count += job.mask == NULL or job.mask[at[count]] != 0
+    memset(mean, 0, channels * sizeof(double))
+    for i in range(count):
+        read_channels(job, block, at[i], element)
+        for c in range(channels):
+            mean[c] += element[c] / count if isfinite(element[c]) else 0.0
+    memset(pivot, 0, channels * sizeof(double))
+    for i in range(count):
+        read_channels(job, block, at[i], element)
+        for c in range(channels):
+            if fabs(element[c] - mean[c]) < fabs(pivot[c] - mean[c]) or i == 0:
+                pivot[c] = element[c] if isfinite(element[c]) else pivot[c]
+
+
+cdef Py_ssize_t position_of(const Job *job, const Block *block, Py_ssize_t i) noexcept nogil:
+    """The i-th position of a block, counted in the elements of one channel of the array."""
+    return (sample_of(job, block, block.n0) + i // block.length) * job.cut.s + (
+        block.s0 + i % block.length)
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
@@ -132,10 +249,29 @@ cdef double sum_of_means(const Job *job, Py_ssize_t g, Py_ssize_t c) noexcept no
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
     cdef double mean[COLUMNS]
+    cdef double exact_first[COLUMNS]
+    cdef double exact_second[COLUMNS]
+    cdef bint distrusted, trusted = True
     cdef Block block = block_of(&job.cut, g, b)
+    cdef BlockValid valid = valid_of(job, g, b)
     cdef double *first = partial_sums_of(job, &block, b)
+    cdef double *second = first + job.cut.c
+    cdef Py_ssize_t c, channels = block.c1 - block.c0
+    cdef bint in_float32 = gains_by_float32(job, &valid)
     read_vector(&job.mean, &block, mean)
-    job.sum_block(job, &block, mean, first, first + job.cut.c)
+    job.sum_block(job, &block, in_float32, mean, first, second)
+    if not in_float32:
+        return
+    for c in range(channels):
+        trusted = trusted and not leaves_float32(first[c], second[c], valid.count)
+    if not trusted:
+        job.sum_block(job, &block, False, mean, exact_first, exact_second)
+    for c in range(channels):  # channels do not depend on their neighbours
+        distrusted = not trusted and leaves_float32(first[c], second[c], valid.count)
+        if distrusted:
+            first[c], second[c] = exact_first[c], exact_second[c]
+        else:  # of the mean, float32 has taken the first 24 bits
+            second[c] -= (mean[c] - <double><float>mean[c]) * first[c]
 
 
 cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:

@@ -9,6 +9,7 @@ cdef extern from *:
     #endif
     static FASTBN_THREAD_LOCAL int fastbn_threads_here;
     static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone, fastbn_next_alone;
+    static FASTBN_THREAD_LOCAL double fastbn_last_end;
     """
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
     # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
@@ -16,6 +17,8 @@ cdef extern from *:
     # The calls that shall use one thread, and how many it will be when one has to wait for a CPU.
     Py_ssize_t calls_alone "fastbn_calls_alone"
     Py_ssize_t next_alone "fastbn_next_alone"
+    # When the last call ended that several threads could have shared.
+    double last_end "fastbn_last_end"
 
 
 cdef enum:
@@ -23,6 +26,8 @@ cdef enum:
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
+    # Where such calls follow each other, OpenMP's threads have not gone to sleep: less is enough.
+    BYTES_PER_AWAKE_THREAD = 131072
     # The calls that use one thread after one whose threads had to wait for a CPU: few after a rare
     # wait, twice as many after each that comes soon again.
     FEWEST_ALONE = 64
@@ -32,6 +37,9 @@ cdef enum:
 # The seconds from which on a wait is one for a CPU: several times what waking a thread takes, less
 # than a scheduler's slice.
 cdef double LONG_WAIT = 1e-3
+
+# The seconds for which a call counts as the one before: OpenMP's threads stay awake for longer.
+cdef double SOON = 2e-4
 
 # For all calls of the process, 0 for none: the number that is set, the CPUs that the system grants,
 # and a limit above which even a number that is set does not go.
@@ -81,7 +89,11 @@ cdef bint avoids_waits() noexcept nogil:
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
     """The number of threads for a call that reads and writes so many bytes."""
     global calls_alone, next_alone
-    cdef int threads = <int>min(<Py_ssize_t>most, max(moved // BYTES_PER_THREAD, 1))
+    cdef Py_ssize_t least = BYTES_PER_THREAD
+    cdef int threads
+    if is_shared(moved) and fastbn_seconds() - last_end < SOON:
+        least = BYTES_PER_AWAKE_THREAD
+    threads = <int>min(<Py_ssize_t>most, max(moved // least, 1))
     if threads == 1 or not avoids_waits():
         return threads
     if calls_alone > 0:
@@ -89,6 +101,18 @@ cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
         return 1
     next_alone -= next_alone > 0
     return threads
+
+
+cdef bint is_shared(Py_ssize_t moved) noexcept nogil:
+    """Whether a call reads and writes enough for several threads."""
+    return moved >= 2 * BYTES_PER_AWAKE_THREAD
+
+
+cdef void note_end(Py_ssize_t moved) noexcept nogil:
+    """Remember when a call ended."""
+    global last_end
+    if is_shared(moved):
+        last_end = fastbn_seconds()
 
 
 cdef void note_wait(double idle, double busy) noexcept nogil:

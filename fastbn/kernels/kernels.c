@@ -8,10 +8,13 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    /* The rows of a matrix that are walked while sums or coefficients stay in registers. */
-    ROWS_SUMMED = 8,
-    ROWS_WRITTEN = 4,
+    /* The rows of a matrix that are walked while sums stay in registers. */
+    ROWS_SUMMED = FASTBN_TREE,
+    /* Columns are prefetched about so many elements ahead. */
+    PREFETCHED = 2048,
     BUFFER_BYTES = 4096,
+    /* The terms of a lane that are added in float32. */
+    TREE = FASTBN_TREE,
 };
 
 static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
@@ -65,12 +68,13 @@ static ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
     } \
     static void spread_##type(const fastbn_matrix *matrix, const type *from, type *to) \
     { \
-        const ptrdiff_t channels = matrix->channels; \
-        for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run) \
-            FOR_RUNS_OF(matrix->run, SPREAD_##type) \
+        const ptrdiff_t channels = matrix->channels, len = matrix->len; \
+        FOR_RUNS_OF(matrix->run, SPREAD_##type) \
+        for (ptrdiff_t done = channels * matrix->run; done < len; done *= 2) \
+            memcpy(to + done, to, sizeof(type) * (size_t)smaller(done, len - done)); \
     }
-#define SPREAD_float(run) spread_over_runs_float(channels, run, from, to + j)
-#define SPREAD_double(run) spread_over_runs_double(channels, run, from, to + j)
+#define SPREAD_float(run) spread_over_runs_float(channels, run, from, to)
+#define SPREAD_double(run) spread_over_runs_double(channels, run, from, to)
 SPREAD(float)
 SPREAD(double)
 
@@ -156,10 +160,9 @@ static mask_step mask_step_of(const int16_t *bytes)
     return step;
 }
 
-/* The masks of all whole steps of `lanes` columns, and behind them that of the columns from `last`
+/* The masks of all whole steps of columns, and behind them that of the columns from `last`
  * on. Lanes that are no columns have some other column's mask. */
-static void find_masks(const fastbn_matrix *matrix, ptrdiff_t lanes, ptrdiff_t last,
-                       mask_step *steps)
+static void find_masks(const fastbn_matrix *matrix, ptrdiff_t last, mask_step *steps)
 {
     const ptrdiff_t len = matrix->len;
     int16_t bytes_[LANES + COLUMNS + LANES], *bytes = bytes_ + LANES;
@@ -168,9 +171,17 @@ static void find_masks(const fastbn_matrix *matrix, ptrdiff_t lanes, ptrdiff_t l
         bytes_[i] = 0;
         bytes[len + i] = bytes[len - 1];
     }
-    for (ptrdiff_t i = 0; i + lanes <= len; i += lanes)
+    for (ptrdiff_t i = 0; i + LANES <= len; i += LANES)
         *steps++ = mask_step_of(bytes + i);
     *steps = mask_step_of(bytes + last);
+}
+
+/* The mask of a row, a byte for each of its columns; up to LANES bytes are written behind them. */
+static void spread_mask(const uint8_t *mask, const mask_step *steps, ptrdiff_t len, uint8_t *to)
+{
+    for (ptrdiff_t i = 0; i < len; i += LANES, steps++)
+        for (int j = 0; j < LANES; j++)
+            to[i + j] = mask[steps->offset + steps->index[j]];
 }
 
 /* The last LANES elements of a run; those of a shorter run behind zeros, in the buffer. */
@@ -184,6 +195,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 }
 
 #define DTYPE float32
+#define TREES 1
 #define MASKED_A masked_vf
 #define T float
 #define A float
@@ -193,6 +205,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #include "dtype.h"
 
 #define DTYPE float64
+#define TREES 0
 #define MASKED_A masked_vd
 #define T double
 #define A double
@@ -202,6 +215,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #include "dtype.h"
 
 #define DTYPE float16
+#define TREES 1
 #define MASKED_A masked_vf
 #define T uint16_t
 #define A float
@@ -211,6 +225,7 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #include "dtype.h"
 
 #define DTYPE bfloat16
+#define TREES 1
 #define MASKED_A masked_vf
 #define T uint16_t
 #define A float
@@ -219,14 +234,20 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define SPREAD_A spread_float
 #include "dtype.h"
 
-#define KERNELS(dtype) \
+#define KERNELS(dtype, tree) \
     { \
         load_as_double_##dtype, store_from_double_##dtype, moments_##dtype, products_##dtype, \
-            normalize_##dtype, gradient_##dtype, column_moments_##dtype, column_products_##dtype, \
+            column_moments_##dtype, column_products_##dtype, tree##moments_##dtype, \
+            tree##products_##dtype, column_##tree##moments_##dtype, \
+            column_##tree##products_##dtype, normalize_##dtype, gradient_##dtype, \
             column_normalize_##dtype, column_gradient_##dtype, count_valid, invstd, \
             FENCE_NONTEMPORAL \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {
-    STRING(ISA), KERNELS(float32), KERNELS(float64), KERNELS(float16), KERNELS(bfloat16),
+    STRING(ISA),
+    KERNELS(float32, tree_),
+    KERNELS(float64, ),
+    KERNELS(float16, tree_),
+    KERNELS(bfloat16, tree_),
 };

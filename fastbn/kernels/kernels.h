@@ -22,6 +22,8 @@ enum {
      * errors of a sum of n equal numbers may all have one sign, and take n * 2^-55 of it. Narrower
      * elements leave bits to spare. */
     FASTBN_ADDITIONS = 128,
+    /* So many terms are added in float32 at most, where sums are trees. */
+    FASTBN_TREE = 8,
     /* The most columns of a strip, and channels of a block of results. */
     FASTBN_COLUMNS = 512,
     /* The most channels of a block of sums in the row layout. */
@@ -69,6 +71,15 @@ typedef struct {
     ptrdiff_t mask_stride;
 } fastbn_matrix;
 
+typedef void fastbn_moments(const void *x, const fastbn_runs *runs, const double *pivot,
+                            double *first, double *second);
+typedef void fastbn_products(const void *dy, const void *x, const fastbn_runs *runs,
+                             const double *mean, double *first, double *second);
+typedef void fastbn_column_moments(const void *x, const fastbn_matrix *matrix, const double *pivot,
+                                   double *first, double *second);
+typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_matrix *matrix,
+                                    const double *mean, double *first, double *second);
+
 typedef struct {
     /* to[i] = the element i * stride bytes after x */
     void (*load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
@@ -76,21 +87,23 @@ typedef struct {
     void (*store_from_double)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to);
 
     /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
-    void (*moments)(const void *x, const fastbn_runs *runs, const double *pivot, double *first,
-                    double *second);
+    fastbn_moments *moments;
     /* first, second = the sums of dy and of dy * (x - mean) */
-    void (*products)(const void *dy, const void *x, const fastbn_runs *runs, const double *mean,
-                     double *first, double *second);
+    fastbn_products *products;
+    /* The same in the column layout; sums are added to those in first and second. */
+    fastbn_column_moments *column_moments;
+    fastbn_column_products *column_products;
+    /* The same in float32: pivot and mean are rounded to it, and up to FASTBN_TREE terms of a lane
+     * are added in it. For float64 they are the ones above. */
+    fastbn_moments *tree_moments;
+    fastbn_products *tree_products;
+    fastbn_column_moments *column_tree_moments;
+    fastbn_column_products *column_tree_products;
+
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
                       int nontemporal);
     void (*gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
                      const fastbn_gradient *gradient, int nontemporal);
-
-    /* The same in the column layout; sums are added to those in first and second. */
-    void (*column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
-                           double *first, double *second);
-    void (*column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
-                            const double *mean, double *first, double *second);
     void (*column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
                              const fastbn_affine *affine, int nontemporal);
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,

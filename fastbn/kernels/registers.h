@@ -7,6 +7,7 @@
  *                                  {0} work on, with gcc and clang vector types
  *   VD, VF                         how many lanes they have; VD is at most LANES, a power of 2
  *   widen_float32(p)               a vd from VD floats at p
+ *   widen_lanes(vf, k)             a vd from the k-th VD lanes of a vf
  *   load_float16(p)                a vf from VF elements at p, which need not be aligned
  *   widen_float16(p)               a vd from VD elements at p
  *   store_float16(p, vf)           rounds to nearest even; NaNs stay NaNs
@@ -33,11 +34,16 @@
 
 #if defined(__GNUC__)
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
+/* For what would be long where it is inlined. */
+#  define NOT_INLINE static __attribute__((noinline))
+#  define CACHE_ALIGNED __attribute__((aligned(64)))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define UNROLL_TWICE _Pragma("GCC unroll 2")
 #  define PREFETCH(p) __builtin_prefetch(p)
 #else
 #  define ALWAYS_INLINE static __inline
+#  define NOT_INLINE static
+#  define CACHE_ALIGNED __declspec(align(64))
 #  define UNROLL
 #  define UNROLL_TWICE
 #  define PREFETCH(p)
@@ -108,8 +114,8 @@ ALWAYS_INLINE uint16_t encode_bfloat16(float x)
 #  include "registers_generic.h"
 #endif
 
-/* The registers of doubles that make up a step of LANES elements. */
-enum { STEPS = LANES / VD };
+/* The registers of doubles, and of floats, that make up a step of LANES elements. */
+enum { STEPS = LANES / VD, FLOAT_STEPS = LANES / VF };
 
 ALWAYS_INLINE vd load_float64(const double *p)
 {
@@ -242,27 +248,91 @@ typedef struct {
 } valid_lanes;
 
 /* Zeros the lanes below `skip` in the j-th register of a step. */
-ALWAYS_INLINE vd zero_below(long long skip, int j, vd v)
-{
-    static const long long lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #if defined(__GNUC__)
-    typedef long long vi __attribute__((vector_size(sizeof(vd))));
-    vi lane;
-    memcpy(&lane, lanes + j * VD, sizeof lane);
-    return (vd)((vi)v & (lane >= skip));
+#  define ZERO_BELOW(name, v_type, int_type, count) \
+    ALWAYS_INLINE v_type name(long long skip, int j, v_type v) \
+    { \
+        static const int_type lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; \
+        typedef int_type vi __attribute__((vector_size(sizeof(v_type)))); \
+        vi lane; \
+        memcpy(&lane, lanes + j * count, sizeof lane); \
+        return (v_type)((vi)v & (lane >= (int_type)skip)); \
+    }
 #else
-    return lanes[j] >= skip ? v : 0.0;
+#  define ZERO_BELOW(name, v_type, int_type, count) \
+    ALWAYS_INLINE v_type name(long long skip, int j, v_type v) { return j >= skip ? v : 0; }
 #endif
-}
+ZERO_BELOW(zero_vd_below, vd, long long, VD)
+ZERO_BELOW(zero_vf_below, vf, int, VF)
+#undef ZERO_BELOW
 
 /* The j-th register of a step, with zeros in the lanes that are not valid. */
-ALWAYS_INLINE vd only_valid(valid_lanes lanes, int j, vd v)
+#define ONLY_VALID(name, v_type, masked_v, zero_v_below, count) \
+    ALWAYS_INLINE v_type name(valid_lanes lanes, int j, v_type v) \
+    { \
+        if (lanes.masked && lanes.index == NULL) \
+            v = masked_v(lanes.mask + j * count, NULL, v); \
+        else if (lanes.masked) \
+            v = masked_v(lanes.mask, lanes.index + j * count, v); \
+        return lanes.skip ? zero_v_below(lanes.skip, j, v) : v; \
+    }
+ONLY_VALID(only_valid, vd, masked_vd, zero_vd_below, VD)
+ONLY_VALID(only_valid_floats, vf, masked_vf, zero_vf_below, VF)
+#undef ONLY_VALID
+
+/* The two sums of a tree for each lane of a step. */
+typedef struct {
+    vf first[FLOAT_STEPS], second[FLOAT_STEPS];
+} tree_sums;
+
+ALWAYS_INLINE tree_sums no_tree(void)
 {
-    if (lanes.masked && lanes.index == NULL)
-        v = masked_vd(lanes.mask + j * VD, NULL, v);
-    else if (lanes.masked)
-        v = masked_vd(lanes.mask, lanes.index + j * VD, v);
-    return lanes.skip ? zero_below(lanes.skip, j, v) : v;
+    tree_sums r;
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+        r.first[j] = r.second[j] = (vf){0};
+    return r;
+}
+
+ALWAYS_INLINE tree_sums add_trees(tree_sums a, tree_sums b)
+{
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        a.first[j] += b.first[j];
+        a.second[j] += b.second[j];
+    }
+    return a;
+}
+
+ALWAYS_INLINE step_sums add_tree(step_sums sums, tree_sums tree)
+{
+    enum { PIECES = VF / VD };
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        sums.first[j] += widen_lanes(tree.first[j / PIECES], j % PIECES);
+        sums.second[j] += widen_lanes(tree.second[j / PIECES], j % PIECES);
+    }
+    return sums;
+}
+
+/* A float for each lane of a step. */
+typedef struct {
+    vf at[FLOAT_STEPS];
+} float_step;
+
+ALWAYS_INLINE float_step same_float_step(double value)
+{
+    float_step s;
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+        s.at[j] = (vf){0} + (float)value;
+    return s;
+}
+
+ALWAYS_INLINE float_step narrow_step(const double *p)
+{
+    float narrow[LANES];
+    float_step s;
+    for (int i = 0; i < LANES; i++)
+        narrow[i] = (float)p[i];
+    memcpy(s.at, narrow, sizeof narrow);
+    return s;
 }
 
 #endif

@@ -14,6 +14,12 @@ ALWAYS_INLINE vd widen_float32(const float *p)
     return (vd)_mm256_cvtps_pd(_mm_loadu_ps(p));
 }
 
+ALWAYS_INLINE vd widen_lanes(vf v, int k)
+{
+    return (vd)_mm256_cvtps_pd(k == 0 ? _mm256_castps256_ps128((__m256)v)
+                                      : _mm256_extractf128_ps((__m256)v, 1));
+}
+
 ALWAYS_INLINE vf load_float16(const uint16_t *p)
 {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));

@@ -14,6 +14,12 @@ ALWAYS_INLINE vd widen_float32(const float *p)
     return (vd)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 }
 
+ALWAYS_INLINE vd widen_lanes(vf v, int k)
+{
+    return (vd)_mm512_cvtps_pd(k == 0 ? _mm512_castps512_ps256((__m512)v)
+                                      : _mm512_extractf32x8_ps((__m512)v, 1));
+}
+
 ALWAYS_INLINE vf load_float16(const uint16_t *p)
 {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));

@@ -26,6 +26,11 @@ ALWAYS_INLINE vd widen_float32(const float *p)
     return (vd)_mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
 }
 
+ALWAYS_INLINE vd widen_lanes(vf v, int k)
+{
+    return (vd)_mm_cvtps_pd(k == 0 ? (__m128)v : _mm_movehl_ps((__m128)v, (__m128)v));
+}
+
 #else
 
 ALWAYS_INLINE vd widen_float32(const float *p)
@@ -38,11 +43,19 @@ ALWAYS_INLINE vd widen_float32(const float *p)
     return v;
 }
 
+ALWAYS_INLINE vd widen_lanes(vf v, int k)
+{
+    float lanes[VF];
+    memcpy(lanes, &v, sizeof v);
+    return widen_float32(lanes + k * VD);
+}
+
 #endif
 
-/* The 16-bit dtypes are converted element by element. */
+/* The 16-bit dtypes are converted element by element, by functions that are too long for inlining.
+ */
 #define BY_ELEMENT(dtype) \
-    ALWAYS_INLINE vf load_##dtype(const uint16_t *p) \
+    NOT_INLINE vf load_##dtype(const uint16_t *p) \
     { \
         float wide[VF]; \
         vf v; \
@@ -51,7 +64,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
         memcpy(&v, wide, sizeof v); \
         return v; \
     } \
-    ALWAYS_INLINE vd widen_##dtype(const uint16_t *p) \
+    NOT_INLINE vd widen_##dtype(const uint16_t *p) \
     { \
         double wide[VD]; \
         vd v; \
@@ -60,7 +73,7 @@ ALWAYS_INLINE vd widen_float32(const float *p)
         memcpy(&v, wide, sizeof v); \
         return v; \
     } \
-    ALWAYS_INLINE void store_##dtype(uint16_t *p, vf v) \
+    NOT_INLINE void store_##dtype(uint16_t *p, vf v) \
     { \
         float wide[VF]; \
         memcpy(wide, &v, sizeof wide); \
@@ -81,13 +94,13 @@ ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, const uint8_t *index, i
 typedef long long lanes_of_vd __attribute__((vector_size(16)));
 typedef int lanes_of_vf __attribute__((vector_size(16)));
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+NOT_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
     const lanes_of_vd wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1)};
     return (vd)((lanes_of_vd)v & wide);
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
     const lanes_of_vf wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1),
                               mask_byte(mask, index, 2), mask_byte(mask, index, 3)};
@@ -98,12 +111,12 @@ ALWAYS_INLINE double sum_of_lanes(vd v) { return v[0] + v[1]; }
 
 #else
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+NOT_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
 {
     return mask_byte(mask, index, 0) ? v : 0.0;
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
     return mask_byte(mask, index, 0) ? v : 0.0f;
 }

@@ -1,0 +1,231 @@
+/* Sums in float32, for one dtype; dtype.h includes this file.
+ *
+ * Up to TREE terms of a lane are added in float32 as a tree; the sums of trees are added in double.
+ * Lanes and trees are the same for every width of a register. */
+
+/* The terms of a tree: steps of LANES elements, `pitch` elements apart or, where they are listed,
+ * at the elements `at`. */
+typedef struct {
+    const T *dy, *x;
+    ptrdiff_t pitch, ahead;
+    const ptrdiff_t *at;
+    valid_lanes lanes;
+    ptrdiff_t mask_pitch;
+} NAME(terms);
+
+/* The t-th term; prefetches what lies `ahead` elements further on. */
+typedef tree_sums NAME(term)(const NAME(terms) *terms, ptrdiff_t t, float_step centre);
+
+ALWAYS_INLINE ptrdiff_t NAME(place)(const NAME(terms) *terms, ptrdiff_t t)
+{
+    return terms->at == NULL ? t * terms->pitch : terms->at[t];
+}
+
+ALWAYS_INLINE valid_lanes NAME(lanes_of_term)(const NAME(terms) *terms, ptrdiff_t t)
+{
+    valid_lanes lanes = terms->lanes;
+    if (lanes.masked)
+        lanes.mask += t * terms->mask_pitch;
+    return lanes;
+}
+
+ALWAYS_INLINE tree_sums NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, float_step pivot)
+{
+    const T *x = terms->x + NAME(place)(terms, t);
+    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
+    tree_sums sums;
+    PREFETCH(x + terms->ahead);
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - pivot.at[j]);
+        sums.first[j] = d;
+        sums.second[j] = d * d;
+    }
+    return sums;
+}
+
+ALWAYS_INLINE tree_sums NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t, float_step mean)
+{
+    const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
+    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
+    tree_sums sums;
+    PREFETCH(dy + terms->ahead);
+    PREFETCH(x + terms->ahead);
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        const vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
+        const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
+        sums.first[j] = g;
+        sums.second[j] = g * d;
+    }
+    return sums;
+}
+
+/* The sum of 2, 4 or 8 terms from the t-th on. */
+#define SUM_OF(count, half) \
+    ALWAYS_INLINE tree_sums NAME(sum_of_##count)(NAME(term) *term, const NAME(terms) *terms, \
+                                                 ptrdiff_t t, float_step centre) \
+    { \
+        return add_trees(NAME(sum_of_##half)(term, terms, t, centre), \
+                         NAME(sum_of_##half)(term, terms, t + half, centre)); \
+    }
+
+ALWAYS_INLINE tree_sums NAME(sum_of_1)(NAME(term) *term, const NAME(terms) *terms,
+                                       ptrdiff_t t, float_step centre)
+{
+    return term(terms, t, centre);
+}
+
+SUM_OF(2, 1)
+SUM_OF(4, 2)
+SUM_OF(8, 4)
+#undef SUM_OF
+
+/* The sum of so many terms, at most TREE. */
+ALWAYS_INLINE tree_sums NAME(sum_of_terms)(NAME(term) *term, const NAME(terms) *terms,
+                                           ptrdiff_t count, float_step centre)
+{
+    tree_sums sum = no_tree();
+    ptrdiff_t t = 0;
+    if (count == TREE)
+        return NAME(sum_of_8)(term, terms, 0, centre);
+    if (count & 4)
+        sum = NAME(sum_of_4)(term, terms, 0, centre), t = 4;
+    if (count & 2)
+        sum = add_trees(sum, NAME(sum_of_2)(term, terms, t, centre)), t += 2;
+    if (count & 1)
+        sum = add_trees(sum, NAME(sum_of_1)(term, terms, t, centre));
+    return sum;
+}
+
+/* ------------------------------------------------------------------ the row layout */
+
+/* The terms of a run from the i-th element on. */
+ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x,
+                                             const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead)
+{
+    return (NAME(terms)){dy + i, x + i, LANES, ahead, NULL,
+                         {masked, masked ? mask + i : NULL, NULL, 0}, LANES};
+}
+
+/* The sum of the end of a run, from the i-th element on: less than TREE whole steps, and a step
+ * that overlaps the one before it. */
+ALWAYS_INLINE tree_sums NAME(sum_of_end)(NAME(term) *term, int masked, const T *dy, const T *x,
+                                         const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
+                                         ptrdiff_t ahead, float_step centre)
+{
+    const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
+    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead);
+    const tree_sums sum = NAME(sum_of_terms)(term, &whole, steps, centre);
+    T dy_buffer[LANES], x_buffer[LANES];
+    uint8_t mask_buffer[LANES + MASK_BYTES];
+    if (rest == 0)
+        return sum;
+    NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
+                                          last_step(x, len, sizeof(T), x_buffer),
+                                          masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0, 0);
+    last.lanes.skip = LANES - rest;
+    return add_trees(sum, term(&last, 0, centre));
+}
+
+/* Of how many samples short runs of this length make up a tree. */
+ALWAYS_INLINE ptrdiff_t NAME(samples_of_tree)(ptrdiff_t len)
+{
+    const ptrdiff_t steps = (len + LANES - 1) / LANES;
+    return steps < TREE ? TREE / steps : 1;
+}
+
+ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T *dy, const T *x,
+                                           const fastbn_runs *runs, const double *centre,
+                                           double *first, double *second)
+{
+    double sums[FASTBN_GROUP][2][LANES];
+    const ptrdiff_t len = runs->len, stride = runs->stride;
+    const ptrdiff_t samples_of_tree = NAME(samples_of_tree)(len);
+    for (ptrdiff_t n = 0, count; n < runs->samples; n += count) {
+        const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
+        fastbn_ahead ahead = runs->ahead;
+        count = smaller(samples_of_tree, runs->samples - n);
+        for (ptrdiff_t c = 0; c < runs->channels; c++) {
+            const T *dy_run = dy + n * stride + c * len, *x_run = x + n * stride + c * len;
+            const float_step around = same_float_step(centre[c]);
+            step_sums s = n == 0 ? no_sums() : load_sums(sums[c][0], sums[c][1]);
+            ptrdiff_t i = 0;
+            for (; i + TREE * LANES <= len; i += TREE * LANES) {
+                const NAME(terms) terms = NAME(terms_of_run)(masked, dy_run, x_run, mask, i,
+                                                             prefetch_distance(ahead, i));
+                s = add_tree(s, NAME(sum_of_8)(term, &terms, 0, around));
+            }
+            if (i < len) {
+                tree_sums sum = no_tree();
+                for (ptrdiff_t m = 0; m < count; m++)
+                    sum = add_trees(sum, NAME(sum_of_end)(
+                                             term, masked, dy_run + m * stride, x_run + m * stride,
+                                             masked ? mask + m * runs->mask_stride : NULL, len, i,
+                                             prefetch_distance(ahead, i), around));
+                s = add_tree(s, sum);
+            }
+            ahead.border -= len;
+            if (n + count == runs->samples) {
+                first[c] = sum_of_step(s.first);
+                second[c] = sum_of_step(s.second);
+            } else {
+                store_sums(sums[c][0], sums[c][1], s);
+            }
+        }
+    }
+}
+
+static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const double *pivot,
+                               double *first, double *second)
+{
+    if (runs->mask == NULL)
+        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, first, second);
+    else
+        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, first, second);
+}
+
+static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs *runs,
+                                const double *mean, double *first, double *second)
+{
+    if (runs->mask == NULL)
+        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, first, second);
+    else
+        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, first, second);
+}
+
+/* ------------------------------------------------------------------ the column layout */
+
+/* A tree of a few rows. */
+ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums, const T *dy,
+                                               const T *x, const row_set *rows,
+                                               const double *centre, valid_lanes lanes)
+{
+    const NAME(terms) terms = {dy, x, rows->stride, ROWS_SUMMED * rows->stride,
+                               rows->listed ? rows->at : NULL, lanes, rows->mask_stride};
+    return add_tree(sums, NAME(sum_of_terms)(term, &terms, rows->count, narrow_step(centre)));
+}
+
+ALWAYS_INLINE step_sums NAME(add_moments_of_rows)(step_sums sums, const T *dy, const T *x,
+                                                  const row_set *rows, const double *pivot,
+                                                  valid_lanes lanes)
+{
+    return NAME(add_rows_by_tree)(NAME(moment_term), sums, dy, x, rows, pivot, lanes);
+}
+
+ALWAYS_INLINE step_sums NAME(add_products_of_rows)(step_sums sums, const T *dy, const T *x,
+                                                   const row_set *rows, const double *mean,
+                                                   valid_lanes lanes)
+{
+    return NAME(add_rows_by_tree)(NAME(product_term), sums, dy, x, rows, mean, lanes);
+}
+
+static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
+                                      const double *pivot, double *first, double *second)
+{
+    NAME(sum_matrix)(NAME(add_moments_of_rows), x, x, matrix, pivot, first, second);
+}
+
+static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
+                                       const double *mean, double *first, double *second)
+{
+    NAME(sum_matrix)(NAME(add_products_of_rows), dy, x, matrix, mean, first, second);
+}
