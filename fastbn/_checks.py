@@ -58,6 +58,7 @@ def training_call(
     counter: Any = None,
     out: Any,
     mask: Any,
+    unbiased: Any = True,
     batch_size: int = 0,
     by_instance: bool = False,
 ) -> Forward:
@@ -73,7 +74,13 @@ def training_call(
         check_counter(counter, len(counts))
     if momentum is not None:
         momentum = as_real(momentum, "momentum")
-    return call._replace(momentum=momentum, counter=counter, batch_size=batch_size, counts=counts)
+    return call._replace(
+        momentum=momentum,
+        counter=counter,
+        unbiased=as_bool(unbiased, "unbiased"),
+        batch_size=batch_size,
+        counts=counts,
+    )
 
 
 def running_call(
@@ -403,6 +410,13 @@ def as_real(value: Any, name: str) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number that a float can hold") from None
+
+
+def as_bool(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
 
 
 def as_eps(eps: Any) -> float:

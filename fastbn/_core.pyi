@@ -102,6 +102,7 @@ def try_train(
     bias: object,
     momentum: object,
     eps: object,
+    unbiased: object,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_train(
@@ -114,6 +115,7 @@ def try_layer_train(
     bias: object,
     momentum: object,
     eps: object,
+    unbiased: object,
     ranks: tuple[int, ...],
     num_features: int,
     /,

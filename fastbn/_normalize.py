@@ -33,6 +33,7 @@ class Forward(NamedTuple):
     running_var: Array | None
     momentum: float | None = 0.0  # None stands for 1 / counter, or for 0 without a counter
     counter: Array | None = None
+    unbiased: bool = True  # whether running_var takes the unbiased variance
     batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
     counts: Sequence[int] = ()  # valid positions of each batch, in training
 
@@ -193,6 +194,7 @@ def _forward(backend: Backend, call: Forward) -> tuple[Array, Statistics, Statis
         call.running_var,
         call.momentum,
         call.counter,
+        unbiased=call.unbiased,
         mask=call.mask,
         batch_size=call.batch_size,
         counts=call.counts,

@@ -53,6 +53,7 @@ def batch_norm(
     out: Array | None = None,
     mask: ArrayLike | None = None,
     ghost_batch_size: int | None = None,
+    unbiased: bool = True,
 ) -> Array:
     """Normalize each channel of a batch, as ``torch.nn.functional.batch_norm`` does.
 
@@ -66,7 +67,8 @@ def batch_norm(
     running_mean, running_var : ndarray of shape (C,) or None
         In training they are updated in place, unless they are None:
         ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance
-        (over n - 1) of the batch. They may be views of one array, of any float dtype.
+        (over n - 1) of the batch; see `unbiased`. They may be views of one array, of any float
+        dtype.
     weight, bias : array_like of shape (C,), optional
         Of any float dtype. None stands for ones and for zeros.
     training : bool, default False
@@ -85,6 +87,9 @@ def batch_norm(
         Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
         left over at the end as well; the running statistics take one after the other. Without
         effect outside training.
+    unbiased : bool, default True
+        Whether running_var takes the unbiased variance of the batch or, with False, that of the
+        population (over n), as ONNX, Keras and Flax do.
 
     Returns
     -------
@@ -98,7 +103,8 @@ def batch_norm(
         none, running statistics are needed and not there, or `out` cannot be written or overlaps
         `input` in part.
     TypeError
-        If a dtype is not one of the four, or `out` has another than `input`.
+        If a dtype is not one of the four, `out` has another than `input`, or `unbiased` is not a
+        bool.
 
     Examples
     --------
@@ -114,7 +120,7 @@ def batch_norm(
     """
     parameters = running_mean, running_var, weight, bias
     if mask is None and ghost_batch_size is None:
-        y = _quick_batch_norm(input, out, *parameters, training, momentum, eps)
+        y = _quick_batch_norm(input, out, *parameters, training, momentum, eps, unbiased)
         if y is not None:
             return y
     x = checks.as_input(input)
@@ -122,7 +128,16 @@ def batch_norm(
     if not training:
         return normalize.by_running(checks.running_call(x, *parameters, eps, out=out, mask=mask))
     momentum = checks.as_real(momentum, "momentum")
-    call = checks.training_call(x, *parameters, momentum, eps, batch_size=size, out=out, mask=mask)
+    call = checks.training_call(
+        x,
+        *parameters,
+        momentum,
+        eps,
+        out=out,
+        mask=mask,
+        batch_size=size,
+        unbiased=unbiased,
+    )
     return normalize.by_batch(call)[0]
 
 
@@ -136,6 +151,7 @@ def _quick_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    unbiased: bool,
 ) -> Array | None:
     """`batch_norm` of a plain call; None for any other."""
     running = running_mean, running_var
@@ -143,7 +159,7 @@ def _quick_batch_norm(
         return _core.try_evaluate(x, out, *running, weight, bias, eps, None, None)
     if momentum is None:
         return None
-    result = _core.try_train(x, out, *running, weight, bias, momentum, eps)
+    result = _core.try_train(x, out, *running, weight, bias, momentum, eps, unbiased)
     return None if result is None else result[0]
 
 
@@ -159,6 +175,7 @@ def instance_norm(
     *,
     out: Array | None = None,
     mask: ArrayLike | None = None,
+    unbiased: bool = True,
 ) -> Array:
     """Normalize each channel of each sample, as ``torch.nn.functional.instance_norm`` does.
 
@@ -172,7 +189,8 @@ def instance_norm(
     running_mean, running_var : ndarray of shape (C,), optional
         With `use_input_stats` they are updated in place, unless they are None:
         ``running = (1 - momentum) * running + momentum * statistic``, with the means, over the
-        samples, of mean and unbiased variance. They may be views of one array, of any float dtype.
+        samples, of mean and unbiased variance; see `unbiased`. They may be views of one array, of
+        any float dtype.
     weight, bias : array_like of shape (C,), optional
         Of any float dtype. None stands for ones and for zeros.
     use_input_stats : bool, default True
@@ -187,6 +205,8 @@ def instance_norm(
     mask : array_like of bool, optional
         Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
         to the statistics, and the result is 0 there.
+    unbiased : bool, default True
+        Whether running_var takes the unbiased variances or, with False, those of the population.
 
     Returns
     -------
@@ -200,7 +220,8 @@ def instance_norm(
         value per channel or its mask leaves none, running statistics are needed and not there, or
         `out` cannot be written or overlaps `input` in part.
     TypeError
-        If a dtype is not one of the four, or `out` has another than `input`.
+        If a dtype is not one of the four, `out` has another than `input`, or `unbiased` is not a
+        bool.
 
     Examples
     --------
@@ -224,7 +245,16 @@ def instance_norm(
             )
         )
     momentum = checks.as_real(momentum, "momentum")
-    call = checks.training_call(x, *parameters, momentum, eps, out=out, mask=mask, by_instance=True)
+    call = checks.training_call(
+        x,
+        *parameters,
+        momentum,
+        eps,
+        out=out,
+        mask=mask,
+        by_instance=True,
+        unbiased=unbiased,
+    )
     return normalize.by_instance(call)[0]
 
 
@@ -378,7 +408,7 @@ def batch_norm_forward(
            [ 1.,  1.]]), array([2., 7.]), array([1. , 0.5]))
     """
     if mask is None and ghost_batch_size is None:
-        result = _core.try_train(x, out, None, None, weight, bias, 0.0, eps)
+        result = _core.try_train(x, out, None, None, weight, bias, 0.0, eps, True)
         if result is not None:
             return result
     x = checks.as_input(x)

@@ -28,11 +28,11 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     since, and the average of variances within batches misses the variance between them. Inside the
     block the forwards of the layers in training mode leave the running statistics alone and add up
     the exact mean and variance of all their input (`Moments`). At its end the running statistics
-    become these, with the unbiased variance, and num_batches_tracked the number of batches. If an
-    exception ends the block, they stay as they were. Layers that have their running statistics in
-    common, such as ``copy.copy`` makes them, are recalibrated together, by all that any of them
-    sees, whichever of them is passed. At the end of the block nothing is saved for a backward any
-    more.
+    become these, with the unbiased variance (that of the population for a layer with
+    ``unbiased=False``), and num_batches_tracked the number of batches. If an exception ends the
+    block, they stay as they were. Layers that have their running statistics in common, such as
+    ``copy.copy`` makes them, are recalibrated together, by all that any of them sees, whichever of
+    them is passed. At the end of the block nothing is saved for a backward any more.
 
     The block has the user's own loop: forwards over the training set, or a good part of it, in
     batches of the size of the training, and no updates of the weights. Each forward reads its input
@@ -169,7 +169,7 @@ class _Recorder:
         """Set the running statistics."""
         values = {
             "running_mean": self.total.mean,
-            "running_var": self.total.var(correction=1),
+            "running_var": self.total.var(correction=int(self.layer.unbiased)),
             "num_batches_tracked": np.array(self.batches),
         }
         asarray = backend_for(self.layer._device).asarray

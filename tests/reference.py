@@ -75,10 +75,10 @@ def forward(x, weight=None, bias=None, eps=1e-5):
     return normalize(x, mean, var, weight, bias, eps)
 
 
-def updated(x, running_mean, running_var, momentum):
+def updated(x, running_mean, running_var, momentum, unbiased=True):
     """The running statistics after a training forward of x; their variance is the unbiased one."""
     count, mean, var = moments(x)
-    var = var * count / (count - 1)
+    var = var * count / (count - 1) if unbiased else var
     momentum = np.longdouble(momentum)
     return (
         (1 - momentum) * wide(running_mean) + momentum * mean,

@@ -53,6 +53,7 @@ def forward(
     momentum: float | None = 0.0,
     counter: Array | None = None,
     *,
+    unbiased: bool = True,
     mask: Array | None = None,
     batch_size: int = 0,
     counts: Sequence[int] = (),
@@ -61,7 +62,8 @@ def forward(
 
     The running statistics move towards those of the batch, the counter is increased:
     ``running = (1 - momentum) * running + momentum * batch``, computed in float64. A momentum of
-    None stands for 1 / counter, or 0 without one.
+    None stands for 1 / counter, or 0 without one. The variance is the unbiased one, or else that of
+    the population.
 
     With a batch size the array is a sequence of batches, and mean and invstd have the shape
     (batches, C); running statistics of that shape take a row each. The counts are the numbers of
@@ -73,7 +75,7 @@ def forward(
     native_mean, native_var = native(running_mean), native(running_var)
     mask = packed_mask(mask)
     # Before anything is written.
-    ones, divisors = [1.0] * len(counts), [count - 1.0 for count in counts]
+    ones, divisors = [1.0] * len(counts), [count - float(unbiased) for count in counts]
     factors = factors_of(momentum, counter, len(counts))
     _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd)
     y = unpacked(target, out)

@@ -48,6 +48,7 @@ class Backend(Protocol):
         momentum: float | None = 0.0,
         counter: Array | None = None,
         *,
+        unbiased: bool = True,
         mask: Array | None = None,
         batch_size: int = 0,
         counts: Sequence[int] = (),
@@ -55,7 +56,8 @@ class Backend(Protocol):
         """Normalize by the batch's own statistics; return y, mean and invstd.
 
         Running statistics move towards those of the batch, the counter is increased. A momentum of
-        None stands for 1 / counter, or 0 without one.
+        None stands for 1 / counter, or 0 without one. Their variance is the unbiased one, or else
+        that of the population.
         """
 
     def backward_reduce(

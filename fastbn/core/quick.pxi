@@ -224,7 +224,7 @@ def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, tuple ran
     return target
 
 
-def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, /):
+def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, unbiased, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y, mean and invstd.
@@ -235,12 +235,12 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, /)
         return None
     saved = SavedForBackward.__new__(SavedForBackward)
     y = train(<cnp.ndarray>x, out, running_mean, running_var, None, weight, bias, momentum, eps,
-              saved, False)
+              unbiased, saved, False)
     return None if y is None else (y, saved.mean, saved.invstd)
 
 
 def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
-                    tuple ranks, num_features, /):
+                    unbiased, tuple ranks, num_features, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y and what the backward needs. A forward in place is plain only if its backward can
@@ -252,13 +252,13 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
         return None
     saved = SavedForBackward.__new__(SavedForBackward)
     y = train(<cnp.ndarray>x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
-              saved, True)
+              unbiased, saved, True)
     return None if y is None else (y, saved)
 
 
 cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, object running_var,
                        object counter, object weight, object bias, object momentum, object eps,
-                       SavedForBackward saved, bint recovers):
+                       object unbiased, SavedForBackward saved, bint recovers):
     """The forward of a plain input in training; None if anything else is not plain."""
     cdef cnp.ndarray target
     cdef Py_ssize_t channels
@@ -266,6 +266,7 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     cdef double *m2
     if ((running_mean is None) != (running_var is None) or not is_plain_eps(eps)
             or not (momentum is None or PyFloat_CheckExact(momentum))
+            or not (unbiased is True or unbiased is False)
             or not is_plain_counter(counter)
             or not is_plain_output(out, array, array)
             or not is_plain_target(running_mean, array, out)
@@ -294,7 +295,7 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
         if running_mean is not None:  # not before: they may share memory with weight and bias
             move_to_batch(running_mean, <const double *>cnp.PyArray_BYTES(saved.mean), 1.0,
                           factor)
-            move_to_batch(running_var, m2, count - 1.0, factor)
+            move_to_batch(running_var, m2, count - 1.0 if unbiased is True else count, factor)
         if counter is not None:
             counter_of(counter)[0] += 1
     finally:

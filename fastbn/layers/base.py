@@ -70,12 +70,14 @@ class Norm(LayerState):
         device: str | None,
         dtype: DTypeLike | None,
         bias: bool,
+        unbiased: bool,
     ) -> None:
         """Check and keep the options, and make the arrays if the number of channels is known."""
         self.eps = checks.as_eps(eps)
         self.momentum = None if momentum is None else checks.as_real(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
+        self.unbiased = checks.as_bool(unbiased, "unbiased")
         self._device = checks.as_device(device)
         self._dtype = checks.as_dtype(dtype)
         self._has_bias = self.affine and bool(bias)

@@ -29,10 +29,10 @@ class BatchNorm(Norm):
         *,
         bias: bool = True,
         ghost_batch_size: int | None = None,
+        unbiased: bool = True,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        )
+        options = affine, track_running_stats, device, dtype, bias, unbiased
+        super().__init__(num_features, eps, momentum, *options)
         self.ghost_batch_size = checks.as_batch_size(ghost_batch_size) or None
 
     def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
@@ -49,6 +49,7 @@ class BatchNorm(Norm):
             self.bias,
             self.momentum,
             self.eps,
+            self.unbiased,
             self._batch_ranks,
             self.num_features,
         )
@@ -86,6 +87,7 @@ class BatchNorm(Norm):
             counter=counter,
             out=out,
             mask=mask,
+            unbiased=self.unbiased,
             batch_size=batch_size,
         )
 
@@ -101,8 +103,8 @@ class BatchNorm2d(BatchNorm):
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, channel by channel. In training mode, the
     mode of a new layer, mean and var are those of the batch, and the running ones move towards
-    them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance. In
-    evaluation mode they are the running ones.
+    them: ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance
+    unless `unbiased` is False. In evaluation mode they are the running ones.
 
     A layer is called like a function, and has a `backward` and `zero_grad`; `release` lets go of
     what a forward has saved. `train`, `eval`, `freeze` and `unfreeze` set its mode; `state_dict`,
@@ -135,6 +137,9 @@ class BatchNorm2d(BatchNorm):
         In training, normalize each so many samples by themselves, and what is left over at the end
         as well, as if the layer were called for one after the other: the noise of small batches at
         the speed of large ones (Hoffer, Hubara and Soudry 2017).
+    unbiased : bool, default True
+        Whether running_var takes the unbiased variance of the batch (over n - 1), as in torch, or
+        with False that of the population (over n), as in ONNX, Keras and Flax.
 
     Attributes
     ----------

@@ -30,10 +30,10 @@ class InstanceNorm(Norm):
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        unbiased: bool = True,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        )
+        options = affine, track_running_stats, device, dtype, bias, unbiased
+        super().__init__(num_features, eps, momentum, *options)
 
     def forward(
         self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
@@ -95,8 +95,19 @@ class InstanceNorm(Norm):
         running_mean, running_var, _ = self._moving_statistics()  # it does not count batches
         # None leaves the running statistics alone: so it does in torch.
         momentum = 0.0 if self.momentum is None else self.momentum
-        parameters = running_mean, running_var, self.weight, self.bias, momentum, self.eps
-        return checks.training_call(x, *parameters, out=out, mask=mask, by_instance=True)
+        return checks.training_call(
+            x,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            momentum,
+            self.eps,
+            out=out,
+            mask=mask,
+            by_instance=True,
+            unbiased=self.unbiased,
+        )
 
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_instance(call)
@@ -132,8 +143,8 @@ class InstanceNorm2d(InstanceNorm):
         Whether there are a weight and a bias.
     track_running_stats : bool, default False
         Whether there are running statistics, by which evaluation mode then normalizes. They move
-        towards the means, over the samples, of mean and unbiased variance.
-    device, dtype, bias
+        towards the means, over the samples, of mean and unbiased variance; see `unbiased`.
+    device, dtype, bias, unbiased
         As `BatchNorm2d` takes them.
 
     Attributes

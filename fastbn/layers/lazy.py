@@ -109,9 +109,16 @@ class LazyBatchNorm(Lazy, BatchNorm):
         *,
         bias: bool = True,
         ghost_batch_size: int | None = None,
+        unbiased: bool = True,
     ) -> None:
-        options = eps, momentum, affine, track_running_stats, device, dtype
-        BatchNorm.__init__(self, UNKNOWN, *options, bias=bias, ghost_batch_size=ghost_batch_size)
+        BatchNorm.__init__(
+            self,
+            UNKNOWN,
+            *(eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            ghost_batch_size=ghost_batch_size,
+            unbiased=unbiased,
+        )
         self._leave_out()
 
 
@@ -128,9 +135,10 @@ class LazyInstanceNorm(Lazy, InstanceNorm):
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        unbiased: bool = True,
     ) -> None:
         options = eps, momentum, affine, track_running_stats, device, dtype
-        InstanceNorm.__init__(self, UNKNOWN, *options, bias=bias)
+        InstanceNorm.__init__(self, UNKNOWN, *options, bias=bias, unbiased=unbiased)
         self._leave_out()
 
 
@@ -183,7 +191,7 @@ class LazyInstanceNorm2d(LazyInstanceNorm):
         As `InstanceNorm2d` takes them.
     affine, track_running_stats : bool, default True
         As `InstanceNorm2d` takes them, but for the default, which is that of torch's lazy layers.
-    device, dtype, bias
+    device, dtype, bias, unbiased
         As `InstanceNorm2d` takes them.
 
     Notes

@@ -39,6 +39,7 @@ class LayerState:
     momentum: float | None
     affine: bool
     track_running_stats: bool
+    unbiased: bool
     training: bool
     frozen: bool
     _device: str
@@ -258,20 +259,22 @@ class LayerState:
         return {**self.__dict__, "_saved": NO_FORWARD}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of version 0.1.0 have _memory in place of _saved.
-        state = {**state, "_saved": NO_FORWARD}
+        # Pickles of version 0.1.0 have no unbiased, and _memory in place of _saved.
+        state = {"unbiased": True, **state, "_saved": NO_FORWARD}
         state.pop("_memory", None)
         self.__dict__.update(state)
 
     # What is shown.
 
     def extra_repr(self) -> str:
-        """Return the arguments as `repr` shows them; device and dtype if not the default."""
+        """Return the arguments as `repr` shows them; the last ones if they are not the default."""
         shown = (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self._has_bias}, "
             f"track_running_stats={self.track_running_stats}{self._family_repr()}"
         )
+        if not self.unbiased:
+            shown += f", unbiased={self.unbiased}"
         if self._device != "cpu":
             shown += f", device={self._device}"
         if self._dtype != np.float32:

@@ -34,7 +34,7 @@ class SyncBatchNorm(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, unbiased
         As `BatchNorm2d` takes them.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks, ``MPI.COMM_WORLD`` by default.
@@ -92,11 +92,11 @@ class SyncBatchNorm(BatchNorm):
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        unbiased: bool = True,
         comm: Any = None,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
-        )
+        options = eps, momentum, affine, track_running_stats, device, dtype
+        super().__init__(num_features, *options, bias=bias, unbiased=unbiased)
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self._group = None
 
@@ -155,7 +155,8 @@ class SyncBatchNorm(BatchNorm):
             momentum = checks.as_real(momentum, "momentum")
         # Memory for the result is taken before the other ranks count on this one.
         out = normalize.empty_like(x) if call.out is None else call.out
-        return call._replace(momentum=momentum, counter=counter, out=out)
+        unbiased = checks.as_bool(self.unbiased, "unbiased")
+        return call._replace(momentum=momentum, counter=counter, unbiased=unbiased, out=out)
 
     def _forward_train(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         x, mask = call.x, call.mask
@@ -190,7 +191,7 @@ class SyncBatchNorm(BatchNorm):
             factor = 0.0 if counter is None else 1.0 / (int(counter) + 1)
         pairs = (
             (call.running_mean, total.mean),
-            (call.running_var, total.var(correction=1)),
+            (call.running_var, total.var(correction=int(call.unbiased))),
         )
         for running, batch in pairs:
             if running is not None:
@@ -282,6 +283,7 @@ def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:
         layer._device,
         layer._dtype,
         bias=layer._has_bias,
+        unbiased=layer.unbiased,
         comm=comm,
     )
     shared = (*layer._state_names, "weight_grad", "bias_grad", "training", "frozen")

@@ -292,6 +292,35 @@ def test_running_statistics_may_share_memory_with_the_parameters(rng, backend):
     assert not same_bits(backend.host(buffer[0]), weight)
 
 
+@by_shape((4, 3, 5, 7), (5, 33, 7, 7), (68, 2, 32, 32), pieces=PIECES)
+@by_dense_layout
+@pytest.mark.parametrize("kind", ["one batch", "ghost batches", "a mask", "instances"])
+def test_running_variances_of_the_population(rng, backend, shape, layout, kind):
+    x = layout(backend, some(rng, shape))
+    samples = {"ghost batches": 2, "instances": 1}.get(kind, len(x))
+    if kind == "instances":
+        norm = fastbn.InstanceNorm2d(
+            shape[1], track_running_stats=True, device=backend.device, unbiased=False
+        )
+    else:
+        norm = fastbn.BatchNorm2d(shape[1], device=backend.device, unbiased=False)
+        norm.ghost_batch_size = None if samples == len(x) else samples
+    mask = np.ones((len(x), 1, *shape[2:]), bool)
+    mask[:, :, 0] = kind != "a mask"
+    norm(x, mask=backend.array(mask) if kind == "a mask" else None)
+    expected = np.zeros(shape[1]), np.ones(shape[1])
+    moved = []
+    for first in range(0, len(x), samples):
+        part = slice(first, first + samples)
+        batch = np.moveaxis(backend.host(x)[part], 1, -1)[mask[part, 0]]
+        moved.append(reference.updated(batch, *expected, 0.1, unbiased=False))
+        expected = expected if kind == "instances" else moved[-1]
+    if kind == "instances":
+        expected = [sum(values) / len(x) for values in zip(*moved, strict=True)]
+    support.assert_close(backend.host(norm.running_mean), expected[0], 1e-6)
+    support.assert_close(backend.host(norm.running_var), expected[1], 1e-6)
+
+
 @by_dense_layout
 @pytest.mark.parametrize("shape", [(0, 5, 2, 2), (3, 0, 2, 2), (3, 5, 0, 2)], ids=str)
 def test_an_empty_batch_is_legal(backend, layout, shape):

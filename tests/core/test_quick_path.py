@@ -28,6 +28,7 @@ OPTIONS = [
     {"affine": False},
     {"bias": False},
     {"track_running_stats": False},
+    {"unbiased": False},
     {"dtype": np.float64},
     {"dtype": np.float16},
 ]
@@ -201,6 +202,8 @@ WRONG = {
     "eps of NaN": lambda bn, x: setattr(bn, "eps", np.nan),
     "an integer momentum": lambda bn, x: setattr(bn, "momentum", 1),
     "a bool for a momentum": lambda bn, x: setattr(bn, "momentum", True),
+    "a number for unbiased": lambda bn, x: setattr(bn, "unbiased", 0),
+    "a bool of NumPy's for unbiased": lambda bn, x: setattr(bn, "unbiased", np.False_),
     "a weight of another length": lambda bn, x: setattr(bn, "weight", np.ones(5, np.float32)),
     "a weight that is a list": lambda bn, x: setattr(bn, "weight", [1.0, 2.0, 3.0]),
     "a weight of integers": lambda bn, x: setattr(bn, "weight", np.ones(3, int)),
@@ -283,7 +286,9 @@ def test_functions(rng, both_paths, layout, training, out):
 
     def call(x, dy, mean, var, weight, bias):
         vectors = mean, var, weight, bias
-        yield F.batch_norm(x, *vectors, training, 0.3, out=list(outputs(x))[out])
+        for unbiased in (True, False):
+            options = {"out": list(outputs(x))[out], "unbiased": unbiased}
+            yield F.batch_norm(x, *vectors, training, 0.3, **options)
         y, mean, invstd = F.batch_norm_forward(x, weight, bias)
         yield from (y, mean, invstd)
         yield from F.batch_norm_backward(dy, x, weight, mean, invstd, out=list(outputs(dy))[out])

@@ -83,6 +83,22 @@ def test_momentum_is_a_number_or_none(value):
         fastbn.LazyBatchNorm2d(momentum=value)
 
 
+@pytest.mark.parametrize("value", ["yes", 1, 0.0, None], ids=str)
+def test_unbiased_is_a_bool(x, bn, value):
+    for layer in (fastbn.BatchNorm2d, fastbn.InstanceNorm2d):
+        with refused(TypeError, "unbiased", type(value).__name__):
+            layer(3, unbiased=value)
+    with refused(TypeError, "unbiased", type(value).__name__):
+        fastbn.LazyBatchNorm2d(unbiased=value)
+    running = bn.running_mean, bn.running_var
+    for call in (partial(F.batch_norm, training=True), F.instance_norm):
+        with refused(TypeError, "unbiased", type(value).__name__, intact=[bn, x]):
+            call(x, *running, out=x, unbiased=value)
+    bn.unbiased = value
+    with refused(TypeError, "unbiased", type(value).__name__, intact=[bn, x]):
+        bn(x, out=x)
+
+
 @pytest.mark.parametrize("name", ["eps", "momentum"])
 def test_a_number_beyond_every_float_is_refused(name):
     with refused(ValueError, name):

@@ -24,8 +24,8 @@ def names(function):
 def test_torchs_functions_have_its_signatures_and_more_by_keyword():
     first = ["input", "running_mean", "running_var", "weight", "bias"]
     more = ["momentum", "eps", "out", "mask"]
-    assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size"]
-    assert names(F.instance_norm) == [*first, "use_input_stats", *more]
+    assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size", "unbiased"]
+    assert names(F.instance_norm) == [*first, "use_input_stats", *more, "unbiased"]
     for function in (F.batch_norm, F.instance_norm):
         parameters = inspect.signature(function).parameters
         assert parameters["out"].kind == parameters["mask"].kind == inspect.Parameter.KEYWORD_ONLY

@@ -60,9 +60,9 @@ def assert_within_2_ulp(actual, expected, weight):
     support.assert_within(actual, expected, bound)
 
 
-def check_step(shape, sizes, dtype, layout, in_place, momentum):
+def check_step(shape, sizes, dtype, layout, in_place, momentum, **options):
     rng = generator()
-    sync, plain = pair(plain_class(shape), momentum=momentum)
+    sync, plain = pair(plain_class(shape), momentum=momentum, **options)
     for _ in range(2):
         x = some(rng, shape, dtype, mean=3.0)
         dy = some(rng, shape, dtype, mean=0.0)
@@ -91,6 +91,7 @@ def equal():
         for layout in (support.channels_last, support.sliced, support.fortran):
             for in_place in (False, True):
                 check_step((9, 3, 5, 2), sizes, "float32", layout, in_place, None)
+        check_step((9, 3), sizes, "float32", contiguous, False, 0.1, unbiased=False)
 
 
 def bits():

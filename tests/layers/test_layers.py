@@ -11,6 +11,7 @@ import support
 from support import parameters, same_bits, some
 
 import fastbn
+from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.wheel]
 
@@ -20,6 +21,16 @@ LAYERS = [
     (fastbn.BatchNorm2d, (4, 3, 5, 2)),
     (fastbn.BatchNorm3d, (4, 3, 5, 2, 3)),
 ]
+
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        f"{lazy}{family}Norm{rank}d"
+        for lazy in ("", "Lazy")
+        for family in ("Batch", "Instance")
+        for rank in (1, 2, 3)
+    ],
+)
 
 
 def test_attributes_and_their_defaults():
@@ -185,6 +196,37 @@ def test_momentum_none_averages_all_batches_since_the_reset(rng, resets):
     support.assert_close(bn.running_mean, np.mean([x.mean((0, 2, 3)) for x in batches], 0), 1e-13)
     unbiased = [x.var((0, 2, 3), ddof=1) for x in batches]
     support.assert_close(bn.running_var, np.mean(unbiased, 0), 1e-13)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_the_running_variance_of_two_values(unbiased):
+    x = np.array([[1.0], [3.0]])
+    mean, var = np.zeros(1), np.ones(1)
+    F.batch_norm(x, mean, var, training=True, momentum=0.1, unbiased=unbiased)
+    for layer in (
+        fastbn.BatchNorm1d(1, dtype=np.float64, unbiased=unbiased),
+        fastbn.LazyBatchNorm1d(dtype=np.float64, unbiased=unbiased),
+    ):
+        layer(x)
+        assert layer.running_var == var
+    assert np.isclose(var, 1.1 if unbiased else 1.0, rtol=1e-15)
+
+
+@every_kind
+def test_what_torch_lacks_is_shown_where_it_is_not_the_default(kind):
+    layer = getattr(fastbn, kind)
+    channels = () if "Lazy" in kind else (3,)
+    assert "unbiased" not in repr(layer(*channels))
+    shown = repr(layer(*channels, dtype=np.float64, unbiased=False))
+    assert shown.endswith(", unbiased=False, dtype=float64)")
+
+
+@every_kind
+def test_unbiased_survives_copies(rng, kind):
+    channels = () if "Lazy" in kind else (3,)
+    layer = getattr(fastbn, kind)(*channels, track_running_stats=True, unbiased=False)
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.unbiased is False
 
 
 def test_without_a_counter_momentum_none_means_a_factor_of_zero(rng):

@@ -32,7 +32,7 @@ def drifting_batches(rng, shape, dtype=np.float32):
 
 def assert_calibrated(bn, batches):
     count, mean, var = reference.moments(np.concatenate(batches))
-    var = var * count / (count - 1)
+    var = var * count / (count - 1) if bn.unbiased else var
     dtype = bn.running_mean.dtype
     support.assert_within(bn.running_mean, mean, reference.ulp(mean, dtype))
     support.assert_within(bn.running_var, var, 3 * reference.ulp(var, dtype))
@@ -42,8 +42,11 @@ def assert_calibrated(bn, batches):
 @layers
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_running_statistics_become_those_of_all_batches(rng, layer, shape, momentum, in_place):
-    bn = layer(3, momentum=momentum)
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_running_statistics_become_those_of_all_batches(
+    rng, layer, shape, momentum, in_place, unbiased
+):
+    bn = layer(3, momentum=momentum, unbiased=unbiased)
     batches = list(drifting_batches(rng, shape))
     with fastbn.recalibrate(bn):
         for x in batches:

@@ -87,6 +87,7 @@ def forward(
     momentum: float | None = 0.0,
     counter: Array | None = None,
     *,
+    unbiased: bool = True,
     mask: Array | None = None,
     batch_size: int = 0,
     counts: Sequence[int] = (),
@@ -94,8 +95,9 @@ def forward(
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
     The running statistics move towards those of the batch, the counter is increased. A momentum of
-    None stands for 1 / counter, or 0 without one. A batch of which a mask leaves less than two
-    values does nothing to them. The counts are not read: a mask may not be known yet.
+    None stands for 1 / counter, or 0 without one. The variance is the unbiased one, or else that of
+    the population. A batch of which a mask leaves less than two values does nothing to them. The
+    counts are not read: a mask may not be known yet.
 
     With a batch size the array is a sequence of batches, and mean and invstd have the shape
     (batches, C); running statistics of that shape have a vector for each batch.
@@ -103,7 +105,7 @@ def forward(
     source = packed(x)
     target, out = output(x, source, out)
     mean, invstd = vectors(source, 2, batch_size)
-    running = Running(running_mean, running_var, momentum, counter)
+    running = Running(running_mean, running_var, momentum, counter, unbiased)
     if not source.size:
         invstd[...] = 1.0 / math.sqrt(eps)
         if x.shape[0] * math.prod(x.shape[2:]):

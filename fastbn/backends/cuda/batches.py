@@ -86,6 +86,7 @@ class Running(NamedTuple):
     var: Array | None
     momentum: float | None
     counter: Array | None
+    unbiased: bool
 
     @property
     def cumulative(self) -> bool:
@@ -111,6 +112,7 @@ class Running(NamedTuple):
             "counter": counter,
             "cumulative": self.cumulative,
             "momentum": self.momentum or 0.0,
+            "correction": float(self.unbiased),
         }
 
     def apart(self, parameter: Array | None) -> Array | None:

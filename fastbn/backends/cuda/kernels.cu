@@ -237,6 +237,7 @@ struct Job {
     i64 *counter;   /* counts the batches in the running statistics, or null */
     i64 cumulative; /* whether the factor of a batch is 1 / (counter + 1) instead of momentum */
     double momentum;
+    double correction; /* taken from the count that the running variance is divided by */
 #if WITH_MASK
     const unsigned char *valid; /* which of the s positions of each sample are valid */
     const double *valid_count;  /* how many, or null, where `count` is it */
@@ -788,7 +789,7 @@ struct Running {
 __device__ void move_running(const Job &job, i64 channel, const Moments &moments,
                              const Running &running, double factor)
 {
-    const double variance = moments.m2 / (count_of(job) - 1.0);
+    const double variance = moments.m2 / (count_of(job) - job.correction);
     put(job.running_mean, channel, (1.0 - factor) * running.mean + factor * moments.mean);
     put(job.running_var, channel, (1.0 - factor) * running.var + factor * variance);
 }

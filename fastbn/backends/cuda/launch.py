@@ -18,9 +18,9 @@ FORMATS = {"f": 0, "d": 1, "e": 2, "E": 3}
 ITEMSIZES = (4, 8, 2, 2)
 
 # The source's Job: x, dy, out and whether they are aligned; the geometry; results, eps and count;
-# nine vectors; the counter and the momentum. With a mask, that and its count follow; with several
-# batches, the steps from one to the next, and how many there are.
-JOB = struct.Struct("4q 11q 6q2d 18q 2qd")
+# nine vectors; the counter, the momentum and the correction of the variance. With a mask, that and
+# its count follow; with several batches, the steps from one to the next, and how many there are.
+JOB = struct.Struct("4q 11q 6q2d 18q 2q2d")
 MASK = struct.Struct("2q")
 BATCHES = struct.Struct("9q 2qd")
 NO_VECTOR = (0, 0)
@@ -65,6 +65,7 @@ class Launch(NamedTuple):
         counter: Array | None = None,
         cumulative: bool = False,
         momentum: float = 0.0,
+        correction: float = 1.0,
         valid: Array | None = None,
         valid_count: Array | None = None,
         batches: int = 0,
@@ -103,6 +104,7 @@ class Launch(NamedTuple):
             pointer(counter),
             cumulative,
             momentum,
+            correction,
         )
         if valid is not None:
             job += MASK.pack(valid.data.ptr, pointer(valid_count))
