@@ -43,3 +43,6 @@ for case in itertools.product(SHAPES, DTYPES, (False, True)):
         call_all(x, dy)
         call_all(x, dy, mask=mask)
         call_all(x, dy, mask=mask, ghost_batch_size=2)
+        norm = fastbn.GroupNorm(1, x.shape[1])
+        assert np.isfinite(norm(x, mask=mask)).all()
+        assert np.isfinite(norm.backward(dy)).all()

@@ -24,7 +24,7 @@ nitpick_ignore_regex = [
     # In single backquotes, docstrings also name parameters and builtins.
     (
         "py:obj",
-        r"x|dy|out|mask|input|use_input_stats|unbiased|self|correction|strict|sum|repr"
+        r"x|dy|out|mask|input|use_input_stats|unbiased|num_groups|self|correction|strict|sum|repr"
         r"|Moments\.__init__",
     ),
 ]

@@ -83,6 +83,20 @@ def training_call(
     )
 
 
+def group_call(
+    x: Array, num_groups: Any, weight: Any, bias: Any, eps: Any, *, out: Any, mask: Any
+) -> Forward:
+    """The arguments of a forward by the statistics of groups of channels of each sample."""
+    num_groups = as_num_groups(num_groups, x.shape[1])
+    call = forward_call(x, weight, bias, eps, out, mask)
+    if x.size == num_groups:  # torch looks at all samples together
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}, of "
+            f"which each of {num_groups} groups is a single value; fewer groups have more values"
+        )
+    return call._replace(num_groups=num_groups)
+
+
 def running_call(
     x: Array,
     running_mean: Any,
@@ -390,6 +404,20 @@ def as_batch_size(value: Any) -> int:
 def as_num_features(value: Any) -> int:
     """A number of channels."""
     return as_count(value, "num_features")
+
+
+def as_num_groups(value: Any, channels: int) -> int:
+    """A number of groups into which so many channels can be divided."""
+    groups = as_integer(value, "num_groups")
+    if groups < 1:
+        raise ValueError(f"num_groups must be at least 1, got {groups}")
+    if channels % groups:
+        divisors = [d for d in range(1, min(groups, channels + 1)) if channels % d == 0]
+        raise ValueError(
+            f"the number of channels must be divisible by num_groups, got {channels} channels and "
+            f"num_groups={groups}; {divisors[-1]} would do"
+        )
+    return groups
 
 
 def as_count(value: Any, name: str = "count") -> int:

@@ -76,6 +76,33 @@ def backward(
     sum_dy: Array,
     sum_dy_xhat: Array,
 ) -> None: ...
+def group_forward(
+    x: Array,
+    mask: Array | None,
+    groups: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array,
+    mean: Array,
+    m2: Array,
+    invstd: Array,
+) -> None: ...
+def group_backward(
+    dy: Array,
+    x: Array,
+    mask: Array | None,
+    groups: int,
+    weight: Array | None,
+    factor: Array | None,
+    mean: Array,
+    invstd: Array,
+    out: Array,
+    sum_dy: Array,
+    sum_dy_xhat: Array,
+    dy_sums: Array,
+    dy_xhat_sums: Array,
+) -> None: ...
 def unrecoverable_channels(
     dtype: np.dtype[Any], count: float, weight: Array, bias: Array | None
 ) -> list[int]: ...

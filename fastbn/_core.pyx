@@ -511,6 +511,7 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
     execute(&job)
 
 
+include "core/channel_groups.pxi"
 include "core/recovery.pxi"
 include "core/saved.pxi"
 include "core/quick.pxi"

@@ -36,6 +36,7 @@ class Forward(NamedTuple):
     unbiased: bool = True  # whether running_var takes the unbiased variance
     batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
     counts: Sequence[int] = ()  # valid positions of each batch, in training
+    num_groups: int = 0  # into which the channels of a sample are divided
 
 
 class Backward(NamedTuple):
@@ -73,6 +74,21 @@ def by_instance(call: Forward) -> tuple[Array, Statistics, Statistics]:
     with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
         running_mean[...], running_var[...] = means
     return result
+
+
+def by_group(call: Forward) -> tuple[Array, Statistics, Statistics]:
+    """Normalize groups of channels of each sample by their own statistics.
+
+    Returns y and, for each sample and channel, mean and invstd of its group.
+    """
+    x, num_groups, weight, bias, eps, out = (
+        *(call.x, call.num_groups),
+        *(call.weight, call.bias, call.eps, call.out),
+    )
+    if not x.size:
+        mean = np.zeros_like(x, np.float64, shape=x.shape[:2])
+        return empty_like(x) if out is None else out, mean, np.ones_like(mean)
+    return backend_of(x).group_forward(x, num_groups, weight, bias, eps, out, mask=call.mask)
 
 
 def by_running(call: Forward) -> Array:
@@ -129,6 +145,20 @@ def backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
     for of_batches, total in zip(sums, totals, strict=True):
         of_batches.reshape(-1, x.shape[1]).sum(axis=0, out=total)
     return dx, totals[1], totals[0]
+
+
+def group_backward(
+    call: Backward, num_groups: int, weight: Array | None
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of `by_group`; the weight of the call is the factor of dy."""
+    dy, x, factor, mean, invstd, out, mask, _ = call
+    if not x.size:
+        zeros = np.zeros_like(mean, shape=x.shape[1])
+        return empty_like(x) if out is None else out, zeros, zeros.copy()
+    dx, dbias, dweight = backend_of(x).group_backward(
+        dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask
+    )
+    return dx, dweight, dbias
 
 
 def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistics, Statistics]:

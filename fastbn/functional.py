@@ -1,7 +1,7 @@
 """Batch normalization as functions: check the arguments, then let the backend of x's array run.
 
-`batch_norm` and `instance_norm` have the signatures of the functions of these names in
-``torch.nn.functional``. The primitives under them are what synchronized, masked or otherwise
+`batch_norm`, `instance_norm` and `group_norm` have the signatures of the functions of these names
+in ``torch.nn.functional``. The primitives under them are what synchronized, masked or otherwise
 composed batch normalization is made of; `batch_norm_forward` and `batch_norm_backward` fuse them.
 
 Arrays have the shape (N, C, ...): N samples of C channels, and any number of further axes. They are
@@ -32,6 +32,7 @@ __all__ = [
     "batch_norm_elemt",
     "batch_norm_forward",
     "batch_norm_stats",
+    "group_norm",
     "instance_norm",
 ]
 WITHOUT_INPUT_STATS = (
@@ -256,6 +257,67 @@ def instance_norm(
         unbiased=unbiased,
     )
     return normalize.by_instance(call)[0]
+
+
+def group_norm(
+    input: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+    mask: ArrayLike | None = None,
+) -> Array:
+    """Normalize groups of channels of each sample, as ``torch.nn.functional.group_norm`` does.
+
+    ``y = (input - mean) / sqrt(var + eps) * weight + bias``, where mean and var are those of the
+    ``C / num_groups`` neighbouring channels of the sample that are in the same group (Wu and He
+    2018).
+
+    Parameters
+    ----------
+    input : array_like of shape (N, C, ...)
+        float32, float64, float16 or bfloat16.
+    num_groups : int
+        Into how many groups the channels are divided: a divisor of C.
+    weight, bias : array_like of shape (C,), optional
+        Of any float dtype. None stands for ones and for zeros.
+    eps : float, default 1e-5
+        Added to the variance. Greater than 0.
+    out : ndarray of shape (N, C, ...), optional
+        Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
+        elements, or does not overlap it.
+    mask : array_like of bool, optional
+        Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
+        to the statistics, and the result is 0 there.
+
+    Returns
+    -------
+    ndarray of shape (N, C, ...)
+        `out`, or a new array of input's dtype and memory layout.
+
+    Raises
+    ------
+    ValueError
+        If a shape is wrong, C is not divisible by `num_groups`, the groups of all samples have a
+        single value together, or `out` cannot be written or overlaps `input` in part.
+    TypeError
+        If a dtype is not one of the four, or `out` has another than `input`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastbn.functional import group_norm
+    >>> x = np.array([[1.0, 3.0, 50.0, 70.0]])
+    >>> group_norm(x, 2, eps=1e-12).round(6)
+    array([[-1.,  1., -1.,  1.]])
+    >>> group_norm(x, 2, bias=[0.0, 0.0, 5.0, 5.0], eps=1e-12).round(6)
+    array([[-1.,  1.,  4.,  6.]])
+    """
+    x = checks.as_input(input)
+    call = checks.group_call(x, num_groups, weight, bias, eps, out=out, mask=mask)
+    return normalize.by_group(call)[0]
 
 
 def batch_norm_stats(

@@ -22,7 +22,7 @@ AT_FIRST_USE = {
     *("fastbn.layers.syncbatchnorm", "dataclasses"),
 }
 # Where the examples of docstrings are.
-LAYERS = ["batchnorm", "instancenorm", "lazy", "state", "syncbatchnorm"]
+LAYERS = ["batchnorm", "groupnorm", "instancenorm", "lazy", "state", "syncbatchnorm"]
 WITH_EXAMPLES = [
     *("fastbn.functional", "fastbn.moments", "fastbn.folding", "fastbn.recalibration"),
     *("fastbn._config", "fastbn._threads"),

@@ -97,6 +97,34 @@ def backward(dy, x, weight=None, eps=1e-5):
     return dx * scale(var, weight, eps, dy.ndim), dweight, dbias
 
 
+def in_groups(x, groups):
+    """The values of each group of channels of each sample, as a channel of its own."""
+    return wide(x).reshape(len(x) * groups, -1).T
+
+
+def group_moments(x, groups):
+    """Mean and variance of the group of each sample and channel, of the shape (N, C)."""
+    channels = x.shape[1] // groups
+    of_groups = moments(in_groups(x, groups))[1:]
+    return [np.repeat(values.reshape(len(x), groups), channels, axis=1) for values in of_groups]
+
+
+def group_norm(x, groups, weight=None, bias=None, eps=1e-5):
+    """y of a group normalization."""
+    y = forward(in_groups(x, groups), eps=eps).T.reshape(x.shape)
+    y = y if weight is None else y * over_channels(weight, x.ndim)
+    return y if bias is None else y + over_channels(bias, x.ndim)
+
+
+def group_norm_backward(dy, x, groups, weight=None, eps=1e-5):
+    """(dx, dweight, dbias) of a group normalization."""
+    xhat, axes = group_norm(x, groups, eps=eps), channel_axes(x)
+    dy = wide(dy)
+    weighted = dy if weight is None else dy * over_channels(weight, x.ndim)
+    dx = backward(in_groups(weighted, groups), in_groups(x, groups), eps=eps)[0]
+    return dx.T.reshape(x.shape), (dy * xhat).sum(axis=axes), dy.sum(axis=axes)
+
+
 def backward_frozen(dy, x, mean, var, weight=None, eps=1e-5):
     """(dx, dweight, dbias) where the statistics are constants."""
     dy = wide(dy)

@@ -6,6 +6,7 @@ alignment and byte order; vectors have the shape (C,) and native byte order.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from fastbn import _core
 from fastbn._types import Array, NDArray, Statistics
+from fastbn.backends import composed
 
 
 def stats(x: Array, mask: Array | None = None) -> tuple[Statistics, Statistics]:
@@ -167,6 +169,69 @@ def backward(
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
+def group_forward(
+    x: Array,
+    num_groups: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    *,
+    mask: Array | None = None,
+) -> tuple[Array, Statistics, Statistics]:
+    """Normalize groups of channels of each sample, of an array that is not empty.
+
+    Return y, and mean and invstd for each sample and channel: those of its group.
+    """
+    source = packed(x)
+    target, out = output(x, source, out)
+    mean, m2, invstd = vectors(x, 3, 1)
+    _core.group_forward(
+        source, packed_mask(mask), num_groups, weight, bias, eps, target, mean, m2, invstd
+    )
+    return unpacked(target, out), mean, invstd
+
+
+def group_backward(
+    dy: Array,
+    x: Array,
+    num_groups: int,
+    weight: Array | None,
+    factor: Array | None,
+    mean: Array,
+    invstd: Array,
+    out: Array | None,
+    *,
+    mask: Array | None = None,
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradient of x, and the sums of dy and of dy * xhat for each channel.
+
+    xhat is (x - mean) * invstd. dy reaches dx times factor * invstd: the factor is the weight but
+    where x is the output of a forward in place.
+    """
+    if factor is weight and vanishing(x, weight):
+        backend = sys.modules[__name__]
+        return composed.group_backward(backend, dy, x, num_groups, weight, mean, invstd, out, mask)
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    sums = vectors(x, 4, 1)
+    totals = np.empty((2, x.shape[1]))
+    vectors_read = weight, factor, mean, invstd
+    _core.group_backward(dy, source, packed_mask(mask), num_groups, *vectors_read, target, *sums)
+    sums[:2].sum(axis=1, out=totals)
+    return unpacked(target, out), totals[0], totals[1]
+
+
+def vanishing(x: Array, weight: Array | None) -> bool:
+    """Tell whether a weight is too small, beside the largest one, for sums to be divided by it."""
+    if weight is None:
+        return False
+    size = np.abs(weight.astype(np.float64))
+    least = size.min()
+    return bool(least == 0.0 or least < size.max() * (1e-200 if x.itemsize == 8 else 1e-25))
+
+
 def packed_mask(mask: Array | None) -> Array | None:
     """A boolean mask of shape (N, 1, ...) as the core takes it: (N, ...), of 255 and 0."""
     if mask is None:
@@ -228,9 +293,16 @@ def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
 # What is asked of a backend besides batch normalization.
 
 
-def unrecoverable(x: Array, weight: Array, bias: Array | None) -> NDArray[np.intp]:
-    """The channels of x that a forward in place does not determine."""
-    count = float(x.size // max(x.shape[1], 1))
+def unrecoverable(
+    x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0
+) -> NDArray[np.intp]:
+    """The channels of x that a forward in place does not determine.
+
+    With a number of groups the forward is `group_forward`.
+    """
+    if num_groups and vanishing(x, weight):
+        return np.arange(x.shape[1])
+    count = float(x.size // max(len(x) * num_groups or x.shape[1], 1))
     return np.array(_core.unrecoverable_channels(x.dtype, count, weight, bias), np.intp)
 
 

@@ -94,8 +94,48 @@ class Backend(Protocol):
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradient of x, and the sums of dy and of dy * xhat, for each batch."""
 
-    def unrecoverable(self, x: Array, weight: Array, bias: Array | None) -> Array:
-        """The channels of x that the output of a forward in place does not determine."""
+    def group_forward(
+        self,
+        x: Array,
+        num_groups: int,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        out: Array | None,
+        *,
+        mask: Array | None = None,
+    ) -> tuple[Array, Statistics, Statistics]:
+        """Normalize groups of channels of each sample, of an array that is not empty.
+
+        Return y, and mean and invstd for each sample and channel: those of its group.
+        """
+
+    def group_backward(
+        self,
+        dy: Array,
+        x: Array,
+        num_groups: int,
+        weight: Array | None,
+        factor: Array | None,
+        mean: Array,
+        invstd: Array,
+        out: Array | None,
+        *,
+        mask: Array | None = None,
+    ) -> tuple[Array, Statistics, Statistics]:
+        """The gradient of x, and the sums of dy and of dy * xhat for each channel.
+
+        xhat is (x - mean) * invstd. dy reaches dx times factor * invstd: the factor is the weight
+        but where x is the output of a forward in place.
+        """
+
+    def unrecoverable(
+        self, x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0
+    ) -> Array:
+        """The channels of x that the output of a forward in place does not determine.
+
+        With a number of groups the forward is `group_forward`.
+        """
 
     def channels_of(self, x: Array, channels: Array) -> Array:
         """A copy of some channels of an array, in its layout."""

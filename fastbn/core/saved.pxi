@@ -2,7 +2,7 @@
 # training forward of the quick path; layers/saved.py tells what is done with it.
 
 cdef enum:
-    MAX_NDIM = 5                  # of the input of a layer
+    MAX_NDIM = 64                 # of an array of NumPy's
 
 
 @cython.final

@@ -5,6 +5,7 @@ The semantics are those of torch's layers of the same names, on NumPy arrays and
 """
 
 from fastbn.layers.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.layers.groupnorm import GroupNorm
 from fastbn.layers.instancenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastbn.layers.lazy import (
     LazyBatchNorm1d,
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",

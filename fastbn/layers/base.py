@@ -317,9 +317,20 @@ class Norm(LayerState):
         sums = self._checked_gradients(saved.x)
         out = checks.check_out(out, saved.x, dy, **parameters, **sums)
         buffers = self._grad_buffers(saved.mean)
-        dx, *added = gradients(saved, dy, **parameters, out=out)
+        dx, *added = self._gradients(saved, dy, **parameters, out=out)
         self._add_gradients(buffers, *added)
         return dx
+
+    def _gradients(
+        self,
+        saved: SavedForBackward,
+        dy: Array,
+        weight: Array | None,
+        bias: Array | None,
+        out: Array | None,
+    ) -> tuple[Array, Statistics, Statistics]:
+        """The gradients of input, weight and bias, from checked arguments."""
+        return gradients(saved, dy, weight, bias, out)
 
     def _checked_gradients(self, x: Array) -> dict[str, Array | None]:
         """weight_grad and bias_grad, if they can be added to."""

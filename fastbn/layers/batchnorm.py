@@ -94,8 +94,9 @@ class BatchNorm(Norm):
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_batch(call)
 
-    def _family_repr(self) -> str:
-        return f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
+    def _options_repr(self) -> str:
+        ghosts = f", ghost_batch_size={self.ghost_batch_size}" if self.ghost_batch_size else ""
+        return super()._options_repr() + ghosts
 
 
 class BatchNorm2d(BatchNorm):

@@ -27,8 +27,10 @@ __all__ = [
     "SavedForBackward",
     "grad_buffer",
     "gradients",
+    "group_gradients",
     "keep_all",
     "keep_channels",
+    "keep_in_groups",
 ]
 
 # Saved where no backward is possible: the reason.
@@ -82,6 +84,14 @@ def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | No
     return KeptChannels(channels, backend_of(x).channels_of(x, channels))
 
 
+def keep_in_groups(call: normalize.Forward) -> KeptChannels | None:
+    """A copy of x if a forward of groups in place makes any of its channels unrecoverable."""
+    x = call.x
+    weight = _as_float64(call.weight, 1.0, x)
+    channels = backend_of(x).unrecoverable(x, weight, call.bias, num_groups=call.num_groups)
+    return keep_all(x) if len(channels) else None
+
+
 def keep_all(x: Array) -> KeptChannels:
     """A copy of all channels."""
     return KeptChannels(slice(None), x.copy(order="K"))
@@ -103,6 +113,25 @@ def gradients(
     dx, dweight, dbias = _gradients(saved, _operands(saved, weight, bias), dy, out)
     dx[:, channels], dweight[channels], dbias[channels] = of_kept
     return dx, dweight, dbias
+
+
+def group_gradients(
+    saved: SavedForBackward,
+    num_groups: int,
+    dy: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of input, weight and bias where groups of channels were normalized."""
+    operands = Operands(saved.x, saved.mean, saved.invstd, weight, None)
+    if saved.kept is not None:
+        operands = operands._replace(x=saved.kept.x)
+    elif saved.in_place:
+        operands = _operands(saved, weight, bias)
+    x, mean, invstd, factor, _ = operands
+    call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask)
+    return normalize.group_backward(call, num_groups, weight)
 
 
 def _gradients(

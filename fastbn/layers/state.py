@@ -268,11 +268,7 @@ class LayerState:
 
     def extra_repr(self) -> str:
         """Return the arguments as `repr` shows them; the last ones if they are not the default."""
-        shown = (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self._has_bias}, "
-            f"track_running_stats={self.track_running_stats}{self._family_repr()}"
-        )
+        shown = self._options_repr()
         if not self.unbiased:
             shown += f", unbiased={self.unbiased}"
         if self._device != "cpu":
@@ -281,9 +277,13 @@ class LayerState:
             shown += f", dtype={self._dtype.name}"
         return shown
 
-    def _family_repr(self) -> str:
-        """The arguments that other families do not have."""
-        return ""
+    def _options_repr(self) -> str:
+        """The arguments that torch has too, and those that other families do not have."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self._has_bias}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

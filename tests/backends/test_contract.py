@@ -389,6 +389,73 @@ def test_a_lazy_layer_takes_its_channels_from_an_array_of_the_device(rng, backen
     assert isinstance(bn.weight, backend.xp.ndarray)
 
 
+# Group normalization.
+
+
+def own(norm, backend, **arrays):
+    """A layer on the backend, with these parameters."""
+    for name, values in arrays.items():
+        getattr(norm, name)[...] = backend.array(values)
+    return norm
+
+
+@by_shape(
+    (4, 6), (3, 6, 5), (2, 36, 7, 7), (3, 4, 131, 7), (2, 6, 2, 3, 4), large=[(9, 64, 56, 56)]
+)
+@by_dense_layout
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_of_channels_are_normalized_by_themselves(
+    rng, backend, dtype, shape, layout, in_place, masked
+):
+    x, dy, weight, bias = case(rng, shape, dtype)
+    weight[-1] = 0.0
+    groups, mask = 2, None
+    norm = fastbn.GroupNorm(groups, shape[1], device=backend.device)
+    norm = own(norm, backend, weight=weight, bias=bias)
+    if masked:
+        mask = backend.array(np.ones((shape[0], 1, *shape[2:]), bool))
+    a, b = layout(backend, x), layout(backend, dy)
+    y = backend.host(norm(a, out=a if in_place else None, mask=mask))
+    dx = norm.backward(b, out=b if in_place else None)
+    assert not in_place or dx is b
+    mean, var = reference.group_moments(x, groups)
+    exact = reference.group_norm(x, groups, weight, bias)
+    offset = (np.abs(mean) / np.sqrt(var)).max(axis=0)
+    bound = reference.forward_bound(exact, dtype, weight, bias, offset)
+    # Where the affine map is a step of its own, the normalized values are rounded before it.
+    support.assert_within(y, exact, 2 * bound)
+    expected = reference.group_norm_backward(dy, x, groups, weight)
+    of_samples = 1 / np.sqrt(var.min() + 1e-5)
+    relative = {2: 1e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+    size = relative * of_samples * np.abs(dy.astype(float)).max() * np.abs(weight).max()
+    support.assert_within(backend.host(dx), expected[0], size)
+    for actual, sums in zip((norm.weight_grad, norm.bias_grad), expected[1:], strict=True):
+        scale = 1 + np.abs(dy.astype(float)).sum()
+        support.assert_within(backend.host(actual), sums, 1e-5 * scale)
+
+
+@by_dense_layout
+def test_groups_at_valid_positions(rng, backend, layout):
+    x, dy, weight, bias = case(rng, (4, 6, 5, 7))
+    mask = some_mask(rng, x.shape)
+    norm = own(fastbn.GroupNorm(2, 6, device=backend.device), backend, weight=weight, bias=bias)
+    a, b = (layout(backend, spoilt(v, mask)) for v in (x, dy))
+    y, dx = backend.host(norm(a, mask=backend.array(mask))), backend.host(norm.backward(b))
+    assert (left_out(y, mask) == 0).all()
+    assert (left_out(dx, mask) == 0).all()
+    for n in range(len(x)):
+        own_mask = mask[n : n + 1]
+        if not own_mask.any():
+            continue
+        valid, valid_dy, actual, gradient = (
+            gathered(v[n : n + 1], own_mask).T[np.newaxis] for v in (x, dy, y, dx)
+        )
+        support.assert_close(actual, reference.group_norm(valid, 2, weight, bias), 1e-5)
+        expected = reference.group_norm_backward(valid_dy, valid, 2, weight)[0]
+        support.assert_close(gradient, expected, 1e-5)
+
+
 # Masks.
 
 

@@ -207,6 +207,16 @@ EXHAUSTING = {
         "slice(0, 0)",
         ["forward", "backward"],
     ),
+    "groups": (
+        "fastbn.GroupNorm(2**16, channels)",
+        "slice(0, 0)",
+        ["group_forward", "group_backward"],
+    ),
+    "groups, with a copy": (
+        "fastbn.GroupNorm(2**16, channels)",
+        "slice(9)",
+        ["group_forward", "backward"],
+    ),
     "synchronized": (
         "fastbn.SyncBatchNorm(channels)",
         "slice(0, 0)",
@@ -233,6 +243,7 @@ def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
 
 
 KERNELS = ["forward", "elemt", "stats", "backward", "backward_reduce", "backward_elemt"]
+KERNELS += ["group_forward", "group_backward"]
 KERNELS += [name for name in vars(core) if name.startswith("try_")]
 
 

@@ -26,7 +26,8 @@ def test_torchs_functions_have_its_signatures_and_more_by_keyword():
     more = ["momentum", "eps", "out", "mask"]
     assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size", "unbiased"]
     assert names(F.instance_norm) == [*first, "use_input_stats", *more, "unbiased"]
-    for function in (F.batch_norm, F.instance_norm):
+    assert names(F.group_norm) == ["input", "num_groups", "weight", "bias", *more[1:]]
+    for function in (F.batch_norm, F.instance_norm, F.group_norm):
         parameters = inspect.signature(function).parameters
         assert parameters["out"].kind == parameters["mask"].kind == inspect.Parameter.KEYWORD_ONLY
 

@@ -13,6 +13,7 @@ a time, with a mask or without, for one batch or several, and keeps them in its 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from cupy.cuda import runtime
 
 from fastbn import _core
+from fastbn.backends import composed
 from fastbn.backends.cuda.arrays import (
     Array,
     number_of_batches,
@@ -234,6 +236,44 @@ def backward(
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
+def group_forward(
+    x: Array,
+    num_groups: int,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    out: Array | None,
+    *,
+    mask: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Normalize groups of channels of each sample, of an array that is not empty.
+
+    Return y, and mean and invstd for each sample and channel: those of its group.
+    """
+    backend = sys.modules[__name__]
+    return composed.group_forward(backend, x, num_groups, weight, bias, eps, out, mask)
+
+
+def group_backward(
+    dy: Array,
+    x: Array,
+    num_groups: int,
+    weight: Array | None,
+    factor: Array | None,
+    mean: Array,
+    invstd: Array,
+    out: Array | None,
+    *,
+    mask: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """The gradient of x, and the sums of dy and of dy * xhat for each channel.
+
+    xhat is (x - mean) * invstd. The factor is the weight, since no x is the output.
+    """
+    backend = sys.modules[__name__]
+    return composed.group_backward(backend, dy, x, num_groups, weight, mean, invstd, out, mask)
+
+
 # What is asked of a backend besides batch normalization.
 
 
@@ -265,8 +305,13 @@ class Addresses:
         }
 
 
-def unrecoverable(x: Array, weight: Array, bias: Array | None) -> Array:
-    """The channels of x that the output of a forward in place does not determine."""
+def unrecoverable(x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0) -> Array:
+    """The channels of x that the output of a forward in place does not determine.
+
+    None of `group_forward` is recovered.
+    """
+    if num_groups:
+        return cupy.array(range(x.shape[1]), np.intp)
     count = float(x.size // max(x.shape[1], 1))
     bias = None if bias is None else to_host(bias)
     channels = _core.unrecoverable_channels(x.dtype, count, to_host(weight), bias)

@@ -1,0 +1,219 @@
+# Group normalization: the channels of a sample are normalized in groups, a GroupNorm's. A job on
+# batches of one sample finds mean and m2, or the two sums, of each channel, as it does for batch
+# normalization. Between that and the element-wise kernel, what it has found for the channels of a
+# GroupNorm's group is combined.
+
+# Combines what has been found for the channels from c0 on of a sample.
+ctypedef void (*Combine)(const GroupNormJob *norm, Py_ssize_t sample,
+                         Py_ssize_t c0) noexcept nogil
+
+cdef struct GroupNormJob:
+    Job job                       # first, so that a pointer to it is one to all
+    Combine combine
+    Py_ssize_t channels           # of a GroupNorm's group
+    Py_ssize_t span               # groups of the cut that are walked together
+    double *invstd_out            # of (samples, c), the same for all channels of a group
+    Vector weight                 # that of the forward
+    double *dy_sums               # of (samples, c): what takes the place of sum_dy and sum_dy_xhat
+    double *dy_xhat_sums          # in the gradient of x
+
+
+cdef void init_group_norm(GroupNormJob *norm, cnp.ndarray x, cnp.ndarray mask,
+                          Py_ssize_t groups) noexcept:
+    """Make a job on x, which has no steps yet, for so many groups of channels."""
+    memset(norm, 0, sizeof(GroupNormJob))
+    init_job_on(&norm.job, x, mask, 1)
+    norm.channels = norm.job.cut.c // groups
+
+
+cdef double count_of_sample(const Job *job, Py_ssize_t sample) noexcept nogil:
+    """The valid positions of a sample."""
+    return job.count if job.counts == NULL else job.counts[sample]
+
+
+cdef void combine_moments(const GroupNormJob *norm, Py_ssize_t sample,
+                          Py_ssize_t c0) noexcept nogil:
+    """Replace mean and m2 of each channel by those of its group, by Chan's formula."""
+    cdef const Job *job = &norm.job
+    cdef Py_ssize_t c, first = sample * job.cut.c + c0, channels = norm.channels
+    cdef double *mean = job.mean_out + first
+    cdef double *m2 = job.m2_out + first
+    cdef double *invstds = norm.invstd_out + first
+    cdef double count = count_of_sample(job, sample), shift = 0.0, within = 0.0, between = 0.0
+    cdef double centre, deviation, total, invstd
+    for c in range(channels):
+        shift += mean[c] - mean[0]
+    centre = mean[0] + shift / <double>channels
+    for c in range(channels):
+        deviation = mean[c] - centre
+        between += deviation * deviation
+        within += m2[c]
+    total = within + count * between
+    job.kernels.invstd(&total, max(count * <double>channels, 1.0), job.eps, 1, &invstd)
+    for c in range(channels):
+        mean[c], m2[c], invstds[c] = centre, total, invstd
+
+
+cdef void combine_products(const GroupNormJob *norm, Py_ssize_t sample,
+                           Py_ssize_t c0) noexcept nogil:
+    """Find the sums that the gradient of x is made of, from those of each channel.
+
+    With dy * weight in place of dy it would be that of a normalization without a weight. The kernel
+    multiplies dy - ... by the weight of its channel, so the sums over a group are divided by it.
+    """
+    cdef const Job *job = &norm.job
+    cdef double weight[COLUMNS]
+    cdef double factor, sum_dy = 0.0, sum_dy_xhat = 0.0
+    cdef Py_ssize_t c, i, first, pieces = ceil_div(norm.channels, COLUMNS)
+    for i in range(pieces):
+        first = read_weight(norm, c0, i, weight)
+        for c in range(min(norm.channels - i * COLUMNS, COLUMNS)):
+            sum_dy += weight[c] * job.sum_dy_out[sample * job.cut.c + first + c]
+            sum_dy_xhat += weight[c] * job.sum_dy_xhat_out[sample * job.cut.c + first + c]
+    for i in range(pieces):
+        first = read_weight(norm, c0, i, weight)
+        for c in range(min(norm.channels - i * COLUMNS, COLUMNS)):
+            factor = 1.0 / (weight[c] * <double>norm.channels)
+            norm.dy_sums[sample * job.cut.c + first + c] = sum_dy * factor
+            norm.dy_xhat_sums[sample * job.cut.c + first + c] = sum_dy_xhat * factor
+
+
+cdef Py_ssize_t read_weight(const GroupNormJob *norm, Py_ssize_t c0, Py_ssize_t i,
+                            double *weight) noexcept nogil:
+    """The weights of the i-th COLUMNS channels of the group from c0 on; return the first one."""
+    cdef Block block
+    memset(&block, 0, sizeof(Block))
+    block.c0 = c0 + i * COLUMNS
+    block.c1 = min(block.c0 + COLUMNS, c0 + norm.channels)
+    read_vector(&norm.weight, &block, weight)
+    return block.c0
+
+
+# ------------------------------------------------------------------ which thread does what
+
+
+cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
+    """Choose how many channels are walked together: whole GroupNorm's groups, or a part of one."""
+    cdef Cut *cut = &norm.job.cut
+    cdef Py_ssize_t channels = norm.channels, most, run = max(cut.s * norm.job.itemsize, 1)
+    if cut.column_layout:
+        most = COLUMNS // (max(cut.s, 1) * cut.fold)
+    elif cut.blocks_along_s > 1:  # a block of a channel does not end where the next one begins
+        most = 1
+    else:
+        most = min(GROUP_BYTES // (run * inputs_of(&norm.job)), GROUP)
+    most = max(most, 1)
+    if cut.fold > 1:  # a folded row is one strip
+        norm.span, cut.group = 1, cut.c
+    elif channels <= most:
+        most = min(most, max(cut.batches * cut.c // (4 * threads), 1))  # enough for all threads
+        norm.span, cut.group = 1, channels * max(most // channels, 1)
+    else:
+        while channels % most != 0:
+            most -= 1
+        norm.span, cut.group = channels // most, most
+    cut.groups = ceil_div(cut.c, cut.group)
+
+
+cdef void combine_span(const GroupNormJob *norm, Py_ssize_t span) noexcept nogil:
+    """Merge the blocks of each channel, then the channels of each of GroupNorm's groups."""
+    cdef const Job *job = &norm.job
+    cdef Py_ssize_t g, c0, first = span * norm.span
+    cdef Block block = block_of(&job.cut, first, 0), last = block
+    for g in range(first, first + norm.span):
+        job.merge(job, g)
+        last = block_of(&job.cut, g, 0)
+    c0 = block.c0
+    while c0 < last.c1:
+        norm.combine(norm, block.batch, c0)
+        c0 += norm.channels
+
+
+cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                       Py_ssize_t span) noexcept nogil:
+    """All steps of a span, by one thread while it sits in that thread's cache."""
+    cdef const GroupNormJob *norm = <const GroupNormJob *>job
+    cdef Py_ssize_t g, b, first = span * norm.span
+    for g in range(first, first + norm.span):
+        for b in range(job.cut.blocks):
+            job.reduce(job, g, b)
+    combine_span(norm, span)
+    for g in range(first + norm.span - 1, first - 1, -1):
+        for b in range(job.cut.blocks - 1, -1, -1):
+            apply_block(job, g, b)
+
+
+cdef void execute_spans(GroupNormJob *norm, int threads) noexcept nogil:
+    cdef Job *job = &norm.job
+    cdef Py_ssize_t spans, span, groups
+    threads = threads_for(bytes_moved(job), threads)
+    choose_spans(norm, threads)
+    job.nontemporal = gains_by_nontemporal(job)
+    if job.valid != NULL:
+        find_valid(job)
+    groups = groups_of(job)
+    spans = groups // norm.span
+    if threads == 1 or spans >= 4 * threads or groups * job.cut.blocks == spans:
+        parallel_for(job, execute_span, 0, spans, spans, threads)
+        return
+    parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)
+    for span in range(spans):
+        combine_span(norm, span)
+    parallel_for(job, execute_apply, 0, groups, groups * job.cut.blocks, threads)
+
+
+cdef int execute_group_norm(GroupNormJob *norm) except -1:
+    """Execute a job. Nothing but a lack of memory is raised, and nothing has been written then."""
+    cdef int threads = num_threads_now()
+    allocate(&norm.job)
+    with nogil:
+        execute_spans(norm, threads)
+    release(&norm.job)
+    return 0
+
+
+# ------------------------------------------------------------------ the entry points
+#
+# x is not empty; vectors that are written have the shape (n, c), and those of each channel that are
+# read may have it, but for the weight of `group_forward` and the bias.
+
+
+def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, cnp.ndarray weight,
+                  cnp.ndarray bias, double eps, cnp.ndarray out not None,
+                  cnp.ndarray mean not None, cnp.ndarray m2 not None, cnp.ndarray invstd not None):
+    """Write x, normalized in groups of channels, into out, and the statistics of the groups."""
+    cdef GroupNormJob norm
+    cdef Vector unread
+    init_group_norm(&norm, x, mask, groups)
+    reduce_to_moments(&norm.job, output_vector(mean, &norm.job.mean), output_vector(m2, &unread),
+                      NULL)
+    norm.invstd_out, norm.combine = output_vector(invstd, &norm.job.invstd), combine_moments
+    norm.job.weight, norm.job.bias = vector_of(weight, 1), vector_of(bias, 0)
+    norm.job.eps = eps
+    apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
+    execute_group_norm(&norm)
+
+
+def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
+                   Py_ssize_t groups, cnp.ndarray weight, cnp.ndarray factor,
+                   cnp.ndarray mean not None, cnp.ndarray invstd not None,
+                   cnp.ndarray out not None, cnp.ndarray sum_dy not None,
+                   cnp.ndarray sum_dy_xhat not None, cnp.ndarray dy_sums not None,
+                   cnp.ndarray dy_xhat_sums not None):
+    """Write the gradient of x into out, and the sums of dy and of dy * xhat of every channel.
+
+    xhat is (x - mean) * invstd, and dy reaches dx times factor * invstd. No weight is 0.
+    """
+    cdef GroupNormJob norm
+    cdef Vector unread
+    init_group_norm(&norm, x, mask, groups)
+    norm.job.dy = cnp.PyArray_BYTES(dy)
+    norm.job.mean, norm.job.invstd = vector_of(mean, 0), vector_of(invstd, 1)
+    norm.job.weight, norm.weight = vector_of(factor, 1), vector_of(weight, 1)
+    reduce_to_products(&norm.job, output_vector(sum_dy, &unread),
+                       output_vector(sum_dy_xhat, &unread))
+    norm.dy_sums = output_vector(dy_sums, &norm.job.sum_dy)
+    norm.dy_xhat_sums = output_vector(dy_xhat_sums, &norm.job.sum_dy_xhat)
+    norm.combine = combine_products
+    apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
+    execute_group_norm(&norm)
