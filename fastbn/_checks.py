@@ -36,6 +36,7 @@ def forward_call(
     running_var: Any = None,
     *,
     moves: bool = False,
+    zero_eps: bool = False,
 ) -> Forward:
     """The arguments of a forward, but for those of training; `moves` updates the statistics."""
     vectors = as_vectors(x, weight=weight, bias=bias)
@@ -43,7 +44,8 @@ def forward_call(
     out = check_out(out, x, **vectors)
     in_place = out is not None and share_memory(out, x)
     mask = as_mask(mask, x)
-    return Forward(x, eps=as_eps(eps), out=out, in_place=in_place, mask=mask, **vectors)
+    eps = as_eps(eps, zero=zero_eps)
+    return Forward(x, eps=eps, out=out, in_place=in_place, mask=mask, **vectors)
 
 
 def training_call(
@@ -66,10 +68,10 @@ def training_call(
 
     A momentum of None stands for 1 / counter. Instances are batches of one sample.
     """
-    call = forward_call(x, weight, bias, eps, out, mask, running_mean, running_var, moves=True)
+    running = running_mean, running_var
+    call = forward_call(x, weight, bias, eps, out, mask, *running, moves=True, zero_eps=by_instance)
     batch_size = 1 if by_instance else batch_size
-    values = "spatial element" if by_instance else "value per channel"
-    counts = checked_counts(x, call.mask, batch_size, values)
+    counts = checked_counts(x, call.mask, batch_size, by_instance=by_instance)
     if counter is not None:
         check_counter(counter, len(counts))
     if momentum is not None:
@@ -88,7 +90,7 @@ def group_call(
 ) -> Forward:
     """The arguments of a forward by the statistics of groups of channels of each sample."""
     num_groups = as_num_groups(num_groups, x.shape[1])
-    call = forward_call(x, weight, bias, eps, out, mask)
+    call = forward_call(x, weight, bias, eps, out, mask, zero_eps=True)
     if x.size == num_groups:  # torch looks at all samples together
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}, of "
@@ -112,7 +114,8 @@ def running_call(
     """The arguments of a forward by running statistics; `without` tells what to do without them."""
     if running_mean is None and running_var is None:
         raise ValueError(f"running_mean and running_var are needed {without}")
-    return forward_call(x, weight, bias, eps, out, mask, running_mean, running_var)
+    running = running_mean, running_var
+    return forward_call(x, weight, bias, eps, out, mask, *running, zero_eps=True)
 
 
 def backward_call(
@@ -137,15 +140,21 @@ def backward_call(
     return Backward(dy, x, out=out, mask=as_mask(mask, x), batch_size=batch_size, **vectors)
 
 
-def checked_counts(x: Array, mask: Array | None, batch_size: int, values: str) -> list[int]:
+def checked_counts(
+    x: Array, mask: Array | None, batch_size: int, *, by_instance: bool
+) -> list[int]:
     """The number of valid values of each batch, if there is something to normalize by.
 
-    An empty batch is legal. While a graph is captured, a mask has no values that can be counted.
+    An empty batch is legal, and so is an instance of which a mask leaves nothing or one value.
+    While a graph is captured, a mask has no values that can be counted.
     """
     if mask is not None and not backend_of(x).readable():
         return values_of_batches(x, None, batch_size)
     counts = values_of_batches(x, mask, batch_size)
+    if by_instance and mask is not None:
+        return counts
     masked = "" if mask is None else " and a mask"
+    values = "spatial element" if by_instance else "value per channel"
     if 1 in counts:
         raise ValueError(
             f"Expected more than 1 {values} when training, got input size {x.shape}{masked}"
@@ -447,11 +456,11 @@ def as_bool(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def as_eps(eps: Any) -> float:
-    """A real number greater than 0."""
+def as_eps(eps: Any, *, zero: bool = False) -> float:
+    """A real number greater than 0, or 0 where that is allowed."""
     eps = as_real(eps, "eps")
-    if not eps > 0.0:
-        raise ValueError(f"eps must be greater than 0, got {eps}")
+    if not (eps > 0.0 or (zero and eps == 0.0)):
+        raise ValueError(f"eps must be {'at least' if zero else 'greater than'} 0, got {eps}")
     return float(eps)
 
 

@@ -61,7 +61,10 @@ def by_batch(call: Forward) -> tuple[Array, Statistics, Statistics]:
 
 
 def by_instance(call: Forward) -> tuple[Array, Statistics, Statistics]:
-    """Normalize each sample by its own statistics; the running ones move towards their means."""
+    """Normalize each sample by its own statistics; the running ones move towards their means.
+
+    Samples of which a mask leaves less than two values move nothing.
+    """
     x, running_mean, running_var = call.x, call.running_mean, call.running_var
     if running_mean is None or running_var is None or not x.size:
         return _forward_of_samples(call._replace(running_mean=None, running_var=None))
@@ -69,8 +72,17 @@ def by_instance(call: Forward) -> tuple[Array, Statistics, Statistics]:
     mean, var = (np.tile(v.astype(np.float64), (len(x), 1)) for v in (running_mean, running_var))
     means = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)]  # before anything is written
     result = _forward_of_samples(call._replace(running_mean=mean, running_var=var))
-    mean.mean(axis=0, out=means[0])
-    var.mean(axis=0, out=means[1])
+    moved = [sample for sample, count in enumerate(call.counts) if count > 1]
+    if not moved:
+        return result
+    for values, mean_of_samples in zip((mean, var), means, strict=True):
+        if len(moved) == len(x):
+            values.mean(axis=0, out=mean_of_samples)
+        else:  # without a further array
+            mean_of_samples[...] = 0.0
+            for sample in moved:
+                mean_of_samples += values[sample]
+            np.divide(mean_of_samples, len(moved), out=mean_of_samples)
     with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
         running_mean[...], running_var[...] = means
     return result
@@ -235,7 +247,12 @@ def _forward_of_samples(call: Forward) -> tuple[Array, Statistics, Statistics]:
     """A backend's forward of each sample by itself."""
     x, out, backend = call.x, call.out, backend_of(call.x)
     if call.mask is not None or not _is_flat(x, out):
-        return _forward(backend, call)
+        y, mean, invstd = _forward(backend, call)
+        if call.mask is not None and call.eps == 0.0:
+            for sample, count in enumerate(call.counts):
+                if count == 0:  # Sums over nothing, times infinity, would be NaN.
+                    invstd[sample] = 0.0
+        return y, mean, invstd
     flat = call._replace(
         x=x.reshape(_flat_shape(x)),
         out=None if out is None else out.reshape(_flat_shape(x)),

@@ -77,7 +77,7 @@ def batch_norm(
     momentum : float, default 0.1
         The factor of the batch in the running statistics.
     eps : float, default 1e-5
-        Added to the variance. Greater than 0.
+        Added to the variance. Greater than 0 in training, otherwise not less.
     out : ndarray of shape (N, C, ...), optional
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.
@@ -199,13 +199,14 @@ def instance_norm(
     momentum : float, default 0.1
         The factor of the samples in the running statistics.
     eps : float, default 1e-5
-        Added to the variance. Greater than 0.
+        Added to the variance. Not less than 0.
     out : ndarray of shape (N, C, ...), optional
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.
     mask : array_like of bool, optional
         Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
-        to the statistics, and the result is 0 there.
+        to the statistics, and the result is 0 there. A sample may have none, or one, whose variance
+        is then 0; such a sample moves no running statistics.
     unbiased : bool, default True
         Whether running_var takes the unbiased variances or, with False, those of the population.
 
@@ -217,9 +218,9 @@ def instance_norm(
     Raises
     ------
     ValueError
-        If a shape is wrong, a sample that is to be normalized by its own statistics has a single
-        value per channel or its mask leaves none, running statistics are needed and not there, or
-        `out` cannot be written or overlaps `input` in part.
+        If a shape is wrong, samples that are to be normalized by their own statistics have a single
+        value per channel and no mask, running statistics are needed and not there, or `out` cannot
+        be written or overlaps `input` in part.
     TypeError
         If a dtype is not one of the four, `out` has another than `input`, or `unbiased` is not a
         bool.
@@ -284,7 +285,7 @@ def group_norm(
     weight, bias : array_like of shape (C,), optional
         Of any float dtype. None stands for ones and for zeros.
     eps : float, default 1e-5
-        Added to the variance. Greater than 0.
+        Added to the variance. Not less than 0.
     out : ndarray of shape (N, C, ...), optional
         Where to write the result. It has input's dtype, and is `input`, or a view of exactly its
         elements, or does not overlap it.

@@ -50,6 +50,8 @@ cdef void combine_moments(const GroupNormJob *norm, Py_ssize_t sample,
         within += m2[c]
     total = within + count * between
     job.kernels.invstd(&total, max(count * <double>channels, 1.0), job.eps, 1, &invstd)
+    if count == 0.0:  # sums over nothing, times infinity, would be NaN
+        invstd = 0.0
     for c in range(channels):
         mean[c], m2[c], invstds[c] = centre, total, invstd
 

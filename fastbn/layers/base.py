@@ -48,6 +48,7 @@ class Norm(LayerState):
     _family: ClassVar[str]
     _ranks: ClassVar[tuple[int, ...]]
     _batch_ranks: ClassVar[tuple[int, ...]]  # of those, the ones with an axis of samples
+    _zero_eps: ClassVar[bool] = False  # whether eps may be 0
 
     num_features: int
     # Any stands for None: which of them are None, one knows from the arguments, a type checker
@@ -73,7 +74,7 @@ class Norm(LayerState):
         unbiased: bool,
     ) -> None:
         """Check and keep the options, and make the arrays if the number of channels is known."""
-        self.eps = checks.as_eps(eps)
+        self.eps = checks.as_eps(eps, zero=self._zero_eps)
         self.momentum = None if momentum is None else checks.as_real(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)

@@ -62,6 +62,7 @@ class GroupNorm(Norm):
     """
 
     _family = "GroupNorm"
+    _zero_eps = True
     _state_names = ("weight", "bias")
 
     def __init__(
@@ -100,7 +101,7 @@ class GroupNorm(Norm):
             does not overlap it, of its dtype. With ``out=input`` a training step keeps a copy of
             the input if the output does not determine it, as `BatchNorm2d.forward` tells.
         mask : array_like of bool, optional
-            Which positions are valid, as `BatchNorm2d.forward` takes it.
+            Which positions are valid, as `BatchNorm2d.forward` takes it. A sample may have none.
 
         Returns
         -------

@@ -17,6 +17,7 @@ class InstanceNorm(Norm):
     """What the layers have in common; they differ in the ranks of input that they take."""
 
     _family = "InstanceNorm"
+    _zero_eps = True
     _input_shape: tuple[int, ...]
 
     def __init__(
@@ -52,7 +53,8 @@ class InstanceNorm(Norm):
             Where to write the result: `input`, a view of exactly its elements, or an array that
             does not overlap it, of its dtype.
         mask : array_like of bool, optional
-            Which positions are valid, as `BatchNorm2d.forward` takes it.
+            Which positions are valid, as `BatchNorm2d.forward` takes it. A sample may have none, or
+            one, whose variance is then 0; such a sample moves no running statistics.
 
         Returns
         -------
@@ -62,9 +64,8 @@ class InstanceNorm(Norm):
         Raises
         ------
         ValueError
-            If the input has a wrong rank or number of channels, or a sample a single value per
-            channel or no valid one; or if `out` or `mask` cannot serve. Nothing has been changed
-            then.
+            If the input has a wrong rank or number of channels, or samples of a single value per
+            channel and no mask; or if `out` or `mask` cannot serve. Nothing has been changed then.
         TypeError
             If the dtype of the input is not one of the four, `out` has another, or `mask` is not
             boolean.
@@ -136,7 +137,7 @@ class InstanceNorm2d(InstanceNorm):
     num_features : int
         The number of channels C, at least 0.
     eps : float, default 1e-5
-        Added to the variance. Greater than 0.
+        Added to the variance. Not less than 0.
     momentum : float or None, default 0.1
         The factor of the batch in the running statistics. None is 0, as in torch.
     affine : bool, default False

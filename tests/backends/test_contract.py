@@ -389,6 +389,28 @@ def test_a_lazy_layer_takes_its_channels_from_an_array_of_the_device(rng, backen
     assert isinstance(bn.weight, backend.xp.ndarray)
 
 
+@by_host_layout
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_instances_without_two_valid_positions(rng, backend, layout, eps):
+    x, mask = some(rng, (4, 3, 5, 7)), np.ones((4, 1, 5, 7), bool)
+    mask[1], mask[2], mask[2, 0, 0, 3] = False, False, True
+    norm = fastbn.InstanceNorm2d(3, eps, track_running_stats=True, device=backend.device)
+    a, own_mask = backend.array(layout(spoilt(x, mask))), backend.array(mask)
+    y = backend.host(norm(a, mask=own_mask))
+    dx = backend.host(norm.backward(a))
+    assert (left_out(y, mask) == 0).all()
+    assert (left_out(dx, mask) == 0).all()
+    assert (y[2, :, 0, 3] == 0).all() if eps else np.isnan(y[2, :, 0, 3]).all()
+    moved = []
+    for n in (0, 3):
+        sample = x[n : n + 1]
+        support.assert_close(y[n : n + 1], reference.forward(sample, eps=eps), 1e-5)
+        moved.append(reference.updated(sample, np.zeros(3), np.ones(3), 0.1))
+    means = [sum(values) / 2 for values in zip(*moved, strict=True)]
+    support.assert_close(backend.host(norm.running_mean), means[0], 1e-6)
+    support.assert_close(backend.host(norm.running_var), means[1], 1e-6)
+
+
 # Group normalization.
 
 

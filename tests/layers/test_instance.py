@@ -12,6 +12,7 @@ import support
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
+from fastbn import functional as F
 
 pytestmark = [pytest.mark.isa, pytest.mark.wheel]
 
@@ -122,6 +123,129 @@ def test_running_statistics_move_to_the_mean_of_the_samples(rng, layer, batch, s
     support.assert_close(norm.running_mean, mean, 1e-14)
     support.assert_close(norm.running_var, var, 1e-14)
     assert norm.num_batches_tracked == 0
+
+
+# Masks that leave next to nothing, and eps=0.
+
+
+def starved_mask(shape):
+    """A mask with all positions of the first sample, none, one, and some of the next ones."""
+    mask = np.zeros((shape[0], 1, *shape[2:]), bool)
+    mask.reshape(len(mask), -1)[3, :4] = mask.reshape(len(mask), -1)[2, 1] = mask[0] = True
+    return mask
+
+
+@layers
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_samples_without_or_with_one_valid_position(
+    rng, dtype, layer, batch, shape, layout, mode, in_place, eps
+):
+    mask = starved_mask(shape)
+    x, dy = (layout(support.spoilt(some(rng, shape, dtype), mask)) for _ in range(2))
+    norm = getattr(layer(3, eps, affine=True), mode)()
+    norm.weight[:], norm.bias[:] = parameters(3)
+    y = norm(x.copy(order="K"), mask=mask)
+    if in_place:
+        assert same_bits(norm(x, out=x, mask=mask), y)
+    assert (support.left_out(y, mask) == 0).all()
+    single = np.moveaxis(y[2], 0, -1)[mask[2, 0]]
+    if eps:
+        assert same_bits(single[0], norm.bias.astype(dtype))
+    else:  # 0 / 0
+        assert np.isnan(single).all()
+    others = [0, 3]
+    for n in others:
+        valid, actual = (support.gathered(v[n : n + 1], mask[n : n + 1]) for v in (x, y))
+        if not in_place:
+            exact = reference.forward(valid, norm.weight, norm.bias, eps)
+            support.assert_within(actual, exact, RELATIVE[dtype.name] * (1 + np.abs(exact)))
+    if mode == "train":
+        dx = norm.backward(dy)
+        assert (support.left_out(dx, mask) == 0).all()
+        assert np.isfinite(dx[others]).all()
+        assert np.isfinite(norm.bias_grad).all()
+        assert np.isfinite(norm.weight_grad).all() == bool(eps)
+
+
+@layers
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_samples_without_two_valid_positions_move_no_running_statistics(
+    rng, layer, batch, shape, unbiased
+):
+    x, mask = some(rng, shape, np.float64), starved_mask(shape)
+    norm = layer(3, track_running_stats=True, dtype=np.float64, unbiased=unbiased)
+    norm(x, mask=mask)
+    moved = [
+        reference.updated(
+            support.gathered(x[n : n + 1], mask[n : n + 1]), np.zeros(3), np.ones(3), 0.1, unbiased
+        )
+        for n in (0, 3)
+    ]
+    mean, var = (sum(values) / 2 for values in zip(*moved, strict=True))
+    support.assert_close(norm.running_mean, mean, 1e-14)
+    support.assert_close(norm.running_var, var, 1e-14)
+    with support.untouched(norm):
+        norm(x[1:3], mask=mask[1:3])
+
+
+def test_lengths_of_which_one_is_zero(rng):
+    norm, x = fastbn.InstanceNorm1d(3).eval(), some(rng, (2, 3, 8))
+    y = norm(x, mask=np.arange(8) < np.array([[[8]], [[0]]]))
+    assert same_bits(y[0], norm(x[0]))
+    assert not y[1].any()
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (2, 3, 1)])
+def test_a_mask_of_a_single_position_per_sample(rng, shape):
+    x, running = some(rng, shape), (np.zeros(3), np.ones(3))
+    mask = np.zeros((len(x), 1, shape[2]), bool)
+    mask[:, :, -1] = True
+    with support.untouched(*running):
+        y = F.instance_norm(x, *running, bias=np.arange(3.0), mask=mask)
+    assert same_bits(y[..., -1], np.tile(np.arange(3, dtype=np.float32), (len(x), 1)))
+    assert not y[..., :-1].any()
+
+
+EPS_OF_ZERO = {
+    "instance_norm": lambda x, **options: F.instance_norm(x, eps=0, **options),
+    "by running statistics": lambda x, **options: F.instance_norm(
+        x, x.mean((0, 2)), x.var((0, 2)), use_input_stats=False, eps=0.0, **options
+    ),
+    "batch_norm": lambda x, **options: F.batch_norm(
+        x, x.mean((0, 2)), x.var((0, 2)), eps=0.0, **options
+    ),
+    "group_norm": lambda x, **options: F.group_norm(x, 3, eps=0, **options),
+    "InstanceNorm1d": lambda x, **options: fastbn.InstanceNorm1d(3, eps=0)(x, **options),
+    "GroupNorm": lambda x, **options: fastbn.GroupNorm(3, 3, eps=0.0)(x, **options),
+}
+
+
+@pytest.mark.parametrize("name", EPS_OF_ZERO)
+def test_eps_may_be_zero_outside_batch_normalizations_training(rng, name):
+    x = some(rng, (1, 3, 50), np.float64)
+    exact = reference.forward(x, eps=0)
+    support.assert_close(EPS_OF_ZERO[name](x), exact, 1e-14)
+    x[:, 1] = 0.25  # 0 / 0
+    y = EPS_OF_ZERO[name](x)
+    assert np.isnan(y[:, 1]).all()
+    support.assert_close(y[:, ::2], exact[:, ::2], 1e-14)
+
+
+def test_eps_of_zero_gives_gradients(rng):
+    x, dy = some(rng, (1, 3, 50), np.float64), some(rng, (1, 3, 50), np.float64)
+    for norm in (fastbn.InstanceNorm1d(3, eps=0, affine=True), fastbn.GroupNorm(3, 3, eps=0)):
+        norm(x)
+        support.assert_close(norm.backward(dy), reference.backward(dy, x, eps=0)[0], 1e-6)
+
+
+@pytest.mark.parametrize("eps", [-1e-5, np.nan, "0", None])
+def test_eps_is_not_negative(eps):
+    for make in (fastbn.InstanceNorm1d, lambda *args: fastbn.GroupNorm(1, *args)):
+        with support.refused((ValueError, TypeError), "eps"):
+            make(3, eps)
 
 
 @layers

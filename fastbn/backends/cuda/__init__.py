@@ -109,7 +109,7 @@ def forward(
     mean, invstd = vectors(source, 2, batch_size)
     running = Running(running_mean, running_var, momentum, counter, unbiased)
     if not source.size:
-        invstd[...] = 1.0 / math.sqrt(eps)
+        invstd[...] = 1.0 / math.sqrt(eps) if eps else math.inf
         if x.shape[0] * math.prod(x.shape[2:]):
             running.increase_counter(number_of_batches(x, batch_size))
         return unpacked(target, out), mean, invstd
