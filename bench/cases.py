@@ -6,14 +6,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from bench.arrays import Array, new_array
 
 OPERATIONS = {
     "eval": "evaluation forward",
@@ -22,8 +21,16 @@ OPERATIONS = {
     "train_inplace": "training forward in place",
     "backward": "backward",
     "backward_inplace": "backward in place",
+    "eval_fresh": "evaluation forward, new array",
+    "train_fresh": "training forward, new array",
+    "backward_fresh": "backward, new array",
 }
-# The cost of a call: an evaluation forward on an array too small to matter, into a new array.
+# A training forward right after NumPy has multiplied two square matrices, by the number of rows:
+# the threads of OpenBLAS, which waits by spinning, then still have the CPUs.
+PRODUCTS = {"train_after_256": 256, "train_after_768": 768}
+PRODUCTS_SHAPE = (32, 64, 56, 56)
+# The cost of a call: on a GPU an evaluation forward on an array too small to matter, into a new
+# array; on a CPU what calls.py measures.
 CALL, CALL_SHAPE = "call", (1, 64, 1, 1)
 
 # A result may be so far off, relative to the largest value: whoever is further off is broken.
@@ -49,24 +56,33 @@ class Case(NamedTuple):
         """The size of x."""
         return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
+    def has_data_of(self, other: Case) -> bool:
+        """Tell whether the arrays of another case serve this one."""
+        return (self.shape, self.dtype) == (other.shape, other.dtype)
+
     @property
     def forward(self) -> bool:
         return not self.operation.startswith("backward")
 
     @property
     def evaluation(self) -> bool:
-        return self.operation in ("eval", "eval_inplace", CALL)
+        return self.operation in ("eval", "eval_inplace", "eval_fresh", CALL)
 
     @property
     def in_place(self) -> bool:
         return self.operation.endswith("_inplace")
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no memory is given for the result."""
+        return self.operation.endswith("_fresh") or self.operation == CALL
 
 
 class Data:
     """The arrays of all cases of a shape and dtype. Nobody may write to them."""
 
     def __init__(self, case: Case) -> None:
-        self.shape, self.dtype = case.shape, dtype_of(case.dtype)
+        self.case, self.shape, self.dtype = case, case.shape, dtype_of(case.dtype)
         rng = np.random.default_rng(1)
         channels = case.shape[1]
         parameters = np.float64 if case.dtype == "float64" else np.float32
@@ -94,9 +110,18 @@ class Data:
 
     def _values(self, seed: int, mean: float) -> Array:
         """Normally distributed values; a long block of them, repeated, which is soon made."""
-        size = min(math.prod(self.shape), 1_000_003)
-        block = np.random.default_rng(seed).normal(mean, 1.0, size).astype(self.dtype)
-        return np.resize(block, self.shape)
+        array = new_array(self.shape, self.dtype)
+        flat, block = array.reshape(-1), normal(seed, mean).astype(self.dtype)
+        for begin in range(0, flat.size, block.size):
+            piece = flat[begin : begin + block.size]
+            piece[...] = block[: piece.size]
+        return array
+
+
+@cache
+def normal(seed: int, mean: float) -> Array:
+    """A million normally distributed values."""
+    return np.random.default_rng(seed).normal(mean, 1.0, 1_000_003)
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -172,5 +197,6 @@ def _with_batch(entry: list[Any]) -> tuple[int, ...]:
 
 
 def growing_shapes() -> list[tuple[int, int, int, int]]:
-    """Shapes whose float32 arrays take 1 KB, 4 KB and so on to 1 GB: images grow, then batches."""
-    return [(4 ** max(k - 5, 0), 64, 2 ** min(k + 1, 6), 2 ** min(k + 1, 6)) for k in range(11)]
+    """Shapes whose float32 arrays take 1, 2, 4 KB and so on, and 400 MB: images, then batches."""
+    images = [(1, 64, 2 << (k // 2), 2 << ((k + 1) // 2)) for k in range(11)]
+    return images + [(n, 64, 64, 64) for n in (2, 4, 8, 16, 32, 64, 128, 256, 400)]

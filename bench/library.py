@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 from _selfbench.sampling import Repeat
 from _selfbench.serving import Unsupported
-from numpy.typing import DTypeLike
 
-from bench.cases import Array, Case, Data
+from bench.arrays import Array
+from bench.cases import Case, Data
 
 
 @dataclass
@@ -71,26 +70,3 @@ def require(condition: bool, reason: str) -> None:
     """Raise Unsupported for that reason unless the condition holds."""
     if not condition:
         raise Unsupported(reason)
-
-
-def in_layout(array: Array, layout: str) -> Array:
-    """A copy of an NCHW array with the strides of the layout."""
-    if layout == "nhwc":
-        return np.array(array.transpose(0, 2, 3, 1), order="C").transpose(0, 3, 1, 2)
-    return np.array(array, order="C")
-
-
-def aligned(count: int, dtype: DTypeLike) -> Array:
-    """So many zeros that begin at a cache line."""
-    line = 64 // np.dtype(dtype).itemsize
-    array = np.zeros(count + line, dtype)
-    return array[-(array.ctypes.data // array.itemsize) % line :][:count]
-
-
-def overwrite(target: Array, source: Array) -> None:
-    """Copy by ordinary stores, as another layer would have written it.
-
-    A large memcpy may bypass the caches, and a call in place would then find them cold.
-    """
-    bits = np.dtype(f"u{target.itemsize}")
-    np.positive(source.view(bits), out=target.view(bits))

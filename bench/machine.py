@@ -22,6 +22,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         "cpu": cpu(),
         "architecture": platform.machine(),
         "cpus": len(available_cpus()),
+        "virtual": "hypervisor" in _flags(),
         "caches": _caches(),
         "memory": _field("/proc/meminfo", "MemTotal"),
         "vector_extensions": _vector_extensions(),
@@ -124,8 +125,13 @@ def _gpu() -> str | None:
         return None
 
 
+def _flags() -> list[str]:
+    """What the first CPU has; a CPU that a hypervisor lends says so."""
+    return (_field("/proc/cpuinfo", "flags") or "").split()
+
+
 def _vector_extensions() -> list[str]:
-    flags = (_field("/proc/cpuinfo", "flags") or "").split()
+    flags = _flags()
     return [
         name for name in ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16") if name in flags
     ]

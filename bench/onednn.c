@@ -18,7 +18,7 @@ static const int argument[ARGUMENTS] = {
 };
 
 static const dnnl_data_type_t dtypes[] = {dnnl_f32, dnnl_bf16, dnnl_f16};
-static const dnnl_format_tag_t layouts[] = {dnnl_nchw, dnnl_nhwc, dnnl_nChw16c};
+static const dnnl_format_tag_t layouts[] = {dnnl_nchw, dnnl_nhwc, dnnl_nChw16c, dnnl_nChw8c};
 
 typedef struct {
     dnnl_primitive_t primitive;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +14,14 @@ from _selfbench.process import Process, ProcessEnded
 from _selfbench.sampling import Round, counted, median_ms, pooled_ms
 
 from bench import machine
-from bench.cases import CALL, Case
+from bench.cases import CALL, PRODUCTS, Case
 from bench.figures import shape_name
 from bench.libraries import (
     FASTBN,
-    FASTBN_AVX2,
     FASTBN_ONE_THREAD,
     LIBRARIES,
     TORCH,
+    WAYS,
     Setup,
     libraries_on,
 )
@@ -34,12 +34,12 @@ ATTEMPTS = 4
 ARRAYS_HELD = 8
 # The fraction of the memory that the libraries may take together.
 MEMORY_FRACTION = 0.7
-# fastbn with less than it could have, and the operations that this is measured for.
-WAYS = (FASTBN_AVX2, FASTBN_ONE_THREAD)
+# What is measured of fastbn with less than it could have.
 OPERATIONS_OF_WAYS = ("eval", "train", "backward")
-# The cost of a call is asked of the libraries that have layers, and for long: its minimum counts.
+# The cost of a call is asked of the libraries that have layers.
 LIBRARIES_WITH_LAYERS = (FASTBN, TORCH)
-CALL_BUDGET_MS = 100.0
+# For long, as the minimum of a call counts; and after matrix products, which take time themselves.
+LONG_BUDGET_MS = 100.0
 
 
 @dataclass
@@ -110,35 +110,51 @@ def rounded(value: float, digits: int = 5) -> float:
 
 
 class Runner:
-    """The processes of all libraries, and what they have answered."""
+    """The processes of all libraries, and what they have answered.
+
+    A round goes through all cases, with new arrays, and asks the libraries in turn. So the samples
+    of a figure are spread over the whole run, and neither a disturbed minute nor the place that an
+    array has in memory decides it.
+    """
 
     def __init__(self, settings: Settings, workers: list[Worker]) -> None:
         self.settings = settings
         self.workers = workers
         self.memory = machine.available_memory()
-        self.results: list[dict[str, Any]] = []
+        # By case, and by the names of library and layout.
+        self.samples: dict[tuple[Case, str, str], Samples] = {}
         self.left_out: dict[tuple[str, ...], list[str]] = {}
 
-    def measure(self, case: Case) -> Iterator[None]:
-        """Measure a case; yields after every round."""
-        wanted = [worker for worker in self.workers if self._is_asked(worker, case)]
-        keys = {"threads": self.settings.threads, **case._asdict()}
-        for group in self._groups(wanted, case):
-            entries = self._prepare(group, case)
-            for number in range(self.settings.rounds):
-                self._round(case, entries, number)
-                yield
-            for (worker, variant), samples in entries.items():
-                if samples.rounds:
-                    about = {**keys, "library": worker.name, "variant": variant}
-                    self.results.append({**about, **samples.record()})
-            for worker in group:
-                self._ask(worker, case, "release", keep_data=len(group) == len(wanted))
+    def measure(self, cases: list[Case], show: Callable[[Case], object]) -> None:
+        """Measure all cases; show what comes next."""
+        for number in range(self.settings.rounds):
+            for case, following in zip(cases, [*cases[1:], None], strict=True):
+                show(case)
+                keep_data = following is not None and following.has_data_of(case)
+                self._ask_all(case, number, keep_data)
 
-    def rounds_of(self, case: Case) -> int:
-        """How often `measure` will yield."""
+    def _ask_all(self, case: Case, number: int, keep_data: bool) -> None:
+        """Take the samples of a case in a round."""
         wanted = [worker for worker in self.workers if self._is_asked(worker, case)]
-        return self.settings.rounds * len(self._groups(wanted, case))
+        groups = self._groups(wanted, case)
+        for group in groups:
+            self._round(case, self._prepare(group, case), number)
+            for worker in group:
+                self._ask(worker, case, "release", keep_data=keep_data and len(groups) == 1)
+
+    def results(self) -> list[dict[str, Any]]:
+        """A record of every figure, in the order of the cases."""
+        return [
+            {
+                "threads": self.settings.threads,
+                **case._asdict(),
+                "library": library,
+                "variant": variant,
+                **samples.record(),
+            }
+            for (case, library, variant), samples in self.samples.items()
+            if samples.rounds
+        ]
 
     def _is_asked(self, worker: Worker, case: Case) -> bool:
         if case.operation == CALL:
@@ -153,8 +169,8 @@ class Runner:
             return [workers]
         return [[worker] for worker in workers]
 
-    def _prepare(self, workers: list[Worker], case: Case) -> dict[Entry, Samples]:
-        entries = {}
+    def _prepare(self, workers: list[Worker], case: Case) -> list[Entry]:
+        entries = []
         for worker in workers:
             message = {**case._asdict(), "variants": self._variants(worker)}
             answer = self._ask(worker, case, "prepare", **message)
@@ -163,7 +179,8 @@ class Runner:
             for variant, reason in answer["failed"].items():
                 self._leave_out(worker.name, variant, case, reason)
             for variant, about in answer["prepared"].items():
-                entries[Entry(worker, variant)] = Samples(about)
+                entries.append(Entry(worker, variant))
+                self.samples.setdefault((case, worker.name, variant), Samples(about))
         return entries
 
     def _variants(self, worker: Worker) -> list[str] | None:
@@ -172,16 +189,17 @@ class Runner:
             return ["nchw"]
         return self.settings.layouts if worker.name == FASTBN else None
 
-    def _round(self, case: Case, entries: dict[Entry, Samples], number: int) -> None:
+    def _round(self, case: Case, entries: list[Entry], number: int) -> None:
         """Ask every entry for samples; a round begins where the one before began, and one on."""
-        budget_ms = CALL_BUDGET_MS if case.operation == CALL else self.settings.budget_ms
-        order = list(entries)
-        start = number % max(len(order), 1)
-        for entry in order[start:] + order[:start]:
+        lengthy = case.operation == CALL or case.operation in PRODUCTS
+        budget_ms = LONG_BUDGET_MS if lengthy else self.settings.budget_ms
+        start = number % max(len(entries), 1)
+        for entry in entries[start:] + entries[:start]:
             answer = self._time(entry, case, budget_ms)
             if answer is not None:
-                entries[entry].rounds.append(Round(**answer["round"]))
-                entries[entry].calls = answer["calls"]
+                samples = self.samples[case, entry.worker.name, entry.variant]
+                samples.rounds.append(Round(**answer["round"]))
+                samples.calls = answer["calls"]
 
     def _time(self, entry: Entry, case: Case, budget_ms: float) -> dict[str, Any] | None:
         """The least disturbed of some answers, or the first with undisturbed samples."""
@@ -211,7 +229,9 @@ class Runner:
     def _leave_out(self, library: str, variant: str, case: Case, reason: str) -> None:
         """Note why there are no figures; one note for all shapes with the same reason."""
         note = library, variant, case.operation, case.dtype, reason
-        self.left_out.setdefault(note, []).append(shape_name(case))
+        shapes = self.left_out.setdefault(note, [])
+        if shape_name(case) not in shapes:
+            shapes.append(shape_name(case))
 
     def notes(self) -> list[dict[str, Any]]:
         """What was left out, and why."""
@@ -251,12 +271,14 @@ def started(settings: Settings) -> Iterator[tuple[Runner, dict[str, Any]]]:
 def measure(settings: Settings, cases: list[Case], progress: Any) -> dict[str, Any]:
     """Measure all cases with a number of threads."""
     with started(settings) as (runner, about):
-        progress.total = (progress.total or 0) + sum(map(runner.rounds_of, cases))
-        for case in cases:
+        progress.total = (progress.total or 0) + settings.rounds * len(cases)
+
+        def show(case: Case) -> None:
+            progress.update()
             progress.set_postfix_str(describe(case, settings.threads))
-            for _ in runner.measure(case):
-                progress.update()
-    return {"libraries": about, "results": runner.results, "left_out": runner.notes()}
+
+        runner.measure(cases, show)
+    return {"libraries": about, "results": runner.results(), "left_out": runner.notes()}
 
 
 def measure_calls() -> dict[str, Any]:

@@ -13,13 +13,16 @@ import importlib
 import os
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from _selfbench.sampling import SAMPLE_S, Sample, Sampler, repeated, wall_clock
+import numpy as np
+from _selfbench.sampling import SAMPLE_S, Clock, Sample, Sampler, repeated, wall_clock
 from _selfbench.serving import reason
 
 from bench import calls
-from bench.cases import Case, Data, check
+from bench.cases import PRODUCTS, Case, Data, check
 from bench.library import Library, PreparedCall
 
 # Calls in place that are repeated let the values grow or shrink, down to subnormal numbers, which
@@ -27,8 +30,11 @@ from bench.library import Library, PreparedCall
 SAMPLE_IN_PLACE_S = 1e-4
 
 
-def sampler_of(prepared: PreparedCall) -> Sampler:
+def sampler_of(prepared: PreparedCall, case: Case) -> Sampler:
     """What takes samples of a case, by the clock that it needs."""
+    if case.operation in PRODUCTS:
+        matrix = np.ones((PRODUCTS[case.operation],) * 2, np.float32)
+        return Sampler(timed(prepared.call), 0.0, partial(np.matmul, matrix, matrix))
     if prepared.sample_ns is not None:
         sample_ns = prepared.sample_ns
         return Sampler(lambda calls: Sample(calls * sample_ns() * 1e-9, 0.0), sample_s=0.0)
@@ -36,6 +42,17 @@ def sampler_of(prepared: PreparedCall) -> Sampler:
     if prepared.restore is not None:
         return Sampler(clock, SAMPLE_IN_PLACE_S, prepared.restore)
     return Sampler(clock, SAMPLE_S)
+
+
+def timed(call: Callable[[], object]) -> Clock:
+    """The time of a call whose threads may wait for others of its process, which counts."""
+
+    def clock(_: int) -> Sample:
+        start = time.perf_counter()
+        call()
+        return Sample(time.perf_counter() - start, 0.0)
+
+    return clock
 
 
 class Worker:
@@ -57,7 +74,7 @@ class Worker:
     ) -> dict[str, Any]:
         """Prepare a case; tell about each layout what came of it, or why nothing did."""
         case = Case(operation, tuple(shape), dtype)
-        if self.data is None or (self.data.shape, self.data.dtype.name) != (case.shape, dtype):
+        if self.data is None or not case.has_data_of(self.data.case):
             self.data = None  # so that its memory is free before new data is made
             self.data = Data(case)
         answer: dict[str, Any] = {"prepared": {}, "failed": {}}
@@ -71,7 +88,7 @@ class Worker:
                 if prepared.restore is not None:
                     prepared.restore()
                 check(case, self.data, prepared.result(prepared.call()))
-                self.prepared[variant] = prepared, sampler_of(prepared)
+                self.prepared[variant] = prepared, sampler_of(prepared, case)
             except Exception as error:  # Whatever it is, the others go on.
                 answer["failed"][variant] = reason(error)
             else:

@@ -26,27 +26,31 @@ class Setup(NamedTuple):
     threads: int | None = None
 
 
-FLOOR, FASTBN, FASTBN_AVX2, FASTBN_ONE_THREAD = "floor", "fastbn", "fastbn-avx2", "fastbn-1-thread"
-TORCH, TORCH_MALLOC = "torch", "torch-malloc"
-
-# What is not a peer: the floor, and fastbn in its ways.
-OWN = (FLOOR, FASTBN, FASTBN_AVX2, FASTBN_ONE_THREAD)
+FLOOR, FASTBN, TORCH, TORCH_MALLOC = "floor", "fastbn", "torch", "torch-malloc"
+NUMBA_FASTMATH, ONEDNN = "numba-fastmath", "onednn"
+# fastbn with less than it could have.
+FASTBN_AVX2, FASTBN_BASE = "fastbn-avx2", "fastbn-base"
+FASTBN_ONE_THREAD = "fastbn-1-thread"
+WAYS = (FASTBN_AVX2, FASTBN_BASE, FASTBN_ONE_THREAD)
+# What is not a peer.
+OWN = (FLOOR, FASTBN, *WAYS)
 
 LIBRARIES = {
     FLOOR: Setup("floor"),
     FASTBN: Setup("fastbn"),
     FASTBN_AVX2: Setup("fastbn", {"FASTBN_ISA": "avx2"}),
+    FASTBN_BASE: Setup("fastbn", {"FASTBN_ISA": "base"}),
     FASTBN_ONE_THREAD: Setup("fastbn", threads=1),
     "numpy": Setup("numpy"),
     "numba": Setup("numba"),
-    "numba-fastmath": Setup("numba_fastmath"),
+    NUMBA_FASTMATH: Setup("numba_fastmath"),
     TORCH: Setup("torch"),
     TORCH_MALLOC: Setup("torch", TUNED_MALLOC),
     "torch-compile": Setup("torch_compile", {"TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED_MALLOC}),
     "jax": Setup("jax", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", **TUNED_MALLOC}),
     "onnxruntime": Setup("onnxruntime"),
     "openvino": Setup("openvino"),
-    "onednn": Setup("onednn"),
+    ONEDNN: Setup("onednn"),
 }
 
 # The same for arrays on a GPU.

@@ -8,7 +8,7 @@ from typing import Any
 
 import cupy
 
-from bench.cases import Array
+from bench.arrays import Array
 from bench.libraries._device import OnDevice, calls_of, sampler
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from bench.cases import Array
+from bench.arrays import Array
 
 # A graph holds as many calls as take so long, up to a limit; a sample is a median of replays.
 GRAPH_MS, CALLS_MAX, REPLAYS = 1.0, 50, 5

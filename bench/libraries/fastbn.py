@@ -9,9 +9,10 @@ from _selfbench.sampling import Repeat
 
 import fastbn
 from bench import library
+from bench.arrays import in_layout, new_array, overwrite
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import CALL, EPS, MOMENTUM, Case, Data
-from bench.library import PreparedCall, in_layout, overwrite
+from bench.cases import EPS, MOMENTUM, PRODUCTS, Case, Data
+from bench.library import PreparedCall
 from fastbn import functional
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
@@ -45,11 +46,12 @@ class Library(library.Library):
     """fastbn in both memory layouts."""
 
     api = "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward)"
-    buffers = "preallocated: out= another array, or the input"
+    buffers = "preallocated: out= another array, or the input; a new array where it is said"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        fastbn.set_num_threads(threads)
+        if threads != fastbn.get_num_threads():  # which a user seldom sets
+            fastbn.set_num_threads(threads)
 
     def versions(self) -> dict[str, str]:
         config = fastbn.show_config("dicts")
@@ -62,7 +64,8 @@ class Library(library.Library):
         }
 
     def variants(self, case: Case) -> list[str]:
-        return ["nchw"] if case.in_place or case.operation == CALL else ["nchw", "nhwc"]
+        only = case.in_place or case.fresh or case.operation in PRODUCTS
+        return ["nchw"] if only else ["nchw", "nhwc"]
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         return self._forward(case, variant, data) if case.forward else backward(case, variant, data)
@@ -84,10 +87,11 @@ class Library(library.Library):
     def _forward(self, case: Case, variant: str, data: Data) -> PreparedCall:
         layer = layer_of(case, data)
         x = in_layout(data.x, variant)
-        if case.operation == CALL:
+        if case.fresh:
             return PreparedCall(partial(layer, x), lambda y: {"y": y}, False)
         if not case.in_place:
-            return PreparedCall(partial(layer, x, out=np.zeros_like(x)), lambda y: {"y": y}, True)
+            out = new_array(case.shape, x.dtype, variant)
+            return PreparedCall(partial(layer, x, out=out), lambda y: {"y": y}, True)
         return PreparedCall(
             partial(layer, x, out=x),
             lambda y: {"y": y},
@@ -108,11 +112,11 @@ def backward(case: Case, variant: str, data: Data) -> PreparedCall:
     """The function under a layer's backward; the layer's own would need a forward before each."""
     x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
     _, mean, invstd = functional.batch_norm_forward(x, data.weight, data.bias, EPS)
-    out = dy if case.in_place else np.zeros_like(dy)
+    out = None if case.fresh else dy if case.in_place else new_array(case.shape, dy.dtype, variant)
     prepared = PreparedCall(
         partial(functional.batch_norm_backward, dy, x, data.weight, mean, invstd, out=out),
         lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
-        True,
+        not case.fresh,
     )
     if case.in_place:
         prepared.restore = partial(overwrite, dy, in_layout(data.dy, variant))

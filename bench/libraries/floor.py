@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 
 from bench import library, native
-from bench.cases import Array, Case, Data
-from bench.library import PreparedCall, aligned
+from bench.arrays import Array, new_array
+from bench.cases import Case, Data
+from bench.library import PreparedCall
 
 # Below this size of x, one thread may be faster than starting others.
 SMALL = 1 << 20
@@ -44,7 +45,7 @@ class Library(library.Library):
         kind, threads = variant.split("/")
         count = case.bytes // 4
         if not self.arrays or self.arrays[0].size != count:
-            self.arrays = [aligned(count, np.float32) for _ in range(3)]
+            self.arrays = [new_array((count,), np.float32) for _ in range(3)]
         arrays = self.arrays
         for array, value in zip(arrays, (5.0, 1.0, 2.0), strict=True):
             array.fill(value)

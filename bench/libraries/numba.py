@@ -11,8 +11,9 @@ import numpy as np
 from numba import njit, prange
 
 from bench import library
-from bench.cases import EPS, MOMENTUM, Array, Case, Data
-from bench.library import PreparedCall, overwrite, require
+from bench.arrays import Array, in_layout, new_array, overwrite
+from bench.cases import EPS, MOMENTUM, Case, Data
+from bench.library import PreparedCall, require
 
 
 class Library(library.Library):
@@ -20,7 +21,7 @@ class Library(library.Library):
 
     fastmath = False
     api = "@njit(parallel=True) loops over channels, sums in float64"
-    buffers = "preallocated: another array, or the input"
+    buffers = "preallocated: another array, or the input; a new array where it is said"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -38,26 +39,29 @@ class Library(library.Library):
         flat = (n, c, h * w)
         x, weight, bias = data.x.reshape(flat), data.weight, data.bias
         given = x if case.forward else data.dy.reshape(flat)
-        source = given.copy() if case.in_place else given
-        out = source if case.in_place else np.zeros_like(given)
+        source = in_layout(given) if case.in_place else given
+        out = source if case.in_place else new_array(flat, given.dtype)
         sum_dtype = np.dtype(case.dtype if self.fastmath else "float64")
         evaluate, train, backward = kernels(sum_dtype, self.fastmath)
         if case.forward:
             statistics = (data.running_mean.copy(), data.running_var.copy())
             function = evaluate if case.evaluation else train
-            call = partial(function, source, *statistics, weight, bias, out)
+            call = partial(function, source, *statistics, weight, bias)
         else:
             mean, var = data.mean.astype(sum_dtype), data.var.astype(np.float64)
             invstd = (1 / np.sqrt(var + EPS)).astype(sum_dtype)
-            call = partial(backward, source, x, weight, mean, invstd, out)
+            call = partial(backward, source, x, weight, mean, invstd)
 
-        def result(gradients: tuple[Array, Array] | None) -> dict[str, Array]:
-            if gradients is None:
-                return {"y": out.reshape(case.shape)}
-            return {"dx": out.reshape(case.shape), "dweight": gradients[0], "dbias": gradients[1]}
+        def into_new() -> tuple[Array, ...]:
+            return call(np.empty_like(source))
+
+        def result(arrays: tuple[Array, ...]) -> dict[str, Array]:
+            names = ("y",) if case.forward else ("dx", "dweight", "dbias")
+            return dict(zip(names, (arrays[0].reshape(case.shape), *arrays[1:]), strict=True))
 
         restore = partial(overwrite, source, given) if case.in_place else None
-        return PreparedCall(call, result, True, restore)
+        call_it = into_new if case.fresh else partial(call, out)
+        return PreparedCall(call_it, result, not case.fresh, restore)
 
 
 @cache
@@ -75,6 +79,7 @@ def kernels(sum_dtype: np.dtype[Any], fastmath: bool) -> tuple[Callable[..., Any
             for i in range(n):
                 for j in range(size):
                     out[i, c, j] = (x[i, c, j] - mean) * scale + shift
+        return (out,)
 
     @compiled
     def train(x, running_mean, running_var, weight, bias, out):
@@ -99,6 +104,7 @@ def kernels(sum_dtype: np.dtype[Any], fastmath: bool) -> tuple[Callable[..., Any
             for i in range(n):
                 for j in range(size):
                     out[i, c, j] = (x[i, c, j] - center) * scale + shift
+        return (out,)
 
     @compiled
     def backward(dy, x, weight, mean, invstd, out):
@@ -120,6 +126,6 @@ def kernels(sum_dtype: np.dtype[Any], fastmath: bool) -> tuple[Callable[..., Any
             for i in range(n):
                 for j in range(size):
                     out[i, c, j] = dy[i, c, j] * a + (x[i, c, j] - center) * b + shift
-        return dweight, dbias
+        return out, dweight, dbias
 
     return evaluate, train, backward

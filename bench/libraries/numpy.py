@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 
 from bench import library
-from bench.cases import EPS, MOMENTUM, Array, Case, Data
-from bench.library import PreparedCall, overwrite, require
+from bench.arrays import Array, in_layout, overwrite
+from bench.cases import EPS, MOMENTUM, Case, Data
+from bench.library import PreparedCall, require
 
 AXES = (0, 2, 3)
 
@@ -39,7 +40,7 @@ class Library(library.Library):
                 lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
                 False,
             )
-        x = data.x.copy() if case.in_place else data.x
+        x = in_layout(data.x) if case.in_place else data.x
         function = partial(train_inplace if case.in_place else train, x)
         if case.evaluation:
             function = partial(normalize_inplace if case.in_place else normalize, x)

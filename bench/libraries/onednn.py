@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from bench import library, native
-from bench.cases import EPS, Array, Case, Data
-from bench.library import PreparedCall, aligned, overwrite, require
+from bench.arrays import Array, in_layout, new_array, overwrite
+from bench.cases import EPS, Case, Data
+from bench.library import PreparedCall, require
 
 # The numbers by which onednn.c knows them.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-LAYOUTS = {"nchw": 0, "nhwc": 1, "nChw16c": 2}
+# The blocked ones are those of AVX-512 and of AVX2.
+LAYOUTS = {"nchw": 0, "nhwc": 1, "nChw16c": 2, "nChw8c": 3}
 EVAL, TRAIN, BACKWARD = range(3)
 
 PACKAGES = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
@@ -49,13 +51,14 @@ class Library(library.Library):
 
     def variants(self, case: Case) -> list[str]:
         require(case.dtype in DTYPES, f"no {case.dtype} in its batch normalization")
+        require(not case.fresh, "it is given the memory of its results")
         return list(LAYOUTS)
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         self.dims, self.dtype, layout = Dims(*case.shape), DTYPES[case.dtype], LAYOUTS[variant]
         given = self.arranged(data.x if case.forward else data.dy, layout)
-        pristine = given.copy() if case.in_place else None
-        out = given if case.in_place else aligned(given.size, given.dtype)
+        pristine = in_layout(given) if case.in_place else None
+        out = given if case.in_place else new_array(given.shape, given.dtype)
         vectors: list[Array | None] = [data.mean, data.var, data.weight, data.bias]
         if case.forward:  # A training forward writes them.
             vectors[:2] = data.running_mean.copy(), data.running_var.copy()
@@ -80,12 +83,13 @@ class Library(library.Library):
 
         restore = partial(overwrite, given, pristine) if case.in_place else None
         note = self.c.norm_implementation(norm).decode()
+        require(not note.startswith("ref"), f"only its reference implementation for {variant}")
         return PreparedCall(partial(repeat, 1), result, True, restore, repeat, note=note)
 
     def arranged(self, plain: Array, layout: int) -> Array:
         """A copy in oneDNN's layout, as a flat array; blocks of channels are padded."""
         size = self.c.array_bytes(self.dims, self.dtype, layout) // plain.itemsize
-        array = aligned(size, plain.dtype)
+        array = new_array((size,), plain.dtype)
         self.reorder(plain, LAYOUTS["nchw"], array, layout)
         return array
 

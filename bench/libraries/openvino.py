@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import openvino as ov
 from openvino import opset15
 
 from bench import library
+from bench.arrays import new_array
 from bench.cases import EPS, Case, Data
 from bench.library import PreparedCall, require
 
@@ -23,6 +23,7 @@ class Library(library.Library):
     def variants(self, case: Case) -> list[str]:
         require(case.evaluation, "inference only")
         require(not case.in_place, "an output of its own is asked for")
+        require(not case.fresh, "its results are in memory of the request")
         require(case.dtype in ("float32", "float16"), f"no {case.dtype} here")
         return super().variants(case)
 
@@ -43,7 +44,7 @@ class Library(library.Library):
                 "INFERENCE_PRECISION_HINT": "f32" if case.dtype == "float32" else "f16",
             },
         )
-        out = np.zeros_like(data.x)
+        out = new_array(case.shape, data.x.dtype)
         request = compiled.create_infer_request()
         request.set_input_tensor(ov.Tensor(data.x, shared_memory=True))
         request.set_output_tensor(ov.Tensor(out, shared_memory=True))

@@ -11,11 +11,10 @@ import torch
 from _selfbench.sampling import Repeat
 
 from bench import library
+from bench.arrays import Array, in_layout
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import CALL, EPS, MOMENTUM, Array, Case, Data
+from bench.cases import CALL, EPS, MOMENTUM, Case, Data
 from bench.library import PreparedCall, require
-
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 class Library(library.Library):
@@ -46,13 +45,13 @@ class Library(library.Library):
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
         layer = self.layer(module)
-        x = as_tensor(data.x).clone(memory_format=FORMATS[variant])
+        x = as_tensor(in_layout(data.x, variant))
         if case.evaluation:
             self.mode.enter_context(torch.inference_mode())
         if case.forward:
             return PreparedCall(partial(layer, x), lambda y: {"y": as_array(y)}, False)
         x.requires_grad_()
-        dy = as_tensor(data.dy).clone(memory_format=FORMATS[variant])
+        dy = as_tensor(in_layout(data.dy, variant))
         return PreparedCall(
             partial(
                 torch.autograd.grad,

@@ -12,8 +12,10 @@ import torch
 from bench import library
 from bench.cases import CALL, EPS, MOMENTUM, Case, Data
 from bench.libraries._device import OnDevice, calls_of, sampler
-from bench.libraries.torch import FORMATS, as_array, as_tensor
+from bench.libraries.torch import as_array, as_tensor
 from bench.library import PreparedCall
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 class Library(library.Library):

@@ -23,11 +23,16 @@ SLOW_S = 0.1
 
 
 def repeated(call: Callable[[], object]) -> Repeat:
-    """A function that makes the call so many times."""
+    """A function that makes the call so many times.
+
+    As in a loop over `y = f(x)`, a result is there until the next call has returned.
+    """
+    result = None
 
     def repeat(calls: int) -> None:
+        nonlocal result
         for _ in range(calls):
-            call()
+            result = call()
 
     return repeat
 

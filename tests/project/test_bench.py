@@ -5,9 +5,11 @@ import importlib
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+IN_PLACE = {"eval_inplace", "train_inplace", "backward_inplace"}
 # The suite may be taken from the repository, to test an installed package.
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="no benchmark here")
 
@@ -65,7 +67,8 @@ def test_what_tells_a_result_is_kept_as_it_may_own_the_memory_that_a_call_writes
 def test_a_device_has_a_clock_of_its_own_and_the_hosts_waiting_does_not_count(bench):
     library, worker = bench("library"), bench("worker")
     prepared = library.PreparedCall(int, dict, True, sample_ns=lambda: 2e6)
-    sampler = worker.sampler_of(prepared)
+    case = bench("cases").Case("eval", (2, 3, 4, 5), "float32")
+    sampler = worker.sampler_of(prepared, case)
     found = sampler.samples_until(0.0)
     assert sampler.calls == 1
     assert found.ms == [pytest.approx(2.0)]
@@ -75,6 +78,158 @@ def test_a_device_has_a_clock_of_its_own_and_the_hosts_waiting_does_not_count(be
 def test_a_library_that_cannot_be_imported_is_unavailable(bench):
     with bench("runner").Worker("none", bench("libraries").Setup("none"), 1) as worker:
         assert "ModuleNotFoundError" in worker.about()["unavailable"]
+
+
+# The arrays.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (8, 3, 224, 224)])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_arrays_begin_where_numpys_large_ones_do(bench, shape, dtype, layout):
+    arrays = bench("arrays")
+    values = np.random.default_rng(1).normal(size=shape).astype(dtype)
+    array = arrays.in_layout(values, layout)
+    assert array.ctypes.data % 4096 == 16
+    assert (array.transpose(0, 2, 3, 1) if layout == "nhwc" else array).flags.c_contiguous
+    np.testing.assert_array_equal(array, values)
+
+
+def test_data_are_not_constant_and_fill_the_array(bench):
+    cases = bench("cases")
+    x = cases.Data(cases.Case("eval", (3, 5, 300, 300), "float32")).x.reshape(-1)
+    assert x.size > 1_000_003
+    assert x.std() == pytest.approx(1.0, abs=0.01)
+    np.testing.assert_array_equal(x[:10], x[1_000_003:1_000_013])
+
+
+def test_sizes_grow_from_a_kilobyte_to_400_megabytes(bench):
+    cases = bench("cases")
+    sizes = [cases.Case("eval", of, "float32").bytes for of in cases.growing_shapes()]
+    assert sizes == [1024 << k for k in range(19)] + [400 << 20]
+
+
+# The operations.
+
+
+@pytest.mark.parametrize(
+    ("library", "cannot"),
+    [
+        ("fastbn", set()),
+        ("numpy", {"backward_inplace"}),
+        ("numba", set()),
+        ("numba-fastmath", set()),
+        pytest.param("torch", IN_PLACE, marks=pytest.mark.torch),
+    ],
+)
+def test_a_library_is_right_or_says_why_it_cannot(bench, library, cannot):
+    runner, cases = bench("runner"), bench("cases")
+    setup = bench("libraries").LIBRARIES[library]
+    with runner.Worker(library, setup, 1) as worker:
+        if "unavailable" in worker.about():
+            pytest.skip(f"no {library}")
+        failed = set()
+        for operation in (*cases.OPERATIONS, *cases.PRODUCTS):
+            case = cases.Case(operation, (4, 6, 7, 5), "float32")
+            answer = worker.request("prepare", **case._asdict(), variants=None)
+            assert all("wrong result" not in reason for reason in answer["failed"].values())
+            failed |= {operation} if answer["failed"] else set()
+            for variant, about in answer["prepared"].items():
+                assert worker.request("time", variant=variant, budget_ms=0.0)["round"]["ms"]
+                assert not (about["preallocated"] and case.fresh)
+            worker.request("release", keep_data=True)
+    assert failed == cannot
+
+
+def test_a_matrix_product_comes_right_before_every_call(bench, monkeypatch):
+    worker, library, cases = bench("worker"), bench("library"), bench("cases")
+    order = []
+    monkeypatch.setattr(worker.np, "matmul", lambda a, b: order.append(a.shape))
+    case = cases.Case("train_after_256", (2, 3, 4, 5), "float32")
+    prepared = library.PreparedCall(lambda: order.append("call"), dict, True)
+    sampler = worker.sampler_of(prepared, case)
+    sampler.samples_until(0.0)
+    assert sampler.calls == 1
+    assert order[::2] == [(256, 256)] * (len(order) // 2)
+    assert order[1::2] == ["call"] * (len(order) // 2)
+
+
+def test_a_result_is_there_until_the_next_call_has_returned(bench):
+    bench("cases")  # which makes _selfbench importable
+    results = []
+
+    class Result:
+        def __init__(self):
+            self.before = results[-1]() if results else None
+            results.append(weakref.ref(self))
+
+    alive = []
+
+    def call():
+        alive.append(results[-1]() is not None if results else None)
+        result = Result()
+        result.before = None
+        return result
+
+    repeat = importlib.import_module("_selfbench.sampling").repeated(call)
+    repeat(2)
+    repeat(1)
+    assert alive == [None, True, True]
+    assert [each() is not None for each in results] == [False, False, True]
+
+
+def test_the_floor_reaches_every_element(bench):
+    runner, libraries, cases = bench("runner"), bench("libraries"), bench("cases")
+    with runner.Worker("floor", libraries.LIBRARIES["floor"], 2) as worker:
+        if "unavailable" in (about := worker.about()):
+            pytest.skip(about["unavailable"])
+        for shape in (1, 1, 1, 1), (1, 1, 1, 3), (2, 23, 17, 17), (64, 64, 9, 9):
+            for operation in "eval", "train_inplace", "backward":
+                case = cases.Case(operation, shape, "float32")
+                answer = worker.request("prepare", **case._asdict(), variants=None)
+                assert answer["failed"] == {}
+                assert len(answer["prepared"]) >= 2
+
+
+# The run.
+
+
+def test_a_round_goes_through_all_cases_before_the_next(bench):
+    runner, cases = bench("runner"), bench("cases")
+    asked = []
+
+    class Worker:
+        def __init__(self, name):
+            self.name = name
+
+        def request(self, do, **message):
+            asked.append((do, self.name, message.get("operation")))
+            if do == "prepare":
+                about = {"preallocated": True, "note": ""}
+                return {"prepared": {"nchw": about}, "failed": {"nhwc": "no"}}
+            ms = 9.0 if len(asked) < 10 else 1.0
+            return {"round": {"ms": [ms], "waited": 0.0}, "calls": 1}
+
+    settings = runner.Settings(3, 1.0, 1, ["numpy", "numba"], ["nchw"])
+    own = runner.Runner(settings, [Worker("numpy"), Worker("numba")])
+    both = [cases.Case(operation, (1, 2, 3, 4), "float32") for operation in ("eval", "train")]
+    own.measure(both, lambda case: None)
+    prepared = [operation for do, name, operation in asked if do == "prepare" and name == "numpy"]
+    assert prepared == ["eval", "train"] * 3
+    timed = [name for do, name, _ in asked if do == "time"]
+    assert timed == ["numpy", "numba"] * 2 + ["numba", "numpy"] * 2 + ["numpy", "numba"] * 2
+    results = own.results()
+    assert [(of["operation"], of["library"]) for of in results] == [
+        (operation, name) for operation in ("eval", "train") for name in ("numpy", "numba")
+    ]
+    assert all(of["samples"] == 3 and of["median_ms"] == 1.0 for of in results)
+    assert [note["shapes"] for note in own.notes()] == [["1x2x3x4"]] * 4
+
+
+def test_what_the_machine_says_of_itself_is_in_the_result(bench):
+    machine = bench("machine").describe()
+    assert machine["virtual"] in (True, False)
+    assert all(name.startswith("L") for name in machine["caches"])
 
 
 # The cost of a call.
