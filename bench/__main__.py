@@ -16,8 +16,26 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import machine, runner
-from bench.cases import CALL, CALL_SHAPE, ITEMSIZES, OPERATIONS, Case, growing_shapes, shapes_of
-from bench.libraries import FASTBN, FLOOR, TORCH, TORCH_MALLOC, libraries_on
+from bench.cases import (
+    CALL,
+    CALL_SHAPE,
+    ITEMSIZES,
+    OPERATIONS,
+    PRODUCTS,
+    PRODUCTS_SHAPE,
+    Case,
+    growing_shapes,
+    shapes_of,
+)
+from bench.libraries import (
+    FASTBN,
+    FLOOR,
+    NUMBA_FASTMATH,
+    ONEDNN,
+    TORCH,
+    TORCH_MALLOC,
+    libraries_on,
+)
 from bench.report import write_report
 
 RESULTS = Path(__file__).with_name("results")
@@ -26,8 +44,11 @@ LAYOUTS = ("nchw", "nhwc")
 ALWAYS = (FLOOR, FASTBN)
 # Not in a quick measurement: seconds of compilation for every shape.
 SLOW_TO_START = ("torch-compile",)
-# The sizes up to 1 GB would take the others minutes each.
-LIBRARIES_OF_SIZES = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, "onednn")
+# The sizes up to 400 MB would take the others minutes each.
+LIBRARIES_OF_SIZES = (FLOOR, FASTBN, NUMBA_FASTMATH, TORCH, TORCH_MALLOC, ONEDNN)
+OPERATIONS_OF_SIZES = ("eval", "train", "backward")
+# What has no goal is not measured unless it is asked for.
+WITHOUT_GOAL = ("eval_inplace", "backward_inplace")
 ROUNDS, QUICK_ROUNDS = 5, 3
 # How long a library is asked for samples in a round; at least for one.
 BUDGET_MS, QUICK_BUDGET_MS = 20.0, 10.0
@@ -60,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", type=names, default=["float32"], help=f"of {', '.join(ITEMSIZES)}")
     add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
     add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
-    add("--operations", type=names, help=f"of {', '.join([*OPERATIONS, CALL])} (default: all)")
+    operations = ", ".join([*OPERATIONS, *PRODUCTS, CALL])
+    add("--operations", type=names, help=f"of {operations} (default: those with goals)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
     add("--libraries", type=names, help=f"of {known} (default: all of the device)")
@@ -70,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--quick", **flag, help="three short rounds on five shapes, without torch.compile"
     )
-    mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 1 GB")
-    mode.add_argument("--tiny", **flag, help="only evaluations of a 1x64x1x1 array")
+    mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 400 MB; fewer libraries")
     mode.add_argument("--calls", **flag, help="only what calls cost, in multiples of np.add")
     add("--out", type=Path, default=RESULTS, help="the folder of the results")
     add("--name", help="the results' file name (default: what was measured)")
@@ -131,8 +152,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def wants_calls(options: argparse.Namespace) -> bool:
-    """Tell whether the cost of calls is measured, which is something of the CPU's."""
-    return options.calls or (options.device == "cpu" and CALL in (options.operations or [CALL]))
+    """Tell whether the cost of calls is measured, which on a CPU is no case."""
+    return options.calls or (options.device == "cpu" and CALL in operations_of(options))
 
 
 def add(result: dict[str, Any], measured: dict[str, Any]) -> None:
@@ -162,31 +183,44 @@ def default_threads(device: str) -> int:
 
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
-    kinds = {"quick": "quick", "size_sweep": "sizes", "tiny": "tiny", "calls": "calls"}
+    kinds = {"quick": "quick", "size_sweep": "sizes", "calls": "calls"}
     kind = next((kind for option, kind in kinds.items() if getattr(options, option)), "full")
     return kind if options.device == "cpu" else f"{options.device}-{kind}"
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases, all operations of a shape one after the other."""
-    operations = options.operations or [CALL, *OPERATIONS]
-    if options.device == "cuda":  # Times are those of replays, between which nothing is restored.
-        operations = [operation for operation in operations if not operation.endswith("_inplace")]
-    if options.tiny:
-        operations = [CALL]
-    known = {CALL, *OPERATIONS, *ITEMSIZES, *LAYOUTS}
+    operations = operations_of(options)
+    known = {CALL, *OPERATIONS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
     refuse_unknown({*operations, *options.dtypes, *options.layouts} - known)
     shapes = growing_shapes() if options.size_sweep else []
     if options.shapes or not shapes:
         shapes += shapes_of(options.shapes or ("quick" if options.quick else "gate"))
-    calls = [Case(CALL, CALL_SHAPE, "float32")] if CALL in operations else []
-    return calls + [
+    cases = [
         Case(operation, shape, dtype)
         for shape in shapes
         for dtype in options.dtypes
         for operation in operations
-        if operation != CALL
+        if operation in OPERATIONS
     ]
+    products = [operation for operation in operations if operation in PRODUCTS]
+    if products:  # They are held against the training forward by itself.
+        cases += [Case(operation, PRODUCTS_SHAPE, "float32") for operation in ["train", *products]]
+    if CALL in operations and options.device == "cuda":
+        cases.insert(0, Case(CALL, CALL_SHAPE, "float32"))
+    return list(dict.fromkeys(cases))
+
+
+def operations_of(options: argparse.Namespace) -> list[str]:
+    """The operations to measure."""
+    chosen = options.operations
+    if chosen is None and options.size_sweep:
+        chosen = OPERATIONS_OF_SIZES
+    if chosen is None:
+        chosen = [name for name in [CALL, *OPERATIONS, *PRODUCTS] if name not in WITHOUT_GOAL]
+    if options.device == "cuda":  # Times are those of replays, between which nothing is restored.
+        chosen = [name for name in chosen if name in (CALL, *OPERATIONS_OF_SIZES)]
+    return list(chosen)
 
 
 def libraries_of(options: argparse.Namespace) -> list[str]:
@@ -198,8 +232,6 @@ def libraries_of(options: argparse.Namespace) -> list[str]:
     if chosen is None:
         chosen = [name for name in known if not options.quick or name not in SLOW_TO_START]
     refuse_unknown({*chosen} - {*known, *LIBRARIES_OF_SIZES})
-    if options.tiny:
-        return list(runner.LIBRARIES_WITH_LAYERS)
     return [name for name in known if name in {*chosen, *ALWAYS}]
 
 

@@ -83,6 +83,11 @@ class Figures:
         """The better kind of stores: of a copy for a forward, of a sum for a backward."""
         return self._floor(key, "copy" if key.case.forward else "add")
 
+    def floor_streams(self, key: Key) -> bool:
+        """Tell whether a copy by streaming stores is faster than one by ordinary stores."""
+        over_plain = ratio(self._floor(key, "copy_stream"), self._floor(key, "copy_plain"))
+        return over_plain is not None and over_plain < 1.0
+
     def floor_in_place(self, key: Key) -> Time | None:
         return self._floor(key, "inplace")
 
@@ -107,6 +112,11 @@ def key_of(record: dict[str, Any]) -> Key:
 def ratio(one: Time | None, other: Time | None) -> float | None:
     """How many times as long the one takes; None where one of them is not there."""
     return one.ms / other.ms if one is not None and other is not None else None
+
+
+def with_operation(key: Key, operation: str) -> Key:
+    """The same case with another operation."""
+    return key._replace(case=key.case._replace(operation=operation))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -1,4 +1,4 @@
-"""The pictures of a result: time over the floor of memory, and peers over fastbn."""
+"""The pictures of a result: times over the floor of memory, or GB/s; peers over fastbn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from bench.cases import OPERATIONS
 from bench.figures import Figures, Key, Time, ratio, shape_name
 from bench.goals import limit_over_floor
-from bench.libraries import FASTBN, OWN, libraries_on
+from bench.libraries import FASTBN, FLOOR, OWN, libraries_on
 
 PANELS = ("eval", "train", "backward")
 # The bars of the peers end here, with their figure beside them: one slow peer would flatten all.
@@ -119,22 +119,29 @@ def _panel(panel: Axes, figures: Figures, keys: list[Key], operation: str, sizes
     xs = [key.case.bytes if sizes else index for index, key in enumerate(keys)]
     for index, (label, times, style) in enumerate(_series(figures, keys, sizes)):
         points = [
-            (x, ratio(time, figures.floor(key)))
+            (x, _speed(key, time) if sizes else ratio(time, figures.floor(key)))
             for x, key, time in zip(xs, keys, times, strict=True)
             if time is not None
         ]
         if points:
             color = f"C{index % 10}" if "color" not in style else style["color"]
             panel.plot(*zip(*points, strict=True), label=label, **{**style, "color": color})
-    panel.axhline(1.0, color="0.3", lw=1)
-    panel.axhline(limit_over_floor(operation, figures.device), color="0.3", lw=1, ls=":")
+    if not sizes:
+        panel.axhline(1.0, color="0.3", lw=1)
+        panel.axhline(limit_over_floor(operation, figures.device), color="0.3", lw=1, ls=":")
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_ylabel("time / floor")
+    panel.set_ylabel("GB/s" if sizes else "time / floor")
     panel.grid(axis="both", color="0.9", lw=0.6)
     panel.set_title(OPERATIONS[operation], loc="left", size="medium", weight="bold")
+
+
+def _speed(key: Key, time: Time) -> float:
+    """GB/s of what an operation reads and writes at least, which is what the floor does."""
+    arrays = 2 if key.case.forward else 3
+    return arrays * key.case.bytes / time.ms / 1e6
 
 
 def _series(
@@ -151,6 +158,9 @@ def _series(
         ("nhwc", f"{FASTBN} channels-last", {**line, "mfc": "white", "lw": 1, "ls": "--"}),
     ):
         series.append((label, [figures.fastbn(key, layout) for key in keys], style))
+    if sizes:
+        floor = {"color": "0.5", "lw": 4, "alpha": 0.5}
+        series.append((FLOOR, [figures.floor(key) for key in keys], floor))
     for index, name in enumerate(name for name in libraries_on(figures.device) if name not in OWN):
         style = {"marker": MARKERS[index], "ms": 5, "lw": 0.8 if sizes else 0, "alpha": 0.75}
         series.append((name, [figures.best(key, [name]) for key in keys], style))

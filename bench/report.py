@@ -14,9 +14,29 @@ from typing import Any
 from _selfbench.sampling import DISTURBED
 
 from bench.calls import ADD, ROUNDS, SHAPE
-from bench.cases import CALL, OPERATIONS
-from bench.figures import Figures, Key, Time, geometric_mean, ratio, shape_name
-from bench.goals import CALL_LIMITS, Goal, goals_on, met, misses, ratios_of
+from bench.cases import CALL, OPERATIONS, PRODUCTS
+from bench.figures import (
+    Figures,
+    Key,
+    Time,
+    geometric_mean,
+    ratio,
+    shape_name,
+    with_operation,
+)
+from bench.goals import (
+    CALL_LIMITS,
+    MAY_MISS,
+    Goal,
+    Verdict,
+    call_verdicts,
+    goals_on,
+    met,
+    misses,
+    over_out,
+    ratios_of,
+    verdicts,
+)
 from bench.libraries import FASTBN, OWN, TORCH
 from bench.picture import draw, draw_peers
 
@@ -27,22 +47,26 @@ LARGE = 8 * 2**20
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 NOTES = """\
-- Every library runs in a process of its own. They are asked in turn, in several rounds; a time \
-is the median of their samples. Arrays are warm, as far as the caches hold them.
+- Every library runs in a process of its own. A round goes through all cases, with new arrays, and \
+asks the libraries in turn; a time is the median of the samples of all rounds. Arrays are warm, as \
+far as the caches hold them, and begin 16 bytes behind a page, as NumPy's large ones do.
 - The floor is measured by another process in the same rounds: a copy for a forward, the sum of \
 two arrays for a backward, with all threads (or one, if that is faster), by ordinary or by \
-streaming stores, whichever is faster.
+streaming stores of whole cache lines, whichever is faster.
 - A star marks a library that allocates its output in every call, because its users cannot do \
 otherwise. torch-malloc is torch with an allocator that keeps its memory, which spares it the page \
 faults; torch-compile and jax run with it as well.
 - Samples in which the threads of a library had to wait for a CPU, because other processes were \
 busy, do not count; a round of no others was repeated up to three times.
+- Where a call makes a new array, the one before is there until it returns, as in a loop over \
+`y = bn(x)`.
 - A call in place has its input restored before every sample, outside of the time.
 - oneDNN and the floor are called from C, everything else from Python.
 - The process of a library sleeps while another one is measured: `busy` is the fraction of that \
 time in which its threads took a CPU nevertheless.
 - Results are compared with a float64 computation before they are timed.
-- fastbn-avx2 and fastbn-1-thread are fastbn with less than it could have, for two of the goals."""
+- fastbn-avx2, fastbn-base and fastbn-1-thread are fastbn with less than it could have, for some \
+of the goals."""
 
 
 CUDA_NOTES = """\
@@ -100,7 +124,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     paragraphs = [
         "# fastbn, its peers and the floor that memory sets",
         _summary(result, figures, images),
-        "" if grows(result) else _goals(figures, max(figures.values("threads"), default=1)),
+        "" if grows(result) else _goals(result, figures),
         _call_costs(result),
     ]
     for threads in figures.values("threads"):
@@ -111,6 +135,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
                     for operation in OPERATIONS
                     if (section := _section(figures, threads, dtype, operation, layout))
                 ]
+        paragraphs.append(_products(figures, threads))
     paragraphs += [_calls(figures), _threads(figures), _libraries(result), _left_out(result)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
@@ -118,10 +143,11 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
 def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     """The machine, the peers and the pictures."""
     threads = max(figures.values("threads"), default=1)
+    shown = "GB/s over the size" if grows(result) else "Time over the floor of memory"
     parts = [
         _machine(result, threads),
         _against_peers(figures),
-        *(f"![Time over the floor of memory]({image})" for image in images),
+        *(f"![{shown}]({image})" for image in images),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -134,10 +160,12 @@ def _machine(result: dict[str, Any], threads: int) -> str:
             f"{settings['rounds']} rounds."
         )
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
+    virtual = "virtual " if machine.get("virtual") else ""
     versions = result["libraries"].get(FASTBN, {}).get("versions", {})
     disturbed = sum(record["waited"] >= DISTURBED for record in result["results"])
     return (
-        f"Measured on {machine['cpu']} ({machine['cpus']} CPUs, {caches}) with {threads} threads, "
+        f"Measured on {machine['cpu']} ({machine['cpus']} {virtual}CPUs, which say that they have "
+        f"{caches}) with {threads} threads, "
         f"{result['date'][:10]}: fastbn {versions.get('fastbn')} (checkout {result['commit']}), "
         f"{versions.get('instruction set', '')}. {settings['rounds']} rounds; other processes "
         f"took {_number(result['others'])} CPUs meanwhile, and {disturbed} of "
@@ -227,20 +255,35 @@ def _standing(figures: Figures, keys: list[Key]) -> list[str]:
     return cells
 
 
-def _goals(figures: Figures, threads: int) -> str:
-    """Every goal with its verdict."""
-    body = [
-        _goal_line(goal, ratios_of(goal, figures, threads)) for goal in goals_on(figures.device)
-    ]
+def _goals(result: dict[str, Any], figures: Figures) -> str:
+    """Every goal that was measured, with its verdict, and every figure that misses its limit."""
+    threads = max(figures.values("threads"), default=1)
+    ratios = {goal: ratios_of(goal, figures, threads) for goal in goals_on(figures.device)}
+    body = [_goal_line(goal, found) for goal, found in ratios.items() if found]
     header = ["goal", "limit", "cases within", "geometric mean", "worst case", "verdict"]
-    text = "Goals, as ratios of times, with limits for every case or for the geometric mean:"
-    return f"{text}\n\n{_table(header, body)}"
+    text = (
+        "Goals that were measured, as ratios of times, with limits for every case or for the "
+        "geometric mean. A copy is streaming where streaming stores are faster than ordinary ones."
+    )
+    every = verdicts(figures, threads) + call_verdicts(result.get("calls", ()))
+    return f"{text}\n\n{_table(header, body)}\n\n{_misses(every, figures.device)}"
+
+
+def _misses(every: list[Verdict], device: str) -> str:
+    """How many figures miss their limits, and which, the worst first."""
+    missed = sorted((each for each in every if each.missed), key=lambda e: e.limit / e.value)
+    text = (
+        f"{len(missed)} of {len(every)} figures miss their limits"
+        f"{f'; one in {1 / MAY_MISS:.0f} may' if device == 'cpu' else ''}. "
+        "A figure is the ratio of a case, or the mean where that has the limit; the costs of "
+        "calls are among them."
+    )
+    body = [[each.goal, each.case, f"{each.value:.2f}", f"{each.limit:g}"] for each in missed]
+    return f"## Misses\n\n{text}\n\n{_table(['goal', 'case', 'figure', 'limit'], body)}"
 
 
 def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
     limit = f"≤ {goal.limit:.2f}{' in the mean' if goal.mean else ''}"
-    if not found:
-        return [goal.name, limit, "-", "-", "-", "not measured"]
     worst = max(found, key=lambda each: each.value)
     within = sum(each.value <= goal.limit for each in found)
     return [
@@ -265,15 +308,17 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
     floor = "copy" if keys[0].case.forward else "add"
     header = ["shape", "MB", f"{floor} ms", "fastbn ms", f"fastbn / {floor}"]
     header += ["fastest peer", "peer ms", "fastbn / peer", "goals"]
-    in_place = keys[0].case.in_place
-    body = [_row(figures, key, layout, in_place) for key in keys]
+    body = [_row(figures, key, layout) for key in keys]
     over_floor = [ratio(figures.fastbn(k, layout), figures.floor(k)) for k in keys]
     over_peer = [ratio(figures.fastbn(k, layout), figures.peer(k)) for k in keys]
     means = [_number(geometric_mean(r for r in some if r)) for some in (over_floor, over_peer)]
     last = ["**geometric mean**", "", "", "", means[0], "", "", means[1], ""]
-    if in_place:
+    if keys[0].case.in_place:
         header.insert(3, "in-place floor ms")
         last.insert(3, "")
+    if keys[0].case.fresh:
+        header.insert(4, "fastbn / out=")
+        last.insert(4, "")
     name = OPERATIONS[operation]
     title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}"
     if figures.device == "cpu":
@@ -281,13 +326,15 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
     return f"{title}\n\n{_table(header, [*body, last])}"
 
 
-def _row(figures: Figures, key: Key, layout: str, in_place: bool) -> list[str]:
+def _row(figures: Figures, key: Key, layout: str) -> list[str]:
     ours, floor, peer = figures.fastbn(key, layout), figures.floor(key), figures.peer(key)
     missed = misses(figures, key, layout)
     verdict = "" if missed is None else f"miss: {', '.join(missed)}" if missed else "hit"
     cells = [shape_name(key.case), _number(key.case.bytes / 2**20), _ms(floor), _ms(ours)]
-    if in_place:
+    if key.case.in_place:
         cells.insert(3, _ms(figures.floor_in_place(key)))
+    if key.case.fresh:
+        cells.append(_number(over_out(figures, key, layout)))
     return [
         *cells,
         _number(ratio(ours, floor)),
@@ -296,6 +343,28 @@ def _row(figures: Figures, key: Key, layout: str, in_place: bool) -> list[str]:
         _number(ratio(ours, peer)),
         verdict,
     ]
+
+
+def _products(figures: Figures, threads: int) -> str:
+    """What calls take while the threads of OpenBLAS still spin."""
+    keys = [key for of in PRODUCTS for key in figures.keys(threads=threads, operation=of)]
+    if not keys:
+        return ""
+    quiet = with_operation(keys[0], "train")
+    body = []
+    for name in dict.fromkeys(time.library for key in keys for time in figures.times[key]):
+        before = figures.best(quiet, [name])
+        after = [figures.best(key, [name]) for key in keys]
+        cells = [f"{_ms(time)} ({_number(ratio(time, before))})" for time in after]
+        body.append([name, _ms(before), *cells])
+    sizes = [PRODUCTS[key.case.operation] for key in keys]
+    text = (
+        f"A training forward on {shape_name(quiet.case)} right after NumPy has multiplied two "
+        f"square float32 matrices in the same process, with {threads} threads: milliseconds and, "
+        "in brackets, their ratio to those of the call by itself."
+    )
+    table = _table(["", "by itself", *(f"after {n}x{n}" for n in sizes)], body)
+    return f"## Beside OpenBLAS\n\n{text}\n\n{table}"
 
 
 def _calls(figures: Figures) -> str:

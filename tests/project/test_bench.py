@@ -232,6 +232,132 @@ def test_what_the_machine_says_of_itself_is_in_the_result(bench):
     assert all(name.startswith("L") for name in machine["caches"])
 
 
+# The goals.
+
+
+def figures_of(bench, times, shape=(32, 64, 56, 56), dtype="float32"):
+    """Figures from milliseconds by operation, library and variant."""
+    results = [
+        {
+            "threads": 2,
+            "operation": operation,
+            "shape": shape,
+            "dtype": dtype,
+            "library": library,
+            "variant": variant,
+            "preallocated": True,
+            "median_ms": ms,
+            "min_ms": ms,
+        }
+        for (operation, library, variant), ms in times.items()
+    ]
+    return bench("figures").Figures({"settings": {}, "results": results})
+
+
+def limits_of(bench, figures):
+    """The limits that verdicts have, by goal."""
+    return {each.goal: each.limit for each in bench("goals").verdicts(figures, 2)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "stream_ms", "limit"),
+    [
+        ((32, 64, 56, 56), 3.0, {"float32 train_inplace / copy, ordinary": 0.85}),
+        ((32, 64, 56, 56), 1.0, {"float32 train_inplace / copy, streaming": 1.1}),
+        ((32, 512, 7, 7), 1.0, {"float32 train_inplace / copy, 7x7": 2.0}),
+        ((1, 64, 56, 56), 1.0, {}),
+    ],
+)
+def test_what_training_in_place_may_take_depends_on_the_copy(bench, shape, stream_ms, limit):
+    times = {
+        ("train_inplace", "floor", "copy_plain/2"): 2.0,
+        ("train_inplace", "floor", "copy_stream/2"): stream_ms,
+        ("train_inplace", "fastbn", "nchw"): 2.0,
+    }
+    assert limits_of(bench, figures_of(bench, times, shape)) == limit
+
+
+@pytest.mark.parametrize(
+    ("operation", "layout", "large", "small"),
+    [
+        ("eval", "nchw", 1.0, 1.05),
+        ("train", "nchw", 0.95, 1.05),
+        ("train_inplace", "nchw", 0.9, 1.05),
+        ("backward", "nchw", 0.85, 1.05),
+        ("train", "nhwc", 1.0, 1.05),
+    ],
+)
+def test_how_far_ahead_of_the_peers_depends_on_the_size(bench, operation, layout, large, small):
+    times = {(operation, "fastbn", layout): 1.0, (operation, "numba", "nchw"): 1.0}
+    words = "channels-last " if layout == "nhwc" else ""
+    name = f"float32 {words}{operation} / fastest peer"
+    at_8_mib = limits_of(bench, figures_of(bench, times, (2, 64, 128, 128)))
+    above = limits_of(bench, figures_of(bench, times, (2, 64, 128, 129)))
+    assert at_8_mib == {f"{name}, up to 8 MiB": small}
+    assert above == {f"{name}, above 8 MiB": large}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_may_be_further_from_a_copy_of_their_bytes(bench, dtype):
+    times = {("train", "floor", "copy_plain/2"): 1.0, ("train", "fastbn", "nchw"): 1.0}
+    figures = figures_of(bench, times, dtype=dtype)
+    assert limits_of(bench, figures) == {f"{dtype} train / copy": 1.55}
+
+
+def test_a_new_array_and_a_matrix_product_are_held_against_the_call_by_itself(bench):
+    goals = bench("goals")
+    times = {
+        ("train", "fastbn", "nchw"): 2.0,
+        ("train", "fastbn-1-thread", "nchw"): 1.6,
+        ("train_fresh", "fastbn", "nchw"): 3.0,
+        ("train_after_256", "fastbn", "nchw"): 4.0,
+    }
+    found = {of.goal: of.value for of in goals.verdicts(figures_of(bench, times), 2)}
+    assert found["new array / out=, above 20 MiB"] == 1.5
+    assert found["train after a matrix product / before"] == 2.5
+
+
+def test_every_miss_is_listed_and_counted(bench):
+    pytest.importorskip("matplotlib")
+    times = {
+        ("eval", "floor", "copy_plain/2"): 1.0,
+        ("eval", "fastbn", "nchw"): 1.2,
+        ("eval", "numba", "nchw"): 1.5,
+    }
+    costs = [
+        {"library": "fastbn", "call": "L", "operation": "eval", "times_add": 9.0},
+        {"library": "torch", "call": "T", "operation": "eval", "times_add": 18.0},
+    ]
+    text = bench("report")._goals({"calls": costs}, figures_of(bench, times))
+    assert "2 of 3 figures miss their limits; one in 10 may." in text
+    assert text.index("| L / np.add | eval | 9.00 | 3 |") < text.index(
+        "| float32 eval / copy | 32x64x56x56 | 1.20 | 1.1 |"
+    )
+
+
+def test_the_table_beside_openblas_has_every_library(bench):
+    pytest.importorskip("matplotlib")
+    times = {
+        ("train", "fastbn", "nchw"): 2.0,
+        ("train_after_256", "fastbn", "nchw"): 3.0,
+        ("train_after_256", "numba", "nchw"): 4.0,
+    }
+    text = bench("report")._products(figures_of(bench, times), 2)
+    assert "| fastbn | 2 | 3 (1.5) |" in text
+    assert "| numba | - | 4 (-) |" in text
+    assert bench("report")._products(figures_of(bench, {("train", "fastbn", "nchw"): 2.0}), 2) == ""
+
+
+def test_speed_is_what_is_read_and_written_at_least(bench):
+    pytest.importorskip("matplotlib")
+    picture, figures = bench("picture"), bench("figures")
+    case = bench("cases").Case
+    time = figures.Time(1.0, "fastbn", "nchw", True)
+    for operation, arrays in (("eval", 2), ("train", 2), ("backward", 3)):
+        key = figures.Key(2, case(operation, (1, 1, 500, 500), "float32"))
+        assert picture._speed(key, time) == arrays * 1e6 / 1e6
+
+
 # The cost of a call.
 
 
