@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import threading
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _core
+from fastbn._cgroups import cpu_quota
 
 INT_MAX = 2**31 - 1
 
@@ -21,38 +20,7 @@ def granted_cpus() -> dict[str, int]:
         affinity = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
         affinity = os.cpu_count() or 1
-    return {"affinity": affinity, "cgroup": max(cgroup_quota(), 1)}
-
-
-def cgroup_quota(root: str = "/") -> int:
-    """The CPUs that the process's cgroup and those above it grant, rounded up."""
-    try:
-        with open(os.path.join(root, "proc/self/cgroup")) as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        lines = []
-    # Version 2 has one hierarchy, version 1 one for each controller. Where a container does not
-    # see its own path, the root of what it sees is its cgroup.
-    folders = {"sys/fs/cgroup", "sys/fs/cgroup/cpu"}
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers == "" or "cpu" in controllers.split(","):
-            base = "sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup"
-            parts = path.strip("/").split("/")
-            folders.update("/".join([base, *parts[:n]]) for n in range(1, len(parts) + 1))
-    return min(folder_quota(os.path.join(root, folder)) for folder in folders)
-
-
-def folder_quota(folder: str) -> int:
-    """The CPUs that the cgroup of a folder grants, rounded up, whichever version it is of."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        words: list[str] = []
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            for name in names:
-                with open(os.path.join(folder, name)) as file:
-                    words += file.read().split()
-            quota, period = map(int, words)
-            return math.ceil(quota / period) if quota > 0 and period > 0 else INT_MAX
-    return INT_MAX
+    return {"affinity": affinity, "cgroup": max(cpu_quota(), 1)}
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.

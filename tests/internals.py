@@ -7,11 +7,11 @@ where programs import them that run in processes of their own.
 from pathlib import Path
 
 import fastbn
-from fastbn import _checks, _core, _selfbench, _threads
+from fastbn import _cgroups, _checks, _core, _selfbench, _threads
 from fastbn import backends as _backends
 
 backends, bench, checks = _backends, _selfbench, _checks
-core, threads = _core, _threads
+core, threads, cgroups = _core, _threads, _cgroups
 CORE, THREADS, CHECKS = core.__name__, threads.__name__, checks.__name__
 CUDA, MPI = "fastbn.backends.cuda", "fastbn._mpi"  # not imported before they are needed
 PACKAGE = Path(fastbn.__file__).parent

@@ -116,9 +116,9 @@ def test_the_quota_of_the_cgroup_is_respected(tmp_path, monkeypatch, of_process,
         write(path, text + "\n")
         if path.name == "cpu.cfs_quota_us":
             write(path.with_name("cpu.cfs_period_us"), "100000\n")
-    quota = internals.threads.cgroup_quota(str(tmp_path))
-    assert quota == (internals.threads.INT_MAX if cpus is None else cpus)
-    monkeypatch.setattr(internals.threads, "cgroup_quota", lambda: quota)
+    quota = internals.cgroups.cpu_quota(str(tmp_path))
+    assert quota == (internals.cgroups.NO_LIMIT if cpus is None else cpus)
+    monkeypatch.setattr(internals.threads, "cpu_quota", lambda: quota)
     assert internals.threads.granted_cpus()["cgroup"] == quota
 
 
