@@ -142,14 +142,14 @@ class BuildExt(build_ext):
 
 core = Extension(
     "fastbn._core",
-    sources=["fastbn/_core.pyx", "fastbn/kernels/platform.c"],
+    sources=["fastbn/_core.pyx", "fastbn/core/results.c", "fastbn/kernels/platform.c"],
     # All that the core and the kernels include.
     depends=sorted(
         str(path)
-        for pattern in ("core/*.pxi", "kernels/*.[ch]")
+        for pattern in ("core/*.pxi", "core/*.[ch]", "kernels/*.[ch]")
         for path in Path("fastbn").glob(pattern)
     ),
-    include_dirs=["fastbn/kernels", np.get_include()],
+    include_dirs=["fastbn/core", "fastbn/kernels", np.get_include()],
     # What is built with NumPy 2 runs with the oldest NumPy that fastbn asks for.
     define_macros=[
         ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),

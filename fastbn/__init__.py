@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastbn import functional
+from fastbn._memory import release_memory
 from fastbn._threads import get_num_threads, set_num_threads, threads
 from fastbn._version import __version__
 from fastbn.layers import (
@@ -50,6 +51,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "recalibrate",
+    "release_memory",
     "set_num_threads",
     "show_config",
     "threads",

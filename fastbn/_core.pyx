@@ -13,6 +13,9 @@ cimport cython
 cimport numpy as cnp
 from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_CheckExact
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange, threadid
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport fabs, isfinite, isnan, pow
@@ -514,4 +517,5 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
 include "core/channel_groups.pxi"
 include "core/recovery.pxi"
 include "core/saved.pxi"
+include "core/results.pxi"
 include "core/quick.pxi"

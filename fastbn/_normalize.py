@@ -99,7 +99,7 @@ def by_group(call: Forward) -> tuple[Array, Statistics, Statistics]:
     )
     if not x.size:
         mean = np.zeros_like(x, np.float64, shape=x.shape[:2])
-        return empty_like(x) if out is None else out, mean, np.ones_like(mean)
+        return backend_of(x).empty_like(x) if out is None else out, mean, np.ones_like(mean)
     return backend_of(x).group_forward(x, num_groups, weight, bias, eps, out, mask=call.mask)
 
 
@@ -166,7 +166,7 @@ def group_backward(
     dy, x, factor, mean, invstd, out, mask, _ = call
     if not x.size:
         zeros = np.zeros_like(mean, shape=x.shape[1])
-        return empty_like(x) if out is None else out, zeros, zeros.copy()
+        return backend_of(x).empty_like(x) if out is None else out, zeros, zeros.copy()
     dx, dbias, dweight = backend_of(x).group_backward(
         dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask
     )
@@ -179,16 +179,11 @@ def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistic
     dy, x, _, mean, invstd, out, mask, _ = call
     dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
     if out is None:
-        out = empty_like(x)
+        out = backend.empty_like(x)
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
         dy = dy.astype(x.dtype, copy=False)
     dx = backend.elemt(dy, np.zeros_like(scale), scale, None, None, out, mask=mask)
     return dx, dweight, dbias
-
-
-def empty_like(x: Array) -> Array:
-    """Memory for a result, in x's layout and in native byte order."""
-    return np.empty_like(x, dtype=x.dtype.newbyteorder("="))
 
 
 # Numbers of values and of batches.

@@ -7,11 +7,11 @@ where programs import them that run in processes of their own.
 from pathlib import Path
 
 import fastbn
-from fastbn import _cgroups, _checks, _core, _selfbench, _threads
+from fastbn import _cgroups, _checks, _core, _memory, _selfbench, _threads
 from fastbn import backends as _backends
 
 backends, bench, checks = _backends, _selfbench, _checks
-core, threads, cgroups = _core, _threads, _cgroups
+core, threads, memory, cgroups = _core, _threads, _memory, _cgroups
 CORE, THREADS, CHECKS = core.__name__, threads.__name__, checks.__name__
 CUDA, MPI = "fastbn.backends.cuda", "fastbn._mpi"  # not imported before they are needed
 PACKAGE = Path(fastbn.__file__).parent
@@ -25,7 +25,7 @@ AT_FIRST_USE = {
 LAYERS = ["batchnorm", "groupnorm", "instancenorm", "lazy", "state", "syncbatchnorm"]
 WITH_EXAMPLES = [
     *("fastbn.functional", "fastbn.moments", "fastbn.folding", "fastbn.recalibration"),
-    *("fastbn._config", "fastbn._threads"),
+    *("fastbn._config", "fastbn._memory", "fastbn._threads"),
     *(f"fastbn.layers.{name}" for name in LAYERS),
 ]
 

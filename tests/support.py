@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import reference
+from internals import core
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 THREADS = [1, 2, 3, 4, 7]
@@ -234,6 +235,7 @@ def failing_allocation(number):
     with pytest.MonkeyPatch.context() as patched:
         for name in ALLOCATING:
             patched.setattr(np, name, counted(getattr(np, name)))
+        patched.setattr(core, "empty_like", counted(core.empty_like))
         yield
 
 

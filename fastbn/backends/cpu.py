@@ -257,7 +257,7 @@ def packed_like(source: Array, array: Array) -> Array:
     """The array in the source's layout and dtype: itself or a copy."""
     if array.dtype == source.dtype and _core.layout(array) == _core.layout(source):
         return array
-    copy = np.empty_like(source)
+    copy = _core.empty_like(source)
     with np.errstate(all="ignore"):  # What the source's dtype cannot hold is inf there.
         copy[...] = array
     return copy
@@ -267,13 +267,18 @@ def output(x: Array, source: Array, out: Array | None) -> tuple[Array, Array]:
     """Where the core shall write, and where the result shall be in the end."""
     if out is None:
         if source is x:
-            out = np.empty_like(x)
+            out = empty_like(x)
             return out, out
-        out = np.empty_like(x, dtype=source.dtype)
+        out = empty_like(x)
     if _core.layout(out) == _core.layout(source):
         return out, out
     # A source that is a copy can be overwritten.
-    return (np.empty_like(source) if source is x else source), out
+    return (_core.empty_like(source) if source is x else source), out
+
+
+def empty_like(x: Array) -> Array:
+    """Memory for a result, in x's layout and in native byte order."""
+    return _core.empty_like(x, x.dtype.newbyteorder("="))
 
 
 def unpacked(target: Array, out: Array) -> Array:

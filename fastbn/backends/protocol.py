@@ -94,6 +94,9 @@ class Backend(Protocol):
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradient of x, and the sums of dy and of dy * xhat, for each batch."""
 
+    def empty_like(self, x: Array) -> Array:
+        """Memory for a result, in x's layout and in native byte order."""
+
     def group_forward(
         self,
         x: Array,

@@ -6,11 +6,6 @@
 # tells what is wrong; both paths give the same bits. All memory is taken before anything is
 # written. The caller owns a reference to every array.
 
-cdef extern from "numpy/arrayobject.h":
-    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, void *dtype,
-                                bint subok)
-
-
 cdef bint quick_path = os.environ.get("FASTBN_QUICK_PATH") != "0"
 
 
@@ -168,13 +163,6 @@ cdef bint is_plain_eps(object eps) noexcept:
 
 
 # ------------------------------------------------------------------ memory
-
-cdef cnp.ndarray result_like(cnp.ndarray x, object out):
-    """out, or a new array of x's dtype and layout."""
-    if out is not None:
-        return <cnp.ndarray>out
-    return <cnp.ndarray>PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, False)
-
 
 cdef cnp.ndarray new_vector(Py_ssize_t channels, int type_num):
     """A new vector of one value per channel."""

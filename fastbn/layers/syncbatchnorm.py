@@ -154,7 +154,7 @@ class SyncBatchNorm(BatchNorm):
         if momentum is not None:
             momentum = checks.as_real(momentum, "momentum")
         # Memory for the result is taken before the other ranks count on this one.
-        out = normalize.empty_like(x) if call.out is None else call.out
+        out = backend_of(x).empty_like(x) if call.out is None else call.out
         unbiased = checks.as_bool(self.unbiased, "unbiased")
         return call._replace(momentum=momentum, counter=counter, unbiased=unbiased, out=out)
 
@@ -209,9 +209,10 @@ class SyncBatchNorm(BatchNorm):
         parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
         out = checks.check_out(out, saved.x, dy, **parameters, **self._checked_gradients(x))
         buffers = self._grad_buffers(saved.mean)
-        out = normalize.empty_like(x) if out is None else out
+        backend = backend_of(x)
+        out = backend.empty_like(x) if out is None else out
         weight = parameters["weight"]
-        mean, invstd, mask, backend = saved.mean, saved.invstd, saved.mask, backend_of(x)
+        mean, invstd, mask = saved.mean, saved.invstd, saved.mask
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)
         sum_dy, sum_dy_xhat = map(self._beside, (x, x), self._all_ranks().total_sums(x, *own))

@@ -305,6 +305,11 @@ class Addresses:
         }
 
 
+def empty_like(x: Array) -> Array:
+    """Memory for a result, in x's layout."""
+    return cupy.empty_like(x)
+
+
 def unrecoverable(x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0) -> Array:
     """The channels of x that the output of a forward in place does not determine.
 
