@@ -293,12 +293,19 @@ def as_gradient(dy: Any, x: Array) -> Array:
     return dy  # type: ignore[no-any-return]
 
 
-def check_saved(saved: SavedForBackward) -> None:
-    """Refuse a backward of an array that has another shape than the forward saved."""
+def check_saved(saved: SavedForBackward, *, is_read: bool) -> None:
+    """Refuse a backward of an array of another shape or, if it is read, of other elements."""
     if saved.x.shape != saved.shape:
         raise RuntimeError(
             f"the forward saved an array of the shape {saved.shape}, and its shape has been set to "
             f"{saved.x.shape} since: pass a reshaped view instead"
+        )
+    if is_read and saved.has_changed():
+        name = "output in place" if saved.in_place else "input"
+        raise RuntimeError(
+            f"the forward's {name} has been written to since, by an activation in place for "
+            f"example, and backward() needs it: write to another array, such as np.maximum(h, 0) "
+            f"without out=h, and run the forward again"
         )
 
 

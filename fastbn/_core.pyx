@@ -18,7 +18,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange, threadid
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport fabs, isfinite, isnan, pow
+from libc.math cimport fabs, fmod, isfinite, isnan, pow
 from libc.stdint cimport INT32_MAX, INT64_MAX
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset

@@ -170,6 +170,18 @@ cdef cnp.ndarray new_vector(Py_ssize_t channels, int type_num):
     return <cnp.ndarray>cnp.PyArray_SimpleNew(1, &shape, type_num)
 
 
+cdef object doubles_of(cnp.ndarray vector):
+    """A copy of weight or bias, or None."""
+    cdef Vector values
+    cdef cnp.ndarray copy
+    if vector is None:
+        return None
+    copy, values = new_vector(cnp.PyArray_DIMS(vector)[0], cnp.NPY_FLOAT64), vector_of(vector, 0)
+    values.kernels.load_as_double(values.data, values.stride, cnp.PyArray_DIMS(vector)[0],
+                                  <double *>cnp.PyArray_BYTES(copy))
+    return copy
+
+
 cdef double *new_doubles(Py_ssize_t count) except NULL:
     cdef double *doubles = <double *>malloc(count * sizeof(double))
     if doubles == NULL:
@@ -241,7 +253,10 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
     saved = SavedForBackward.__new__(SavedForBackward)
     y = train(<cnp.ndarray>x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
               unbiased, saved, True)
-    return None if y is None else (y, saved)
+    if y is None:
+        return None
+    saved.sample()
+    return y, saved
 
 
 cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, object running_var,
@@ -277,6 +292,8 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     saved.save(target if saved.in_place else array)
     saved.mean = new_vector(channels, cnp.NPY_FLOAT64)
     saved.invstd = new_vector(channels, cnp.NPY_FLOAT64)
+    if saved.in_place and recovers:  # now: running statistics may share memory with them
+        saved.weight, saved.bias = doubles_of(weight), doubles_of(bias)
     m2 = new_doubles(channels)
     try:
         normalize_batch(array, weight, bias, PyFloat_AS_DOUBLE(eps), target, saved, m2)
@@ -363,7 +380,8 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(bias, array, out)
             or not is_plain_gradient(weight_grad, weight, array, out)
-            or not is_plain_gradient(bias_grad, bias, array, out)):
+            or not is_plain_gradient(bias_grad, bias, array, out)
+            or not saved.is_unchanged()):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
@@ -371,7 +389,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     of_bias = new_gradient(bias_grad, bias)
     doubles = new_doubles(5 * channels)  # two sums, three vectors
     try:
-        layer_backward(<cnp.ndarray>dy, saved, weight, bias, target, doubles)
+        layer_backward(<cnp.ndarray>dy, saved, weight, target, doubles)
         add_gradient(of_weight, doubles + channels, weight_grad is None)
         add_gradient(of_bias, doubles, bias_grad is None)
     finally:
@@ -380,14 +398,14 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
 
 
 cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weight,
-                        cnp.ndarray bias, cnp.ndarray out, double *doubles) except -1:
+                        cnp.ndarray out, double *doubles) except -1:
     """The gradient of the input, and the two sums in the first of five doubles per channel."""
     cdef cnp.ndarray x = saved.x
     cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
     cdef Vector invstds = vector_of(saved.invstd, 1), biases
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     if saved.in_place:
-        biases = vector_of(bias, 0)
+        weights, biases = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
         recovered_operands(channels, &invstds, &weights, &biases, doubles + 2 * channels)
         means = vector_of_doubles(doubles + 2 * channels)
         invstds = vector_of_doubles(doubles + 3 * channels)

@@ -3,6 +3,7 @@
 
 cdef enum:
     MAX_NDIM = 64                 # of an array of NumPy's
+    SAMPLES = 64                  # elements by which a change of what was saved is noticed
 
 
 @cython.final
@@ -22,22 +23,30 @@ cdef class SavedForBackward:
         That of x at the time of the forward.
     batch_size : int
         The samples of a ghost batch; 0 for a single batch.
+    weight, bias : ndarray of float64 or None
+        Those of the forward, if it was in place.
     """
 
-    cdef readonly object x, mean, invstd, kept, mask
+    cdef readonly object x, mean, invstd, kept, mask, weight, bias
     cdef int ndim
     cdef cnp.npy_intp dims[MAX_NDIM]
     cdef readonly bint in_place, frozen
     cdef readonly Py_ssize_t batch_size
+    cdef int samples              # elements of x that are compared before the backward
+    cdef Py_ssize_t offsets[SAMPLES]
+    cdef cnp.npy_uint64 bits[SAMPLES]
 
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
-                 mask=None, Py_ssize_t batch_size=0):
+                 mask=None, Py_ssize_t batch_size=0, weight=None, bias=None):
         self.x, self.mean, self.invstd = x, mean, invstd
         self.in_place, self.frozen = in_place, frozen
         self.kept, self.mask, self.batch_size = kept, mask, batch_size
+        self.weight, self.bias = weight, bias
         self.ndim = len(x.shape)
         for i in range(self.ndim):
             self.dims[i] = x.shape[i]
+        if cnp.PyArray_Check(x):
+            self.sample()
 
     @property
     def shape(self):
@@ -53,3 +62,124 @@ cdef class SavedForBackward:
         cdef cnp.ndarray x = <cnp.ndarray>self.x
         return self.ndim == cnp.PyArray_NDIM(x) and memcmp(
             self.dims, cnp.PyArray_DIMS(x), self.ndim * sizeof(cnp.npy_intp)) == 0
+
+    cdef void sample(self) noexcept:
+        """Note some elements of x, an ndarray, by which `has_changed` will know it."""
+        cdef cnp.ndarray x = <cnp.ndarray>self.x
+        cdef int i
+        if self.mask is None:
+            self.samples = spread(x, self.offsets)
+        else:
+            self.samples = spread_over_valid(x, <cnp.ndarray>self.mask, self.offsets)
+        for i in range(self.samples):
+            self.bits[i] = bits_of(x, self.offsets[i])
+
+    cdef bint is_unchanged(self) noexcept:
+        """Tell whether x, which has its shape, has the elements that were noted."""
+        cdef cnp.ndarray x
+        cdef int i
+        if self.samples == 0:  # x may be an array of CuPy's.
+            return True
+        x = <cnp.ndarray>self.x
+        for i in range(self.samples):
+            if self.bits[i] != bits_of(x, self.offsets[i]):
+                return False
+        return True
+
+    def has_changed(self):
+        """Tell whether x, which has its shape, has been written to since the forward.
+
+        Some of its elements tell, all of them if there are few.
+        """
+        return not self.is_unchanged()
+
+
+# Where the samples lie: one in each of so many equal parts, at no regular distance, since a regular
+# one may be a multiple of a row's length, and borders of images are often alike.
+
+cdef double sample_places[SAMPLES]    # as fractions of the elements, or positions, of an array
+cdef double sample_channels[SAMPLES]  # as fractions of the channels, beside positions
+
+
+cdef void choose_sample_places() noexcept:
+    cdef int i
+    for i in range(SAMPLES):
+        sample_places[i] = (i + fmod(i * 0.6180339887498949, 1.0)) / SAMPLES
+        sample_channels[i] = fmod(i * 0.4142135623730950, 1.0)
+
+
+choose_sample_places()
+
+
+cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
+    """Choose elements of x, as bytes from its first one; return how many."""
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x), element
+    cdef bint is_dense = layout_of(x) != UNFIT
+    cdef int i, samples = <int>min(size, SAMPLES)
+    for i in range(samples):
+        element = i
+        if size > SAMPLES:
+            element = <Py_ssize_t>(sample_places[i] * <double>size)
+        offsets[i] = element * itemsize if is_dense else offset_of_element(x, element)
+    return samples
+
+
+cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets) noexcept:
+    """Choose elements of x at valid positions: nobody reads the others."""
+    cdef Py_ssize_t positions = cnp.PyArray_SIZE(mask), channels = cnp.PyArray_DIMS(x)[1]
+    cdef Py_ssize_t position, channel
+    cdef int i, samples = 0
+    if channels == 0:
+        return 0
+    for i in range(SAMPLES):
+        position = valid_position(mask, positions, i)
+        if position >= 0:
+            channel = <Py_ssize_t>(sample_channels[i] * <double>channels)
+            offsets[samples] = (offset_of_element(x, position, skip_channels=True)
+                                + channel * cnp.PyArray_STRIDES(x)[1])
+            samples += 1
+    return samples
+
+
+cdef Py_ssize_t valid_position(cnp.ndarray mask, Py_ssize_t positions, int i) noexcept:
+    """The first valid position from the i-th place on, around its part of the mask; or -1."""
+    cdef Py_ssize_t first = i * positions // SAMPLES, end = (i + 1) * positions // SAMPLES
+    cdef Py_ssize_t k, position, start = <Py_ssize_t>(sample_places[i] * <double>positions)
+    if positions == 0:
+        return -1
+    end = max(end, first + 1)
+    start = min(max(start, first), end - 1)
+    for k in range(end - first):
+        position = start + k if start + k < end else start + k - (end - first)
+        if cnp.PyArray_BYTES(mask)[offset_of_element(mask, position)] != 0:
+            return position
+    return -1
+
+
+cdef Py_ssize_t offset_of_element(cnp.ndarray array, Py_ssize_t element,
+                                  bint skip_channels=False) noexcept:
+    """The bytes from an array's first element to that of a number, counted in C order."""
+    cdef const cnp.npy_intp *shape = cnp.PyArray_DIMS(array)
+    cdef const cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
+    cdef Py_ssize_t offset = 0
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(array) - 1, -1, -1):
+        if axis == 1 and skip_channels:
+            continue
+        offset += element % shape[axis] * strides[axis]
+        element //= shape[axis]
+    return offset
+
+
+cdef cnp.npy_uint64 bits_of(cnp.ndarray x, Py_ssize_t offset) noexcept:
+    """The bits of an element."""
+    cdef const char *element = cnp.PyArray_BYTES(x) + offset
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
+    cdef cnp.npy_uint64 bits = 0
+    if itemsize == 4:  # The sizes are constants, so that these are single instructions.
+        memcpy(&bits, element, 4)
+    elif itemsize == 2:
+        memcpy(&bits, element, 2)
+    else:
+        memcpy(&bits, element, 8)
+    return bits

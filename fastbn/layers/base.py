@@ -23,6 +23,8 @@ from fastbn.layers.saved import (
     grad_buffer,
     gradients,
     keep_channels,
+    reads_array,
+    used_parameters,
 )
 from fastbn.layers.state import LayerState
 
@@ -128,7 +130,7 @@ class Norm(LayerState):
             of its size, but a copy of channels that the output does not determine: those with a
             weight of 0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of
             these, unless they are all channels, the backward allocates as much again. It needs the
-            output, weight and bias as they are now.
+            output as it is now.
         mask : array_like of bool, optional
             Which positions are valid, of a shape that broadcasts to (N, 1, ...): pixels of an
             image, or the part of each sequence that is not padding. What the input holds at the
@@ -192,6 +194,7 @@ class Norm(LayerState):
             forward, call_of = normalize.frozen, self._running_call
         call = call_of(x, out, mask)
         kept = self._keep_channels(call) if call.in_place else None
+        weight, bias = used_parameters(call)
         y, mean, invstd = forward(call)
         self._saved = SavedForBackward(
             y if call.in_place else x,
@@ -202,6 +205,8 @@ class Norm(LayerState):
             kept,
             call.mask,
             call.batch_size,
+            weight,
+            bias,
         )
         return y
 
@@ -275,9 +280,9 @@ class Norm(LayerState):
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
 
         Uses up what the forward in training mode left: a reference to its input or, after a forward
-        in place, to its output. If that array has been written to since then, by an activation in
-        place for example, the gradient is silently wrong; after a forward in place the same holds
-        for weight and bias.
+        in place, to its output, beside copies of weight and bias. That array must not have been
+        written to since then, by an activation in place for example; of a NumPy array, up to 64
+        elements tell. Nor may the weight have changed, except after a forward in place.
 
         Parameters
         ----------
@@ -295,7 +300,8 @@ class Norm(LayerState):
         Raises
         ------
         RuntimeError
-            If the last forward was not in training mode, or its backward has run.
+            If the last forward was not in training mode, or its backward has run; or if what the
+            forward saved has been written to.
         ValueError, TypeError
             If `dy` or `out` cannot serve. The backward can then be tried again.
         """
@@ -312,12 +318,14 @@ class Norm(LayerState):
 
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         """`backward`, from what the forward left."""
-        checks.check_saved(saved)
+        checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
         sums = self._checked_gradients(saved.x)
         out = checks.check_out(out, saved.x, dy, **parameters, **sums)
         buffers = self._grad_buffers(saved.mean)
+        if saved.in_place:
+            parameters = {"weight": saved.weight, "bias": saved.bias}
         dx, *added = self._gradients(saved, dy, **parameters, out=out)
         self._add_gradients(buffers, *added)
         return dx

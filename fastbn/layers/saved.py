@@ -31,6 +31,8 @@ __all__ = [
     "keep_all",
     "keep_channels",
     "keep_in_groups",
+    "reads_array",
+    "used_parameters",
 ]
 
 # Saved where no backward is possible: the reason.
@@ -95,6 +97,23 @@ def keep_in_groups(call: normalize.Forward) -> KeptChannels | None:
 def keep_all(x: Array) -> KeptChannels:
     """A copy of all channels."""
     return KeptChannels(slice(None), x.copy(order="K"))
+
+
+def used_parameters(call: normalize.Forward) -> tuple[Statistics | None, Statistics | None]:
+    """Copies of the weight and bias of a forward in place, which its backward recovers with."""
+    if not call.in_place:
+        return None, None
+    weight, bias = (
+        None if value is None else value.astype(np.float64) for value in (call.weight, call.bias)
+    )
+    return weight, bias
+
+
+def reads_array(saved: SavedForBackward, weight: Array | None) -> bool:
+    """Tell whether the backward depends on the array that the forward saved."""
+    keeps_all = saved.kept is not None and isinstance(saved.kept.channels, slice)
+    is_constant_factor = saved.frozen and weight is None
+    return not keeps_all and not is_constant_factor
 
 
 def gradients(

@@ -17,7 +17,7 @@ from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
-from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all
+from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all, reads_array
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -203,7 +203,7 @@ class SyncBatchNorm(BatchNorm):
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         if saved.frozen:
             return super()._backward(saved, dy, out)
-        checks.check_saved(saved)
+        checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         x = saved.x if saved.kept is None else saved.kept.x
         dy = checks.as_gradient(dy, x)
         parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
@@ -211,7 +211,7 @@ class SyncBatchNorm(BatchNorm):
         buffers = self._grad_buffers(saved.mean)
         backend = backend_of(x)
         out = backend.empty_like(x) if out is None else out
-        weight = parameters["weight"]
+        weight = saved.weight if saved.in_place else parameters["weight"]
         mean, invstd, mask = saved.mean, saved.invstd, saved.mask
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)

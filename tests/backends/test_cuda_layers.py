@@ -159,6 +159,29 @@ def test_channels_that_the_output_does_not_determine(rng, half, frozen, in_place
     assert_alike((step(*each, in_place=in_place) for each in on_both(layer, x, dy)), 3e-2)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("weight", [0.5, 0.0])
+def test_parameters_may_be_updated_between_a_forward_in_place_and_its_backward(rng, weight, frozen):
+    x, dy, results = some(rng, (4, 3, 5, 6)), cupy.asarray(some(rng, (4, 3, 5, 6))), []
+    for change in (0, 1):
+        layer, y = fastbn.BatchNorm2d(3, device="cuda"), cupy.asarray(x)
+        layer.frozen = frozen
+        layer.weight[1] = weight
+        layer(y, out=y)
+        layer.weight += change
+        layer.bias += change
+        results.append((layer.backward(dy), layer.weight_grad, layer.bias_grad))
+    for actual, expected in zip(*results, strict=True):
+        assert same_bits(actual.get(), expected.get())
+
+
+def test_what_was_saved_is_not_looked_at(rng):
+    layer, x = fastbn.BatchNorm2d(3, device="cuda"), cupy.asarray(some(rng, (4, 3, 5, 6)))
+    layer(x)
+    x[...] = 0
+    layer.backward(x)
+
+
 @BOTH
 def test_some_channels_are_copied_in_any_layout(rng, layout):
     x, channels = layout(some(rng, (3, 5, 4, 2))), np.array([3, 0])

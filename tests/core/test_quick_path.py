@@ -74,7 +74,8 @@ def saved_by(layer):
     if isinstance(saved, str):
         return saved
     kept = None if saved.kept is None else [repr(saved.kept.channels), described(saved.kept.x)]
-    arrays = [described(array) for array in (saved.x, saved.mean, saved.invstd)]
+    names = ["x", "mean", "invstd", "weight", "bias"]
+    arrays = [described(getattr(saved, name)) for name in names]
     return arrays, saved.in_place, saved.frozen, kept, saved.batch_size
 
 
