@@ -517,6 +517,11 @@ def as_running(
                 check_ndarray(value, name, writeable=True)
             else:
                 running[name] = vector
+    if moves and running_mean is not None and share_memory(running_mean, running_var):
+        raise ValueError(
+            "running_mean and running_var share memory, and a training forward writes different "
+            "values to them: give running_var an array of its own, such as running_var.copy()"
+        )
     return running
 
 
@@ -530,6 +535,12 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
 
 def check_counter(counter: Any, batches: int = 1) -> None:
     """Refuse what cannot count more batches. A value on a GPU is not read: that would wait."""
+    if isinstance(counter, int | np.number):
+        raise TypeError(
+            f"num_batches_tracked must be an ndarray of shape (), got the number {counter}, as "
+            f"`num_batches_tracked + 1` is one: `num_batches_tracked += 1` changes the array, and "
+            f"np.array({counter}) makes one"
+        )
     check_ndarray(counter, "num_batches_tracked", writeable=True)
     if counter.shape != () or counter.dtype.kind not in "iu" or not _counts_on(counter, batches):
         raise ValueError(

@@ -202,7 +202,9 @@ def batches_of(x: Array, batch_size: int) -> int:
 
 
 def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int]:
-    """`values_per_channel` of each batch of so many samples."""
+    """`values_per_channel` of each batch of so many samples; none where there are no channels."""
+    if not x.shape[1]:
+        return [0] * batches_of(x, batch_size)
     if not batch_size:
         return [values_per_channel(x, mask)]
     n = len(x)

@@ -274,6 +274,8 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
             or not is_plain_output(out, array, array)
             or not is_plain_target(running_mean, array, out)
             or not is_plain_target(running_var, array, out)
+            or (running_mean is not None
+                and not is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var))
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(bias, array, out)):
         return None

@@ -6,7 +6,8 @@ It composes from the primitives: each rank sums up its part, the ranks add up wh
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Self
 
 import numpy as np
 
@@ -231,6 +232,13 @@ class SyncBatchNorm(BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy all but the communicator: the copy has the same ranks."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.comm): self.comm}
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
 
 def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:

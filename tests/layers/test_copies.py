@@ -146,3 +146,20 @@ def test_recalibrate_lets_go_of_the_last_batch(rng, fails):
     of_other = saved[1]
     assert saved[0]() is None
     assert of_other() is not None
+
+
+class Ranks:
+    """A communicator that cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("ranks are not copied")
+
+
+def test_a_deepcopy_of_a_synchronized_layer_shares_its_ranks_alone(rng):
+    layer = fastbn.SyncBatchNorm(3, comm=Ranks())
+    layer.twin = layer
+    copied = copy.deepcopy(layer)
+    assert copied.comm is layer.comm
+    assert copied.twin is copied
+    assert not np.shares_memory(copied.weight, layer.weight)
+    assert not np.shares_memory(copied.running_mean, layer.running_mean)

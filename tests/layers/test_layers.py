@@ -555,3 +555,38 @@ def test_after_evaluation_the_error_says_what_makes_a_backward(rng, prepare, men
     with pytest.raises(RuntimeError, match="in evaluation mode") as caught:
         bn.backward(x)
     assert mend in str(caught.value)
+
+
+@pytest.mark.parametrize("of_instances", [False, True])
+@pytest.mark.parametrize("overlap", ["the same", "one value"])
+def test_running_statistics_that_share_memory_are_not_moved(rng, of_instances, overlap):
+    make = fastbn.InstanceNorm2d if of_instances else fastbn.BatchNorm2d
+    layer, x = make(3, track_running_stats=True), some(rng, (4, 3, 5, 6))
+    memory = np.ones(5, np.float32)
+    layer.running_mean = memory[:3]
+    layer.running_var = memory[:3] if overlap == "the same" else memory[2:]
+    with support.refused(ValueError, "running_mean", "running_var", intact=(memory, x)):
+        layer(x)
+    layer.eval()
+    assert np.isfinite(layer(x)).all()
+    layer.train()
+    memory = np.ones(6, np.float32)
+    layer.running_mean, layer.running_var = memory[::2], memory[1::2]
+    layer(x)
+
+
+def test_a_counter_that_has_become_a_number_is_refused_with_the_mend(rng):
+    layer, x = fastbn.BatchNorm2d(3), some(rng, (4, 3, 5, 6))
+    layer.num_batches_tracked = layer.num_batches_tracked + 1
+    with support.refused(TypeError, "num_batches_tracked", "+= 1", intact=(layer.running_mean,)):
+        layer(x)
+    layer.num_batches_tracked = np.array(1)
+    layer(x)
+    assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 2, 2)])
+def test_an_empty_batch_does_not_count(shape):
+    layer = fastbn.BatchNorm2d(shape[1])
+    assert layer(np.zeros(shape, np.float32)).shape == shape
+    assert layer.num_batches_tracked == 0
