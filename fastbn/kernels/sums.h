@@ -164,9 +164,9 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
     const uint8_t *mask = matrix->mask;
     row_set rows = {
         .stride = stride, .mask_stride = matrix->mask_stride, .listed = mode == LISTED};
-#define ADD(dy, x, i, lanes) \
+#define ADD(dy, x, rows, i, lanes) \
     store_sums(first + (i), second + (i), \
-               add(load_sums(first + (i), second + (i)), dy, x, &rows, centre + (i), lanes))
+               add(load_sums(first + (i), second + (i)), dy, x, rows, centre + (i), lanes))
 #define VALID_LANES(i, skip) \
     (mode == MASKED ? (valid_lanes){1, mask + masks[i].offset, masks[i].index, skip} \
                     : (valid_lanes){0, NULL, NULL, skip})
@@ -178,20 +178,26 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
         find_masks(matrix, end, masks);
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
         ptrdiff_t i = 0;
-        rows.count = n = end < 0 ? 1 : smaller(matrix->rows - r, ROWS_SUMMED);
+        rows.count = n = smaller(matrix->rows - r, ROWS_SUMMED);
         if (rows.listed)
             n = list_valid_rows(&rows, mask, matrix->rows - r);
         for (; i <= end; i += LANES)
-            ADD(dy + i, x + i, i, VALID_LANES(i / LANES, 0));
+            ADD(dy + i, x + i, &rows, i, VALID_LANES(i / LANES, 0));
         if (i < len && rows.count > 0) {
             const T *dy_end = dy + end, *x_end = x + end;
-            T dy_buffer[LANES], x_buffer[LANES];
-            if (end < 0) { /* of a single row */
-                dy_end = last_step(rows.listed ? dy + rows.at[0] : dy, len, sizeof(T), dy_buffer);
-                x_end = last_step(rows.listed ? x + rows.at[0] : x, len, sizeof(T), x_buffer);
-                rows.at[0] = 0;
+            T dy_buffer[ROWS_SUMMED][LANES], x_buffer[ROWS_SUMMED][LANES];
+            row_set last = rows;
+            if (end < 0) { /* as many rows as of wide strips: sums must not depend on the width */
+                for (ptrdiff_t j = 0; j < rows.count; j++) {
+                    const ptrdiff_t at = rows.listed ? rows.at[j] : j * stride;
+                    last_step(dy + at, len, sizeof(T), dy_buffer[j]);
+                    last_step(x + at, len, sizeof(T), x_buffer[j]);
+                    last.at[j] = j * LANES;
+                }
+                last.stride = LANES;
+                dy_end = dy_buffer[0], x_end = x_buffer[0];
             }
-            ADD(dy_end, x_end, end, VALID_LANES(len / LANES, i - end));
+            ADD(dy_end, x_end, &last, end, VALID_LANES(len / LANES, i - end));
         }
         if (mode != UNMASKED)
             mask += n * matrix->mask_stride;

@@ -38,6 +38,21 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, path, set_num_threads)
     assert {n: differences(results(n), expected) for n in THREADS} == {n: [] for n in THREADS}
 
 
+@pytest.mark.parametrize("path", ["a narrow last strip", "a narrow last strip of short runs"])
+def test_any_number_of_threads_gives_the_same_bits_with_a_mask(rng, dtype, path, set_num_threads):
+    x, dy, weight, bias = fingerprint.arguments(path, dtype)
+    mask = rng.random((len(x), 1, *x.shape[2:])) < 0.7
+
+    def results(threads):
+        set_num_threads(threads)
+        y, mean, invstd = F.batch_norm_forward(x, weight, bias, mask=mask)
+        return y, mean, *F.batch_norm_backward(dy, x, weight, mean, invstd, mask=mask)
+
+    expected = results(1)
+    for threads in THREADS:
+        assert all(map(same_bits, results(threads), expected))
+
+
 @pytest.mark.parametrize("path", fingerprint.PATHS)
 def test_in_place_gives_the_same_bits(dtype, path):
     # The out-of-place call of the larger ones stores around the cache.
