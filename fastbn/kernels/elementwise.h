@@ -195,23 +195,17 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
 
 /* The column layout: a row is a run whose coefficients differ from column to column. */
 
-/* Several rows as one, if nothing lies between them and there is no mask: its ends cost less. */
-ALWAYS_INLINE fastbn_matrix NAME(long_rows)(const fastbn_matrix *matrix)
+/* Takes several rows as one, if nothing lies between them and there is no mask: the ends of rows
+ * cost less then. The second matrix has the rows behind those. */
+ALWAYS_INLINE void NAME(long_rows)(const fastbn_matrix *matrix, fastbn_matrix *rows)
 {
-    fastbn_matrix rows = *matrix;
+    rows[0] = rows[1] = *matrix;
+    rows[1].rows = 0;
     if (matrix->mask == NULL && matrix->len == matrix->stride && matrix->rows > 0) {
         const ptrdiff_t count = smaller(COLUMNS / matrix->len, matrix->rows);
-        rows.len *= count, rows.stride *= count, rows.rows /= count;
+        rows[0].len *= count, rows[0].stride *= count, rows[0].rows /= count;
+        rows[1].rows = matrix->rows % count;
     }
-    return rows;
-}
-
-/* The rows behind those. */
-ALWAYS_INLINE fastbn_matrix NAME(rows_behind)(const fastbn_matrix *matrix, const fastbn_matrix *rows)
-{
-    fastbn_matrix behind = *matrix;
-    behind.rows = matrix->rows - rows->rows * (rows->stride / matrix->stride);
-    return behind;
 }
 
 /* Coefficients of the columns lie so many elements further on, for those of aligned stores to be
@@ -290,14 +284,13 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, const T *x, T *y, const fast
 static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
                                    const fastbn_affine *affine, int nontemporal)
 {
-    const fastbn_matrix rows = NAME(long_rows)(matrix), behind = NAME(rows_behind)(matrix, &rows);
-    const ptrdiff_t end = rows.rows * rows.stride;
-    if (matrix->mask == NULL) {
-        NAME(normalize_rows)(0, x, y, &rows, affine, nontemporal);
-        NAME(normalize_rows)(0, (const T *)x + end, (T *)y + end, &behind, affine, nontemporal);
-    } else {
+    fastbn_matrix rows[2];
+    NAME(long_rows)(matrix, rows);
+    if (matrix->mask != NULL)
         NAME(normalize_rows)(1, x, y, matrix, affine, nontemporal);
-    }
+    else
+        for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++)
+            NAME(normalize_rows)(0, (const T *)x + at, (T *)y + at, &rows[k], affine, nontemporal);
 }
 
 ALWAYS_INLINE void NAME(gradient_rows)(int masked, const T *dy, const T *x, T *dx,
@@ -333,15 +326,14 @@ static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
                                   const fastbn_matrix *matrix, const fastbn_gradient *gradient,
                                   int nontemporal)
 {
-    const fastbn_matrix rows = NAME(long_rows)(matrix), behind = NAME(rows_behind)(matrix, &rows);
-    const ptrdiff_t end = rows.rows * rows.stride;
-    if (matrix->mask == NULL) {
-        NAME(gradient_rows)(0, dy, x, dx, &rows, gradient, nontemporal);
-        NAME(gradient_rows)(0, (const T *)dy + end, (const T *)x + end, (T *)dx + end, &behind,
-                            gradient, nontemporal);
-    } else {
+    fastbn_matrix rows[2];
+    NAME(long_rows)(matrix, rows);
+    if (matrix->mask != NULL)
         NAME(gradient_rows)(1, dy, x, dx, matrix, gradient, nontemporal);
-    }
+    else
+        for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++)
+            NAME(gradient_rows)(0, (const T *)dy + at, (const T *)x + at, (T *)dx + at, &rows[k],
+                                gradient, nontemporal);
 }
 
 #undef MASKED_LANES

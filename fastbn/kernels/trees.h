@@ -1,6 +1,7 @@
 /* Sums in float32, for one dtype; dtype.h includes this file.
  *
- * Up to TREE terms of a lane are added in float32 as a tree; the sums of trees are added in double.
+ * TREE terms of a lane are added in float32 as a balanced tree, fewer one after the other; these
+ * sums are added in double.
  * Lanes and trees are the same for every width of a register. */
 
 /* The terms of a tree: steps of LANES elements, `pitch` elements apart or, where they are listed,
@@ -79,20 +80,13 @@ SUM_OF(4, 2)
 SUM_OF(8, 4)
 #undef SUM_OF
 
-/* The sum of so many terms, at most TREE. */
-ALWAYS_INLINE tree_sums NAME(sum_of_terms)(NAME(term) *term, const NAME(terms) *terms,
-                                           ptrdiff_t count, float_step centre)
+/* The sum of a few terms, one after the other: a tree for each number of them would be long. */
+ALWAYS_INLINE tree_sums NAME(sum_in_turn)(NAME(term) *term, const NAME(terms) *terms,
+                                          ptrdiff_t count, float_step centre)
 {
     tree_sums sum = no_tree();
-    ptrdiff_t t = 0;
-    if (count == TREE)
-        return NAME(sum_of_8)(term, terms, 0, centre);
-    if (count & 4)
-        sum = NAME(sum_of_4)(term, terms, 0, centre), t = 4;
-    if (count & 2)
-        sum = add_trees(sum, NAME(sum_of_2)(term, terms, t, centre)), t += 2;
-    if (count & 1)
-        sum = add_trees(sum, NAME(sum_of_1)(term, terms, t, centre));
+    for (ptrdiff_t t = 0; t < count; t++)
+        sum = add_trees(sum, term(terms, t, centre));
     return sum;
 }
 
@@ -114,7 +108,7 @@ ALWAYS_INLINE tree_sums NAME(sum_of_end)(NAME(term) *term, int masked, const T *
 {
     const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
     const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead);
-    const tree_sums sum = NAME(sum_of_terms)(term, &whole, steps, centre);
+    const tree_sums sum = NAME(sum_in_turn)(term, &whole, steps, centre);
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
     if (rest == 0)
@@ -201,7 +195,10 @@ ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums,
 {
     const NAME(terms) terms = {dy, x, rows->stride, ROWS_SUMMED * rows->stride,
                                rows->listed ? rows->at : NULL, lanes, rows->mask_stride};
-    return add_tree(sums, NAME(sum_of_terms)(term, &terms, rows->count, narrow_step(centre)));
+    const float_step around = narrow_step(centre);
+    if (rows->count == TREE)
+        return add_tree(sums, NAME(sum_of_8)(term, &terms, 0, around));
+    return add_tree(sums, NAME(sum_in_turn)(term, &terms, rows->count, around));
 }
 
 ALWAYS_INLINE step_sums NAME(add_moments_of_rows)(step_sums sums, const T *dy, const T *x,
