@@ -585,6 +585,34 @@ def test_a_counter_that_has_become_a_number_is_refused_with_the_mend(rng):
     assert layer.num_batches_tracked == 2
 
 
+TRACKING = {
+    "batch": fastbn.BatchNorm2d,
+    "ghost": lambda c, **options: fastbn.BatchNorm2d(c, ghost_batch_size=2, **options),
+    "instance": lambda c, **options: fastbn.InstanceNorm2d(c, track_running_stats=True, **options),
+}
+
+
+@pytest.mark.parametrize("make", TRACKING.values(), ids=TRACKING)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_forward_that_tracks_nothing_for_a_while_leaves_the_statistics_alone(
+    rng, make, momentum, in_place
+):
+    layer, other, x, dy = make(3, momentum=momentum), make(3), *some(rng, (2, 6, 3, 4, 5))
+    layer(x[::-1].copy())
+    before = layer.state_dict()
+    layer.track_running_stats = False
+    y, z = x.copy(), x.copy()
+    assert same_bits(layer(y, out=y if in_place else None), other(z, out=z if in_place else None))
+    layer.track_running_stats = True
+    assert same_bits(layer.backward(dy), other.backward(dy))
+    for name, array in layer.state_dict().items():
+        assert same_bits(array, before[name])
+    layer(x)
+    if momentum is not None:
+        assert not same_bits(layer.running_mean, before["running_mean"])
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 2, 2)])
 def test_an_empty_batch_does_not_count(shape):
     layer = fastbn.BatchNorm2d(shape[1])
