@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +17,13 @@ import numpy as np
 
 from fastbn import _core
 from fastbn._core import SavedForBackward
-from fastbn._interchange import from_dlpack, is_masked, mask_is_lost, on_host
+from fastbn._interchange import (
+    from_dlpack,
+    is_bfloat16_of_torch,
+    is_masked,
+    mask_is_lost,
+    on_host,
+)
 from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array
@@ -204,6 +211,7 @@ def as_array(value: Any, name: str) -> Array:
     """An array-like or DLPack object as an ndarray of one of the four dtypes."""
     if type(value) is np.ndarray and value.dtype in NATIVE_FLOATS:
         return value
+    given = value
     if is_cupy(value):
         backend_of(value).check(value, name)
     elif type(value) is not np.ndarray:
@@ -211,19 +219,34 @@ def as_array(value: Any, name: str) -> Array:
             raise TypeError(mask_is_lost(name))
         if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
             value = from_dlpack(value, name)
-        value = np.asarray(value)
+        value = as_ndarray(value, name)
     if not is_float(value.dtype):
-        mend = ""
+        got, mend = f"{value.dtype}", ""
+        if isinstance(given, list | tuple):
+            got = f"a {type(given).__name__} of {value.dtype}"
         if value.dtype == bool and name not in ("x", "dy"):
             mend = "; a mask is passed by name: mask=..."
         elif value.dtype.kind in "biu":
             mend = "; convert it, for example by astype(np.float32)"
+            if isinstance(given, list | tuple):
+                mend = f"; convert it: np.asarray({name}, np.float32)"
         elif value.dtype.kind == "c":
             mend = "; pass its real and imaginary parts"
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {value.dtype}{mend}"
-        )
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {got}{mend}")
     return value  # type: ignore[no-any-return]
+
+
+def as_ndarray(value: Any, name: str) -> Array:
+    """An array-like as an ndarray of any dtype."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        if not isinstance(value, list | tuple):
+            raise
+        raise ValueError(
+            f"{name} must be an array, or lists that make one, got a {type(value).__name__} whose "
+            f"parts have different lengths: pad them, and pass mask= for what is not padding"
+        ) from error
 
 
 def as_input(x: Any) -> Array:
@@ -385,6 +408,10 @@ def as_mask(mask: Any, x: Array) -> Array | None:
             hint = "; pass mask[:, np.newaxis]"
         elif mask.shape == (*shape[:1], *shape[2:], 1):
             hint = "; pass np.moveaxis(mask, -1, 1)"
+        elif mask.shape == shape[:1]:
+            hint = (
+                f"; for whole samples, pass mask.reshape({', '.join(['-1', *'1' * (x.ndim - 1)])})"
+            )
         elif mask.shape == x.shape:
             hint = "; it is the same for all channels: pass that of one, mask[:, :1]"
         raise ValueError(
@@ -499,7 +526,11 @@ def as_device(device: Any) -> str:
 
 def not_an_array(value: Any, name: str) -> str:
     """What is wrong with what is no array and should be written to."""
-    hint = f"; np.from_dlpack({name}) shares its memory" if hasattr(value, "__dlpack__") else ""
+    hint = ""
+    if is_bfloat16_of_torch(value):
+        hint = f"; {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) shares its memory"
+    elif hasattr(value, "__dlpack__"):
+        hint = f"; np.from_dlpack({name}) shares its memory"
     return f"{name} must be an ndarray, got {type(value).__name__}{hint}"
 
 
@@ -517,12 +548,20 @@ def as_running(
                 check_ndarray(value, name, writeable=True)
             else:
                 running[name] = vector
-    if moves and running_mean is not None and share_memory(running_mean, running_var):
-        raise ValueError(
-            "running_mean and running_var share memory, and a training forward writes different "
-            "values to them: give running_var an array of its own, such as running_var.copy()"
-        )
+    if moves:
+        check_running_apart(running_mean, running_var)
     return running
+
+
+def check_running_apart(running_mean: Array | None, running_var: Array | None) -> None:
+    """Refuse to write to running statistics that share memory."""
+    if running_mean is None or running_var is None:
+        return
+    if share_memory(running_mean, running_var):
+        raise ValueError(
+            "running_mean and running_var share memory, and different values are written to them: "
+            "give running_var an array of its own, such as running_var.copy()"
+        )
 
 
 def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
@@ -605,7 +644,14 @@ def _check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
 def check_state(state: Any) -> None:
     """Refuse what is not a mapping from names."""
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise TypeError(f"state must be a mapping of str to arrays, got {type(state).__name__}")
+        hint = ""
+        if isinstance(state, str | os.PathLike):
+            hint = "; np.load and safetensors.numpy.load_file read files"
+        elif hasattr(state, "state_dict"):
+            hint = "; pass its state_dict()"
+        raise TypeError(
+            f"state must be a mapping of str to arrays, got {type(state).__name__}{hint}"
+        )
 
 
 # What other libraries call weight, bias, running_mean and running_var.
@@ -617,8 +663,22 @@ FOREIGN_NAMES = {
 }
 
 
-def state_hint(state: Mapping[str, Any], prefix: str, expected: list[str]) -> str:
-    """Suggest the prefix or the names under which a state has a layer, or not to be strict."""
+# With which option a layer has an array that it lacks.
+OPTIONS = {
+    "weight": "affine=True",
+    "bias": "bias=True",
+    "running_mean": "track_running_stats=True",
+    "running_var": "track_running_stats=True",
+    "num_batches_tracked": "track_running_stats=True",
+}
+
+
+def state_hint(
+    state: Mapping[str, Any], prefix: str, expected: list[str], lacking: list[str]
+) -> str:
+    """Suggest the prefix or the names under which a state has a layer, the options with which the
+    layer would have what it lacks, or not to be strict.
+    """
     for key in state:
         other = key.removesuffix("weight")
         if other not in (key, prefix) and other + "running_mean" in state:
@@ -628,6 +688,11 @@ def state_hint(state: Mapping[str, Any], prefix: str, expected: list[str]) -> st
         names = {**FOREIGN_NAMES, **{key.removeprefix(prefix): key for key in expected}}
         renamed = {k: prefix + names[n].removeprefix(prefix) for k, n in last.items() if n in names}
         return "; rename " + ", ".join(f"{old!r} to {new!r}" for old, new in renamed.items())
+    options = [OPTIONS[name] for name in lacking if prefix + name in state]
+    if options:
+        if OPTIONS["weight"] in options and OPTIONS["bias"] in options:
+            options.remove(OPTIONS["bias"])  # An affine layer has one.
+        return f"; a layer with {', '.join(dict.fromkeys(options))} has them"
     if any(key in state for key in expected):
         return "; strict=False loads those that fit"
     return f"; the names that it knows are {', '.join(expected)}"

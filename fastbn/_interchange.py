@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,14 @@ def mask_is_lost(name: str) -> str:
 
 def from_dlpack(value: Any, name: str) -> Array:
     """An ndarray of the memory of a DLPack object."""
+    refuse_meta(value, name)
+    array: Array | None
     try:
-        array: Array = np.from_dlpack(value)
+        array = np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError) as error:
+        array = bfloat16_of_torch(value)
+        if array is not None:
+            return array
         raise TypeError(
             f"{name} of type {type(value).__name__} cannot be read: "
             f"{str(error).rstrip('.')}{dlpack_hint(value, name)}"
@@ -42,10 +48,36 @@ def dlpack_hint(value: Any, name: str) -> str:
     """Suggest how to pass a DLPack object that NumPy cannot read."""
     if value.__dlpack_device__()[0] in CUDA_DEVICES:
         return f"; on a GPU, pass cupy.from_dlpack({name})"
-    if str(getattr(value, "dtype", "")) == "torch.bfloat16":
-        as_bits = f"{name}.view(torch.int16).numpy()"
-        return f"; of torch's bfloat16, pass {as_bits}.view(ml_dtypes.bfloat16)"
+    if is_bfloat16_of_torch(value) and not value.requires_grad:
+        return "; torch's bfloat16 is read through ml_dtypes: pip install ml_dtypes"
     return ""
+
+
+def is_bfloat16_of_torch(value: Any) -> bool:
+    """Tell whether it is a tensor of torch's bfloat16, which NumPy's DLPack does not know."""
+    return str(getattr(value, "dtype", "")) == "torch.bfloat16"
+
+
+def bfloat16_of_torch(value: Any) -> Array | None:
+    """An ndarray of the memory of a bfloat16 tensor; None without ml_dtypes, or for any other."""
+    if not is_bfloat16_of_torch(value) or value.requires_grad or value.device.type != "cpu":
+        return None
+    try:
+        import ml_dtypes
+    except ImportError:
+        return None
+    bits = value.view(sys.modules["torch"].int16).numpy()
+    array: Array = bits.view(ml_dtypes.bfloat16)
+    return array
+
+
+def refuse_meta(value: Any, name: str) -> None:
+    """Refuse a tensor of torch's that has a shape, and no elements."""
+    if str(getattr(value, "device", "")) == "meta":
+        raise TypeError(
+            f"{name} is on torch's meta device and has no elements: give it some first, by "
+            f"to_empty(device='cpu') of its module and load_state_dict(), for example"
+        )
 
 
 def on_host(value: Any, name: str) -> Array:
@@ -55,6 +87,7 @@ def on_host(value: Any, name: str) -> Array:
     if is_cupy(value):
         return backend_of(value).to_host(value)
     if hasattr(value, "detach"):
+        refuse_meta(value, name)
         value = value.detach().cpu()
         try:
             return np.asarray(value)

@@ -185,6 +185,10 @@ class LayerState:
         """The names of the arrays whose shape is not known yet."""
         return [name for name in self._state_names if not hasattr(self, name)]
 
+    def _lacking(self) -> list[str]:
+        """The names of the arrays that the layer's options leave out."""
+        return [name for name in self._state_names if getattr(self, name, "to come") is None]
+
     def has_uninitialized_params(self) -> bool:
         """Tell whether the first input is still to decide the arrays of this layer."""
         return bool(self._uninitialized())
@@ -232,7 +236,7 @@ class LayerState:
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
                 f"missing keys {missing}, unexpected keys {unexpected}"
-                f"{checks.state_hint(state, prefix, expected)}"
+                f"{checks.state_hint(state, prefix, expected, self._lacking())}"
             )
         entries = {
             name: checks.as_entry(state[prefix + name], prefix + name, array, self._other_layers)
@@ -245,6 +249,7 @@ class LayerState:
                 raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
         for name in entries:
             checks.check_ndarray(own[name], name, writeable=True)
+        checks.check_running_apart(own.get("running_mean"), own.get("running_var"))
         with np.errstate(all="ignore"):  # What an array's dtype cannot hold is inf there.
             copies = {
                 name: backend_of(own[name]).asarray(entry, own[name].dtype, self._device)

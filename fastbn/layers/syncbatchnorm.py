@@ -176,7 +176,7 @@ class SyncBatchNorm(BatchNorm):
         with np.errstate(all="ignore"):
             invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + call.eps)
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
-        moved = self._moved(call, total) if total.count else []
+        moved = self._moved(call, total) if total.count and x.shape[1] else []
         y = backend_of(x).elemt(x, mean, invstd, call.weight, call.bias, call.out, mask=mask)
         for array, value in moved:  # not before: they may share memory with weight and bias
             with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.

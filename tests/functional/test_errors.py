@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import internals
 import numpy as np
@@ -709,6 +710,37 @@ def test_layers_for_another_rank_are_suggested(layer, shape, words):
     getattr(fastbn, words.split()[0])(3).eval()(x)
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([[1, 2, 3], [4, 5, 6]], "got a list of int64; convert it: np.asarray(x, np.float32)"),
+        (([1, 2, 3], [4, 5, 6]), "got a tuple of int64"),
+        (np.ones((2, 3), int), "got int64; convert it, for example by astype(np.float32)"),
+    ],
+)
+def test_lists_are_told_from_arrays(value, words):
+    bn = fastbn.BatchNorm1d(3)
+    with refused(TypeError, words, intact=[bn]):
+        bn(value)
+
+
+def test_lists_of_different_lengths_are_refused():
+    bn = fastbn.BatchNorm1d(3)
+    with refused(ValueError, "x must be an array", "different lengths", "mask=", intact=[bn]):
+        bn([[1.0, 2.0], [3.0]])
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 7), (4, 3, 6, 5), (4, 3, 2, 6, 5)])
+def test_a_mask_of_whole_samples_is_told_how(rng, shape):
+    x, mask = some(rng, shape), np.array([True, False, True, True])
+    words = f"mask.reshape({', '.join(['-1', *'1' * (len(shape) - 1)])})"
+    with refused(ValueError, words, intact=[x]):
+        F.batch_norm(x, None, None, training=True, mask=mask)
+    mask = mask.reshape(-1, *[1] * (len(shape) - 1))
+    y = F.batch_norm(x, None, None, training=True, mask=mask)
+    assert not y[1].any()
+
+
 def test_no_layer_is_suggested_where_there_is_none(bn):
     with pytest.raises(ValueError, match=r"of shape \(3,\)$"):
         bn(np.zeros(3, np.float32))
@@ -717,6 +749,46 @@ def test_no_layer_is_suggested_where_there_is_none(bn):
 def test_layers_for_the_channels_of_a_state_are_suggested(bn):
     with pytest.raises(RuntimeError, match=r": BatchNorm2d\(4\), or LazyBatchNorm2d$"):
         bn.load_state_dict(fastbn.BatchNorm2d(4).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"affine": False}, "; a layer with affine=True has them"),
+        ({"bias": False}, "; a layer with bias=True has them"),
+        ({"track_running_stats": False}, "; a layer with track_running_stats=True has them"),
+        (
+            {"affine": False, "track_running_stats": False},
+            "; a layer with affine=True, track_running_stats=True has them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("make", [fastbn.BatchNorm2d, fastbn.LazyBatchNorm2d])
+def test_the_options_that_a_state_needs_are_suggested(bn, make, options, words):
+    layer = make(*[3] * (make is fastbn.BatchNorm2d), **options)
+    with refused(RuntimeError, words):
+        layer.load_state_dict(bn.state_dict("a."), prefix="a.")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("bn.npz", "got str; np.load and safetensors.numpy.load_file read files"),
+        (Path("bn.npz"), "np.load"),
+        (fastbn.BatchNorm2d(3), "got BatchNorm2d; pass its state_dict()"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda: fastbn.BatchNorm2d(3), fastbn.LazyBatchNorm2d])
+def test_who_passes_no_state_is_told_how_to_get_it(make, state, words):
+    with refused(TypeError, words):
+        make().load_state_dict(state)
+
+
+def test_running_statistics_that_share_memory_are_not_loaded(bn):
+    state = bn.state_dict()
+    bn.running_mean = bn.running_var
+    with refused(ValueError, "share memory", intact=[bn]):
+        bn.load_state_dict(state)
 
 
 def test_not_to_be_strict_is_suggested_where_the_prefix_is_right(bn):

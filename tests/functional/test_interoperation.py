@@ -1,5 +1,7 @@
 """Arrays of others go in and out without a copy, and checkpoints of others load."""
 
+import sys
+
 import numpy as np
 import pytest
 import support
@@ -76,6 +78,51 @@ def test_bits_of_bfloat16_tensors_serve(rng):
     support.assert_close(y.float().numpy(), expected.numpy(), 2**-8)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_bfloat16_tensor_goes_in_without_a_copy(rng, permuted):
+    torch, ml_dtypes = pytest.importorskip("torch"), pytest.importorskip("ml_dtypes")
+    tensor = torch.from_numpy(some(rng, SHAPE)).bfloat16()
+    if permuted:
+        tensor = tensor.permute(3, 1, 0, 2)
+    x = checks.as_array(tensor, "x")
+    assert address(x) == tensor.data_ptr()
+    assert x.dtype == ml_dtypes.bfloat16
+    bn, bits = fastbn.BatchNorm2d(3), tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    y, expected = bn(tensor), fastbn.BatchNorm2d(3)(bits)
+    assert same_bits(y, expected)
+    assert same_bits(bn.backward(tensor), bn_backward(bits))
+    mean = tensor[0, :, 0, 0].contiguous()
+    assert bn.load_state_dict({"running_mean": mean}, strict=False).unexpected_keys == []
+    assert same_bits(bn.running_mean, mean.float().numpy())
+    F.batch_norm(tensor, bn.running_mean, bn.running_var, mean, mean)
+
+
+def bn_backward(x):
+    """The gradient of x, with x as the gradient of the output."""
+    bn = fastbn.BatchNorm2d(3)
+    bn(x)
+    return bn.backward(x)
+
+
+@pytest.mark.torch
+def test_tensors_that_cannot_be_read_are_refused_with_the_mend(rng, monkeypatch):
+    torch = pytest.importorskip("torch")
+    bn, half = fastbn.BatchNorm2d(3), torch.zeros(SHAPE, dtype=torch.bfloat16)
+    meta = torch.zeros(SHAPE, device="meta")
+    with support.refused(TypeError, "x is on torch's meta device", "to_empty", intact=[bn]):
+        bn(meta)
+    with support.refused(TypeError, "weight is on torch's meta device", intact=[bn]):
+        bn.load_state_dict({"weight": meta[0, :, 0, 0]}, strict=False)
+    with support.refused(TypeError, "x of type Tensor", "detach()", intact=[bn]):
+        bn(half.clone().requires_grad_())
+    with support.refused(TypeError, "out.view(torch.int16).numpy()", intact=[bn]):
+        bn(torch.zeros(SHAPE), out=half)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with support.refused(TypeError, "pip install ml_dtypes", intact=[bn]):
+        bn(half)
+
+
 def test_a_memory_map_is_normalized_in_place(rng, tmp_path):
     x = some(rng, SHAPE)
     mapped = np.memmap(tmp_path / "x", x.dtype, "w+", shape=SHAPE)
@@ -149,14 +196,6 @@ def test_a_tensor_with_a_gradient_is_refused_with_what_to_pass():
     torch = pytest.importorskip("torch")
     with refused(TypeError, "x of type Tensor", "detach()"):
         fastbn.BatchNorm2d(3)(torch.ones(SHAPE, requires_grad=True))
-
-
-@pytest.mark.torch
-def test_a_bfloat16_tensor_is_refused_with_what_to_pass():
-    torch = pytest.importorskip("torch")
-    hint = "x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)"
-    with refused(TypeError, "x of type Tensor", hint):
-        fastbn.BatchNorm2d(3)(torch.ones(SHAPE, dtype=torch.bfloat16))
 
 
 # Checkpoints.

@@ -118,6 +118,9 @@ def nowhere():
         assert same_bits(sync(empty), empty)
     assert same_bits(sync.backward(empty), empty)
     assert same_bits(sync.weight_grad, np.zeros(3, np.float32))
+    nothing, x = fastbn.SyncBatchNorm(0), np.empty((2, 0, 5, 2), np.float32)
+    assert same_bits(nothing(x), x)
+    assert nothing.num_batches_tracked == 0
     single = np.ones((int(WORLD.rank == 0), 3, 1, 1), np.float32)
     with support.refused(ValueError, "more than 1 value", intact=[sync]):
         sync(single)

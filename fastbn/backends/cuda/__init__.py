@@ -110,8 +110,6 @@ def forward(
     running = Running(running_mean, running_var, momentum, counter, unbiased)
     if not source.size:
         invstd[...] = 1.0 / math.sqrt(eps) if eps else math.inf
-        if x.shape[0] * math.prod(x.shape[2:]):
-            running.increase_counter(number_of_batches(x, batch_size))
         return unpacked(target, out), mean, invstd
     valid = packed_mask(mask)
     valid_count = valid_counts(valid, batch_size)
