@@ -18,7 +18,7 @@ __all__ = ["fold"]
 
 
 def fold(
-    layer: BatchNorm,
+    layer: BatchNorm | InstanceNorm,
     weight: ArrayLike,
     bias: ArrayLike | None = None,
     *,
@@ -33,11 +33,14 @@ def fold(
 
     Parameters
     ----------
-    layer : BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm
+    layer : BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm or InstanceNorm1d to 3d
         With running statistics. It is not changed.
     weight : array_like of shape (out, in / groups, ...)
         Of a convolution in torch's layout or, without further axes, of a linear layer; of a
-        transposed convolution (in, out / groups, ...). A torch Parameter serves.
+        transposed convolution (in, out / groups, ...). A torch Parameter serves. A kernel of
+        TensorFlow's, Keras's or Flax's layout (..., in, out) is passed as
+        ``np.moveaxis(kernel, (-1, -2), (0, 1))``; where its first extent is the layer's number of
+        channels by chance, nothing tells that it has not been.
     bias : array_like of shape (out,), optional
         None stands for zeros.
     bn_first : bool, default False
@@ -58,7 +61,8 @@ def fold(
     Raises
     ------
     TypeError
-        If the layer is not a batch normalization, or weight or bias does not hold floats.
+        If the layer is neither a batch nor an instance normalization, or weight or bias does not
+        hold floats.
     ValueError
         If a shape does not fit the layer and the groups, or for a batch normalization before a
         transposed convolution.
@@ -107,7 +111,7 @@ def fold(
 
 
 def _check_channels(
-    layer: BatchNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
+    layer: BatchNorm | InstanceNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
 ) -> None:
     """Refuse a weight of another number of channels than the layer has."""
     if channels == layer.num_features:
@@ -115,6 +119,8 @@ def _check_channels(
     hint = ""
     if weight.shape[1] == layer.num_features and not bn_first and not transposed:
         hint = "; if axis 1 is meant: bn_first=True or, for a transposed one, transposed=True"
+    if layer.num_features == weight.shape[-2 if bn_first else -1]:
+        hint += "; if its axes are (..., in, out), pass np.moveaxis(weight, (-1, -2), (0, 1))"
     raise ValueError(
         f"weight, of the shape {weight.shape}, has {channels} {'in' if bn_first else 'out'}put "
         f"channels, this layer {layer.num_features}{hint}"
@@ -123,13 +129,16 @@ def _check_channels(
 
 def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
     """What the layer does in evaluation mode, channel by channel: ``y = x * scale + shift``."""
-    if isinstance(layer, InstanceNorm):
+    if isinstance(layer, InstanceNorm) and not layer.track_running_stats:
         raise TypeError(
-            f"{type(layer).__name__} cannot be folded: it normalizes each sample by statistics of "
-            f"its own"
+            f"{type(layer).__name__} cannot be folded without running statistics: it normalizes "
+            f"each sample by statistics of its own, in evaluation too"
         )
-    if not isinstance(layer, BatchNorm):
-        raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+    if not isinstance(layer, BatchNorm | InstanceNorm):
+        raise TypeError(
+            f"layer must be a batch normalization, or an instance normalization with running "
+            f"statistics, got {type(layer).__name__}"
+        )
     if layer.has_uninitialized_params():
         raise RuntimeError(
             f"{type(layer).__name__} cannot be folded yet: the first input, or "
@@ -141,7 +150,10 @@ def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
         for value in [getattr(layer, name)]
     )
     if mean is None or var is None:
-        raise RuntimeError("fold() needs running statistics, and this layer has none")
+        raise RuntimeError(
+            "fold() needs running statistics, and this layer has none: make it with "
+            "track_running_stats=True"
+        )
     mean, scale = running_statistics(mean, var, layer.eps)
     with np.errstate(all="ignore"):
         if weight is not None:

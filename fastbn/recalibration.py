@@ -14,6 +14,7 @@ from fastbn._types import Array, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.layers.base import Norm, recorders
 from fastbn.layers.batchnorm import BatchNorm
+from fastbn.layers.instancenorm import InstanceNorm
 from fastbn.layers.syncbatchnorm import SyncBatchNorm
 from fastbn.moments import Moments
 
@@ -21,7 +22,7 @@ __all__ = ["recalibrate"]
 
 
 @contextmanager
-def recalibrate(*layers: BatchNorm) -> Iterator[None]:
+def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
     """Set the running statistics of layers to those of all that they see in a ``with`` block.
 
     Running statistics are a moving average over the last batches, of weights that have changed
@@ -32,7 +33,9 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
     ``unbiased=False``), and num_batches_tracked the number of batches. If an exception ends the
     block, they stay as they were. Layers that have their running statistics in common, such as
     ``copy.copy`` makes them, are recalibrated together, by all that any of them sees, whichever of
-    them is passed. At the end of the block nothing is saved for a backward any more.
+    them is passed. Those of an instance normalization become the means, over all samples, of mean
+    and unbiased variance; it does not count batches. At the end of the block nothing is saved for a
+    backward any more.
 
     The block has the user's own loop: forwards over the training set, or a good part of it, in
     batches of the size of the training, and no updates of the weights. Each forward reads its input
@@ -40,7 +43,7 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
 
     Parameters
     ----------
-    *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d, lazy or SyncBatchNorm
+    *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d, InstanceNorm1d to 3d, lazy or SyncBatchNorm
         In training mode during the block, and not frozen.
 
     Raises
@@ -79,40 +82,45 @@ def recalibrate(*layers: BatchNorm) -> Iterator[None]:
         recorder.write()
 
 
-def _checked(layers: tuple[Any, ...]) -> tuple[BatchNorm, ...]:
-    """The layers, each once, if all of them can be recalibrated."""
+def _checked(layers: tuple[Any, ...]) -> dict[BatchNorm | InstanceNorm, str]:
+    """The layers, each once, and what they are called, if all of them can be recalibrated."""
     if not layers:
         raise ValueError("recalibrate() needs at least one layer")
-    for layer in layers:
-        if not isinstance(layer, BatchNorm):
+    names: dict[Any, str] = {}
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, BatchNorm | InstanceNorm):
             hint = ": recalibrate(*layers)" if isinstance(layer, Iterable) else ""
             raise TypeError(
-                f"recalibrate() takes batch normalization layers, got {type(layer).__name__}{hint}"
+                f"recalibrate() takes batch normalization layers, and instance normalization "
+                f"layers with running statistics, got {type(layer).__name__}{hint}"
             )
+        name = f"{layer!r}" if len(layers) == 1 else f"{layer!r}, argument {i} of {len(layers)},"
         if not layer.track_running_stats:
             raise RuntimeError(
-                f"recalibrate() needs running statistics, {layer!r} tracks none: "
+                f"recalibrate() needs running statistics, {name} tracks none: "
                 f"make it with track_running_stats=True"
             )
         if layer.frozen:
             raise RuntimeError(
-                f"recalibrate() needs the statistics of batches, {layer!r} is frozen: "
+                f"recalibrate() needs the statistics of batches, {name} is frozen: "
                 f"unfreeze() it first"
             )
         if layer._recorder is not None:
-            raise RuntimeError(f"{layer!r} is being recalibrated already")
-    return tuple(dict.fromkeys(layers))
+            raise RuntimeError(f"{name} is being recalibrated already")
+        names.setdefault(layer, name)
+    return names
 
 
-def _recorders_of(layers: tuple[BatchNorm, ...]) -> list[_Recorder]:
+def _recorders_of(names: dict[BatchNorm | InstanceNorm, str]) -> list[_Recorder]:
     """A recorder for each array of running means, and for each lazy layer."""
     of_keys: dict[int, _Recorder] = {}
-    for layer in layers:
-        of_keys.setdefault(_key_of(layer), _Recorder(layer))
+    for layer, name in names.items():
+        kind = _InstanceRecorder if isinstance(layer, InstanceNorm) else _Recorder
+        of_keys.setdefault(_key_of(layer), kind(layer, name))
     return list(of_keys.values())
 
 
-def _key_of(layer: BatchNorm) -> int:
+def _key_of(layer: Norm) -> int:
     """What tells which layers are recorded together."""
     return id(layer if layer.has_uninitialized_params() else layer.running_mean)
 
@@ -120,8 +128,8 @@ def _key_of(layer: BatchNorm) -> int:
 class _Recorder:
     """Adds up what layers with common running statistics see, in place of these."""
 
-    def __init__(self, layer: BatchNorm) -> None:
-        self.layer = layer
+    def __init__(self, layer: Norm, name: str) -> None:
+        self.layer, self.name = layer, name
         self.seen: dict[int, Norm] = {}  # the layers that have made a forward
         self.keys: list[int] = []
         self.total = Moments()
@@ -145,35 +153,75 @@ class _Recorder:
         """A layer's own forward, with its running statistics left alone."""
         self.listen_to(id(layer.running_mean))  # It was lazy, and may have twins from now on.
         self.seen[id(layer)] = layer
+        return self.add(layer, call)
+
+    def add(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        """A layer's own forward, whose statistics are added."""
         x, mask = call.x, call.mask
         # Before `out` may take the place of x.
         count, sums = normalize.values_per_channel(x, mask), backend_of(x).stats(x, mask)
         result = layer._forward_train(call)
         batch = layer._total if isinstance(layer, SyncBatchNorm) else Moments(count, *sums)
         self.total += batch
-        self.batches += normalize.batches_of(x, call.batch_size) if batch.count else 0
+        if batch.count and x.shape[1]:
+            self.batches += normalize.batches_of(x, call.batch_size)
         return result
 
     def check(self) -> None:
         """Refuse to go on if the running statistics cannot be written."""
         layer = self.layer
-        if not self.batches:
+        if not self.batches and (layer.num_features or layer.has_uninitialized_params()):
             raise RuntimeError(
-                f"{layer!r} has seen no batch in training mode; its forward must run inside "
+                f"{self.name} has seen no batch in training mode; its forward must run inside "
                 f"the block, after train()"
             )
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             checks.check_ndarray(getattr(layer, name), name, writeable=True)
+        checks.check_running_apart(layer.running_mean, layer.running_var)
 
-    def write(self) -> None:
-        """Set the running statistics."""
-        values = {
+    def results(self) -> dict[str, Any]:
+        """What the running statistics become."""
+        return {
             "running_mean": self.total.mean,
             "running_var": self.total.var(correction=int(self.layer.unbiased)),
             "num_batches_tracked": np.array(self.batches),
         }
+
+    def write(self) -> None:
+        """Set the running statistics."""
+        if not self.layer.num_features:
+            return
         asarray = backend_for(self.layer._device).asarray
-        for name, value in values.items():
+        for name, value in self.results().items():
             array = getattr(self.layer, name)
             with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
                 array[...] = asarray(value, array.dtype, self.layer._device)
+
+
+class _InstanceRecorder(_Recorder):
+    """Averages mean and variance over the samples that instance normalizations see."""
+
+    def __init__(self, layer: Norm, name: str) -> None:
+        super().__init__(layer, name)
+        self.variances = Moments()  # the moments, over samples, of their variances
+
+    def add(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
+        x = call.x
+        # With a momentum of 1 they become the means over the samples of the batch.
+        mean, var = (np.zeros_like(x, np.float64, shape=x.shape[1]) for _ in range(2))
+        averages = call._replace(running_mean=mean, running_var=var, momentum=1.0)
+        result = layer._forward_train(averages)
+        samples = sum(count > 1 for count in call.counts) if x.size else 0
+        if samples:
+            self.total += _equal(samples, backend_of(x).to_host(mean))
+            self.variances += _equal(samples, backend_of(x).to_host(var))
+            self.batches += 1
+        return result
+
+    def results(self) -> dict[str, Any]:
+        return {"running_mean": self.total.mean, "running_var": self.variances.mean}
+
+
+def _equal(count: int, values: Statistics) -> Moments:
+    """The moments of so many values that are all the same, of each channel."""
+    return Moments(count, values, np.zeros_like(values))

@@ -98,9 +98,16 @@ def test_the_order_of_threads_and_blocks_changes_no_bit_of_batches(rng, device, 
         assert all(map(same_bits, results[0], other))
 
 
-@pytest.mark.parametrize("ghost_batch_size", [None, 3])
-def test_recalibration(rng, ghost_batch_size):
-    layer = fastbn.BatchNorm2d(3, ghost_batch_size=ghost_batch_size)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        fastbn.BatchNorm2d(3),
+        fastbn.BatchNorm2d(3, ghost_batch_size=3),
+        fastbn.InstanceNorm2d(3, track_running_stats=True),
+    ],
+    ids=["batch", "ghost", "instance"],
+)
+def test_recalibration(rng, layer):
     data = some(rng, (10, 3, 5, 5))
     results = []
     for each, x in on_both(layer, data):

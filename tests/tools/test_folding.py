@@ -150,6 +150,24 @@ def test_before_a_convolution_that_pads_with_its_input_nothing_is_wrong(rng, mod
     support.assert_close(convolve(np.pad(x, around, mode), *folded), expected, 1e-13)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_instance_normalization_that_tracks(rng, affine):
+    norm = fastbn.InstanceNorm2d(4, affine=affine, track_running_stats=True, dtype=np.float64)
+    norm(some(rng, (6, 4, 5, 5), np.float64))
+    if affine:
+        norm.weight[:], norm.bias[:] = rng.normal(size=(2, 4))
+    x, weight, bias = rng.normal(size=(2, 3, 6, 5)), rng.normal(size=(4, 3, 3, 2)), np.arange(4.0)
+    expected = norm.eval()(convolve(x, weight, bias))
+    support.assert_close(convolve(x, *fastbn.fold(norm, weight, bias)), expected, 1e-13)
+
+
+def test_a_kernel_of_another_layout_folds_as_the_message_says(rng):
+    bn, kernel, x = trained(rng, 4), rng.normal(size=(3, 2, 5, 4)), rng.normal(size=(2, 5, 6, 5))
+    weight = np.moveaxis(kernel, (-1, -2), (0, 1))
+    expected = bn(convolve(x, kernel.transpose(3, 2, 0, 1), np.zeros(4)))
+    support.assert_close(convolve(x, *fastbn.fold(bn, weight)), expected, 1e-13)
+
+
 @pytest.mark.parametrize("bn_first", [True, False])
 @pytest.mark.parametrize("kwargs", [{"affine": False}, {"bias": False}], ids=str)
 def test_a_layer_may_lack_weight_or_bias(rng, kwargs, bn_first):
@@ -239,10 +257,15 @@ def test_layers_without_channels_fold(shape):
 @pytest.mark.parametrize(
     ("layer", "exception", "word"),
     [
-        (fastbn.BatchNorm2d(4, track_running_stats=False), RuntimeError, "running statistics"),
+        (
+            fastbn.BatchNorm2d(4, track_running_stats=False),
+            RuntimeError,
+            "track_running_stats=True",
+        ),
         (fastbn.LazyBatchNorm2d(), RuntimeError, "first input"),
-        (fastbn.InstanceNorm2d(4, track_running_stats=True), TypeError, "each sample"),
-        (fastbn.LazyInstanceNorm2d(), TypeError, "each sample"),
+        (fastbn.InstanceNorm2d(4), TypeError, "each sample"),
+        (fastbn.LazyInstanceNorm2d(), RuntimeError, "first input"),
+        (fastbn.GroupNorm(2, 4), TypeError, "GroupNorm"),
         (None, TypeError, "NoneType"),
     ],
     ids=str,
@@ -260,6 +283,8 @@ def test_a_layer_that_cannot_be_folded_is_refused(layer, exception, word):
         (np.ones((4, 4), int), {}, TypeError, ["int64", "astype"]),
         (np.ma.ones((4, 4)), {}, TypeError, ["mask"]),
         (np.ones((6, 4)), {}, ValueError, [6, 4, "bn_first=True", "transposed=True"]),
+        (np.ones((3, 2, 5, 4)), {}, ValueError, ["moveaxis(weight, (-1, -2), (0, 1))"]),
+        (np.ones((3, 2, 4, 5)), {"bn_first": True}, ValueError, ["moveaxis(weight, (-1, -2)"]),
         (np.ones((6, 5)), {"bn_first": True}, ValueError, ["5 input", 4]),
         (np.ones((4, 5, 3)), {"transposed": True}, ValueError, ["5 output", 4]),
         (np.ones((4, 4, 1)), {"transposed": True, "bn_first": True}, ValueError, ["border"]),

@@ -149,10 +149,10 @@ def test_all_layers_or_none(rng):
         ([], ValueError, "at least one"),
         ([None], TypeError, "NoneType"),
         ([[fastbn.BatchNorm2d(3)]], TypeError, "got list: recalibrate(*layers)"),
-        ([fastbn.InstanceNorm2d(3, track_running_stats=True)], TypeError, "InstanceNorm2d"),
-        ([fastbn.LazyInstanceNorm2d()], TypeError, "LazyInstanceNorm2d"),
+        ([fastbn.InstanceNorm2d(3)], RuntimeError, "argument 1 of 2, tracks none: "),
+        ([fastbn.GroupNorm(1, 3)], TypeError, "GroupNorm"),
         ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none: "),
-        ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "unfreeze()"),
+        ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "argument 1 of 2, is frozen: unfreeze()"),
     ],
 )
 def test_what_cannot_be_recalibrated_is_refused(layers, error, words):
@@ -160,6 +160,74 @@ def test_what_cannot_be_recalibrated_is_refused(layers, error, words):
     with support.refused(error, words), fastbn.recalibrate(*([bn] if layers else []), *layers):
         raise AssertionError
     assert "_forward_train" not in vars(bn)
+
+
+def test_of_equal_layers_the_error_says_which_has_seen_nothing(rng):
+    twins = [fastbn.BatchNorm2d(3) for _ in range(3)]
+    with (
+        support.refused(RuntimeError, "argument 1 of 3, has seen no batch", intact=twins),
+        fastbn.recalibrate(*twins),
+    ):
+        twins[0](some(rng, (4, 3, 5, 2)))
+        twins[2](some(rng, (4, 3, 5, 2)))
+
+
+def test_running_statistics_that_share_memory_are_not_written(rng):
+    bn = fastbn.BatchNorm2d(3)
+    bn.running_var = bn.running_mean
+    with support.refused(ValueError, "share memory", intact=[bn]), fastbn.recalibrate(bn):
+        bn(some(rng, (4, 3, 5, 2)))
+
+
+def test_a_layer_without_channels_stays_as_it_is():
+    bn = fastbn.BatchNorm1d(0)
+    with fastbn.recalibrate(bn):
+        bn(np.empty((4, 0, 5), np.float32))
+    assert bn.num_batches_tracked == 0
+
+
+INSTANCES = {
+    "1d": (fastbn.InstanceNorm1d, (4, 3, 7)),
+    "2d": (fastbn.InstanceNorm2d, (4, 3, 5, 2)),
+    "3d": (fastbn.InstanceNorm3d, (4, 3, 5, 2, 3)),
+    "lazy": (lambda _, **kwargs: fastbn.LazyInstanceNorm2d(**kwargs), (4, 3, 5, 2)),
+}
+
+
+@pytest.mark.parametrize(("layer", "shape"), INSTANCES.values(), ids=INSTANCES)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_instances_give_the_means_over_all_samples(rng, layer, shape, momentum, in_place, unbiased):
+    norm = layer(3, momentum=momentum, track_running_stats=True, unbiased=unbiased)
+    alone = layer(3, track_running_stats=False)
+    batches = list(drifting_batches(rng, shape))
+    with fastbn.recalibrate(norm):
+        for x in batches:
+            y = x.copy()
+            assert same_bits(norm(y, out=y if in_place else None), alone(x))
+        norm(x[:0])
+        norm(x[0])  # a sample without the axis of samples
+    samples = np.concatenate([*batches, x[:1]]).astype(np.float64)
+    axes = tuple(range(2, x.ndim))
+    mean = samples.mean(axis=axes).mean(axis=0)
+    var = samples.var(axis=axes, ddof=int(unbiased)).mean(axis=0)
+    support.assert_close(norm.running_mean, mean, 1e-6)
+    support.assert_close(norm.running_var, var, 1e-6)
+    assert norm.num_batches_tracked == 0
+    norm(batches[0])
+    assert momentum is None or not np.allclose(norm.running_mean, mean)  # it tracks again
+
+
+def test_samples_without_two_valid_positions_add_nothing(rng):
+    norm, x = fastbn.InstanceNorm1d(3, track_running_stats=True), some(rng, (4, 3, 7))
+    mask = np.arange(7) < np.array([7, 1, 0, 4])[:, np.newaxis, np.newaxis]
+    with fastbn.recalibrate(norm):
+        norm(x[1:3], mask=mask[1:3])
+        norm(x, mask=mask)
+    samples = [x[0].astype(np.float64), x[3, :, :4].astype(np.float64)]
+    support.assert_close(norm.running_mean, np.mean([s.mean(axis=1) for s in samples], 0), 1e-6)
+    support.assert_close(norm.running_var, np.mean([s.var(1, ddof=1) for s in samples], 0), 1e-6)
 
 
 def test_a_layer_is_recalibrated_once_at_a_time(rng):
