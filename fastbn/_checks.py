@@ -243,9 +243,10 @@ def as_ndarray(value: Any, name: str) -> Array:
     except ValueError as error:
         if not isinstance(value, list | tuple):
             raise
+        mend = ": pad them, and pass mask= for what is not padding" if name in ("x", "dy") else ""
         raise ValueError(
             f"{name} must be an array, or lists that make one, got a {type(value).__name__} whose "
-            f"parts have different lengths: pad them, and pass mask= for what is not padding"
+            f"parts have different lengths{mend}"
         ) from error
 
 
@@ -389,7 +390,7 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     if is_cupy(mask):
         backend_of(mask).check(mask, "mask")
     else:
-        mask = np.asarray(mask)
+        mask = as_ndarray(mask, "mask")
     check_beside(x, mask, "mask")
     if mask.dtype != bool:
         raise TypeError(
@@ -408,7 +409,7 @@ def as_mask(mask: Any, x: Array) -> Array | None:
             hint = "; pass mask[:, np.newaxis]"
         elif mask.shape == (*shape[:1], *shape[2:], 1):
             hint = "; pass np.moveaxis(mask, -1, 1)"
-        elif mask.shape == shape[:1]:
+        elif mask.shape in (shape[:1], shape[:2]):
             hint = (
                 f"; for whole samples, pass mask.reshape({', '.join(['-1', *'1' * (x.ndim - 1)])})"
             )
@@ -526,6 +527,12 @@ def as_device(device: Any) -> str:
 
 def not_an_array(value: Any, name: str) -> str:
     """What is wrong with what is no array and should be written to."""
+    if name == "num_batches_tracked" and isinstance(value, int | float | np.number):
+        return (
+            f"num_batches_tracked must be an ndarray of shape (), got the number {value}, as "
+            f"`num_batches_tracked + 1` is one: `num_batches_tracked += 1` changes the array, and "
+            f"np.array({value:.0f}) makes one"
+        )
     hint = ""
     if is_bfloat16_of_torch(value):
         hint = f"; {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) shares its memory"
@@ -574,12 +581,6 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
 
 def check_counter(counter: Any, batches: int = 1) -> None:
     """Refuse what cannot count more batches. A value on a GPU is not read: that would wait."""
-    if isinstance(counter, int | np.number):
-        raise TypeError(
-            f"num_batches_tracked must be an ndarray of shape (), got the number {counter}, as "
-            f"`num_batches_tracked + 1` is one: `num_batches_tracked += 1` changes the array, and "
-            f"np.array({counter}) makes one"
-        )
     check_ndarray(counter, "num_batches_tracked", writeable=True)
     if counter.shape != () or counter.dtype.kind not in "iu" or not _counts_on(counter, batches):
         raise ValueError(

@@ -98,18 +98,20 @@ class LayerState:
 
     def reset_running_stats(self) -> None:
         """Set running_mean to zeros, running_var to ones, num_batches_tracked to 0, in place."""
-        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            array = getattr(self, name, None)
-            if array is not None:
-                array[...] = value
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Set weight to ones, bias to zeros and the running statistics to their initial values."""
-        self.reset_running_stats()
-        for name, value in (("weight", 1), ("bias", 0)):
-            array = getattr(self, name, None)
-            if array is not None:
-                array[...] = value
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
+
+    def _reset(self, **values: int) -> None:
+        """Set those arrays that there are, all of them or, after an error, none."""
+        given = {name: getattr(self, name, None) for name in values}
+        arrays = {name: array for name, array in given.items() if array is not None}
+        for name, array in arrays.items():
+            checks.check_ndarray(array, name, writeable=True)
+        for name, array in arrays.items():
+            array[...] = values[name]
 
     # Modes.
 
@@ -238,6 +240,9 @@ class LayerState:
                 f"missing keys {missing}, unexpected keys {unexpected}"
                 f"{checks.state_hint(state, prefix, expected, self._lacking())}"
             )
+        for name in own:
+            if prefix + name in state:
+                checks.check_ndarray(own[name], name, writeable=True)
         entries = {
             name: checks.as_entry(state[prefix + name], prefix + name, array, self._other_layers)
             for name, array in own.items()
@@ -247,8 +252,6 @@ class LayerState:
             if prefix + name in state:
                 shape = np.shape(state[prefix + name])
                 raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
-        for name in entries:
-            checks.check_ndarray(own[name], name, writeable=True)
         checks.check_running_apart(own.get("running_mean"), own.get("running_var"))
         with np.errstate(all="ignore"):  # What an array's dtype cannot hold is inf there.
             copies = {

@@ -613,6 +613,32 @@ def test_a_forward_that_tracks_nothing_for_a_while_leaves_the_statistics_alone(
         assert not same_bits(layer.running_mean, before["running_mean"])
 
 
+@pytest.mark.parametrize("layer_class", [fastbn.BatchNorm2d, fastbn.InstanceNorm2d])
+@pytest.mark.parametrize("number", [np.int64(1), 1, 1.0])
+@pytest.mark.parametrize("way", ["reset_running_stats", "reset_parameters", "load_state_dict"])
+def test_no_way_writes_beside_a_counter_that_is_a_number(rng, layer_class, number, way):
+    layer = layer_class(3, affine=True, track_running_stats=True)
+    state = layer.state_dict()
+    layer(some(rng, (4, 3, 5, 6)))
+    layer.weight[:] = 2.0
+    layer.num_batches_tracked = number
+    arrays = layer.weight, layer.running_mean, layer.running_var
+    with support.refused(TypeError, "num_batches_tracked", "+= 1", "np.array(1)", intact=arrays):
+        getattr(layer, way)(*[state] * (way == "load_state_dict"))
+
+
+def test_lists_of_different_lengths_as_a_mask_are_refused_by_name(rng):
+    x = some(rng, (4, 3, 5, 6))
+    with support.refused(ValueError, "mask must be", "different lengths", intact=(x,)):
+        fastbn.BatchNorm2d(3)(x, mask=[[True], [True, False]])
+
+
+def test_a_mask_of_one_column_of_samples_is_told_to_reshape(rng):
+    x = some(rng, (4, 3, 5, 6))
+    with support.refused(ValueError, "mask.reshape(-1, 1, 1, 1)", intact=(x,)):
+        fastbn.BatchNorm2d(3)(x, mask=np.ones((4, 1), bool))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 2), (2, 0, 2, 2)])
 def test_an_empty_batch_does_not_count(shape):
     layer = fastbn.BatchNorm2d(shape[1])
