@@ -37,23 +37,16 @@ cdef void write_sums(const Sums *sums, Py_ssize_t channels, double *to) noexcept
 
 cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """Mean and m2 of a block."""
-    cdef double exact_mean[COLUMNS]
-    cdef double exact_m2[COLUMNS]
-    cdef bint distrusted[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)
     cdef BlockValid valid = valid_of(job, g, b)
-    cdef Py_ssize_t c
     cdef double *mean = partial_sums_of(job, &block, b)
     cdef double *m2 = mean + job.cut.c
     if valid.count == 0:
         return
-    if not gains_by_float32(job, &valid):
+    if gains_by_float32(job, &valid):
+        float32_moments(job, &block, &valid, mean, m2)
+    else:
         exact_moments(job, &block, &valid, mean, m2)
-    elif not float32_moments(job, &block, &valid, mean, m2, distrusted):
-        exact_moments(job, &block, &valid, exact_mean, exact_m2)
-        for c in range(block.c1 - block.c0):  # channels do not depend on their neighbours
-            if distrusted[c]:
-                mean[c], m2[c] = exact_mean[c], exact_m2[c]
 
 
 cdef void exact_moments(const Job *job, const Block *block, const BlockValid *valid, double *mean,
@@ -122,28 +115,33 @@ cdef bint gains_by_float32(const Job *job, const BlockValid *valid) noexcept nog
             and inputs_of(job) * batch_bytes(job) <= FLOAT32_BYTES_MAX)
 
 
-cdef bint float32_moments(const Job *job, const Block *block, const BlockValid *valid,
-                          double *mean, double *m2, bint *distrusted) noexcept nogil:
+cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,
+                          double *mean, double *m2) noexcept nogil:
     """The same in float32, where rounding errors are of the size of the deviations.
 
     So the pivot must be near the mean: subtracting (sum of deviations)^2 / count multiplies the
     relative error of m2 by 1 + (pivot - mean)^2 / variance. Channels where that is more than 2 are
-    distrusted, and so are those whose squares have left float32's range. Returns whether there are
-    none.
+    summed again in float64, and so are those whose squares have left float32's range; the others
+    keep what they have, since channels do not depend on their neighbours.
     """
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
-    cdef bint trusted = True
+    cdef double exact_mean[COLUMNS]
+    cdef double exact_m2[COLUMNS]
+    cdef bint summed_again = False
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
     job.sum_block(job, block, True, pivot, first, second)
     moments_around(pivot, first, second, valid.count, channels, mean, m2)
     for c in range(channels):
-        distrusted[c] = (leaves_float32(first[c], second[c], valid.count)
-                         or first[c] / valid.count * first[c] > m2[c])
-        trusted = trusted and not distrusted[c]
-    return trusted
+        if (not leaves_float32(first[c], second[c], valid.count)
+                and first[c] / valid.count * first[c] <= m2[c]):
+            continue
+        if not summed_again:
+            exact_moments(job, block, valid, exact_mean, exact_m2)
+            summed_again = True
+        mean[c], m2[c] = exact_mean[c], exact_m2[c]
 
 
 cdef bint leaves_float32(double first, double second, Py_ssize_t count) noexcept nogil:
@@ -249,29 +247,34 @@ cdef double sum_of_means(const Job *job, Py_ssize_t g, Py_ssize_t c) noexcept no
 cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
     cdef double mean[COLUMNS]
-    cdef double exact_first[COLUMNS]
-    cdef double exact_second[COLUMNS]
-    cdef bint distrusted, trusted = True
     cdef Block block = block_of(&job.cut, g, b)
     cdef BlockValid valid = valid_of(job, g, b)
     cdef double *first = partial_sums_of(job, &block, b)
     cdef double *second = first + job.cut.c
-    cdef Py_ssize_t c, channels = block.c1 - block.c0
-    cdef bint in_float32 = gains_by_float32(job, &valid)
     read_vector(&job.mean, &block, mean)
-    job.sum_block(job, &block, in_float32, mean, first, second)
-    if not in_float32:
-        return
-    for c in range(channels):
-        trusted = trusted and not leaves_float32(first[c], second[c], valid.count)
-    if not trusted:
-        job.sum_block(job, &block, False, mean, exact_first, exact_second)
-    for c in range(channels):  # channels do not depend on their neighbours
-        distrusted = not trusted and leaves_float32(first[c], second[c], valid.count)
-        if distrusted:
-            first[c], second[c] = exact_first[c], exact_second[c]
-        else:  # of the mean, float32 has taken the first 24 bits
+    if gains_by_float32(job, &valid):
+        float32_products(job, &block, &valid, mean, first, second)
+    else:
+        job.sum_block(job, &block, False, mean, first, second)
+
+
+cdef void float32_products(const Job *job, const Block *block, const BlockValid *valid,
+                           const double *mean, double *first, double *second) noexcept nogil:
+    """The same in float32; channels whose products have left its range are summed again."""
+    cdef double exact_first[COLUMNS]
+    cdef double exact_second[COLUMNS]
+    cdef bint summed_again = False
+    cdef Py_ssize_t c
+    job.sum_block(job, block, True, mean, first, second)
+    for c in range(block.c1 - block.c0):
+        if not leaves_float32(first[c], second[c], valid.count):
+            # Of the mean, float32 has taken the first 24 bits.
             second[c] -= (mean[c] - <double><float>mean[c]) * first[c]
+            continue
+        if not summed_again:
+            job.sum_block(job, block, False, mean, exact_first, exact_second)
+            summed_again = True
+        first[c], second[c] = exact_first[c], exact_second[c]
 
 
 cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
