@@ -176,6 +176,9 @@ ctypedef void (*SumBlock)(const Job *job, const Block *block, bint in_float32,
                           const double *centre, double *first, double *second) noexcept nogil
 ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
 
+# How the batches of a job are divided among threads.
+ctypedef void (*Schedule)(Job *job, int threads) noexcept nogil
+
 # One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
 cdef struct Vector:
     const char *data              # NULL stands for a vector of one and the same value
@@ -200,6 +203,7 @@ cdef struct Job:
     GroupStep merge
     ApplyBlock apply
     SumBlock sum_block
+    Schedule schedule
     bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether blocks are summed in float32 where that is exact enough
     bint nontemporal              # whether the output is written by non-temporal stores
@@ -244,6 +248,7 @@ cdef void init_job(Job *job, const char *x, Py_ssize_t n, Py_ssize_t c, Py_ssize
         job.sum_block = sum_runs
     else:
         job.sum_block = sum_columns_in_chunks if job.refine_pivot else sum_columns
+    job.schedule = execute_batches
     job.weight = job.invstd = job.var = constant(1.0)
 
 
@@ -368,7 +373,7 @@ cdef void affine_of(const Job *job, const Block *block, Affine *affine) noexcept
 cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) noexcept nogil:
     """dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight."""
     cdef Py_ssize_t c
-    cdef double count = count_of(job, block)
+    cdef double count = count_of(job, block.batch)
     cdef double invstd[COLUMNS]
     read_vector(&job.invstd, block, invstd)
     read_vector(&job.mean, block, gradient.x_mean)

@@ -23,12 +23,8 @@ cdef void init_group_norm(GroupNormJob *norm, cnp.ndarray x, cnp.ndarray mask,
     """Make a job on x, which has no steps yet, for so many groups of channels."""
     memset(norm, 0, sizeof(GroupNormJob))
     init_job_on(&norm.job, x, mask, 1)
+    norm.job.schedule = execute_spans
     norm.channels = norm.job.cut.c // groups
-
-
-cdef double count_of_sample(const Job *job, Py_ssize_t sample) noexcept nogil:
-    """The valid positions of a sample."""
-    return job.count if job.counts == NULL else job.counts[sample]
 
 
 cdef void combine_moments(const GroupNormJob *norm, Py_ssize_t sample,
@@ -39,7 +35,7 @@ cdef void combine_moments(const GroupNormJob *norm, Py_ssize_t sample,
     cdef double *mean = job.mean_out + first
     cdef double *m2 = job.m2_out + first
     cdef double *invstds = norm.invstd_out + first
-    cdef double count = count_of_sample(job, sample), shift = 0.0, within = 0.0, between = 0.0
+    cdef double count = count_of(job, sample), shift = 0.0, within = 0.0, between = 0.0
     cdef double centre, deviation, total, invstd
     for c in range(channels):
         shift += mean[c] - mean[0]
@@ -145,8 +141,8 @@ cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
             apply_block(job, g, b)
 
 
-cdef void execute_spans(GroupNormJob *norm, int threads) noexcept nogil:
-    cdef Job *job = &norm.job
+cdef void execute_spans(Job *job, int threads) noexcept nogil:
+    cdef GroupNormJob *norm = <GroupNormJob *>job
     cdef Py_ssize_t spans, span, groups
     threads = threads_for(bytes_moved(job), threads)
     choose_spans(norm, threads)
@@ -162,16 +158,6 @@ cdef void execute_spans(GroupNormJob *norm, int threads) noexcept nogil:
     for span in range(spans):
         combine_span(norm, span)
     parallel_for(job, execute_apply, 0, groups, groups * job.cut.blocks, threads)
-
-
-cdef int execute_group_norm(GroupNormJob *norm) except -1:
-    """Execute a job. Nothing but a lack of memory is raised, and nothing has been written then."""
-    cdef int threads = num_threads_now()
-    allocate(&norm.job)
-    with nogil:
-        execute_spans(norm, threads)
-    release(&norm.job)
-    return 0
 
 
 # ------------------------------------------------------------------ the entry points
@@ -193,7 +179,7 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
     norm.job.weight, norm.job.bias = vector_of(weight, 1), vector_of(bias, 0)
     norm.job.eps = eps
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
-    execute_group_norm(&norm)
+    execute(&norm.job)
 
 
 def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
@@ -218,4 +204,4 @@ def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
     norm.dy_xhat_sums = output_vector(dy_xhat_sums, &norm.job.sum_dy_xhat)
     norm.combine = combine_products
     apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
-    execute_group_norm(&norm)
+    execute(&norm.job)

@@ -238,10 +238,10 @@ cdef int execute(Job *job) except -1:
     cdef int threads = num_threads_now()
     allocate(job)
     with nogil:
-        execute_batches(job, threads)
+        job.schedule(job, threads)
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
-            execute_batches(&leftover, threads)
+            leftover.schedule(&leftover, threads)
         note_end(bytes_moved(job))
     release(job)
     return 0

@@ -226,7 +226,7 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
         if isnan(mean[c]):
             mean[c] = sum_of_means(job, g, c)
     if job.invstd_out != NULL:
-        job.kernels.invstd(m2, max(count_of(job, &block), 1.0), job.eps, channels,
+        job.kernels.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
                            results_of(job, job.invstd_out, &block))
 
 

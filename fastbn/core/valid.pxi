@@ -12,9 +12,9 @@ cdef BlockValid valid_of(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     return valid
 
 
-cdef double count_of(const Job *job, const Block *block) noexcept nogil:
-    """The valid positions of a block's batch: the elements of a channel that its sums are over."""
-    return job.count if job.counts == NULL else job.counts[block.batch]
+cdef double count_of(const Job *job, Py_ssize_t batch) noexcept nogil:
+    """The valid positions of a batch: the elements of a channel that its sums are over."""
+    return job.count if job.counts == NULL else job.counts[batch]
 
 
 cdef void find_valid(const Job *job) noexcept nogil:
