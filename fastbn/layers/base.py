@@ -9,6 +9,7 @@ import numpy as np
 
 from fastbn import _checks as checks
 from fastbn import _core
+from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, NDArray, Statistics
 from fastbn.layers.saved import (
@@ -81,8 +82,8 @@ class Norm(LayerState):
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.unbiased = checks.as_bool(unbiased, "unbiased")
-        self._device = checks.as_device(device)
-        self._dtype = checks.as_dtype(dtype)
+        self._device = layer_checks.as_device(device)
+        self._dtype = layer_checks.as_dtype(dtype)
         self._has_bias = self.affine and bool(bias)
         self.training = True
         self.frozen = False
@@ -91,7 +92,7 @@ class Norm(LayerState):
         self.weight_grad = self.bias_grad = None
         self._saved = NO_FORWARD
         if num_features is not UNKNOWN:
-            self._allocate(checks.as_num_features(num_features))
+            self._allocate(layer_checks.as_num_features(num_features))
 
     # Forward.
 
@@ -216,9 +217,9 @@ class Norm(LayerState):
 
     def _as_input(self, x: ArrayLike) -> Array:
         """x as an array of a rank and a number of channels that fit."""
-        array = checks.as_input_of_rank(x, self._ranks, self._family)
+        array = layer_checks.as_input_of_rank(x, self._ranks, self._family)
         axis = self._channel_axis(array)
-        checks.check_channels(array, axis, self.num_features, self._other_layers)
+        layer_checks.check_channels(array, axis, self.num_features, self._other_layers)
         return array
 
     def _channel_axis(self, x: Array) -> int:
@@ -318,7 +319,7 @@ class Norm(LayerState):
 
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         """`backward`, from what the forward left."""
-        checks.check_saved(saved, is_read=reads_array(saved, self.weight))
+        layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
         sums = self._checked_gradients(saved.x)

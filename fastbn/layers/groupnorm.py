@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Never
 
 from fastbn import _checks as checks
+from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm
@@ -131,7 +132,7 @@ class GroupNorm(Norm):
 
     def _as_input(self, x: ArrayLike) -> Array:
         array = checks.as_input(x)
-        checks.check_channels(array, 1, self.num_features, self._other_layers)
+        layer_checks.check_channels(array, 1, self.num_features, self._other_layers)
         return array
 
     def _training_call(

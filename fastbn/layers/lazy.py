@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastbn import _checks as checks
+from fastbn import _layer_checks as layer_checks
 from fastbn._types import Array, ArrayLike, DTypeLike
 from fastbn.layers.base import UNKNOWN, Norm
 from fastbn.layers.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -56,7 +56,7 @@ class Lazy(Norm):
         self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
     ) -> Array:
         """Take the number of channels from the input; do what the layer that this becomes does."""
-        x = checks.as_input_of_rank(input, self._ranks, self._family)
+        x = layer_checks.as_input_of_rank(input, self._ranks, self._family)
         num_features = x.shape[self._channel_axis(x)]
         y: Array = self._initialized(num_features, "forward", x, out=out, mask=mask)
         return y
@@ -72,7 +72,7 @@ class Lazy(Norm):
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
     ) -> LoadedKeys:
         """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
-        checks.check_state(state)
+        layer_checks.check_state(state)
         for name in self._state_names[:-1]:  # A counter may have the shape (1,).
             shape = np.shape(state.get(prefix + name, 0))
             if len(shape) == 1:

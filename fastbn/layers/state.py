@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _layer_checks as layer_checks
 from fastbn._types import Array, DTypeLike
 from fastbn.backends import backend_for, backend_of
 from fastbn.layers.saved import NO_FORWARD
@@ -83,7 +84,7 @@ class LayerState:
         >>> fastbn.BatchNorm2d(3).to("cpu").weight
         array([1., 1., 1.], dtype=float32)
         """
-        device = checks.as_device(device)
+        device = layer_checks.as_device(device)
         if device != self._device:
             names = (*self._state_names, "weight_grad", "bias_grad")
             arrays = {name: getattr(self, name, None) for name in names}
@@ -225,7 +226,7 @@ class LayerState:
         ValueError
             If num_batches_tracked is negative or not finite, or an array of the layer is read-only.
         """
-        checks.check_state(state)
+        layer_checks.check_state(state)
         if not isinstance(strict, bool):
             raise TypeError(f"strict must be a bool, got {strict!r}; the prefix comes after it")
         own, waiting = self._state(), self._uninitialized()
@@ -238,13 +239,15 @@ class LayerState:
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
                 f"missing keys {missing}, unexpected keys {unexpected}"
-                f"{checks.state_hint(state, prefix, expected, self._lacking())}"
+                f"{layer_checks.state_hint(state, prefix, expected, self._lacking())}"
             )
         for name in own:
             if prefix + name in state:
                 checks.check_ndarray(own[name], name, writeable=True)
         entries = {
-            name: checks.as_entry(state[prefix + name], prefix + name, array, self._other_layers)
+            name: layer_checks.as_entry(
+                state[prefix + name], prefix + name, array, self._other_layers
+            )
             for name, array in own.items()
             if prefix + name in state
         }

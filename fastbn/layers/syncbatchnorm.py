@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
 from fastbn._mpi import Ranks, mpi
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
@@ -204,7 +205,7 @@ class SyncBatchNorm(BatchNorm):
     def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
         if saved.frozen:
             return super()._backward(saved, dy, out)
-        checks.check_saved(saved, is_read=reads_array(saved, self.weight))
+        layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         x = saved.x if saved.kept is None else saved.kept.x
         dy = checks.as_gradient(dy, x)
         parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
