@@ -31,14 +31,19 @@ def assert_annotated(function):
     for parameter in parameters:
         assert parameter.annotation is not parameter.empty, (function, parameter)
     assert "return" in function.__annotations__, function
-    # The names in the annotations mean something.
-    module = inspect.getmodule(function)
-    typing.get_type_hints(function, vars(module))
+    typing.get_type_hints(function)  # The names in the annotations mean something.
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_public_functions_are_annotated(function):
     assert_annotated(inspect.unwrap(function))
+
+
+@pytest.mark.parametrize("name", fastbn.functional.__all__)
+def test_functions_name_the_public_module(name):
+    function = getattr(fastbn.functional, name)
+    assert function.__module__ == "fastbn.functional"
+    assert f"function {name} in module fastbn.functional" in pydoc.render_doc(function)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
