@@ -93,14 +93,13 @@ def by_group(call: Forward) -> tuple[Array, Statistics, Statistics]:
 
     Returns y and, for each sample and channel, mean and invstd of its group.
     """
-    x, num_groups, weight, bias, eps, out = (
-        *(call.x, call.num_groups),
-        *(call.weight, call.bias, call.eps, call.out),
-    )
+    x, backend = call.x, backend_of(call.x)
     if not x.size:
         mean = np.zeros_like(x, np.float64, shape=x.shape[:2])
-        return backend_of(x).empty_like(x) if out is None else out, mean, np.ones_like(mean)
-    return backend_of(x).group_forward(x, num_groups, weight, bias, eps, out, mask=call.mask)
+        return backend.empty_like(x) if call.out is None else call.out, mean, np.ones_like(mean)
+    return backend.group_forward(
+        x, call.num_groups, call.weight, call.bias, call.eps, call.out, mask=call.mask
+    )
 
 
 def by_running(call: Forward) -> Array:
