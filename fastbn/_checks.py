@@ -15,10 +15,11 @@ import numpy as np
 
 from fastbn import _core
 from fastbn._interchange import from_dlpack, is_bfloat16_of_torch, is_masked, mask_is_lost
-from fastbn._normalize import Backward, Forward, batches_of, values_of_batches
+from fastbn._normalize import Backward, Forward, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array
 from fastbn.backends import backend_of, is_cupy
+from fastbn.backends.common import batches_of
 
 # Calls.
 

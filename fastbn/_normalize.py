@@ -14,6 +14,7 @@ import numpy as np
 
 from fastbn._types import Array, Statistics
 from fastbn.backends import backend_of
+from fastbn.backends.common import batches_of
 
 if TYPE_CHECKING:
     from fastbn.backends.protocol import Backend
@@ -185,7 +186,7 @@ def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistic
     return dx, dweight, dbias
 
 
-# Numbers of values and of batches.
+# Numbers of values.
 
 
 def values_per_channel(x: Array, mask: Array | None = None) -> int:
@@ -193,11 +194,6 @@ def values_per_channel(x: Array, mask: Array | None = None) -> int:
     if mask is not None:
         return int(np.count_nonzero(mask))
     return math.prod(x.shape[:1] + x.shape[2:])
-
-
-def batches_of(x: Array, batch_size: int) -> int:
-    """The number of batches of so many samples that x is."""
-    return max(-(-len(x) // batch_size), 1) if batch_size else 1
 
 
 def values_of_batches(x: Array, mask: Array | None, batch_size: int) -> list[int]:

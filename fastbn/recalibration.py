@@ -12,6 +12,7 @@ from fastbn import _checks as checks
 from fastbn import _normalize as normalize
 from fastbn._types import Array, Statistics
 from fastbn.backends import backend_for, backend_of
+from fastbn.backends.common import batches_of
 from fastbn.layers.base import Norm, recorders
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.instancenorm import InstanceNorm
@@ -164,7 +165,7 @@ class _Recorder:
         batch = layer._total if isinstance(layer, SyncBatchNorm) else Moments(count, *sums)
         self.total += batch
         if batch.count and x.shape[1]:
-            self.batches += normalize.batches_of(x, call.batch_size)
+            self.batches += batches_of(x, call.batch_size)
         return result
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from fastbn import _core
 from fastbn._types import Array, NDArray, Statistics
 from fastbn.backends import composed
+from fastbn.backends.common import batches_of, factors_of
 
 
 def stats(x: Array, mask: Array | None = None) -> tuple[Statistics, Statistics]:
@@ -94,15 +95,6 @@ def forward(
         if counter is not None:
             counter[()] = int(counter) + len(counts)
     return y, mean, invstd
-
-
-def factors_of(momentum: float | None, counter: Array | None, batches: int) -> list[float]:
-    """The weight of each batch in the running statistics."""
-    if momentum is not None:
-        return [momentum] * batches
-    if counter is None:
-        return [0.0] * batches
-    return [1.0 / (int(counter) + k) for k in range(1, batches + 1)]
 
 
 def native(running: Array | None) -> Array | None:
@@ -290,9 +282,8 @@ def unpacked(target: Array, out: Array) -> Array:
 
 def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
     """So many new vectors of one value per channel, or with a batch size per batch and channel."""
-    if not batch_size:
-        return np.empty((count, x.shape[1]))
-    return np.empty((count, max(-(-len(x) // batch_size), 1), x.shape[1]))
+    batches = (batches_of(x, batch_size),) if batch_size else ()
+    return np.empty((count, *batches, x.shape[1]))
 
 
 # What is asked of a backend besides batch normalization.

@@ -94,15 +94,13 @@ class InstanceNorm(Norm):
         self, x: Array, out: Array | None, mask: ArrayLike | None
     ) -> normalize.Forward:
         running_mean, running_var, _ = self._moving_statistics()  # it does not count batches
-        # None leaves the running statistics alone: so it does in torch.
-        momentum = 0.0 if self.momentum is None else self.momentum
         return checks.training_call(
             x,
             running_mean,
             running_var,
             self.weight,
             self.bias,
-            momentum,
+            self.momentum,  # None, without a counter, leaves the running statistics alone
             self.eps,
             out=out,
             mask=mask,

@@ -17,6 +17,7 @@ from fastbn import _normalize as normalize
 from fastbn._mpi import Ranks, mpi
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
+from fastbn.backends.common import factors_of
 from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all, reads_array
@@ -187,10 +188,9 @@ class SyncBatchNorm(BatchNorm):
 
     def _moved(self, call: normalize.Forward, total: Moments) -> list[tuple[Array, Any]]:
         """Running statistics and counter, and what they become with this batch."""
-        counter, factor = call.counter, call.momentum
+        counter = call.counter
         moved = [] if counter is None else [(counter, counter + 1)]
-        if factor is None:
-            factor = 0.0 if counter is None else 1.0 / (int(counter) + 1)
+        [factor] = factors_of(call.momentum, counter, 1)
         pairs = (
             (call.running_mean, total.mean),
             (call.running_var, total.var(correction=int(call.unbiased))),

@@ -23,9 +23,9 @@ from cupy.cuda import runtime
 
 from fastbn import _core
 from fastbn.backends import composed
+from fastbn.backends.common import batches_of
 from fastbn.backends.cuda.arrays import (
     Array,
-    number_of_batches,
     output,
     packed,
     packed_like,
@@ -137,7 +137,7 @@ def forward(
     if batch_size:
         running.follow(ranges, source, mean, m2, valid, valid_count)
     if batch_size or not running.counted_in_launch:
-        running.increase_counter(number_of_batches(source, batch_size), valid_count)
+        running.increase_counter(batches_of(source, batch_size), valid_count)
     return unpacked(target, out), mean, invstd
 
 

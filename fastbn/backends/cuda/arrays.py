@@ -12,6 +12,8 @@ from typing import Any
 import cupy
 import numpy as np
 
+from fastbn.backends.common import batches_of
+
 Array = Any  # CuPy has no types.
 
 
@@ -85,14 +87,9 @@ def vectors(x: Array, count: int, batch_size: int = 0) -> list[Array]:
 
     Kernels fill them; no kernel runs on an array without elements, for which they are zero.
     """
-    shape = number_of_batches(x, batch_size), x.shape[1]
+    shape = batches_of(x, batch_size), x.shape[1]
     new = cupy.ndarray if x.size else cupy.zeros
     return [new(shape if batch_size else shape[1:], np.float64) for _ in range(count)]
-
-
-def number_of_batches(x: Array, batch_size: int) -> int:
-    """The number of batches, of so many samples, that x is; at least one."""
-    return max(-(-len(x) // batch_size), 1) if batch_size else 1
 
 
 def apart(parameter: Array | None, *written: Array) -> Array | None:

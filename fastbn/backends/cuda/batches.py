@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from fastbn.backends.cuda.arrays import Array, apart, number_of_batches
+from fastbn.backends.common import batches_of
+from fastbn.backends.cuda.arrays import Array, apart
 from fastbn.backends.cuda.plan import Geometry, follower, geometry
 
 # As many batches as a grid can have side by side.
@@ -72,7 +73,7 @@ def valid_counts(valid: Array | None, batch_size: int) -> Array | None:
     of_samples = valid.reshape(len(valid), -1).sum(axis=1, dtype=np.float64)
     whole = len(valid) // batch_size
     in_whole = whole * batch_size
-    counts = cupy.ndarray((number_of_batches(valid, batch_size),), np.float64)
+    counts = cupy.ndarray((batches_of(valid, batch_size),), np.float64)
     counts[:whole] = of_samples[:in_whole].reshape(whole, batch_size).sum(axis=1)
     if in_whole < len(valid):
         counts[whole] = of_samples[in_whole:].sum()
