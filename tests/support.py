@@ -1,5 +1,6 @@
 """What several test files share: memory layouts, comparisons, fresh interpreters."""
 
+import importlib
 import itertools
 import os
 import subprocess
@@ -194,6 +195,41 @@ def assert_step_composes(fused, composed, dtype, dy, x):
         assert_composes(one, other, dtype, size)
 
 
+def torch_step(layer, x, dy):
+    """y and dx of a layer of torch's; gradients of the parameters add up in it."""
+    x, dy = (tensor(array) for array in (x, dy))
+    y = layer(x.requires_grad_())
+    y.backward(dy)
+    return y.detach().numpy(), x.grad.numpy()
+
+
+def tensor(array):
+    """A tensor of torch's, of the memory of an array if that is C-contiguous."""
+    return importlib.import_module("torch").from_numpy(np.ascontiguousarray(array))
+
+
+def assert_as_torch(ours, theirs, rng, shape, assert_gradient, steps=1):
+    """Asserts that layers of float64 agree in training, evaluation, state and gradients.
+
+    The parameters of torch's become random ones, and those of the other layer the same.
+    """
+    for parameter in theirs.parameters():
+        parameter.data.copy_(tensor(rng.standard_normal(parameter.shape)))
+    ours.load_state_dict(theirs.state_dict())
+    for _ in range(steps):
+        x, dy = some(rng, shape, np.float64), some(rng, shape, np.float64, mean=0)
+        y, dx = torch_step(theirs, x, dy)
+        assert_close(ours(x), y, 1e-12)
+        assert_gradient(ours.backward(dy), dx)
+    x = some(rng, shape, np.float64)
+    assert_close(ours.eval()(x), theirs.eval()(tensor(x)).detach().numpy(), 1e-12)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for key, value in theirs.state_dict().items():
+        assert_close(ours.state_dict()[key], value.numpy(), 1e-12)
+    for key, parameter in theirs.named_parameters():
+        assert_close(getattr(ours, f"{key}_grad"), parameter.grad.numpy(), 1e-12)
+
+
 def bits_of(thing):
     """All bits of an array, or of all arrays of a layer."""
     if isinstance(thing, np.ndarray):
@@ -264,6 +300,24 @@ def run_python(code, cwd, **environment):
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=600
     )
+
+
+# What a forked child makes of a function. A process that does not end is killed.
+IN_CHILD = """
+import os, signal
+
+signal.alarm(60)
+
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
 
 
 def output_of(code, cwd, **environment):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from internals import CORE, core
-from support import output_of
+from support import IN_CHILD, output_of
 
 pytestmark = [
     pytest.mark.wheel,
@@ -13,29 +13,18 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
 ]
 
-# Large enough for two threads. A process that does not end is killed, and its parent with it.
+# Large enough for two threads.
 CODE = """
-import multiprocessing, os, signal, threading
+import multiprocessing, threading
 import numpy as np
 import fastbn
 
-signal.alarm(60)
 x = np.random.default_rng(0).standard_normal((8, 16, 64, 64), dtype=np.float32)
 fastbn.set_num_threads(2)
 
 def total(_=None):
     bn = fastbn.BatchNorm2d(16)
     return float(np.abs(bn(x)).sum() + np.abs(bn.backward(x)).sum())
-
-def in_child(work):
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 def in_thread(work):
     results = []
@@ -77,7 +66,8 @@ def pool():
 
 
 def prints_true(code, folder, **environment):
-    return output_of(CODE + EXPECTED + POOL + f"print({code})", folder, **environment) == "True\n"
+    code = IN_CHILD + CODE + EXPECTED + POOL + f"print({code})"
+    return output_of(code, folder, **environment) == "True\n"
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
@@ -125,7 +115,7 @@ for thread in threads:
     thread.join()
 print(all(children) and right())
 """
-    assert output_of(CODE + EXPECTED + code, tmp_path) == "True\n"
+    assert output_of(IN_CHILD + CODE + EXPECTED + code, tmp_path) == "True\n"
 
 
 # As torch loads the runtime that it brings along: its symbols come before those of all others.
@@ -153,5 +143,5 @@ def another_runtime():
     ],
 )
 def test_a_fork_beside_another_openmp_runtime(tmp_path, order):
-    code = CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + POOL + f"print({order})"
+    code = IN_CHILD + CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + POOL + f"print({order})"
     assert output_of(code, tmp_path) == "True\n"

@@ -1,6 +1,7 @@
 """Group normalization: the groups of each sample by their own statistics."""
 
 import copy
+import functools
 import pickle
 import tracemalloc
 
@@ -315,23 +316,11 @@ def test_no_memory(rng, in_place, zero):
 def test_training_and_eval_agree_with_torch(rng, shape, groups, affine):
     torch = pytest.importorskip("torch")
     theirs = torch.nn.GroupNorm(groups, shape[1], affine=affine, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.from_numpy(rng.standard_normal(shape[1])))
     ours = fastbn.GroupNorm(groups, shape[1], affine=affine, dtype=np.float64)
-    ours.load_state_dict(theirs.state_dict())
     assert repr(ours).startswith(repr(theirs)[:-1].removesuffix(", bias=True"))
-    for mode in (True, False):
-        x, dy = some(rng, shape, np.float64), some(rng, shape, np.float64, mean=0)
-        x_torch = torch.from_numpy(x).requires_grad_()
-        y = theirs.train(mode)(x_torch)
-        support.assert_close(ours.train(mode)(x), y.detach().numpy(), 1e-12)
-        if mode:
-            y.backward(torch.from_numpy(dy))
-            # dx is small where groups are of two values, what it is the difference of is not.
-            support.assert_within(ours.backward(dy), x_torch.grad.numpy(), 1e-11)
-    for key, parameter in theirs.named_parameters():
-        support.assert_close(getattr(ours, f"{key}_grad"), parameter.grad.numpy(), 1e-11)
+    # dx is small where groups are of two values, what it is the difference of is not.
+    of_dx = functools.partial(support.assert_within, bound=1e-11)
+    support.assert_as_torch(ours, theirs, rng, shape, of_dx)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (2, 6), (1, 6, 1), (1, 6, 2), (2, 6, 1)], ids=str)

@@ -1,6 +1,7 @@
 """Instance normalization: each sample by itself, as a batch normalization of it alone."""
 
 import copy
+import functools
 import itertools
 import pickle
 import tracemalloc
@@ -352,21 +353,6 @@ def test_training_and_eval_agree_with_torch(rng, name, affine, tracking, unbatch
     shape = shape[1:] if unbatched else shape
     kwargs = {"affine": affine, "track_running_stats": tracking}
     theirs = getattr(torch.nn, layer.__name__)(3, **kwargs, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.from_numpy(rng.standard_normal(3)))
     ours = layer(3, **kwargs, dtype=np.float64)
-    ours.load_state_dict(theirs.state_dict())
-    for mode in (True, True, False):
-        x, dy = some(rng, shape, np.float64), some(rng, shape, np.float64, mean=0)
-        x_torch = torch.from_numpy(x).requires_grad_()
-        y = theirs.train(mode)(x_torch)
-        support.assert_close(ours.train(mode)(x), y.detach().numpy(), 1e-12)
-        if mode:
-            y.backward(torch.from_numpy(dy))
-            support.assert_close(ours.backward(dy), x_torch.grad.numpy(), 1e-12)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for key, value in theirs.state_dict().items():
-        support.assert_close(ours.state_dict()[key], value.numpy(), 1e-12)
-    for key, parameter in theirs.named_parameters():
-        support.assert_close(getattr(ours, f"{key}_grad"), parameter.grad.numpy(), 1e-12)
+    of_dx = functools.partial(support.assert_close, relative=1e-12)
+    support.assert_as_torch(ours, theirs, rng, shape, of_dx, steps=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import support
-from support import same_bits, some
+from support import same_bits, some, tensor, torch_step
 
 import fastbn
 
@@ -41,18 +41,6 @@ def pair(name, *args, dtype="float32", seed=0, **kwargs):
     ours = getattr(fastbn, name)(*args, dtype=dtype, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
-
-
-def tensor(array):
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def torch_step(layer, x, dy):
-    """y and dx; gradients of the parameters add up in the layer."""
-    x = tensor(x).requires_grad_()
-    y = layer(x)
-    y.backward(tensor(dy))
-    return y.detach().numpy(), x.grad.numpy()
 
 
 def assert_agree(ours, theirs, relative):
