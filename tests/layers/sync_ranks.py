@@ -163,10 +163,16 @@ def failing():
             with refused_everywhere(culprit, ValueError, words, sync):
                 sync(x)
             setattr(sync, name, good)
-        sync(x)
+        mine = x.copy()
+        sync(mine)
         memory = sync._saved
         with refused_everywhere(culprit, ValueError, "dy must have", sync):
             sync.backward(dy[:1] if guilty else dy)
+        if guilty:
+            np.maximum(mine, 0, out=mine)
+        with refused_everywhere(culprit, RuntimeError, "written to since", sync):
+            sync.backward(dy)
+        mine[...] = x
         sync.backward(dy)
         with refused_everywhere(culprit, RuntimeError, "has run", sync):
             if not guilty:  # as if these had forgotten their backward

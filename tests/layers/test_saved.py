@@ -41,6 +41,7 @@ LAYERS = {
     "frozen": (lambda c: fastbn.BatchNorm2d(c).freeze(), (6, 6, 5, 8)),
     "instance": (lambda c: fastbn.InstanceNorm2d(c, affine=True), (6, 6, 5, 8)),
     "sample": (lambda c: fastbn.InstanceNorm2d(c), (6, 15, 16)),
+    "group": (lambda c: fastbn.GroupNorm(2, c), (6, 6, 5, 8)),
     "sync": (alone, (6, 6, 5, 8)),
 }
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
