@@ -111,6 +111,7 @@ class LayerState:
         arrays = {name: array for name, array in given.items() if array is not None}
         for name, array in arrays.items():
             checks.check_ndarray(array, name, writeable=True)
+        checks.check_running_apart(arrays.get("running_mean"), arrays.get("running_var"))
         for name, array in arrays.items():
             array[...] = values[name]
 
