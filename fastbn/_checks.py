@@ -216,6 +216,8 @@ def as_array(value: Any, name: str) -> Array:
         got, mend = f"{value.dtype}", ""
         if isinstance(given, list | tuple):
             got = f"a {type(given).__name__} of {value.dtype}"
+        elif value.ndim == 0 and value is not given and value.dtype.kind in "OSU":
+            got = type(given).__name__
         if value.dtype == bool and name not in ("x", "dy"):
             mend = "; a mask is passed by name: mask=..."
         elif value.dtype.kind in "biu":

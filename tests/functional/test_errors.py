@@ -372,7 +372,7 @@ def test_an_out_that_overlaps_dy_or_the_input_is_refused(bn, call, overlaps_dy, 
         (lambda dy: dy.astype(complex), TypeError, ["complex128"]),
         (lambda dy: dy.astype(object), TypeError, ["object"]),
         (np.ma.asarray, TypeError, ["mask"]),
-        (lambda dy: None, TypeError, []),
+        (lambda dy: None, TypeError, ["NoneType"]),
     ],
     ids=["batch", "rank", "scalar", "int", "complex", "object", "masked", "None"],
 )
@@ -716,12 +716,19 @@ def test_layers_for_another_rank_are_suggested(layer, shape, words):
         ([[1, 2, 3], [4, 5, 6]], "got a list of int64; convert it: np.asarray(x, np.float32)"),
         (([1, 2, 3], [4, 5, 6]), "got a tuple of int64"),
         (np.ones((2, 3), int), "got int64; convert it, for example by astype(np.float32)"),
+        (None, "got NoneType"),
+        ({"x": np.ones((2, 3))}, "got dict"),
+        ("x.npy", "got str"),
+        (np.array(None), "got object"),
     ],
+    ids=["list", "tuple", "array", "None", "dict", "str", "array of an object"],
 )
-def test_lists_are_told_from_arrays(value, words):
-    bn = fastbn.BatchNorm1d(3)
-    with refused(TypeError, words, intact=[bn]):
-        bn(value)
+@pytest.mark.parametrize("name", ["x", "dy"])
+def test_what_came_is_told_by_its_type(rng, value, words, name):
+    bn, x = fastbn.BatchNorm1d(3), some(rng, (2, 3))
+    bn(x)
+    with refused(TypeError, words.replace("(x", f"({name}"), intact=[bn]):
+        bn(value) if name == "x" else bn.backward(value)
 
 
 def test_lists_of_different_lengths_are_refused():

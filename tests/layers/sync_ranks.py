@@ -146,7 +146,7 @@ def failing():
             (x[:, :2], ValueError, "2 channels"),
             (x[0, 0, 0], ValueError, "1D input"),
             (x.astype(int), TypeError, "int64"),
-            (None, TypeError, "object"),
+            (None, TypeError, "NoneType"),
         ):
             with refused_everywhere(culprit, error, words, sync):
                 sync(bad if guilty else x)
