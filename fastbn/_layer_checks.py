@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,12 @@ def check_state(state: Any) -> None:
         hint = ""
         if isinstance(state, str | os.PathLike):
             hint = "; np.load and safetensors.numpy.load_file read files"
+        elif isinstance(state, bytes | bytearray):
+            hint = "; np.load(io.BytesIO(state)) and safetensors.numpy.load(state) read it"
+        elif hasattr(state, "read"):
+            hint = "; np.load(state) and safetensors.numpy.load(state.read()) read it"
+        elif isinstance(state, list | tuple | ItemsView):
+            hint = "; dict(state) makes one of pairs"
         elif hasattr(state, "state_dict"):
             hint = "; pass its state_dict()"
         raise TypeError(

@@ -1,5 +1,7 @@
 """State dicts: torch's keys, all or nothing, from wherever arrays come."""
 
+import io
+
 import numpy as np
 import pytest
 import support
@@ -145,6 +147,32 @@ def test_an_entry_that_is_not_real_is_refused(trained, value):
 def test_a_state_that_is_no_mapping_is_refused(trained, state):
     with refused(TypeError, intact=[trained]):
         trained.load_state_dict(state)
+
+
+def npz(state):
+    """The bytes of a file with a state."""
+    file = io.BytesIO()
+    np.savez(file, **state)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "words", "mend"),
+    [
+        (lambda state: list(state.items()), "got list; dict(state)", dict),
+        (lambda state: state.items(), "got dict_items; dict(state)", dict),
+        (npz, "got bytes; np.load(io.BytesIO(state))", lambda state: np.load(io.BytesIO(state))),
+        (lambda state: io.BytesIO(npz(state)), "got BytesIO; np.load(state)", np.load),
+    ],
+    ids=["list of pairs", "items", "bytes", "open file"],
+)
+def test_a_state_in_another_form_is_refused_with_the_mend(trained, form, words, mend):
+    bn, expected = fastbn.BatchNorm2d(3), trained.state_dict()
+    state = form(expected)
+    with refused(TypeError, words, intact=[bn]):
+        bn.load_state_dict(state)
+    bn.load_state_dict(mend(state))
+    assert_loaded(bn, expected)
 
 
 def test_a_state_without_a_counter_is_accepted(trained):
