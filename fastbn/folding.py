@@ -149,6 +149,11 @@ def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
         for name in ("running_mean", "running_var", "weight", "bias")
         for value in [getattr(layer, name)]
     )
+    if (mean is None) != (var is None):
+        name = "running_mean" if mean is None else "running_var"
+        raise RuntimeError(
+            f"fold() needs running_mean and running_var, and {name} of this layer is None"
+        )
     if mean is None or var is None:
         raise RuntimeError(
             "fold() needs running statistics, and this layer has none: make it with "

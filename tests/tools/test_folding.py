@@ -254,6 +254,15 @@ def test_layers_without_channels_fold(shape):
 # What cannot be folded.
 
 
+@pytest.mark.parametrize("make", [fastbn.BatchNorm2d, fastbn.InstanceNorm2d])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_a_layer_with_one_of_the_running_statistics_is_refused_by_its_name(make, name):
+    layer = make(4, track_running_stats=True)
+    setattr(layer, name, None)
+    with refused(RuntimeError, f"{name} of this layer is None", intact=[layer]):
+        fastbn.fold(layer, np.ones((4, 3)))
+
+
 @pytest.mark.parametrize(
     ("layer", "exception", "word"),
     [
