@@ -6,22 +6,23 @@ in `_layer_checks`.
 
 from __future__ import annotations
 
-import numbers
-import operator
-import sys
 from typing import Any
 
 import numpy as np
 
 from fastbn import _core
+from fastbn import _scalars as scalars
 from fastbn._interchange import from_dlpack, is_bfloat16_of_torch, is_masked, mask_is_lost
 from fastbn._normalize import Backward, Forward, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
-from fastbn._types import Array
+from fastbn._types import Array, Epilogue, Gate
 from fastbn.backends import backend_of, is_cupy
 from fastbn.backends.common import batches_of
 
 # Calls.
+
+NOT_GIVEN: Any = object()
+NO_EPILOGUE = None, 0.01, None  # activation, its negative_slope, residual
 
 
 def forward_call(
@@ -36,15 +37,18 @@ def forward_call(
     *,
     moves: bool = False,
     zero_eps: bool = False,
+    epilogue: tuple[Any, Any, Any] = NO_EPILOGUE,
 ) -> Forward:
     """The arguments of a forward, but for those of training; `moves` updates the statistics."""
     vectors = as_vectors(x, weight=weight, bias=bias)
     vectors |= as_running(running_mean, running_var, x, moves=moves)
-    out = check_out(out, x, **vectors)
+    follows = as_epilogue(epilogue, x)
+    residual = None if follows is None else follows.residual
+    out = check_out(out, x, residual=residual, **vectors)
     in_place = out is not None and share_memory(out, x)
     mask = as_mask(mask, x)
-    eps = as_eps(eps, zero=zero_eps)
-    return Forward(x, eps=eps, out=out, in_place=in_place, mask=mask, **vectors)
+    eps = scalars.as_eps(eps, zero=zero_eps)
+    return Forward(x, eps=eps, out=out, in_place=in_place, mask=mask, epilogue=follows, **vectors)
 
 
 def training_call(
@@ -62,34 +66,43 @@ def training_call(
     unbiased: Any = True,
     batch_size: int = 0,
     by_instance: bool = False,
+    epilogue: tuple[Any, Any, Any] = NO_EPILOGUE,
 ) -> Forward:
     """The arguments of a forward by the statistics of batches of so many samples, 0 for one batch.
 
     A momentum of None stands for 1 / counter. Instances are batches of one sample.
     """
-    running = running_mean, running_var
-    call = forward_call(x, weight, bias, eps, out, mask, *running, moves=True, zero_eps=by_instance)
+    arrays = weight, bias, eps, out, mask, running_mean, running_var
+    call = forward_call(x, *arrays, moves=True, zero_eps=by_instance, epilogue=epilogue)
     batch_size = 1 if by_instance else batch_size
     counts = checked_counts(x, call.mask, batch_size, by_instance=by_instance)
     if counter is not None:
         check_counter(counter, len(counts))
     if momentum is not None:
-        momentum = as_real(momentum, "momentum")
+        momentum = scalars.as_real(momentum, "momentum")
     return call._replace(
         momentum=momentum,
         counter=counter,
-        unbiased=as_bool(unbiased, "unbiased"),
+        unbiased=scalars.as_bool(unbiased, "unbiased"),
         batch_size=batch_size,
         counts=counts,
     )
 
 
 def group_call(
-    x: Array, num_groups: Any, weight: Any, bias: Any, eps: Any, *, out: Any, mask: Any
+    x: Array,
+    num_groups: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    *,
+    out: Any,
+    mask: Any,
+    epilogue: tuple[Any, Any, Any] = NO_EPILOGUE,
 ) -> Forward:
     """The arguments of a forward by the statistics of groups of channels of each sample."""
-    num_groups = as_num_groups(num_groups, x.shape[1])
-    call = forward_call(x, weight, bias, eps, out, mask, zero_eps=True)
+    num_groups = scalars.as_num_groups(num_groups, x.shape[1])
+    call = forward_call(x, weight, bias, eps, out, mask, zero_eps=True, epilogue=epilogue)
     if x.size == num_groups:  # torch looks at all samples together
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}, of "
@@ -109,12 +122,13 @@ def running_call(
     out: Any,
     mask: Any,
     without: str = "outside training, got None; training=True normalizes by the batch",
+    epilogue: tuple[Any, Any, Any] = NO_EPILOGUE,
 ) -> Forward:
     """The arguments of a forward by running statistics; `without` tells what to do without them."""
     if running_mean is None and running_var is None:
         raise ValueError(f"running_mean and running_var are needed {without}")
-    running = running_mean, running_var
-    return forward_call(x, weight, bias, eps, out, mask, *running, zero_eps=True)
+    arrays = weight, bias, eps, out, mask, running_mean, running_var
+    return forward_call(x, *arrays, zero_eps=True, epilogue=epilogue)
 
 
 def backward_call(
@@ -127,16 +141,46 @@ def backward_call(
     out: Any,
     mask: Any,
     batch_size: int,
+    bias: Any = NOT_GIVEN,
+    residual: Any = None,
+    y: Any = None,
+    activation: Any = None,
+    negative_slope: Any = 0.01,
+    residual_out: Any = None,
 ) -> Backward:
     """The arguments of a backward of `batch_norm_forward`."""
     dy = as_gradient(dy, x)
+    name, slope = scalars.as_activation(activation, negative_slope)
+    if name is not None and y is None and bias is NOT_GIVEN:
+        raise TypeError(
+            f"bias is needed with activation={name!r} and without y: pass the forward's, "
+            f"bias=None if it had none"
+        )
     vectors = {
         **as_vectors(x, weight=weight),
         "mean": as_statistics(mean, "mean", batch_size, x),
         "invstd": as_statistics(invstd, "invstd", batch_size, x),
     }
-    out = check_out(out, x, dy, **vectors)
-    return Backward(dy, x, out=out, mask=as_mask(mask, x), batch_size=batch_size, **vectors)
+    given = as_vectors(x, bias=None if bias is NOT_GIVEN else bias)
+    y = None if y is None else as_array_like(x, y, "y")
+    residual = None if residual is None else as_residual(residual, x)
+    if y is not None and slope < 0.0 and name == "leaky_relu":
+        raise ValueError(
+            f"y does not tell the derivatives of a negative_slope below 0, got {slope}: pass "
+            f"bias, and the residual if there was one, instead of y"
+        )
+    out = check_out(out, x, dy, y=y, residual=residual, **vectors, **given)
+    derived = check_residual_out(
+        residual_out, x, dy, out=out, y=y, residual=residual, **vectors, **given
+    )
+    gate = None
+    if name is not None or residual is not None or derived is not None:
+        if derived is None and residual is not None:
+            derived = backend_of(x).empty_like(x)
+        y = dy if name is None else y
+        gate = Gate(name, slope, vectors["weight"], given["bias"], residual, y, derived=derived)
+    arguments = {"out": out, "mask": as_mask(mask, x), "batch_size": batch_size, "gate": gate}
+    return Backward(dy, x, **vectors, **arguments)
 
 
 def checked_counts(
@@ -278,6 +322,47 @@ def as_gradient(dy: Any, x: Array) -> Array:
     return dy  # type: ignore[no-any-return]
 
 
+def as_array_like(x: Array, value: Any, name: str) -> Array:
+    """An array of x's shape and dtype."""
+    value = as_array_beside(x, value, name)
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {x.shape}, got {value.shape}")
+    if value.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
+    return value  # type: ignore[no-any-return]
+
+
+def as_residual(residual: Any, x: Array) -> Array:
+    """A residual: an array of x's shape and dtype."""
+    return as_array_like(x, residual, "residual")
+
+
+# Activations and residuals.
+
+
+def as_epilogue(epilogue: tuple[Any, Any, Any], x: Array) -> Epilogue | None:
+    """What follows a normalization of x, or None."""
+    activation, negative_slope, residual = epilogue
+    name, slope = scalars.as_activation(activation, negative_slope)
+    if residual is not None:
+        residual = as_residual(residual, x)
+    return None if name is None and residual is None else Epilogue(name, slope, residual)
+
+
+def check_residual_out(residual_out: Any, x: Array, dy: Array, **read: Any) -> Array | None:
+    """Refuse a `residual_out` that cannot hold the gradient, or overlaps what is read."""
+    try:
+        target = check_out(residual_out, x, **read)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"residual_{error}") from None
+    if target is not None:
+        if share_memory(target, x):
+            raise ValueError("residual_out must not overlap x, which is read after it is written")
+        if share_memory(target, dy) and not same_elements(target, dy):
+            raise ValueError("residual_out must be dy, or not overlap it")
+    return target
+
+
 def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
     """One value per channel, as an array beside x, of native byte order."""
     if type(value) is type(x) and value.dtype in NATIVE_FLOATS and value.shape == (c,):
@@ -366,79 +451,6 @@ def as_mask(mask: Any, x: Array) -> Array | None:
         ) from None
 
 
-# Numbers and names.
-
-
-def as_integer(value: Any, name: str, kind: str = "an integer") -> int:
-    """An integer, which a bool is not."""
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        got = "a bool" if isinstance(value, bool | np.bool_) else type(value).__name__
-        raise TypeError(f"{name} must be {kind}, got {got}") from None
-
-
-def as_batch_size(value: Any) -> int:
-    """A number of samples of a batch, at least 1; 0 for None, which stands for all of them."""
-    if value is None:
-        return 0
-    size = as_integer(value, "ghost_batch_size", "an integer or None")
-    if size < 1:
-        raise ValueError(f"ghost_batch_size must be at least 1, got {size}")
-    return min(size, sys.maxsize)
-
-
-def as_num_groups(value: Any, channels: int) -> int:
-    """A number of groups into which so many channels can be divided."""
-    groups = as_integer(value, "num_groups")
-    if groups < 1:
-        raise ValueError(f"num_groups must be at least 1, got {groups}")
-    if channels % groups:
-        divisors = [d for d in range(1, min(groups, channels + 1)) if channels % d == 0]
-        raise ValueError(
-            f"the number of channels must be divisible by num_groups, got {channels} channels and "
-            f"num_groups={groups}; {divisors[-1]} would do"
-        )
-    return groups
-
-
-def as_count(value: Any, name: str = "count") -> int:
-    """A non-negative integer."""
-    count = as_integer(value, name)
-    if count < 0:
-        raise ValueError(f"{name} must not be negative, got {count}")
-    return count
-
-
-def as_real(value: Any, name: str) -> float:
-    """A real number, which a bool is not, as a float."""
-    if type(value) is float:
-        return value
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be a number that a float can hold") from None
-
-
-def as_bool(value: Any, name: str) -> bool:
-    """True or False."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-    return bool(value)
-
-
-def as_eps(eps: Any, *, zero: bool = False) -> float:
-    """A real number greater than 0, or 0 where that is allowed."""
-    eps = as_real(eps, "eps")
-    if not (eps > 0.0 or (zero and eps == 0.0)):
-        raise ValueError(f"eps must be {'at least' if zero else 'greater than'} 0, got {eps}")
-    return float(eps)
-
-
 # Arrays that are written to.
 
 
@@ -515,7 +527,9 @@ def _counts_on(counter: Array, batches: int) -> bool:
     return value >= 0 and (value + batches).bit_length() <= bits
 
 
-def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) -> Array | None:
+def check_out(
+    out: Any, x: Array, dy: Array | None = None, /, residual: Array | None = None, **vectors: Any
+) -> Array | None:
     """Refuse an `out` that cannot hold the result, or whose writing would spoil the reading.
 
     The vectors are what it must not overlap at all.
@@ -535,7 +549,7 @@ def check_out(out: Any, x: Array, dy: Array | None = None, /, **vectors: Any) ->
         raise ValueError("out must be writeable, got a read-only array")
     if not out.flags.c_contiguous and overlaps_itself(out):
         raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
-    for name, array in (("x", x), ("dy", dy)):
+    for name, array in (("x", x), ("dy", dy), ("residual", residual)):
         if array is not None and share_memory(out, array) and not same_elements(out, array):
             raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
     if vectors:

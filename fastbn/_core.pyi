@@ -4,6 +4,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn._types import Epilogue
+
 Array = NDArray[Any]
 Statistics = NDArray[np.float64]
 
@@ -30,6 +32,10 @@ def elemt(
     weight: Array | None,
     bias: Array | None,
     out: Array,
+    activation: str | None = None,
+    slope: float = 0.0,
+    residual: Array | None = None,
+    alive: Array | None = None,
 ) -> None: ...
 def forward(
     x: Array,
@@ -42,6 +48,10 @@ def forward(
     mean: Array,
     m2: Array,
     invstd: Array,
+    activation: str | None = None,
+    slope: float = 0.0,
+    residual: Array | None = None,
+    alive: Array | None = None,
 ) -> None: ...
 def move_towards(
     running: Array, batches: Array, divisors: Sequence[float], factors: Sequence[float]
@@ -78,6 +88,16 @@ def backward(
     out: Array,
     sum_dy: Array,
     sum_dy_xhat: Array,
+    gate: tuple[Any, ...] | None = None,
+) -> None: ...
+def alive_bytes(x: Array) -> int: ...
+def activation_gradient(
+    dy: Array,
+    y: Array | None,
+    alive: Array | None,
+    activation: str | None,
+    slope: float,
+    out: Array,
 ) -> None: ...
 def group_forward(
     x: Array,
@@ -90,6 +110,10 @@ def group_forward(
     mean: Array,
     m2: Array,
     invstd: Array,
+    activation: str | None = None,
+    slope: float = 0.0,
+    residual: Array | None = None,
+    alive: Array | None = None,
 ) -> None: ...
 def group_backward(
     dy: Array,
@@ -119,6 +143,9 @@ def try_evaluate(
     weight: object,
     bias: object,
     eps: object,
+    activation: object,
+    slope: object,
+    residual: object,
     ranks: tuple[int, ...] | None,
     num_features: int | None,
     /,
@@ -133,6 +160,9 @@ def try_train(
     momentum: object,
     eps: object,
     unbiased: object,
+    activation: object,
+    slope: object,
+    residual: object,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_train(
@@ -146,12 +176,24 @@ def try_layer_train(
     momentum: object,
     eps: object,
     unbiased: object,
+    activation: object,
+    slope: object,
+    residual: object,
     ranks: tuple[int, ...],
     num_features: int,
     /,
 ) -> tuple[Array, SavedForBackward] | None: ...
 def try_backward(
-    dy: object, x: object, weight: object, mean: object, invstd: object, out: object, /
+    dy: object,
+    x: object,
+    weight: object,
+    mean: object,
+    invstd: object,
+    out: object,
+    bias: object,
+    activation: object,
+    slope: object,
+    /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_backward(
     dy: object,
@@ -177,6 +219,7 @@ class SavedForBackward:
         batch_size: int = 0,
         weight: Statistics | None = None,
         bias: Statistics | None = None,
+        epilogue: Epilogue | None = None,
     ) -> None: ...
     @property
     def x(self) -> Array: ...
@@ -200,4 +243,12 @@ class SavedForBackward:
     def weight(self) -> Statistics | None: ...
     @property
     def bias(self) -> Statistics | None: ...
+    @property
+    def activation(self) -> str | None: ...
+    @property
+    def negative_slope(self) -> float: ...
+    @property
+    def has_residual(self) -> bool: ...
+    @property
+    def alive(self) -> Array | None: ...
     def has_changed(self) -> bool: ...

@@ -18,7 +18,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange, threadid
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport fabs, fmod, isfinite, isnan, pow
+from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
 from libc.stdint cimport INT32_MAX, INT64_MAX
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -43,6 +43,27 @@ cdef extern from "kernels.h" nogil:
         double slope[COLUMNS]
         double scale[COLUMNS]
 
+    enum:
+        LINEAR "FASTBN_LINEAR"
+        RELU "FASTBN_RELU"
+        LEAKY_RELU "FASTBN_LEAKY_RELU"
+        LEAKY_RELU_INVERTED "FASTBN_LEAKY_RELU_INVERTED"
+
+    ctypedef struct Activation "fastbn_activation":
+        int kind
+        double slope, cap
+
+    ctypedef struct Epilogue "fastbn_epilogue":
+        Activation activation
+        const void *residual
+        unsigned char *alive
+        Py_ssize_t first
+
+    ctypedef struct Gate "fastbn_gate":
+        Activation activation
+        double scale[COLUMNS]
+        double shift[COLUMNS]
+
     ctypedef struct Ahead "fastbn_ahead":
         Py_ssize_t near, border, jump
 
@@ -60,14 +81,15 @@ cdef extern from "kernels.h" nogil:
     ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
                                               double *first, double *second) noexcept nogil
     ctypedef void SumProducts "fastbn_products"(const void *dy, const void *x, const Runs *runs,
-                                                const double *mean, double *first,
-                                                double *second) noexcept nogil
+                                                const double *mean, const Gate *gate,
+                                                double *first, double *second) noexcept nogil
     ctypedef void SumColumnMoments "fastbn_column_moments"(const void *x, const Matrix *matrix,
                                                            const double *pivot, double *first,
                                                            double *second) noexcept nogil
     ctypedef void SumColumnProducts "fastbn_column_products"(const void *dy, const void *x,
                                                              const Matrix *matrix,
-                                                             const double *mean, double *first,
+                                                             const double *mean,
+                                                             const Gate *gate, double *first,
                                                              double *second) noexcept nogil
 
     ctypedef struct Kernels "fastbn_kernels":
@@ -84,13 +106,19 @@ cdef extern from "kernels.h" nogil:
         SumColumnMoments *column_tree_moments
         SumColumnProducts *column_tree_products
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
-                          int nontemporal) noexcept nogil
+                          const Epilogue *epilogue, int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,
-                         const Gradient *gradient, int nontemporal) noexcept nogil
+                         const Gradient *gradient, const Gate *gate,
+                         int nontemporal) noexcept nogil
         void (*column_normalize)(const void *x, void *y, const Matrix *matrix,
-                                 const Affine *affine, int nontemporal) noexcept nogil
+                                 const Affine *affine, const Epilogue *epilogue,
+                                 int nontemporal) noexcept nogil
         void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
-                                const Gradient *gradient, int nontemporal) noexcept nogil
+                                const Gradient *gradient, const Gate *gate,
+                                int nontemporal) noexcept nogil
+        void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
+                                    Py_ssize_t first, Py_ssize_t count,
+                                    const Activation *activation, void *to) noexcept nogil
         Py_ssize_t (*count_valid)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
                        double *invstd) noexcept nogil
@@ -213,6 +241,15 @@ cdef struct Job:
     const char *dy
     const char *x
     char *out
+    Activation activation
+    bint has_epilogue             # whether a residual or the activation follows a normalization
+    const char *residual
+    unsigned char *alive          # a bit for each element of the array: see the kernels' epilogue
+    bint has_gate                 # whether dy passes a gate in the kernels
+    Vector gate_weight, gate_bias  # those of the forward
+    Py_ssize_t first_element      # the number of x's first one in the whole array
+    const char *raw_dy            # or NULL; dy is the product of this and of the derivative, which
+    const char *y                 # the bits or the output tell, and is written block by block
     Vector weight, bias, mean, invstd
     Vector var                    # instead of invstd, if it has data
     Vector sum_dy, sum_dy_xhat
@@ -387,6 +424,7 @@ cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) no
 
 
 include "core/valid.pxi"
+include "core/activation.pxi"
 include "core/sums.pxi"
 include "core/row_layout.pxi"
 include "core/column_layout.pxi"
@@ -401,6 +439,9 @@ include "core/arrays.pxi"
 # batch, what is written per channel has the shape (batches, c), and what is read may have it. A
 # mask is None or a C-contiguous array of the shape of x without its channels, of 255 and 0, behind
 # which are mask_padding more bytes.
+#
+# An activation is None or its name. A residual has x's layout, shape and dtype; `alive` is None, or
+# an array of alive_bytes(x) zeros that takes the bits of which a backward can tell the derivatives.
 
 mask_padding = MASK_BYTES
 
@@ -417,7 +458,8 @@ def stats(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size,
 
 def elemt(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray mean, cnp.ndarray invstd,
           cnp.ndarray var, double eps, cnp.ndarray weight, cnp.ndarray bias,
-          cnp.ndarray out not None):
+          cnp.ndarray out not None, activation=None, double slope=0.0,
+          cnp.ndarray residual=None, cnp.ndarray alive=None):
     """Write x, normalized by mean and either invstd or var and eps, into out."""
     cdef Job job
     init_job_on(&job, x, mask, 0)
@@ -425,12 +467,14 @@ def elemt(cnp.ndarray x not None, cnp.ndarray mask, cnp.ndarray mean, cnp.ndarra
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
     apply_normalize(&job, cnp.PyArray_BYTES(out))
+    set_epilogue(&job, activation_of(activation, slope), residual, alive)
     execute(&job)
 
 
 def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp.ndarray weight,
             cnp.ndarray bias, double eps, cnp.ndarray out not None, cnp.ndarray mean not None,
-            cnp.ndarray m2 not None, cnp.ndarray invstd not None):
+            cnp.ndarray m2 not None, cnp.ndarray invstd not None, activation=None,
+            double slope=0.0, cnp.ndarray residual=None, cnp.ndarray alive=None):
     """Write x, normalized by its own statistics, into out, and those statistics."""
     cdef Job job
     cdef Vector unread
@@ -441,6 +485,7 @@ def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp
     job.eps = eps
     sum_in_float32(&job)
     apply_normalize(&job, cnp.PyArray_BYTES(out))
+    set_epilogue(&job, activation_of(activation, slope), residual, alive)
     execute(&job)
 
 
@@ -507,7 +552,7 @@ def backward_elemt(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
 def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
              Py_ssize_t batch_size, cnp.ndarray weight, cnp.ndarray mean, cnp.ndarray invstd,
              cnp.ndarray out not None, cnp.ndarray sum_dy not None,
-             cnp.ndarray sum_dy_xhat not None):
+             cnp.ndarray sum_dy_xhat not None, gate=None):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat."""
     cdef Job job
     init_backward_job_on(&job, dy, x, mask, batch_size, mean, invstd)
@@ -516,6 +561,18 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
     job.weight = vector_of(weight, 1)
     sum_in_float32(&job)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
+    set_gate(&job, gate)
+    execute(&job)
+
+
+def activation_gradient(cnp.ndarray dy not None, cnp.ndarray y, cnp.ndarray alive, activation,
+                        double slope, cnp.ndarray out not None):
+    """Write dy times the derivative of the activation, which the bits or its output tell."""
+    cdef Job job
+    init_job_on(&job, dy, None, 0)
+    job.activation = activation_of(activation, slope)
+    derive_dy(&job, cnp.PyArray_BYTES(dy), y, alive, cnp.PyArray_BYTES(out))
+    job.apply = derive_block
     execute(&job)
 
 

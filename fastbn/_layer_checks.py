@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _scalars as scalars
 from fastbn._core import SavedForBackward
 from fastbn._interchange import on_host
 from fastbn._types import Array
@@ -23,7 +24,7 @@ from fastbn.backends import CUDA_DEVICE, cuda_backend
 
 def as_num_features(value: Any) -> int:
     """A number of channels."""
-    return checks.as_count(value, "num_features")
+    return scalars.as_count(value, "num_features")
 
 
 def as_dtype(value: Any) -> np.dtype[Any]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastbn._types import Array, Statistics
+from fastbn._overlap import share_memory
+from fastbn._types import Array, Epilogue, Gate, Statistics
 from fastbn.backends import backend_of
 from fastbn.backends.common import batches_of
 
@@ -38,6 +39,7 @@ class Forward(NamedTuple):
     batch_size: int = 0  # samples of a ghost batch; 0 for a single batch
     counts: Sequence[int] = ()  # valid positions of each batch, in training
     num_groups: int = 0  # into which the channels of a sample are divided
+    epilogue: Epilogue | None = None
 
 
 class Backward(NamedTuple):
@@ -51,6 +53,7 @@ class Backward(NamedTuple):
     out: Array | None
     mask: Array | None = None
     batch_size: int = 0
+    gate: Gate | None = None
 
 
 def by_batch(call: Forward) -> tuple[Array, Statistics, Statistics]:
@@ -98,9 +101,8 @@ def by_group(call: Forward) -> tuple[Array, Statistics, Statistics]:
     if not x.size:
         mean = np.zeros_like(x, np.float64, shape=x.shape[:2])
         return backend.empty_like(x) if call.out is None else call.out, mean, np.ones_like(mean)
-    return backend.group_forward(
-        x, call.num_groups, call.weight, call.bias, call.eps, call.out, mask=call.mask
-    )
+    parameters = call.num_groups, call.weight, call.bias, call.eps
+    return backend.group_forward(x, *parameters, call.out, mask=call.mask, epilogue=call.epilogue)
 
 
 def by_running(call: Forward) -> Array:
@@ -116,6 +118,7 @@ def by_running(call: Forward) -> Array:
         var=call.running_var,
         eps=call.eps,
         mask=call.mask,
+        epilogue=call.epilogue,
     )
 
 
@@ -138,22 +141,26 @@ def running_statistics(
 
 def backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_batch` and `by_instance`: of input, weight and bias."""
-    dy, x, weight, mean, invstd, out, mask, batch_size = call
+    call = _with_known_derivatives(call)
+    dy, x, weight, mean, invstd, out, mask, batch_size, gate = call
     run = backend_of(x).backward
     if not batch_size:
-        dx, sum_dy, sum_dy_xhat = run(dy, x, weight, mean, invstd, out, mask=mask)
+        dx, sum_dy, sum_dy_xhat = run(dy, x, weight, mean, invstd, out, mask=mask, gate=gate)
         return dx, sum_dy_xhat, sum_dy
     # Before anything is written: memory for the sums over batches.
     totals = [np.empty_like(mean, shape=x.shape[1]) for _ in range(2)]
-    if batch_size == 1 and mask is None and _is_flat(x, dy, out):
+    if batch_size == 1 and mask is None and _is_flat(x, dy, out, *_arrays_of(gate)):
         flat = _flat_shape(x)
         target = None if out is None else out.reshape(flat)
         factor = None if weight is None else _tiled(weight, x)
         mean, invstd = _tiled(mean, x), _tiled(invstd, x)
-        dx, *sums = run(dy.reshape(flat), x.reshape(flat), factor, mean, invstd, target)
+        arrays = dy.reshape(flat), x.reshape(flat)
+        dx, *sums = run(*arrays, factor, mean, invstd, target, gate=_flat_gate(gate, x))
         dx = dx.reshape(x.shape) if out is None else out
     else:
-        dx, *sums = run(dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size)
+        dx, *sums = run(
+            dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size, gate=gate
+        )
     for of_batches, total in zip(sums, totals, strict=True):
         of_batches.reshape(-1, x.shape[1]).sum(axis=0, out=total)
     return dx, totals[1], totals[0]
@@ -163,7 +170,7 @@ def group_backward(
     call: Backward, num_groups: int, weight: Array | None
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_group`; the weight of the call is the factor of dy."""
-    dy, x, factor, mean, invstd, out, mask, _ = call
+    dy, x, factor, mean, invstd, out, mask, _, _ = through_activation(call)
     if not x.size:
         zeros = np.zeros_like(mean, shape=x.shape[1])
         return backend_of(x).empty_like(x) if out is None else out, zeros, zeros.copy()
@@ -176,7 +183,7 @@ def group_backward(
 def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistics, Statistics]:
     """The gradients where the statistics are constants: ``dx = dy * scale``."""
     backend = backend_of(call.x)
-    dy, x, _, mean, invstd, out, mask, _ = call
+    dy, x, _, mean, invstd, out, mask, _, _ = through_activation(call)
     dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
     if out is None:
         out = backend.empty_like(x)
@@ -184,6 +191,89 @@ def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistic
         dy = dy.astype(x.dtype, copy=False)
     dx = backend.elemt(dy, np.zeros_like(scale), scale, None, None, out, mask=mask)
     return dx, dweight, dbias
+
+
+# Activations in a backward. Where the derivatives are known, dy times them takes memory of its own:
+# that of the residual's gradient or, if nobody asks for it, of the input's.
+
+
+def through_activation(call: Backward) -> Backward:
+    """The call with dy times the derivatives, which are known, in place of dy."""
+    if call.gate is None:
+        return call
+    call = _with_memory(call)
+    gate = call.gate
+    assert gate is not None
+    assert gate.derived is not None
+    dy = backend_of(call.x).activation_gradient(call.dy, call.x, gate, gate.derived)
+    return call._replace(dy=dy, gate=None)
+
+
+def _with_memory(call: Backward) -> Backward:
+    """The call with memory for dy times the derivatives."""
+    gate, out = call.gate, call.out
+    assert gate is not None
+    if gate.derived is not None:
+        return call
+    derived = out
+    if out is None:
+        derived = out = backend_of(call.x).empty_like(call.x)
+    elif share_memory(out, call.x):
+        derived = backend_of(call.x).empty_like(call.x)
+    return call._replace(out=out, gate=gate._replace(derived=derived))
+
+
+def _with_known_derivatives(call: Backward) -> Backward:
+    """The call with derivatives that are known, if the backend does not compute them."""
+    gate, backend = call.gate, backend_of(call.x)
+    if gate is None:
+        return call
+    if gate.alive is not None or gate.y is not None:
+        return _with_memory(call)
+    if gate.residual is None and gate.derived is None and backend.gates(call.mask):
+        return call
+    call = _with_memory(call)
+    assert call.gate is not None
+    assert call.gate.derived is not None
+    for batch in _batches_of_call(call):
+        _recompute(batch)
+    return call._replace(dy=call.gate.derived, gate=None)
+
+
+def _batches_of_call(call: Backward) -> list[Backward]:
+    """The calls on each batch."""
+    size, gate = call.batch_size or max(len(call.x), 1), call.gate
+    assert gate is not None
+    batches = []
+    for k in range(batches_of(call.x, call.batch_size)):
+        part = slice(k * size, (k + 1) * size)
+        residual, derived = (None if a is None else a[part] for a in (gate.residual, gate.derived))
+        own = gate._replace(residual=residual, derived=derived)
+        mean, invstd = (v[k] if v.ndim == 2 else v for v in (call.mean, call.invstd))
+        mask = None if call.mask is None else call.mask[part]
+        arguments = call.weight, mean, invstd, None, mask, 0, own
+        batches.append(Backward(call.dy[part], call.x[part], *arguments))
+    return batches
+
+
+def _recompute(call: Backward) -> None:
+    """Write dy times the derivatives, which another forward of a batch tells."""
+    backend, gate = backend_of(call.x), call.gate
+    assert gate is not None
+    assert gate.derived is not None
+    alive = backend.new_alive(call.x)
+    options = gate.activation, gate.negative_slope
+    epilogue = Epilogue(*options, gate.residual, alive)
+    vectors = call.mean, call.invstd, gate.weight, gate.bias
+    backend.elemt(call.x, *vectors, backend.empty_like(call.x), mask=call.mask, epilogue=epilogue)
+    backend.activation_gradient(call.dy, call.x, gate._replace(alive=alive), gate.derived)
+
+
+def valid_only(array: Array, mask: Array | None) -> Array:
+    """The array, with zeros at invalid positions."""
+    if mask is not None:
+        array[np.broadcast_to(~mask, array.shape)] = 0
+    return array
 
 
 # Numbers of values.
@@ -232,13 +322,15 @@ def _forward(backend: Backend, call: Forward) -> tuple[Array, Statistics, Statis
         mask=call.mask,
         batch_size=call.batch_size,
         counts=call.counts,
+        epilogue=call.epilogue,
     )
 
 
 def _forward_of_samples(call: Forward) -> tuple[Array, Statistics, Statistics]:
     """A backend's forward of each sample by itself."""
     x, out, backend = call.x, call.out, backend_of(call.x)
-    if call.mask is not None or not _is_flat(x, out):
+    residual = None if call.epilogue is None else call.epilogue.residual
+    if call.mask is not None or not _is_flat(x, out, residual):
         y, mean, invstd = _forward(backend, call)
         if call.mask is not None and call.eps == 0.0:
             for sample, count in enumerate(call.counts):
@@ -254,6 +346,7 @@ def _forward_of_samples(call: Forward) -> tuple[Array, Statistics, Statistics]:
         running_var=None if call.running_var is None else call.running_var.reshape(-1),
         batch_size=0,
         counts=call.counts[:1],
+        epilogue=_flat_epilogue(call.epilogue, x),
     )
     y, mean, invstd = _forward(backend, flat)
     y = y.reshape(x.shape) if out is None else out
@@ -268,6 +361,27 @@ def _is_flat(*arrays: Array | None) -> bool:
 def _flat_shape(x: Array) -> tuple[int, ...]:
     """The shape of x as one sample."""
     return (1, x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _flat_epilogue(epilogue: Epilogue | None, x: Array) -> Epilogue | None:
+    """The epilogue for x as one sample."""
+    if epilogue is None or epilogue.residual is None:
+        return epilogue
+    return epilogue._replace(residual=epilogue.residual.reshape(_flat_shape(x)))
+
+
+def _flat_gate(gate: Gate | None, x: Array) -> Gate | None:
+    """The gate for x as one sample."""
+    if gate is None:
+        return None
+    weight, bias = (None if v is None else _tiled(v, x) for v in (gate.weight, gate.bias))
+    y, derived = (None if a is None else a.reshape(_flat_shape(x)) for a in _arrays_of(gate))
+    return gate._replace(weight=weight, bias=bias, y=y, derived=derived)
+
+
+def _arrays_of(gate: Gate | None) -> tuple[Array | None, Array | None]:
+    """The arrays of x's shape that a gate with known derivatives has."""
+    return (None, None) if gate is None else (gate.y, gate.derived)
 
 
 def _tiled(vector: Array, x: Array) -> Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _normalize as normalize
+from fastbn import _scalars as scalars
 from fastbn._types import Array, ArrayLike, Statistics
 from fastbn.backends import backend_of
 
@@ -116,6 +117,9 @@ def batch_norm_forward(
     out: Array | None = None,
     mask: ArrayLike | None = None,
     ghost_batch_size: int | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the statistics of the batch itself.
 
@@ -139,6 +143,13 @@ def batch_norm_forward(
     ghost_batch_size : int, optional
         Normalize each so many samples by themselves (Hoffer, Hubara and Soudry 2017), and what is
         left over at the end as well.
+    activation : None, "relu", "relu6" or "leaky_relu", optional
+        What is applied to the result in the same pass over memory, before it is rounded to the
+        input's dtype.
+    negative_slope : float, default 0.01
+        The slope of leaky_relu where the value before it is not positive.
+    residual : array_like of the input's shape and dtype, optional
+        Is added before the activation, in the same pass. `out` may be it.
 
     Returns
     -------
@@ -161,14 +172,20 @@ def batch_norm_forward(
     >>> y is x, x.round(6), mean, invstd.round(6)
     (True, array([[-1., -1.],
            [ 1.,  1.]]), array([2., 7.]), array([1. , 0.5]))
+    >>> y, mean, invstd = batch_norm_forward(x, eps=1e-12, activation="relu")
+    >>> y.round(6)
+    array([[0., 0.],
+           [1., 1.]])
     """
     if mask is None and ghost_batch_size is None:
-        result = _core.try_train(x, out, None, None, weight, bias, 0.0, eps, True)
+        options = 0.0, eps, True, activation, negative_slope, residual
+        result = _core.try_train(x, out, None, None, weight, bias, *options)
         if result is not None:
             return result
     x = checks.as_input(x)
-    call = checks.forward_call(x, weight, bias, eps, out, mask)
-    size = checks.as_batch_size(ghost_batch_size)
+    epilogue = activation, negative_slope, residual
+    call = checks.forward_call(x, weight, bias, eps, out, mask, epilogue=epilogue)
+    size = scalars.as_batch_size(ghost_batch_size)
     return normalize.by_batch(call._replace(batch_size=size))
 
 
@@ -281,7 +298,7 @@ def batch_norm_backward_elemt(
     sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
     vectors = checks.as_vectors(x, **statistics, weight=weight, **sums)
     out = checks.check_out(out, x, dy, **vectors)
-    count = checks.as_real(count, "count")
+    count = scalars.as_real(count, "count")
     return backend_of(x).backward_elemt(
         dy, x, **vectors, count=count, out=out, mask=checks.as_mask(mask, x)
     )
@@ -294,10 +311,16 @@ def batch_norm_backward(
     mean: ArrayLike,
     invstd: ArrayLike,
     *,
+    bias: ArrayLike | None = checks.NOT_GIVEN,
+    residual: ArrayLike | None = None,
+    y: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
     out: Array | None = None,
+    residual_out: Array | None = None,
     mask: ArrayLike | None = None,
     ghost_batch_size: int | None = None,
-) -> tuple[Array, Statistics, Statistics]:
+) -> tuple[Array, ...]:
     """The gradients of `batch_norm_forward`.
 
     `batch_norm_backward_reduce` and `batch_norm_backward_elemt`, but with a channel finished while
@@ -313,9 +336,23 @@ def batch_norm_backward(
         None stands for ones.
     mean, invstd : array_like of shape (C,)
         What `batch_norm_forward` returned; with ghost batches a row for each of them.
+    bias : array_like of shape (C,) or None
+        That of the forward. Needed with an activation, unless there is `y`.
+    residual : array_like of x's shape and dtype, optional
+        That of the forward.
+    y : array_like of x's shape and dtype, optional
+        The result of the forward, which tells the derivatives of the activation. Without it they
+        are computed from `x` again and, if there was one, from the residual. The two differ where
+        rounding to x's dtype has reached 0 or 6.
+    activation, negative_slope
+        What `batch_norm_forward` was given. The derivative is that of torch: at 0, and for relu6 at
+        6, it is that of the flat side.
     out : ndarray of shape (N, C, ...), optional
         Where to write dx: `dy`, `x`, a view of exactly the elements of one of them, or an array
         that overlaps neither, of x's dtype.
+    residual_out : ndarray of shape (N, C, ...), optional
+        Where to write the gradient of the residual: `dy`, or an array that overlaps nothing else of
+        the call, of x's dtype.
     mask, ghost_batch_size
         What `batch_norm_forward` was given. The gradient is 0 where the mask is False.
 
@@ -325,11 +362,15 @@ def batch_norm_backward(
         `out`, or a new array of x's dtype and memory layout.
     dweight, dbias : ndarray of shape (C,), float64
         The gradients of weight and bias, also where there are none.
+    dresidual : ndarray of shape (N, C, ...)
+        Only with `residual` or `residual_out`: the gradient of the residual, which is dy times the
+        derivative of the activation.
 
     Raises
     ------
     ValueError, TypeError
-        If a shape or a dtype is wrong, or `out` cannot serve.
+        If a shape or a dtype is wrong, `out` or `residual_out` cannot serve, an activation is
+        unknown or has neither `bias` nor `y`, or `y` does not tell its derivatives.
 
     Examples
     --------
@@ -340,13 +381,38 @@ def batch_norm_backward(
     >>> dx, dweight, dbias = batch_norm_backward(y, x, None, mean, invstd)
     >>> dbias.round(6), dweight.round(4)
     (array([0.]), array([3.]))
+    >>> y, mean, invstd = batch_norm_forward(x, residual=-x, activation="relu")
+    >>> dx, dweight, dbias, dresidual = batch_norm_backward(
+    ...     np.ones_like(x), x, None, mean, invstd, y=y, activation="relu", residual_out=-x
+    ... )
+    >>> dresidual.tolist()
+    [[0.0], [0.0], [0.0]]
     """
-    if mask is None and ghost_batch_size is None:
-        gradients = _core.try_backward(dy, x, weight, mean, invstd, out)
+    is_plain = mask is None and ghost_batch_size is None and y is None
+    if is_plain and residual is None and residual_out is None:
+        gate = bias, activation, negative_slope
+        gradients = _core.try_backward(dy, x, weight, mean, invstd, out, *gate)
         if gradients is not None:
             return gradients
     x = checks.as_input(x)
-    size = checks.as_batch_size(ghost_batch_size)
-    return normalize.backward(
-        checks.backward_call(dy, x, weight, mean, invstd, out=out, mask=mask, batch_size=size)
+    size = scalars.as_batch_size(ghost_batch_size)
+    call = checks.backward_call(
+        dy,
+        x,
+        weight,
+        mean,
+        invstd,
+        out=out,
+        mask=mask,
+        batch_size=size,
+        bias=bias,
+        residual=residual,
+        y=y,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual_out=residual_out,
     )
+    gradients = normalize.backward(call)
+    if call.gate is None or call.gate.derived is None:
+        return gradients
+    return *gradients, normalize.valid_only(call.gate.derived, call.mask)

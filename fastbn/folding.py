@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _scalars as scalars
 from fastbn._interchange import on_host
 from fastbn._normalize import running_statistics
 from fastbn._types import Array, ArrayLike, Statistics
@@ -25,6 +26,7 @@ def fold(
     bn_first: bool = False,
     transposed: bool = False,
     groups: int = 1,
+    activation: str | None = None,
 ) -> tuple[Array, Array]:
     """Return the weight and bias of a convolution that includes a batch normalization.
 
@@ -52,6 +54,9 @@ def fold(
         be folded: the shift would reach border and interior differently.
     groups : int, default 1
         The groups of the convolution.
+    activation : None or "drop", default None
+        "drop" leaves out the layer's activation, which the caller then applies to the output of the
+        convolution. Without it, a layer with an activation is refused.
 
     Returns
     -------
@@ -65,7 +70,8 @@ def fold(
         hold floats.
     ValueError
         If a shape does not fit the layer and the groups, or for a batch normalization before a
-        transposed convolution.
+        transposed convolution, or if the layer has an activation that is not dropped, or that
+        stands between it and the convolution.
     RuntimeError
         If the layer has no running statistics, or is lazy and has not seen its first input.
 
@@ -82,6 +88,7 @@ def fold(
     True
     """
     scale, shift = _scale_and_shift(layer)
+    _check_activation(layer, activation, bn_first)
     weight = _as_floats(weight, "weight")
     groups = _as_groups(groups, weight, transposed)
     if bn_first and transposed:
@@ -108,6 +115,26 @@ def fold(
         if transposed:
             folded = folded.swapaxes(1, 2)
         return folded.reshape(weight.shape).astype(weight.dtype), new_bias.astype(weight.dtype)
+
+
+def _check_activation(
+    layer: BatchNorm | InstanceNorm, activation: str | None, bn_first: bool
+) -> None:
+    """Refuse an activation that the convolution would lose, or could not follow."""
+    if activation not in (None, "drop"):
+        raise ValueError(f"activation must be None or 'drop', got {activation!r}")
+    if layer.activation is None:
+        return
+    if bn_first:
+        raise ValueError(
+            f"the layer's activation, {layer.activation!r}, stands between it and the convolution, "
+            f"which cannot be folded then"
+        )
+    if activation is None:
+        raise ValueError(
+            f"the layer has an activation, {layer.activation!r}, which a convolution has not: pass "
+            f"activation='drop', and apply it to the output of the convolution"
+        )
 
 
 def _check_channels(
@@ -194,7 +221,7 @@ def _as_bias(value: Any, outputs: int) -> Statistics:
 
 def _as_groups(value: Any, weight: Array, transposed: bool) -> int:
     """A number of groups into which the channels of a weight can be divided."""
-    groups = checks.as_integer(value, "groups")
+    groups = scalars.as_integer(value, "groups")
     if weight.ndim < 2:
         axes = "(in, out / groups, ...)" if transposed else "(out, in / groups, ...)"
         raise ValueError(f"weight must have the shape {axes}, got {weight.shape}")

@@ -21,6 +21,7 @@ from __future__ import annotations
 from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _normalize as normalize
+from fastbn import _scalars as scalars
 from fastbn._primitives import (
     batch_norm_backward,
     batch_norm_backward_elemt,
@@ -62,6 +63,9 @@ def batch_norm(
     mask: ArrayLike | None = None,
     ghost_batch_size: int | None = None,
     unbiased: bool = True,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
 ) -> Array:
     """Normalize each channel of a batch, as ``torch.nn.functional.batch_norm`` does.
 
@@ -98,6 +102,13 @@ def batch_norm(
     unbiased : bool, default True
         Whether running_var takes the unbiased variance of the batch or, with False, that of the
         population (over n), as ONNX, Keras and Flax do.
+    activation : None, "relu", "relu6" or "leaky_relu", optional
+        What is applied to the result in the same pass over memory, before it is rounded to the
+        input's dtype.
+    negative_slope : float, default 0.01
+        The slope of leaky_relu where the value before it is not positive.
+    residual : array_like of the input's shape and dtype, optional
+        Is added before the activation, in the same pass. `out` may be it.
 
     Returns
     -------
@@ -111,8 +122,8 @@ def batch_norm(
         none, running statistics are needed and not there, or `out` cannot be written or overlaps
         `input` in part.
     TypeError
-        If a dtype is not one of the four, `out` has another than `input`, or `unbiased` is not a
-        bool.
+        If a dtype is not one of the four, `out` or `residual` has another than `input`, or
+        `unbiased` is not a bool.
 
     Examples
     --------
@@ -127,15 +138,19 @@ def batch_norm(
     (array([0.2, 0.5]), array([1.1, 0.9]))
     """
     parameters = running_mean, running_var, weight, bias
+    epilogue = activation, negative_slope, residual
     if mask is None and ghost_batch_size is None:
-        y = _quick_batch_norm(input, out, *parameters, training, momentum, eps, unbiased)
+        options = training, momentum, eps, unbiased
+        y = _quick_batch_norm(input, out, *parameters, *options, *epilogue)
         if y is not None:
             return y
     x = checks.as_input(input)
-    size = checks.as_batch_size(ghost_batch_size)
+    size = scalars.as_batch_size(ghost_batch_size)
     if not training:
-        return normalize.by_running(checks.running_call(x, *parameters, eps, out=out, mask=mask))
-    momentum = checks.as_real(momentum, "momentum")
+        return normalize.by_running(
+            checks.running_call(x, *parameters, eps, out=out, mask=mask, epilogue=epilogue)
+        )
+    momentum = scalars.as_real(momentum, "momentum")
     call = checks.training_call(
         x,
         *parameters,
@@ -145,6 +160,7 @@ def batch_norm(
         mask=mask,
         batch_size=size,
         unbiased=unbiased,
+        epilogue=epilogue,
     )
     return normalize.by_batch(call)[0]
 
@@ -160,14 +176,19 @@ def _quick_batch_norm(
     momentum: float,
     eps: float,
     unbiased: bool,
+    activation: str | None,
+    negative_slope: float,
+    residual: ArrayLike | None,
 ) -> Array | None:
     """`batch_norm` of a plain call; None for any other."""
     running = running_mean, running_var
+    epilogue = activation, negative_slope, residual
     if not training:
-        return _core.try_evaluate(x, out, *running, weight, bias, eps, None, None)
+        return _core.try_evaluate(x, out, *running, weight, bias, eps, *epilogue, None, None)
     if momentum is None:
         return None
-    result = _core.try_train(x, out, *running, weight, bias, momentum, eps, unbiased)
+    options = momentum, eps, unbiased
+    result = _core.try_train(x, out, *running, weight, bias, *options, *epilogue)
     return None if result is None else result[0]
 
 
@@ -184,6 +205,9 @@ def instance_norm(
     out: Array | None = None,
     mask: ArrayLike | None = None,
     unbiased: bool = True,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
 ) -> Array:
     """Normalize each channel of each sample, as ``torch.nn.functional.instance_norm`` does.
 
@@ -216,6 +240,13 @@ def instance_norm(
         is then 0; such a sample moves no running statistics.
     unbiased : bool, default True
         Whether running_var takes the unbiased variances or, with False, those of the population.
+    activation : None, "relu", "relu6" or "leaky_relu", optional
+        What is applied to the result in the same pass over memory, before it is rounded to the
+        input's dtype.
+    negative_slope : float, default 0.01
+        The slope of leaky_relu where the value before it is not positive.
+    residual : array_like of the input's shape and dtype, optional
+        Is added before the activation, in the same pass. `out` may be it.
 
     Returns
     -------
@@ -229,8 +260,8 @@ def instance_norm(
         value per channel and no mask, running statistics are needed and not there, or `out` cannot
         be written or overlaps `input` in part.
     TypeError
-        If a dtype is not one of the four, `out` has another than `input`, or `unbiased` is not a
-        bool.
+        If a dtype is not one of the four, `out` or `residual` has another than `input`, or
+        `unbiased` is not a bool.
 
     Examples
     --------
@@ -247,13 +278,20 @@ def instance_norm(
     """
     x = checks.as_input(input)
     parameters = running_mean, running_var, weight, bias
+    epilogue = activation, negative_slope, residual
     if not use_input_stats:
         return normalize.by_running(
             checks.running_call(
-                x, *parameters, eps, out=out, mask=mask, without=WITHOUT_INPUT_STATS
+                x,
+                *parameters,
+                eps,
+                out=out,
+                mask=mask,
+                without=WITHOUT_INPUT_STATS,
+                epilogue=epilogue,
             )
         )
-    momentum = checks.as_real(momentum, "momentum")
+    momentum = scalars.as_real(momentum, "momentum")
     call = checks.training_call(
         x,
         *parameters,
@@ -263,6 +301,7 @@ def instance_norm(
         mask=mask,
         by_instance=True,
         unbiased=unbiased,
+        epilogue=epilogue,
     )
     return normalize.by_instance(call)[0]
 
@@ -276,6 +315,9 @@ def group_norm(
     *,
     out: Array | None = None,
     mask: ArrayLike | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: ArrayLike | None = None,
 ) -> Array:
     """Normalize groups of channels of each sample, as ``torch.nn.functional.group_norm`` does.
 
@@ -299,6 +341,13 @@ def group_norm(
     mask : array_like of bool, optional
         Which positions are valid, of a shape that broadcasts to (N, 1, ...): the others add nothing
         to the statistics, and the result is 0 there.
+    activation : None, "relu", "relu6" or "leaky_relu", optional
+        What is applied to the result in the same pass over memory, before it is rounded to the
+        input's dtype.
+    negative_slope : float, default 0.01
+        The slope of leaky_relu where the value before it is not positive.
+    residual : array_like of the input's shape and dtype, optional
+        Is added before the activation, in the same pass. `out` may be it.
 
     Returns
     -------
@@ -324,7 +373,9 @@ def group_norm(
     array([[-1.,  1.,  4.,  6.]])
     """
     x = checks.as_input(input)
-    call = checks.group_call(x, num_groups, weight, bias, eps, out=out, mask=mask)
+    epilogue = activation, negative_slope, residual
+    parameters = num_groups, weight, bias, eps
+    call = checks.group_call(x, *parameters, out=out, mask=mask, epilogue=epilogue)
     return normalize.by_group(call)[0]
 
 

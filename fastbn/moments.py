@@ -9,6 +9,7 @@ from typing import Any, Never, Self
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _scalars as scalars
 from fastbn import functional as F
 from fastbn._interchange import on_host
 from fastbn._types import ArrayLike, Statistics
@@ -69,7 +70,7 @@ class Moments:
             raise ValueError(f"mean and m2 must have one shape, got {mean.shape} and {m2.shape}")
         if (m2 < 0).any():
             raise ValueError("m2 must not be negative")
-        for name, value in (("count", checks.as_count(count)), ("mean", mean), ("m2", m2)):
+        for name, value in (("count", scalars.as_count(count)), ("mean", mean), ("m2", m2)):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> Never:

@@ -1,8 +1,10 @@
-"""Group normalization, composed of the other functions of a backend.
+"""Group normalization, and activations, composed of the other functions of a backend.
 
 The groups of a sample are normalized as the channels of an array of the shape (N, groups, ...),
 each sample by itself; weight and bias are applied after that, and a second reading of memory. The
 arrays of 16 bits are float32 in between, so that results are rounded once.
+
+Residuals and activations are passes of their own, also in float32; `alive` is an array of bools.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastbn._types import Array, Statistics
+from fastbn._types import Array, Epilogue, Gate, Statistics
 
 if TYPE_CHECKING:
     from fastbn.backends.protocol import Backend
@@ -27,16 +29,18 @@ def group_forward(
     eps: float,
     out: Array | None,
     mask: Array | None,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """What `group_forward` of a backend returns."""
-    grouped, valid = _grouped(_wide(x), num_groups), _grouped_mask(mask, x, num_groups)
+    grouped, valid = _grouped(wide(x), num_groups), _grouped_mask(mask, x, num_groups)
     xhat, *statistics = backend.forward(
         grouped, None, None, eps, None, mask=valid, batch_size=1, counts=()
     )
     y = np.empty_like(x) if out is None else out
     zeros, ones = _constants(x)
     affine = zeros, ones, weight, bias
-    _write(y, backend.elemt(xhat.reshape(x.shape), *affine, None, mask=mask))
+    z = backend.elemt(xhat.reshape(x.shape), *affine, None, mask=mask)
+    _write(y, followed(z, epilogue, mask))
     mean, invstd = (_of_channels(vector, x) for vector in statistics)
     return y, mean, invstd
 
@@ -53,7 +57,7 @@ def group_backward(
     mask: Array | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """What `group_backward` of a backend returns, for mean and invstd of `group_forward`."""
-    source = _wide(x)
+    source = wide(x)
     with np.errstate(all="ignore"):  # What the dtype cannot hold is inf there.
         dy = dy.astype(source.dtype, copy=False)
     zeros, ones = _constants(x)
@@ -77,7 +81,52 @@ def group_backward(
     return result, sum_dy, sum_dy_xhat
 
 
-def _wide(x: Array) -> Array:
+def followed(z: Array, epilogue: Epilogue | None, mask: Array | None) -> Array:
+    """What follows a normalization to z, which is overwritten."""
+    if epilogue is None:
+        return z
+    activation, slope, residual, alive = epilogue
+    with np.errstate(all="ignore"):
+        if residual is not None:
+            np.add(z, residual.astype(z.dtype, copy=False), out=z)
+        if alive is not None:
+            alive.reshape(z.shape)[...] = _is_alive(z, activation)
+        if activation == "leaky_relu":
+            z[...] = np.where(z > 0, z, z * slope)
+        elif activation is not None:
+            np.maximum(z, 0, out=z)
+        if activation == "relu6":
+            np.minimum(z, 6, out=z)
+    if mask is not None:
+        z[...] = np.where(mask, z, 0)
+    return z
+
+
+def activation_gradient(dy: Array, gate: Gate, out: Array) -> Array:
+    """Write dy times the derivatives that `alive` or `y` of a gate tell."""
+    if gate.activation is None:
+        _write(out, dy)
+        return out
+    if gate.alive is not None:
+        alive = gate.alive.reshape(dy.shape)
+    else:
+        assert gate.y is not None
+        alive = _is_alive(gate.y, gate.activation)
+    with np.errstate(all="ignore"):
+        flat = dy * gate.negative_slope if gate.activation == "leaky_relu" else 0
+        _write(out, np.where(alive, dy, flat))
+    return out
+
+
+def _is_alive(z: Array, activation: str | None) -> Array:
+    """Where the derivative at z is 1; of NaN it is so, except with leaky_relu."""
+    if activation == "leaky_relu":
+        return z > 0
+    alive = np.logical_not(z <= 0)
+    return alive if activation != "relu6" else np.logical_and(alive, np.logical_not(z >= 6))
+
+
+def wide(x: Array) -> Array:
     """x in native byte order, as float32 if its dtype has 16 bits."""
     dtype = np.float32 if x.itemsize == 2 else x.dtype.newbyteorder("=")
     return x.astype(dtype, copy=False)

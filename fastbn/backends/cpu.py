@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import _core
-from fastbn._types import Array, NDArray, Statistics
+from fastbn._types import Array, Epilogue, Gate, NDArray, Statistics
 from fastbn.backends import composed
 from fastbn.backends.common import batches_of, factors_of
 
@@ -36,12 +36,14 @@ def elemt(
     var: Array | None = None,
     eps: float = 0.0,
     mask: Array | None = None,
+    epilogue: Epilogue | None = None,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
     source = packed(x)
     target, out = output(x, source, out)
     mask = packed_mask(mask)
-    _core.elemt(source, mask, mean, invstd, var, eps, weight, bias, target)
+    follows = packed_epilogue(epilogue, source)
+    _core.elemt(source, mask, mean, invstd, var, eps, weight, bias, target, *follows)
     return unpacked(target, out)
 
 
@@ -60,6 +62,7 @@ def forward(
     mask: Array | None = None,
     batch_size: int = 0,
     counts: Sequence[int] = (),
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
@@ -80,7 +83,8 @@ def forward(
     # Before anything is written.
     ones, divisors = [1.0] * len(counts), [count - float(unbiased) for count in counts]
     factors = factors_of(momentum, counter, len(counts))
-    _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd)
+    follows = packed_epilogue(epilogue, source)
+    _core.forward(source, mask, batch_size, weight, bias, eps, target, mean, m2, invstd, *follows)
     y = unpacked(target, out)
     if any(counts):
         # Not before: they may share memory with weight and bias.
@@ -147,6 +151,7 @@ def backward(
     *,
     mask: Array | None = None,
     batch_size: int = 0,
+    gate: Gate | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradient of x, and the sums of dy and of dy * xhat.
 
@@ -157,8 +162,66 @@ def backward(
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(x, 2, batch_size)
     mask = packed_mask(mask)
-    _core.backward(dy, source, mask, batch_size, weight, mean, invstd, target, sum_dy, sum_dy_xhat)
+    derived = None if gate is None else gate.derived
+    written = dy if derived is None else fitting(derived, source)
+    follows = None if gate is None else packed_gate(gate, source, dy)
+    sums = sum_dy, sum_dy_xhat
+    _core.backward(written, source, mask, batch_size, weight, mean, invstd, target, *sums, follows)
+    if derived is not None:
+        unpacked(written, derived)
     return unpacked(target, out), sum_dy, sum_dy_xhat
+
+
+def gates(mask: Array | None) -> bool:
+    """Tell whether `backward` computes the derivatives of a gate from x, with such a mask."""
+    return mask is None
+
+
+def new_alive(x: Array) -> Array:
+    """Memory in which a forward of x notes where the derivative of its activation is 1."""
+    return np.zeros(_core.alive_bytes(x), np.uint8)
+
+
+def activation_gradient(dy: Array, x: Array, gate: Gate, out: Array) -> Array:
+    """Write dy times the derivatives that `alive` or `y` tell; `alive` is of a forward of x."""
+    source = packed(x)
+    dy = packed_like(source, dy)
+    target, out = output(x, source, out)
+    y = packed_y(gate, source)
+    _core.activation_gradient(dy, y, gate.alive, gate.activation, gate.negative_slope, target)
+    return unpacked(target, out)
+
+
+def fitting(derived: Array, source: Array) -> Array:
+    """Memory in the source's layout: the array itself, or other one."""
+    fits = _core.layout(derived) == _core.layout(source)
+    return derived if fits else _core.empty_like(source)
+
+
+def packed_gate(gate: Gate, source: Array, raw_dy: Array) -> tuple[Any, ...]:
+    """A gate as an argument of the core; with known derivatives it has the dy that came."""
+    options = gate.activation, gate.negative_slope
+    if gate.derived is None:
+        return *options, gate.weight, gate.bias, gate.inverted, None, None, None
+    return *options, None, None, False, raw_dy, packed_y(gate, source), gate.alive
+
+
+def packed_y(gate: Gate, source: Array) -> Array | None:
+    """The output of the activation in the source's layout, if there is one."""
+    return None if gate.y is None else packed_like(source, gate.y)
+
+
+def packed_epilogue(epilogue: Epilogue | None, source: Array) -> tuple[Any, ...]:
+    """An epilogue as arguments of the core."""
+    if epilogue is None:
+        return ()
+    residual = epilogue.residual
+    return (
+        epilogue.activation,
+        epilogue.negative_slope,
+        None if residual is None else packed_like(source, residual),
+        epilogue.alive,
+    )
 
 
 def group_forward(
@@ -170,6 +233,7 @@ def group_forward(
     out: Array | None,
     *,
     mask: Array | None = None,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """Normalize groups of channels of each sample, of an array that is not empty.
 
@@ -178,9 +242,9 @@ def group_forward(
     source = packed(x)
     target, out = output(x, source, out)
     mean, m2, invstd = vectors(x, 3, 1)
-    _core.group_forward(
-        source, packed_mask(mask), num_groups, weight, bias, eps, target, mean, m2, invstd
-    )
+    parameters, results = (num_groups, weight, bias, eps), (target, mean, m2, invstd)
+    follows = packed_epilogue(epilogue, source)
+    _core.group_forward(source, packed_mask(mask), *parameters, *results, *follows)
     return unpacked(target, out), mean, invstd
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from fastbn._types import Array, Statistics
+from fastbn._types import Array, Epilogue, Gate, Statistics
 
 
 class Backend(Protocol):
@@ -33,6 +33,7 @@ class Backend(Protocol):
         var: Array | None = None,
         eps: float = 0.0,
         mask: Array | None = None,
+        epilogue: Epilogue | None = None,
     ) -> Array:
         """Normalize by given statistics: mean and invstd, or mean, var and eps."""
 
@@ -52,6 +53,7 @@ class Backend(Protocol):
         mask: Array | None = None,
         batch_size: int = 0,
         counts: Sequence[int] = (),
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Statistics, Statistics]:
         """Normalize by the batch's own statistics; return y, mean and invstd.
 
@@ -91,8 +93,22 @@ class Backend(Protocol):
         *,
         mask: Array | None = None,
         batch_size: int = 0,
+        gate: Gate | None = None,
     ) -> tuple[Array, Statistics, Statistics]:
-        """The gradient of x, and the sums of dy and of dy * xhat, for each batch."""
+        """The gradient of x, and the sums of dy and of dy * xhat, for each batch.
+
+        A gate has derivatives in `alive` or `y`, and then `derived`; or it has none of these, and
+        `gates` is true.
+        """
+
+    def gates(self, mask: Array | None) -> bool:
+        """Tell whether `backward` computes the derivatives of a gate from x, with such a mask."""
+
+    def new_alive(self, x: Array) -> Array:
+        """Memory in which a forward of x notes where the derivative of its activation is 1."""
+
+    def activation_gradient(self, dy: Array, x: Array, gate: Gate, out: Array) -> Array:
+        """Write dy times the derivatives that `alive` or `y` tell; `alive` is of a forward of x."""
 
     def empty_like(self, x: Array) -> Array:
         """Memory for a result, in x's layout and in native byte order."""
@@ -107,6 +123,7 @@ class Backend(Protocol):
         out: Array | None,
         *,
         mask: Array | None = None,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Statistics, Statistics]:
         """Normalize groups of channels of each sample, of an array that is not empty.
 

@@ -168,7 +168,9 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
 
 def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, cnp.ndarray weight,
                   cnp.ndarray bias, double eps, cnp.ndarray out not None,
-                  cnp.ndarray mean not None, cnp.ndarray m2 not None, cnp.ndarray invstd not None):
+                  cnp.ndarray mean not None, cnp.ndarray m2 not None, cnp.ndarray invstd not None,
+                  activation=None, double slope=0.0, cnp.ndarray residual=None,
+                  cnp.ndarray alive=None):
     """Write x, normalized in groups of channels, into out, and the statistics of the groups."""
     cdef GroupNormJob norm
     cdef Vector unread
@@ -179,6 +181,7 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
     norm.job.weight, norm.job.bias = vector_of(weight, 1), vector_of(bias, 0)
     norm.job.eps = eps
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
+    set_epilogue(&norm.job, activation_of(activation, slope), residual, alive)
     execute(&norm.job)
 
 

@@ -27,14 +27,19 @@ cdef void sum_columns(const Job *job, const Block *block, bint in_float32, const
                       double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    cdef Gate gate_memory
+    cdef const Gate *gate = gate_of(job, block, &gate_memory)
     memset(first, 0, folded.channels * sizeof(double))
     memset(second, 0, folded.channels * sizeof(double))
-    add_columns(job, &folded, in_float32, offset_of(job, block, block.n0), centre, first, second)
-    add_columns(job, &leftover, in_float32, offset_of(job, block, block.n1), centre, first, second)
+    add_columns(job, &folded, in_float32, offset_of(job, block, block.n0), centre, gate, first,
+                second)
+    add_columns(job, &leftover, in_float32, offset_of(job, block, block.n1), centre, gate, first,
+                second)
 
 
 cdef void add_columns(const Job *job, const Matrix *matrix, bint in_float32, Py_ssize_t at,
-                      const double *centre, double *first, double *second) noexcept nogil:
+                      const double *centre, const Gate *gate, double *first,
+                      double *second) noexcept nogil:
     cdef SumColumnMoments *moments = job.kernels.column_moments
     cdef SumColumnProducts *products = job.kernels.column_products
     if matrix.rows == 0:
@@ -44,7 +49,7 @@ cdef void add_columns(const Job *job, const Matrix *matrix, bint in_float32, Py_
     if job.dy == NULL:
         moments(job.x + at, matrix, centre, first, second)
     else:
-        products(job.dy + at, job.x + at, matrix, centre, first, second)
+        products(job.dy + at, job.x + at, matrix, centre, gate, first, second)
 
 
 cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_float32,
@@ -69,23 +74,28 @@ cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_floa
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine
+    cdef Epilogue epilogue
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
     affine_of(job, block, &affine)
     if leftover.rows > 0:
-        job.kernels.column_normalize(job.x + end, job.out + end, &leftover, &affine, False)
-    job.kernels.column_normalize(job.x + at, job.out + at, &folded, &affine, job.nontemporal)
+        job.kernels.column_normalize(job.x + end, job.out + end, &leftover, &affine,
+                                     epilogue_of(job, end, &epilogue), False)
+    job.kernels.column_normalize(job.x + at, job.out + at, &folded, &affine,
+                                 epilogue_of(job, at, &epilogue), job.nontemporal)
 
 
 cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
+    cdef Gate gate_memory
+    cdef const Gate *gate = gate_of(job, block, &gate_memory)
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
     gradient_of(job, block, &gradient)
     if leftover.rows > 0:
         job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, &leftover, &gradient,
-                                    False)
-    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &folded, &gradient,
+                                    gate, False)
+    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &folded, &gradient, gate,
                                 job.nontemporal)

@@ -162,12 +162,36 @@ cdef bint is_plain_eps(object eps) noexcept:
     return PyFloat_CheckExact(eps) and PyFloat_AS_DOUBLE(eps) > 0.0
 
 
+# The names of activations are interned strings, and so are those that programs write down.
+
+cdef bint is_plain_activation(object activation, object slope) except -1:
+    """Tell whether it is None or the name of an activation, with a finite slope."""
+    if not PyFloat_CheckExact(slope) or not isfinite(PyFloat_AS_DOUBLE(slope)):
+        return False
+    return (activation is None or activation is RELU_NAME or activation is RELU6_NAME
+            or activation is LEAKY_RELU_NAME)
+
+
+cdef bint is_plain_residual(object residual, cnp.ndarray x, object out) noexcept:
+    """Tell whether it is None, or a plain array that is out, or apart from it."""
+    if residual is None:
+        return True
+    return is_plain_beside(residual, x) and (
+        out is None or is_same_or_apart(<cnp.ndarray>residual, <cnp.ndarray>out))
+
+
 # ------------------------------------------------------------------ memory
 
 cdef cnp.ndarray new_vector(Py_ssize_t channels, int type_num):
     """A new vector of one value per channel."""
     cdef cnp.npy_intp shape = channels
     return <cnp.ndarray>cnp.PyArray_SimpleNew(1, &shape, type_num)
+
+
+cdef cnp.ndarray new_bits(Py_ssize_t count):
+    """So many bits, zeros."""
+    cdef cnp.npy_intp shape = bytes_of_bits(count)
+    return <cnp.ndarray>cnp.PyArray_ZEROS(1, &shape, cnp.NPY_UINT8, 0)
 
 
 cdef object doubles_of(cnp.ndarray vector):
@@ -199,8 +223,8 @@ cdef Vector vector_of_doubles(const double *values) noexcept nogil:
 
 # ------------------------------------------------------------------ forwards
 
-def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, tuple ranks,
-                 num_features, /):
+def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
+                 residual, tuple ranks, num_features, /):
     """Normalize by running statistics; None if the call is not plain."""
     cdef cnp.ndarray array, target
     cdef Job job
@@ -212,7 +236,9 @@ def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, tuple ran
             or not is_plain_vector(running_mean, array, out)
             or not is_plain_vector(running_var, array, out)
             or not is_plain_vector(weight, array, out)
-            or not is_plain_vector(bias, array, out)):
+            or not is_plain_vector(bias, array, out)
+            or not is_plain_activation(activation, slope)
+            or not is_plain_residual(residual, array, out)):
         return None
     target = result_like(array, out)
     init_job_on(&job, array, None, 0)
@@ -220,11 +246,13 @@ def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, tuple ran
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = PyFloat_AS_DOUBLE(eps)
     apply_normalize(&job, cnp.PyArray_BYTES(target))
+    set_epilogue(&job, activation_of(activation, PyFloat_AS_DOUBLE(slope)), residual, None)
     execute(&job)
     return target
 
 
-def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, unbiased, /):
+def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, unbiased,
+              activation, slope, residual, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y, mean and invstd.
@@ -235,16 +263,16 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, un
         return None
     saved = SavedForBackward.__new__(SavedForBackward)
     y = train(<cnp.ndarray>x, out, running_mean, running_var, None, weight, bias, momentum, eps,
-              unbiased, saved, False)
+              unbiased, activation, slope, residual, saved, False)
     return None if y is None else (y, saved.mean, saved.invstd)
 
 
 def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
-                    unbiased, tuple ranks, num_features, /):
+                    unbiased, activation, slope, residual, tuple ranks, num_features, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y and what the backward needs. A forward in place is plain only if its backward can
-    recover all channels.
+    recover all channels, and nothing follows the normalization.
     """
     cdef SavedForBackward saved
     cdef cnp.ndarray y
@@ -252,7 +280,7 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
         return None
     saved = SavedForBackward.__new__(SavedForBackward)
     y = train(<cnp.ndarray>x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
-              unbiased, saved, True)
+              unbiased, activation, slope, residual, saved, True)
     if y is None:
         return None
     saved.sample()
@@ -261,8 +289,10 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
 
 cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, object running_var,
                        object counter, object weight, object bias, object momentum, object eps,
-                       object unbiased, SavedForBackward saved, bint recovers):
+                       object unbiased, object activation, object slope, object residual,
+                       SavedForBackward saved, bint is_layer):
     """The forward of a plain input in training; None if anything else is not plain."""
+    cdef Activation follows
     cdef cnp.ndarray target
     cdef Py_ssize_t channels
     cdef double count, factor = 0.0
@@ -277,14 +307,18 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
             or (running_mean is not None
                 and not is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var))
             or not is_plain_vector(weight, array, out)
-            or not is_plain_vector(bias, array, out)):
+            or not is_plain_vector(bias, array, out)
+            or not is_plain_activation(activation, slope)
+            or not is_plain_residual(residual, array, out)):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
+    follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     count = <double>(cnp.PyArray_SIZE(array) // channels)
     saved.in_place = out is not None and is_same(<cnp.ndarray>out, array)
     if count < 2.0:
         return None
-    if saved.in_place and recovers and not all_recoverable(array, weight, bias, count):
+    if saved.in_place and is_layer and (follows.kind != LINEAR or residual is not None
+                                        or not all_recoverable(array, weight, bias, count)):
         return None
     if momentum is not None:
         factor = PyFloat_AS_DOUBLE(momentum)
@@ -294,11 +328,18 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     saved.save(target if saved.in_place else array)
     saved.mean = new_vector(channels, cnp.NPY_FLOAT64)
     saved.invstd = new_vector(channels, cnp.NPY_FLOAT64)
-    if saved.in_place and recovers:  # now: running statistics may share memory with them
+    if is_layer and (saved.in_place or follows.kind != LINEAR):
+        # Now: running statistics may share memory with them.
         saved.weight, saved.bias = doubles_of(weight), doubles_of(bias)
+    if is_layer:
+        saved.activation, saved.negative_slope = activation, follows.slope
+        saved.has_residual = residual is not None
+        if saved.has_residual and follows.kind != LINEAR:
+            saved.alive = new_bits(cnp.PyArray_SIZE(array))
     m2 = new_doubles(channels)
     try:
-        normalize_batch(array, weight, bias, PyFloat_AS_DOUBLE(eps), target, saved, m2)
+        normalize_batch(array, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual,
+                        saved, m2)
         if running_mean is not None:  # not before: they may share memory with weight and bias
             move_to_batch(running_mean, <const double *>cnp.PyArray_BYTES(saved.mean), 1.0,
                           factor)
@@ -322,7 +363,8 @@ cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
 
 
 cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
-                         cnp.ndarray out, SavedForBackward saved, double *m2) except -1:
+                         cnp.ndarray out, Activation activation, cnp.ndarray residual,
+                         SavedForBackward saved, double *m2) except -1:
     cdef Job job
     init_job_on(&job, x, None, 0)
     reduce_to_moments(&job, output_vector(saved.mean, &job.mean), m2,
@@ -331,6 +373,7 @@ cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, do
     job.eps = eps
     sum_in_float32(&job)
     apply_normalize(&job, cnp.PyArray_BYTES(out))
+    set_epilogue(&job, activation, residual, saved.alive)
     return execute(&job)
 
 
@@ -343,10 +386,11 @@ cdef void move_to_batch(cnp.ndarray running, const double *batch, double divisor
 
 # ------------------------------------------------------------------ backwards
 
-def try_backward(dy, x, weight, mean, invstd, out, /):
+def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
     """The gradients of `batch_norm_forward`; None if the call is not plain."""
     cdef cnp.ndarray array, target, dweight, dbias
     cdef Vector weights, means, invstds
+    cdef GateOfJob gate
     cdef Py_ssize_t channels
     if not is_plain_input(x, None, None):
         return None
@@ -355,14 +399,19 @@ def try_backward(dy, x, weight, mean, invstd, out, /):
             or not is_plain_output(out, array, <cnp.ndarray>dy)
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(mean, array, out)
-            or not is_plain_vector(invstd, array, out)):
+            or not is_plain_vector(invstd, array, out)
+            or not is_plain_activation(activation, slope)
+            or (activation is not None and not is_plain_vector(bias, array, out))):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
     dweight = new_vector(channels, cnp.NPY_FLOAT64)
     dbias = new_vector(channels, cnp.NPY_FLOAT64)
     weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
-    differentiate(<cnp.ndarray>dy, array, &weights, &means, &invstds, target,
+    gate.activation = activation_of(activation, PyFloat_AS_DOUBLE(slope))
+    if activation is not None:
+        gate.weight, gate.bias = weights, vector_of(bias, 0)
+    differentiate(<cnp.ndarray>dy, array, &weights, &means, &invstds, &gate, target,
                   <double *>cnp.PyArray_BYTES(dbias), <double *>cnp.PyArray_BYTES(dweight))
     return target, dweight, dbias
 
@@ -374,6 +423,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     cdef Py_ssize_t channels
     cdef double *doubles
     if (saved.frozen or saved.kept is not None or saved.mask is not None or saved.batch_size != 0
+            or saved.has_residual or (saved.in_place and saved.activation is not None)
             or not is_plain_input(saved.x, None, None) or not saved.has_its_shape()):
         return None
     array = <cnp.ndarray>saved.x
@@ -405,6 +455,7 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weig
     cdef cnp.ndarray x = saved.x
     cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
     cdef Vector invstds = vector_of(saved.invstd, 1), biases
+    cdef GateOfJob gate
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     if saved.in_place:
         weights, biases = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
@@ -412,7 +463,10 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weig
         means = vector_of_doubles(doubles + 2 * channels)
         invstds = vector_of_doubles(doubles + 3 * channels)
         weights = vector_of_doubles(doubles + 4 * channels)
-    return differentiate(dy, x, &weights, &means, &invstds, out, doubles, doubles + channels)
+    gate.activation = activation_of(saved.activation, saved.negative_slope)
+    gate.weight, gate.bias = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
+    return differentiate(dy, x, &weights, &means, &invstds, &gate, out, doubles,
+                         doubles + channels)
 
 
 cdef void recovered_operands(Py_ssize_t channels, const Vector *invstd, const Vector *weight,
@@ -436,8 +490,8 @@ cdef void recovered_operands(Py_ssize_t channels, const Vector *invstd, const Ve
 
 
 cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, const Vector *mean,
-                       const Vector *invstd, cnp.ndarray out, double *sum_dy,
-                       double *sum_dy_xhat) except -1:
+                       const Vector *invstd, const GateOfJob *gate, cnp.ndarray out,
+                       double *sum_dy, double *sum_dy_xhat) except -1:
     cdef Job job
     init_job_on(&job, x, None, 0)
     job.dy = cnp.PyArray_BYTES(dy)
@@ -446,6 +500,8 @@ cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, cons
     job.sum_dy, job.sum_dy_xhat = vector_of_doubles(sum_dy), vector_of_doubles(sum_dy_xhat)
     sum_in_float32(&job)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
+    if gate.activation.kind != LINEAR:
+        compute_gate(&job, gate)
     return execute(&job)
 
 

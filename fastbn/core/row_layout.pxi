@@ -46,28 +46,33 @@ cdef void sum_runs(const Job *job, const Block *block, bint in_float32, const do
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef SumMoments *moments = job.kernels.moments
     cdef SumProducts *products = job.kernels.products
+    cdef Gate gate
     if in_float32:
         moments, products = job.kernels.tree_moments, job.kernels.tree_products
     if job.dy == NULL:
         moments(job.x + at, &runs, centre, first, second)
     else:
-        products(job.dy + at, job.x + at, &runs, centre, first, second)
+        products(job.dy + at, job.x + at, &runs, centre, gate_of(job, block, &gate), first, second)
 
 
 cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine
+    cdef Epilogue epilogue
     # A second walk begins with what the first one has left in the cache.
     cdef bint backwards = job.reduce != NULL
     cdef Runs runs = runs_of(job, block, backwards)
     cdef Py_ssize_t at = start_of(job, block, backwards)
     affine_of(job, block, &affine)
-    job.kernels.normalize(job.x + at, job.out + at, &runs, &affine, job.nontemporal)
+    job.kernels.normalize(job.x + at, job.out + at, &runs, &affine,
+                          epilogue_of(job, at, &epilogue), job.nontemporal)
 
 
 cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
+    cdef Gate gate
     cdef bint backwards = job.reduce != NULL
     cdef Runs runs = runs_of(job, block, backwards)
     cdef Py_ssize_t at = start_of(job, block, backwards)
     gradient_of(job, block, &gradient)
-    job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient, job.nontemporal)
+    job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient,
+                         gate_of(job, block, &gate), job.nontemporal)

@@ -24,10 +24,17 @@ cdef class SavedForBackward:
     batch_size : int
         The samples of a ghost batch; 0 for a single batch.
     weight, bias : ndarray of float64 or None
-        Those of the forward, if it was in place.
+        Those of the forward, if it was in place or had an activation.
+    activation, negative_slope
+        Those of the forward.
+    has_residual : bool
+    alive : ndarray or None
+        What the forward has noted about the derivatives of its activation.
     """
 
-    cdef readonly object x, mean, invstd, kept, mask, weight, bias
+    cdef readonly object x, mean, invstd, kept, mask, weight, bias, activation, alive
+    cdef readonly double negative_slope
+    cdef readonly bint has_residual
     cdef int ndim
     cdef cnp.npy_intp dims[MAX_NDIM]
     cdef readonly bint in_place, frozen
@@ -37,11 +44,14 @@ cdef class SavedForBackward:
     cdef cnp.npy_uint64 bits[SAMPLES]
 
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
-                 mask=None, Py_ssize_t batch_size=0, weight=None, bias=None):
+                 mask=None, Py_ssize_t batch_size=0, weight=None, bias=None, epilogue=None):
         self.x, self.mean, self.invstd = x, mean, invstd
         self.in_place, self.frozen = in_place, frozen
         self.kept, self.mask, self.batch_size = kept, mask, batch_size
         self.weight, self.bias = weight, bias
+        if epilogue is not None:
+            self.activation, self.negative_slope = epilogue.activation, epilogue.negative_slope
+            self.has_residual, self.alive = epilogue.residual is not None, epilogue.alive
         self.ndim = len(x.shape)
         for i in range(self.ndim):
             self.dims[i] = x.shape[i]

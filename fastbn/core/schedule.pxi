@@ -14,7 +14,7 @@ cdef Py_ssize_t cache_bytes = min((fastbn_l3_bytes() or 16777216) // 2, 50331648
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
-    """The arrays that a job reads."""
+    """The arrays that a job reads in each walk."""
     return 1 if job.dy == NULL else 2
 
 
@@ -36,7 +36,8 @@ cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
 cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
     """The bytes that all steps of a job read and write."""
     cdef int walks = (job.reduce != NULL) + (job.apply != NULL)
-    return array_bytes(job) * (inputs_of(job) * walks + (job.apply != NULL))
+    cdef int further = (job.residual != NULL) + 2 * (job.raw_dy != NULL)
+    return array_bytes(job) * (inputs_of(job) * walks + (job.apply != NULL) + further)
 
 
 cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
@@ -58,6 +59,7 @@ cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
         and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
         and job.out != job.x
         and job.out != job.dy
+        and job.out != job.residual
     )
 
 
@@ -206,17 +208,22 @@ cdef Job leftover_job(const Job *job) noexcept nogil:
     cdef Py_ssize_t batches = job.cut.batches, results = batches * job.cut.c
     cdef Py_ssize_t elements = job.cut.n * job.cut.s, done = array_bytes(job)
     cdef Py_ssize_t s = elements // job.samples
-    cdef Vector *vectors[6]
+    cdef Vector *vectors[8]
     cdef int i
     leftover.cut = cut_work(1, job.leftover_samples, job.cut.c, s, job.channels_last)
     leftover.count = <double>(job.leftover_samples * s)
     leftover.x += done
+    leftover.first_element += done // job.itemsize
     leftover.dy += 0 if job.dy == NULL else done
+    leftover.raw_dy += 0 if job.raw_dy == NULL else done
+    leftover.y += 0 if job.y == NULL else done
+    leftover.residual += 0 if job.residual == NULL else done
     leftover.out += 0 if job.out == NULL else done
     leftover.mask += 0 if job.mask == NULL else batches * elements
     vectors[:] = [&leftover.weight, &leftover.mean, &leftover.invstd, &leftover.bias,
-                  &leftover.sum_dy, &leftover.sum_dy_xhat]
-    for i in range(6):
+                  &leftover.sum_dy, &leftover.sum_dy_xhat, &leftover.gate_weight,
+                  &leftover.gate_bias]
+    for i in range(8):
         vectors[i].data += batches * vectors[i].batch_stride
     if job.mean_out != NULL:
         leftover.mean_out += results

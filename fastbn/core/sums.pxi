@@ -252,6 +252,8 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept n
     cdef double *first = partial_sums_of(job, &block, b)
     cdef double *second = first + job.cut.c
     read_vector(&job.mean, &block, mean)
+    if job.raw_dy != NULL:
+        derive_block(job, &block)
     if gains_by_float32(job, &valid):
         float32_products(job, &block, &valid, mean, first, second)
     else:

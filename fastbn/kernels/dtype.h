@@ -3,6 +3,9 @@
  *   T         the type of an element
  *   A, VA     the type of element-wise arithmetic, and a register of it
  *   LOAD_A    the function that loads such a register
+ *   WIDEN_A   the function that makes a register of doubles from a piece of such a register
+ *   IF_LESS_A, ZERO_IF_AT_MOST_A  the functions that choose lanes of such registers
+ *   STORE_BYTES_A  the function that stores bytes for the lanes of such a register
  *   MASKED_A  the function that zeros the lanes of such a register that a mask has not
  *   SPREAD_A  the function that copies such values from channels to their columns
  *   TREES     1 if sums of this dtype may be in float32, 0 if not
@@ -35,6 +38,7 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
     }
 }
 
+#include "activation.h"
 #include "sums.h"
 #if TREES
 #  include "trees.h"
@@ -44,6 +48,10 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #undef VA_LANES
 #undef NAME
 #undef LOAD_A
+#undef WIDEN_A
+#undef IF_LESS_A
+#undef ZERO_IF_AT_MOST_A
+#undef STORE_BYTES_A
 #undef MASKED_A
 #undef SPREAD_A
 #undef VA

@@ -60,13 +60,15 @@ enum { NAME(BUFFER) = BUFFER_BYTES / sizeof(T) };
 typedef struct {
     T *to;
     int nontemporal;
+    ptrdiff_t most;             /* elements at a time */
     ptrdiff_t capacity, filled; /* elements of the buffer; PTRDIFF_MAX without one */
     T buffer[NAME(BUFFER)];
 } NAME(writer);
 
-ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal)
+ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_t most)
 {
     w->to = to;
+    w->most = most;
     w->nontemporal = nontemporal;
     w->capacity = nontemporal ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
                       : PTRDIFF_MAX;
@@ -97,15 +99,17 @@ ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
 
 ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
 {
-    return left < w->capacity - w->filled ? left : w->capacity - w->filled;
+    return smaller(smaller(left, w->most), w->capacity - w->filled);
 }
 
-/* Writes a run, as many elements at a time as fit into the writer; they begin at `i0`. */
-#define WRITE_RUN(w, len, AT, ONE) \
+/* Writes a run, as many elements at a time as fit into the writer; they begin at `i0`, and DONE is
+ * done behind them. */
+#define WRITE_RUN(w, len, AT, ONE, DONE) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, (len)-i0); \
         STORE_RUN(to, n, AT, ONE); \
+        DONE; \
         NAME(advance)(w, n); \
     }
 
@@ -113,71 +117,167 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
 #define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), NULL, v) : (v))
 #define MASKED_LANE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
-ALWAYS_INLINE void NAME(normalize_runs)(int masked, const void *x_, void *y_,
+/* What a kernel is fused with: nothing, an activation alone, or a whole epilogue. */
+enum { NAME(PLAIN), NAME(ACTIVATED), NAME(WHOLE) };
+
+/* The residual and the bits of an epilogue from an element of x on. */
+typedef struct {
+    const T *residual;
+    uint8_t *alive;
+    ptrdiff_t first;
+} NAME(beside);
+
+ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epilogue, ptrdiff_t at)
+{
+    if (fused != NAME(WHOLE))
+        return (NAME(beside)){NULL, NULL, 0};
+    return (NAME(beside)){epilogue->residual == NULL ? NULL : (const T *)epilogue->residual + at,
+                          epilogue->alive, epilogue->first + at};
+}
+
+/* The elements that are written at a time: notes about them need room. */
+#define MOST(fused) \
+    (fused == NAME(WHOLE) && epilogue->alive != NULL ? (ptrdiff_t)ALIVE_BYTES : PTRDIFF_MAX)
+
+/* Results at i of a run, as registers and as single ones, once they have been normalized. */
+#define NOTES(i) (beside.alive == NULL ? NULL : notes + ((beside.first + i0) & 7) + (i))
+#define FINISH(fused, z, i, ahead) \
+    (fused == NAME(PLAIN)       ? (z) \
+     : fused == NAME(ACTIVATED) ? NAME(activate)(z, &activation) \
+                                : NAME(finish)(z, beside.residual != NULL, \
+                                               beside.residual == NULL \
+                                                   ? (VA){0} \
+                                                   : NAME(fetch)(beside.residual + i0 + (i), ahead), \
+                                               &activation, NOTES(i)))
+#define FINISH_ONE(fused, z, i) \
+    (fused == NAME(PLAIN)       ? (z) \
+     : fused == NAME(ACTIVATED) ? NAME(first_lane)(NAME(activate)(NAME(all_lanes)(z), &activation)) \
+                                : NAME(first_lane)(NAME(finish)( \
+                                      NAME(all_lanes)(z), beside.residual != NULL, \
+                                      NAME(all_lanes)(beside.residual == NULL \
+                                                          ? (A)0 \
+                                                          : NAME(decode)(beside.residual[i0 + (i)])), \
+                                      &activation, NOTES(i))))
+#define KEEP_NOTES(fused) \
+    if (fused == NAME(WHOLE) && beside.alive != NULL) \
+    gather_bits(notes, beside.first + i0, n, beside.alive)
+
+ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, void *y_,
                                         const fastbn_runs *runs, const fastbn_affine *affine,
-                                        int nontemporal)
+                                        const fastbn_epilogue *epilogue, int nontemporal)
 {
     A high[COLUMNS], low[COLUMNS], scale[COLUMNS], shift[COLUMNS];
+    uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
+    NAME(activation) activation;
     NAME(high_and_low)(affine->centre, runs->channels, high, low);
     NAME(narrow)(affine->scale, runs->channels, scale);
     NAME(narrow)(affine->shift, runs->channels, shift);
+    if (fused != NAME(PLAIN))
+        activation = NAME(activation_of)(&epilogue->activation);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal);
+        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, MOST(fused));
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
+            const NAME(beside) beside =
+                NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
+#define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define AT(i) \
-    MASKED_LANES(Y(NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i))), high[c], low[c], \
-                   scale[c], shift[c]), i0 + (i))
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), AHEAD(i)), high[c], low[c], scale[c], \
+                                 shift[c]), i, AHEAD(i)), i0 + (i))
 #define ONE(i) \
-    MASKED_LANE(Y(NAME(decode)(x[i0 + (i)]), high[c], low[c], scale[c], shift[c]), i0 + (i))
-            WRITE_RUN(&w, runs->len, AT, ONE)
+    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), high[c], low[c], scale[c], \
+                                    shift[c]), i), i0 + (i))
+            WRITE_RUN(&w, runs->len, AT, ONE, KEEP_NOTES(fused))
 #undef AT
 #undef ONE
+#undef AHEAD
             ahead.border -= runs->len;
         }
         NAME(flush)(&w);
     }
 }
 
-static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
-                            const fastbn_affine *affine, int nontemporal)
+/* How an epilogue is fused. */
+ALWAYS_INLINE int NAME(fused_with)(const fastbn_epilogue *epilogue)
 {
-    if (runs->mask == NULL)
-        NAME(normalize_runs)(0, x, y, runs, affine, nontemporal);
-    else
-        NAME(normalize_runs)(1, x, y, runs, affine, nontemporal);
+    if (epilogue == NULL)
+        return NAME(PLAIN);
+    return epilogue->residual == NULL && epilogue->alive == NULL ? NAME(ACTIVATED) : NAME(WHOLE);
 }
 
-ALWAYS_INLINE void NAME(gradient_runs)(int masked, const void *dy_, const void *x_, void *dx_,
-                                       const fastbn_runs *runs, const fastbn_gradient *gradient,
+static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
+                            const fastbn_affine *affine, const fastbn_epilogue *epilogue,
+                            int nontemporal)
+{
+    const int fused = NAME(fused_with)(epilogue);
+    if (runs->mask != NULL && fused != NAME(PLAIN))
+        NAME(normalize_runs)(1, NAME(WHOLE), x, y, runs, affine, epilogue, nontemporal);
+    else if (runs->mask != NULL)
+        NAME(normalize_runs)(1, NAME(PLAIN), x, y, runs, affine, NULL, nontemporal);
+    else if (fused == NAME(WHOLE))
+        NAME(normalize_runs)(0, NAME(WHOLE), x, y, runs, affine, epilogue, nontemporal);
+    else if (fused == NAME(ACTIVATED))
+        NAME(normalize_runs)(0, NAME(ACTIVATED), x, y, runs, affine, epilogue, nontemporal);
+    else
+        NAME(normalize_runs)(0, NAME(PLAIN), x, y, runs, affine, NULL, nontemporal);
+}
+
+/* dx from what has passed a gate. */
+ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_high, VA dy_low, VA slope, VA scale)
+{
+    return (((passed.dy - dy_high) - dy_low) - passed.deviation * slope) * scale;
+}
+
+ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, const void *x_,
+                                       void *dx_, const fastbn_runs *runs,
+                                       const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
-    A slope[COLUMNS], scale[COLUMNS];
+    A slope[COLUMNS], scale[COLUMNS], z_scale[COLUMNS], z_shift[COLUMNS];
+    NAME(activation) activation;
     NAME(high_and_low)(gradient->dy_mean, runs->channels, dy_high, dy_low);
     NAME(high_and_low)(gradient->x_mean, runs->channels, x_high, x_low);
     NAME(narrow)(gradient->slope, runs->channels, slope);
     NAME(narrow)(gradient->scale, runs->channels, scale);
+    if (gated) {
+        NAME(narrow)(gate->scale, runs->channels, z_scale);
+        NAME(narrow)(gate->shift, runs->channels, z_shift);
+        activation = NAME(activation_of)(&gate->activation);
+    }
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal);
+        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, PTRDIFF_MAX);
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
+#define DY_AT(i) NAME(fetch)(dy + i0 + (i), prefetch_distance(ahead, i0 + (i)))
+#define X_AT(i) NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i)))
+#define SAME(table) NAME(all_lanes)(table[c])
+#define GATED(dy, x) \
+    NAME(gated_dx)(NAME(pass)(dy, x, &activation, SAME(x_high), SAME(x_low), SAME(z_scale), \
+                              SAME(z_shift)), \
+                   SAME(dy_high), SAME(dy_low), SAME(slope), SAME(scale))
 #define AT(i) \
-    MASKED_LANES(DX(NAME(fetch)(dy + i0 + (i), prefetch_distance(ahead, i0 + (i))), \
-                    NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i))), dy_high[c], \
-                    dy_low[c], x_high[c], x_low[c], slope[c], scale[c]), i0 + (i))
+    (gated ? GATED(DY_AT(i), X_AT(i)) \
+           : MASKED_LANES(DX(DY_AT(i), X_AT(i), dy_high[c], dy_low[c], x_high[c], x_low[c], \
+                             slope[c], scale[c]), i0 + (i)))
 #define ONE(i) \
-    MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), dy_high[c], dy_low[c], \
-                   x_high[c], x_low[c], slope[c], scale[c]), i0 + (i))
-            WRITE_RUN(&w, runs->len, AT, ONE)
+    (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
+                                    NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
+           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), dy_high[c], \
+                            dy_low[c], x_high[c], x_low[c], slope[c], scale[c]), i0 + (i)))
+            WRITE_RUN(&w, runs->len, AT, ONE, (void)0)
 #undef AT
 #undef ONE
+#undef GATED
+#undef SAME
+#undef X_AT
+#undef DY_AT
             ahead.border -= runs->len;
         }
         NAME(flush)(&w);
@@ -185,12 +285,15 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, const void *dy_, const void *
 }
 
 static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
-                           const fastbn_gradient *gradient, int nontemporal)
+                           const fastbn_gradient *gradient, const fastbn_gate *gate,
+                           int nontemporal)
 {
-    if (runs->mask == NULL)
-        NAME(gradient_runs)(0, dy, x, dx, runs, gradient, nontemporal);
+    if (gate != NULL)
+        NAME(gradient_runs)(0, 1, dy, x, dx, runs, gradient, gate, nontemporal);
+    else if (runs->mask == NULL)
+        NAME(gradient_runs)(0, 0, dy, x, dx, runs, gradient, NULL, nontemporal);
     else
-        NAME(gradient_runs)(1, dy, x, dx, runs, gradient, nontemporal);
+        NAME(gradient_runs)(1, 0, dy, x, dx, runs, gradient, NULL, nontemporal);
 }
 
 /* The column layout: a row is a run whose coefficients differ from column to column. */
@@ -216,7 +319,7 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
 }
 
 /* Writes the rows of a matrix. The mask of a row is spread over its columns. */
-#define WRITE_ROWS(matrix, masked, out, nontemporal, AT, ONE) \
+#define WRITE_ROWS(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
         const ptrdiff_t ahead = stride * (PREFETCHED / len + 1); \
@@ -228,10 +331,11 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
-                NAME(start)(&w, (T *)(out) + row, nontemporal); \
+                NAME(start)(&w, (T *)(out) + row, nontemporal, most); \
+            BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
-            WRITE_RUN(&w, len, AT, ONE) \
+            WRITE_RUN(&w, len, AT, ONE, DONE) \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \
         } \
@@ -257,85 +361,172 @@ ALWAYS_INLINE void NAME(spread_high_and_low)(const fastbn_matrix *matrix, const 
     SPREAD_A(matrix, low_of_channel, low);
 }
 
-ALWAYS_INLINE void NAME(normalize_rows)(int masked, const T *x, T *y, const fastbn_matrix *matrix,
-                                        const fastbn_affine *affine, int nontemporal)
+ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
+                                        const fastbn_matrix *matrix, const fastbn_affine *affine,
+                                        const fastbn_epilogue *epilogue, ptrdiff_t at,
+                                        int nontemporal)
 {
     CACHE_ALIGNED A k[4][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(y);
     A *high = k[0] + padding, *low = k[1] + padding;
     A *scale = k[2] + padding, *shift = k[3] + padding;
+    uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
+    NAME(activation) activation;
+    NAME(beside) beside;
     if (matrix->rows == 0)
         return;
+    if (fused != NAME(PLAIN))
+        activation = NAME(activation_of)(&epilogue->activation);
     NAME(spread_high_and_low)(matrix, affine->centre, high, low);
     NAME(spread)(matrix, affine->scale, scale);
     NAME(spread)(matrix, affine->shift, shift);
 #define AT(i) \
-    MASKED_LANES(Y(NAME(fetch)(x + row + i0 + (i), ahead), LOAD_A(high + i0 + (i)), \
-                   LOAD_A(low + i0 + (i)), LOAD_A(scale + i0 + (i)), \
-                   LOAD_A(shift + i0 + (i))), i0 + (i))
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), ahead), LOAD_A(high + i0 + (i)), \
+                                 LOAD_A(low + i0 + (i)), LOAD_A(scale + i0 + (i)), \
+                                 LOAD_A(shift + i0 + (i))), i, ahead), i0 + (i))
 #define ONE(i) \
-    MASKED_LANE(Y(NAME(decode)(x[row + i0 + (i)]), high[i0 + (i)], low[i0 + (i)], \
-                  scale[i0 + (i)], shift[i0 + (i)]), i0 + (i))
-    WRITE_ROWS(matrix, masked, y, nontemporal, AT, ONE);
+    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), high[i0 + (i)], \
+                                    low[i0 + (i)], scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
+    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), AT, ONE,
+               beside = NAME(beside_of)(fused, epilogue, at + row), KEEP_NOTES(fused));
 #undef AT
 #undef ONE
 }
 
 static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
-                                   const fastbn_affine *affine, int nontemporal)
+                                   const fastbn_affine *affine, const fastbn_epilogue *epilogue,
+                                   int nontemporal)
 {
     fastbn_matrix rows[2];
+    const int fused = NAME(fused_with)(epilogue);
     NAME(long_rows)(matrix, rows);
-    if (matrix->mask != NULL)
-        NAME(normalize_rows)(1, x, y, matrix, affine, nontemporal);
-    else
-        for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++)
-            NAME(normalize_rows)(0, (const T *)x + at, (T *)y + at, &rows[k], affine, nontemporal);
+    for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++) {
+        const T *from = (const T *)x + at;
+        T *to = (T *)y + at;
+        if (matrix->mask != NULL && fused != NAME(PLAIN))
+            NAME(normalize_rows)(1, NAME(WHOLE), from, to, &rows[k], affine, epilogue, at,
+                                 nontemporal);
+        else if (matrix->mask != NULL)
+            NAME(normalize_rows)(1, NAME(PLAIN), from, to, &rows[k], affine, NULL, at, nontemporal);
+        else if (fused == NAME(WHOLE))
+            NAME(normalize_rows)(0, NAME(WHOLE), from, to, &rows[k], affine, epilogue, at,
+                                 nontemporal);
+        else if (fused == NAME(ACTIVATED))
+            NAME(normalize_rows)(0, NAME(ACTIVATED), from, to, &rows[k], affine, epilogue, at,
+                                 nontemporal);
+        else
+            NAME(normalize_rows)(0, NAME(PLAIN), from, to, &rows[k], affine, NULL, at, nontemporal);
+    }
 }
 
-ALWAYS_INLINE void NAME(gradient_rows)(int masked, const T *dy, const T *x, T *dx,
+ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const T *x, T *dx,
                                        const fastbn_matrix *matrix,
-                                       const fastbn_gradient *gradient, int nontemporal)
+                                       const fastbn_gradient *gradient, const fastbn_gate *gate,
+                                       int nontemporal)
 {
-    CACHE_ALIGNED A k[6][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
+    CACHE_ALIGNED A k[8][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(dx);
     A *dy_high = k[0] + padding, *dy_low = k[1] + padding;
     A *x_high = k[2] + padding, *x_low = k[3] + padding;
     A *slope = k[4] + padding, *scale = k[5] + padding;
+    A *z_scale = k[6] + padding, *z_shift = k[7] + padding;
+    NAME(activation) activation;
     if (matrix->rows == 0)
         return;
     NAME(spread_high_and_low)(matrix, gradient->dy_mean, dy_high, dy_low);
     NAME(spread_high_and_low)(matrix, gradient->x_mean, x_high, x_low);
     NAME(spread)(matrix, gradient->slope, slope);
     NAME(spread)(matrix, gradient->scale, scale);
+    if (gated) {
+        NAME(spread)(matrix, gate->scale, z_scale);
+        NAME(spread)(matrix, gate->shift, z_shift);
+        activation = NAME(activation_of)(&gate->activation);
+    }
+#define DY_AT(i) NAME(fetch)(dy + row + i0 + (i), ahead)
+#define X_AT(i) NAME(fetch)(x + row + i0 + (i), ahead)
+#define GATED(dy, x, COEFFICIENT, i) \
+    NAME(gated_dx)(NAME(pass)(dy, x, &activation, COEFFICIENT(x_high, i), COEFFICIENT(x_low, i), \
+                              COEFFICIENT(z_scale, i), COEFFICIENT(z_shift, i)), \
+                   COEFFICIENT(dy_high, i), COEFFICIENT(dy_low, i), COEFFICIENT(slope, i), \
+                   COEFFICIENT(scale, i))
+#define LOADED(table, i) LOAD_A(table + i0 + (i))
+#define REPEATED(table, i) NAME(all_lanes)(table[i0 + (i)])
 #define AT(i) \
-    MASKED_LANES(DX(NAME(fetch)(dy + row + i0 + (i), ahead), NAME(fetch)(x + row + i0 + (i), ahead), \
-                    LOAD_A(dy_high + i0 + (i)), LOAD_A(dy_low + i0 + (i)), \
-                    LOAD_A(x_high + i0 + (i)), LOAD_A(x_low + i0 + (i)), \
-                    LOAD_A(slope + i0 + (i)), LOAD_A(scale + i0 + (i))), i0 + (i))
+    (gated ? GATED(DY_AT(i), X_AT(i), LOADED, i) \
+           : MASKED_LANES(DX(DY_AT(i), X_AT(i), LOADED(dy_high, i), LOADED(dy_low, i), \
+                             LOADED(x_high, i), LOADED(x_low, i), LOADED(slope, i), \
+                             LOADED(scale, i)), i0 + (i)))
 #define ONE(i) \
-    MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
-                   dy_high[i0 + (i)], dy_low[i0 + (i)], x_high[i0 + (i)], x_low[i0 + (i)], \
-                   slope[i0 + (i)], scale[i0 + (i)]), i0 + (i))
-    WRITE_ROWS(matrix, masked, dx, nontemporal, AT, ONE);
+    (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[row + i0 + (i)])), \
+                                    NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), REPEATED, i)) \
+           : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
+                            dy_high[i0 + (i)], dy_low[i0 + (i)], x_high[i0 + (i)], \
+                            x_low[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
+    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX, AT, ONE, (void)0, (void)0);
 #undef AT
 #undef ONE
+#undef REPEATED
+#undef LOADED
+#undef GATED
+#undef X_AT
+#undef DY_AT
 }
 
-static void NAME(column_gradient)(const void *dy, const void *x, void *dx,
+static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
                                   const fastbn_matrix *matrix, const fastbn_gradient *gradient,
-                                  int nontemporal)
+                                  const fastbn_gate *gate, int nontemporal)
 {
     fastbn_matrix rows[2];
     NAME(long_rows)(matrix, rows);
-    if (matrix->mask != NULL)
-        NAME(gradient_rows)(1, dy, x, dx, matrix, gradient, nontemporal);
-    else
-        for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++)
-            NAME(gradient_rows)(0, (const T *)dy + at, (const T *)x + at, (T *)dx + at, &rows[k],
-                                gradient, nontemporal);
+    for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++) {
+        const T *dy = (const T *)dy_ + at, *x = (const T *)x_ + at;
+        T *dx = (T *)dx_ + at;
+        if (gate != NULL)
+            NAME(gradient_rows)(0, 1, dy, x, dx, &rows[k], gradient, gate, nontemporal);
+        else if (matrix->mask == NULL)
+            NAME(gradient_rows)(0, 0, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+        else
+            NAME(gradient_rows)(1, 0, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+    }
 }
 
+/* ------------------------------------------------------------------ activations by themselves */
+
+/* to = dy times the derivative at z, of which a bit of `alive` tells or, where that is NULL, the sign
+ * of y, the output of the activation. */
+static void NAME(activation_gradient)(const void *dy_, const void *y_, const unsigned char *alive,
+                                      ptrdiff_t first, ptrdiff_t count,
+                                      const fastbn_activation *activation_, void *to_)
+{
+    const NAME(activation) activation = NAME(activation_of)(activation_);
+    const VA one = (VA){0} + 1;
+    uint8_t bytes_[ALIVE_BYTES + 2 * MASK_BYTES];
+    for (ptrdiff_t i0 = 0, n; i0 < count; i0 += n) {
+        const T *dy = (const T *)dy_ + i0, *y = alive == NULL ? (const T *)y_ + i0 : NULL;
+        T *to = (T *)to_ + i0;
+        const uint8_t *bytes = bytes_ + (first + i0) % 8;
+        n = smaller(count - i0, ALIVE_BYTES);
+        if (alive != NULL)
+            spread_bits(alive, first + i0, n, bytes_);
+#define AT(i) \
+    NAME(derive)(NAME(load)(dy + (i)), \
+                 alive != NULL ? MASKED_A(bytes + (i), NULL, one) : NAME(load)(y + (i)), \
+                 &activation)
+#define ONE(i) \
+    NAME(first_lane)(NAME(derive)( \
+        NAME(all_lanes)(NAME(decode)(dy[i])), \
+        NAME(all_lanes)(alive != NULL ? (A)(bytes[i] != 0) : NAME(decode)(y[i])), &activation))
+        STORE_RUN(to, n, AT, ONE);
+#undef AT
+#undef ONE
+    }
+}
+
+#undef KEEP_NOTES
+#undef FINISH_ONE
+#undef FINISH
+#undef NOTES
+#undef MOST
 #undef MASKED_LANES
 #undef MASKED_LANE
 #undef WRITE_ROWS

@@ -15,6 +15,8 @@ enum {
     BUFFER_BYTES = 4096,
     /* The terms of a lane that are added in float32. */
     TREE = FASTBN_TREE,
+    /* The elements of which bytes tell, before these become bits, where derivatives are 1. */
+    ALIVE_BYTES = 4096,
 };
 
 static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
@@ -194,6 +196,39 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
     return buffer;
 }
 
+/* Bits of an array's elements, in the order of memory. In `bytes` those of the first one's byte that
+ * come before it have room, too. */
+
+/* A byte, 255 or 0, for each of so many bits. */
+static void spread_bits(const uint8_t *bits, ptrdiff_t first, ptrdiff_t count, uint8_t *bytes)
+{
+    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
+    for (ptrdiff_t k = first / 8; k < (first + count + 7) / 8; k++, bytes += 8) {
+        const uint64_t bit = bits[k] * ones & diagonal;
+        const uint64_t byte = ((bit + 0x7f * ones) >> 7 & ones) * 255;
+        memcpy(bytes, &byte, sizeof byte);
+    }
+}
+
+/* Sets so many bits, which are zeros, from bytes. Other threads may set bits of the first and the
+ * last byte at the same time. */
+static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
+{
+    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
+    const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;
+    memset(bytes, 0, (size_t)(first % 8));
+    memset(bytes + first % 8 + count, 0, 8);
+    for (ptrdiff_t k = begin; k < end; k++, bytes += 8) {
+        uint64_t eight;
+        memcpy(&eight, bytes, sizeof eight);
+        const uint8_t byte = (uint8_t)((eight & diagonal) * ones >> 56);
+        if (k > begin && k + 1 < end)
+            bits[k] = byte;
+        else if (byte != 0)
+            or_atomically(bits + k, byte);
+    }
+}
+
 #define DTYPE float32
 #define TREES 1
 #define MASKED_A masked_vf
@@ -201,6 +236,10 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define WIDEN_A widen_lanes
+#define IF_LESS_A if_less_vf
+#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
 
@@ -211,6 +250,10 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define A double
 #define VA vd
 #define LOAD_A load_float64
+#define WIDEN_A itself
+#define IF_LESS_A if_less_vd
+#define ZERO_IF_AT_MOST_A zero_if_at_most_vd
+#define STORE_BYTES_A store_bytes_vd
 #define SPREAD_A spread_double
 #include "dtype.h"
 
@@ -221,6 +264,10 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define WIDEN_A widen_lanes
+#define IF_LESS_A if_less_vf
+#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
 
@@ -231,6 +278,10 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
 #define A float
 #define VA vf
 #define LOAD_A load_float32
+#define WIDEN_A widen_lanes
+#define IF_LESS_A if_less_vf
+#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
 
@@ -240,7 +291,8 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
             column_moments_##dtype, column_products_##dtype, tree##moments_##dtype, \
             tree##products_##dtype, column_##tree##moments_##dtype, \
             column_##tree##products_##dtype, normalize_##dtype, gradient_##dtype, \
-            column_normalize_##dtype, column_gradient_##dtype, count_valid, invstd, \
+            column_normalize_##dtype, column_gradient_##dtype, activation_gradient_##dtype, \
+            count_valid, invstd, \
             FENCE_NONTEMPORAL \
     }
 

@@ -43,6 +43,40 @@ typedef struct {
     double slope[FASTBN_COLUMNS], scale[FASTBN_COLUMNS];
 } fastbn_gradient;
 
+/* What is done to z, a normalized value with its residual added. */
+enum {
+    FASTBN_LINEAR,     /* nothing */
+    FASTBN_RELU,       /* max(z, 0) or, with a finite cap, min(max(z, 0), cap) */
+    FASTBN_LEAKY_RELU, /* z where it is positive, z * slope elsewhere */
+    /* Of a backward after a forward in place: its x is the output of FASTBN_LEAKY_RELU. */
+    FASTBN_LEAKY_RELU_INVERTED,
+};
+
+typedef struct {
+    int kind;
+    double slope, cap;
+} fastbn_activation;
+
+/* What follows a normalization, in the same walk: a residual, unless it is NULL, is added in the type
+ * of element-wise arithmetic, and the activation is applied before the result is rounded.
+ *
+ * Unless `alive` is NULL, bit i of it, which was 0, is set if the derivative of the activation at
+ * the i-th element of the array, in the order of memory, is 1. `first` is the number of the first
+ * element of x. */
+typedef struct {
+    fastbn_activation activation;
+    const void *residual;
+    unsigned char *alive;
+    ptrdiff_t first;
+} fastbn_epilogue;
+
+/* What dy passes before a backward uses it: the derivative of the activation at
+ * z = (x - mean) * scale + shift, which is computed as the forward does, for each channel. */
+typedef struct {
+    fastbn_activation activation;
+    double scale[FASTBN_COLUMNS], shift[FASTBN_COLUMNS];
+} fastbn_gate;
+
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
  * prefetched, later the one `jump` further on: hardware does not foresee the way to the next
  * sample. The addresses need not be memory of the process. */
@@ -74,11 +108,13 @@ typedef struct {
 typedef void fastbn_moments(const void *x, const fastbn_runs *runs, const double *pivot,
                             double *first, double *second);
 typedef void fastbn_products(const void *dy, const void *x, const fastbn_runs *runs,
-                             const double *mean, double *first, double *second);
+                             const double *mean, const fastbn_gate *gate, double *first,
+                             double *second);
 typedef void fastbn_column_moments(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                    double *first, double *second);
 typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_matrix *matrix,
-                                    const double *mean, double *first, double *second);
+                                    const double *mean, const fastbn_gate *gate, double *first,
+                                    double *second);
 
 typedef struct {
     /* to[i] = the element i * stride bytes after x */
@@ -88,7 +124,8 @@ typedef struct {
 
     /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
     fastbn_moments *moments;
-    /* first, second = the sums of dy and of dy * (x - mean) */
+    /* first, second = the sums of dy and of dy * (x - mean); with a gate, unless it is NULL, there is
+     * no mask */
     fastbn_products *products;
     /* The same in the column layout; sums are added to those in first and second. */
     fastbn_column_moments *column_moments;
@@ -100,14 +137,22 @@ typedef struct {
     fastbn_column_moments *column_tree_moments;
     fastbn_column_products *column_tree_products;
 
+    /* The epilogue and the gate may be NULL; with a gate there is no mask. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
-                      int nontemporal);
+                      const fastbn_epilogue *epilogue, int nontemporal);
     void (*gradient)(const void *dy, const void *x, void *dx, const fastbn_runs *runs,
-                     const fastbn_gradient *gradient, int nontemporal);
+                     const fastbn_gradient *gradient, const fastbn_gate *gate, int nontemporal);
     void (*column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
-                             const fastbn_affine *affine, int nontemporal);
+                             const fastbn_affine *affine, const fastbn_epilogue *epilogue,
+                             int nontemporal);
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
-                            const fastbn_gradient *gradient, int nontemporal);
+                            const fastbn_gradient *gradient, const fastbn_gate *gate,
+                            int nontemporal);
+    /* to = dy times the derivative of the activation: of so many elements, of which the bits of
+     * `alive` from the first one on tell or, if that is NULL, those of y, the activation's output */
+    void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
+                                ptrdiff_t first, ptrdiff_t count,
+                                const fastbn_activation *activation, void *to);
 
     /* How many of the first `len` positions are valid. */
     ptrdiff_t (*count_valid)(const unsigned char *mask, ptrdiff_t len);

@@ -15,6 +15,11 @@
  *   masked_vd(mask, index, vd),    the register, with zeros in the lanes for which the mask has 0
  *   masked_vf(mask, index, vf)     and not 255; lane i has byte i of the mask or, where index is
  *                                  not NULL, byte index[i]; MASK_BYTES bytes of both may be read
+ *   if_less_vd(a, b, yes, no)      lane by lane: `yes` where a < b, and `no` elsewhere
+ *   zero_if_at_most_vd(a, b, vd)   lane by lane: 0 where a <= b, and the register elsewhere. With
+ *                                  NaN neither is true. Both for vf, too
+ *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
+ *                                  none. The same for vf
  *   sum_of_lanes(vd)               lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...
  *   HAS_NONTEMPORAL                1 or 0; where it is 1,
  *   copy_register_nontemporal(to, from)  copies sizeof(vf) bytes by a non-temporal store, to an
@@ -31,6 +36,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if !defined(__GNUC__)
+#  include <intrin.h>
+#endif
 
 #if defined(__GNUC__)
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -124,6 +132,12 @@ ALWAYS_INLINE vd load_float64(const double *p)
     return v;
 }
 
+ALWAYS_INLINE vd itself(vd v, int k)
+{
+    (void)k;
+    return v;
+}
+
 ALWAYS_INLINE void store_float64(double *p, vd v) { memcpy(p, &v, sizeof v); }
 
 ALWAYS_INLINE vd widen_float64(const double *p) { return load_float64(p); }
@@ -136,6 +150,16 @@ ALWAYS_INLINE vf load_float32(const float *p)
 }
 
 ALWAYS_INLINE void store_float32(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+/* Sets bits of a byte of which other threads may set others at the same time. */
+ALWAYS_INLINE void or_atomically(uint8_t *byte, uint8_t bits)
+{
+#if defined(__GNUC__)
+    __atomic_fetch_or(byte, bits, __ATOMIC_RELAXED);
+#else
+    _InterlockedOr8((char *)byte, (char)bits);
+#endif
+}
 
 /* How many elements after the i-th memory is prefetched. */
 ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)

@@ -92,6 +92,37 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
     return (vf)_mm256_and_si256((__m256i)v, _mm256_cvtepi8_epi32(mask_bytes(mask, index, VF)));
 }
 
+#define COMPARISONS(v_type, suffix) \
+    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+    { \
+        return _mm256_blendv_##suffix(no, yes, _mm256_cmp_##suffix(a, b, _CMP_LT_OQ)); \
+    } \
+    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    { \
+        return _mm256_andnot_##suffix(_mm256_cmp_##suffix(a, b, _CMP_LE_OQ), v); \
+    }
+COMPARISONS(vd, pd)
+COMPARISONS(vf, ps)
+#undef COMPARISONS
+
+ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
+{
+    const __m256i bits = (__m256i)v;
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(bits),
+                                          _mm256_extracti128_si256(bits, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+
+ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
+{
+    const __m256i bits = (__m256i)v;
+    const __m128i lanes = _mm_packs_epi32(_mm256_castsi256_si128(bits),
+                                          _mm256_extracti128_si256(bits, 1));
+    const __m128i words = _mm_packs_epi16(lanes, lanes);
+    const int32_t four = _mm_cvtsi128_si32(_mm_packs_epi16(words, words));
+    memcpy(p, &four, sizeof four);
+}
+
 ALWAYS_INLINE double sum_of_lanes(vd v)
 {
     typedef double vd2 __attribute__((vector_size(16)));

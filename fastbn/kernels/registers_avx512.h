@@ -89,6 +89,29 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
     return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
 }
 
+#define COMPARISONS(v_type, suffix) \
+    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+    { \
+        return _mm512_mask_blend_##suffix(_mm512_cmp_##suffix##_mask(a, b, _CMP_LT_OQ), no, yes); \
+    } \
+    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    { \
+        return _mm512_maskz_mov_##suffix(_mm512_cmp_##suffix##_mask(a, b, _CMP_NLE_UQ), v); \
+    }
+COMPARISONS(vd, pd)
+COMPARISONS(vf, ps)
+#undef COMPARISONS
+
+ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
+{
+    _mm_storeu_si128((__m128i *)p, _mm_movm_epi8(_mm512_movepi32_mask((__m512i)v)));
+}
+
+ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
+{
+    _mm_storel_epi64((__m128i *)p, _mm_movm_epi8(_mm512_movepi64_mask((__m512i)v)));
+}
+
 ALWAYS_INLINE double sum_of_lanes(vd v)
 {
     typedef double vd4 __attribute__((vector_size(32)));

@@ -107,6 +107,34 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
     return (vf)((lanes_of_vf)v & wide);
 }
 
+#define COMPARISONS(v_type, lanes_of_v) \
+    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+    { \
+        const lanes_of_v choice = a < b; \
+        return (v_type)(((lanes_of_v)yes & choice) | ((lanes_of_v)no & ~choice)); \
+    } \
+    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    { \
+        return (v_type)((lanes_of_v)v & ~(lanes_of_v)(a <= b)); \
+    }
+COMPARISONS(vd, lanes_of_vd)
+COMPARISONS(vf, lanes_of_vf)
+#undef COMPARISONS
+
+ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
+{
+    const lanes_of_vf bits = (lanes_of_vf)v;
+    for (int i = 0; i < VF; i++)
+        p[i] = (uint8_t)bits[i];
+}
+
+ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
+{
+    const lanes_of_vd bits = (lanes_of_vd)v;
+    for (int i = 0; i < VD; i++)
+        p[i] = (uint8_t)bits[i];
+}
+
 ALWAYS_INLINE double sum_of_lanes(vd v) { return v[0] + v[1]; }
 
 #else
@@ -120,6 +148,14 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 {
     return mask_byte(mask, index, 0) ? v : 0.0f;
 }
+
+ALWAYS_INLINE vd if_less_vd(vd a, vd b, vd yes, vd no) { return a < b ? yes : no; }
+ALWAYS_INLINE vf if_less_vf(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
+ALWAYS_INLINE vd zero_if_at_most_vd(vd a, vd b, vd v) { return a <= b ? 0.0 : v; }
+ALWAYS_INLINE vf zero_if_at_most_vf(vf a, vf b, vf v) { return a <= b ? 0.0f : v; }
+
+ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v) { memcpy(p, &v, 1); }
+ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v) { memcpy(p, &v, 1); }
 
 ALWAYS_INLINE double sum_of_lanes(vd v) { return v; }
 

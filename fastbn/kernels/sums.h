@@ -5,12 +5,12 @@
 
 /* Adds a step to its sums, and prefetches what lies `ahead` elements further on. */
 typedef step_sums NAME(add_step)(step_sums sums, const T *dy, const T *x, ptrdiff_t ahead,
-                                 step centre, valid_lanes lanes);
+                                 step centre, const NAME(gate) *gate, valid_lanes lanes);
 
 ALWAYS_INLINE step_sums NAME(add_moments)(step_sums sums, const T *dy, const T *x, ptrdiff_t ahead,
-                                          step pivot, valid_lanes lanes)
+                                          step pivot, const NAME(gate) *gate, valid_lanes lanes)
 {
-    (void)dy;
+    (void)dy, (void)gate;
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
         const vd d = only_valid(lanes, j, NAME(widen)(x + j * VD) - pivot.at[j]);
@@ -21,8 +21,10 @@ ALWAYS_INLINE step_sums NAME(add_moments)(step_sums sums, const T *dy, const T *
 }
 
 ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T *x,
-                                           ptrdiff_t ahead, step mean, valid_lanes lanes)
+                                           ptrdiff_t ahead, step mean, const NAME(gate) *gate,
+                                           valid_lanes lanes)
 {
+    (void)gate;
     PREFETCH(dy + ahead);
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
@@ -30,6 +32,31 @@ ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T 
         const vd d = only_valid(lanes, j, NAME(widen)(x + j * VD) - mean.at[j]);
         sums.first[j] += g;
         sums.second[j] += g * d;
+    }
+    return sums;
+}
+
+/* The same of what has passed the gate. */
+ALWAYS_INLINE step_sums NAME(add_gated_products)(step_sums sums, const T *dy, const T *x,
+                                                 ptrdiff_t ahead, step mean,
+                                                 const NAME(gate) *gate, valid_lanes lanes)
+{
+    enum { PIECES = sizeof(VA) / sizeof(A) / VD };
+    PREFETCH(dy + ahead);
+    PREFETCH(x + ahead);
+    UNROLL for (int k = 0; k < NAME(GATE_STEPS); k++) {
+        const NAME(passed) passed = NAME(pass_gate)(NAME(load)(dy + k * VA_LANES),
+                                                    NAME(load)(x + k * VA_LANES), gate, k);
+        UNROLL for (int i = 0; i < PIECES; i++) {
+            const int j = k * PIECES + i;
+            const vd g = only_valid(lanes, j, WIDEN_A(passed.dy, i));
+            const vd wide = gate->activation.kind == FASTBN_LEAKY_RELU_INVERTED
+                                ? WIDEN_A(passed.x, i)
+                                : NAME(widen)(x + j * VD);
+            const vd d = only_valid(lanes, j, wide - mean.at[j]);
+            sums.first[j] += g;
+            sums.second[j] += g * d;
+        }
     }
     return sums;
 }
@@ -49,14 +76,17 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_chunk)(ptrdiff_t len)
 
 /* Sums stay in registers for a run, and in memory from a sample to the next. */
 ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, const T *x,
-                                  const fastbn_runs *runs, const double *centre, double *first,
-                                  double *second)
+                                  const fastbn_runs *runs, const double *centre,
+                                  const fastbn_gate *gate, double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES], totals[FASTBN_GROUP][2][LANES];
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
+    NAME(run_gates) gates;
     const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
     const ptrdiff_t samples = NAME(CHUNKED) ? NAME(samples_of_chunk)(len) : runs->samples;
+    if (gate != NULL)
+        NAME(narrow_gates)(gate, centre, runs->channels, &gates);
     for (ptrdiff_t n = 0, of_chunk = 0; n < runs->samples; n++, dy += down, x += down) {
         const int begins = of_chunk++ == 0, last = n + 1 == runs->samples;
         const int ends = last || of_chunk == samples;
@@ -65,22 +95,25 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
         of_chunk = ends ? 0 : of_chunk;
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += len, x += len) {
             const step around = same_step(centre[c]);
+            NAME(gate) own;
+            if (gate != NULL)
+                own = NAME(gate_of_run)(&gates, c);
             step_sums s = begins ? no_sums() : load_sums(sums[c][0], sums[c][1]);
             step_sums total = n < samples ? no_sums() : load_sums(totals[c][0], totals[c][1]);
             ptrdiff_t i = 0;
             while (len - i > CHUNK) {
                 for (const ptrdiff_t end = i + CHUNK; i < end; i += LANES)
-                    s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around,
+                    s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around, &own,
                             (valid_lanes){masked, masked ? mask + i : NULL, NULL, 0});
                 total = add_sums(total, s);
                 s = no_sums();
             }
             for (; i + LANES <= len; i += LANES)
-                s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around,
+                s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around, &own,
                         (valid_lanes){masked, masked ? mask + i : NULL, NULL, 0});
             if (i < len)
                 s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
-                        last_step(x, len, sizeof(T), x_buffer), 0, around,
+                        last_step(x, len, sizeof(T), x_buffer), 0, around, &own,
                         (valid_lanes){masked, masked ? last_step(mask, len, 1, mask_buffer) : NULL,
                                   NULL, LANES - (len - i)});
             ahead.border -= len;
@@ -102,71 +135,82 @@ static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *
                           double *first, double *second)
 {
     if (runs->mask == NULL)
-        NAME(sum_runs)(NAME(add_moments), 0, x, x, runs, pivot, first, second);
+        NAME(sum_runs)(NAME(add_moments), 0, x, x, runs, pivot, NULL, first, second);
     else
-        NAME(sum_runs)(NAME(add_moments), 1, x, x, runs, pivot, first, second);
+        NAME(sum_runs)(NAME(add_moments), 1, x, x, runs, pivot, NULL, first, second);
 }
 
 static void NAME(products)(const void *dy, const void *x, const fastbn_runs *runs,
-                           const double *mean, double *first, double *second)
+                           const double *mean, const fastbn_gate *gate, double *first,
+                           double *second)
 {
-    if (runs->mask == NULL)
-        NAME(sum_runs)(NAME(add_products), 0, dy, x, runs, mean, first, second);
+    if (gate != NULL)
+        NAME(sum_runs)(NAME(add_gated_products), 0, dy, x, runs, mean, gate, first, second);
+    else if (runs->mask == NULL)
+        NAME(sum_runs)(NAME(add_products), 0, dy, x, runs, mean, NULL, first, second);
     else
-        NAME(sum_runs)(NAME(add_products), 1, dy, x, runs, mean, first, second);
+        NAME(sum_runs)(NAME(add_products), 1, dy, x, runs, mean, NULL, first, second);
 }
 
 /* ------------------------------------------------------------------ the column layout */
 
 /* Adds a few rows to the sums of LANES of their columns. */
 typedef step_sums NAME(add_rows)(step_sums sums, const T *dy, const T *x, const row_set *rows,
-                                 const double *centre, valid_lanes lanes);
+                                 const double *centre, const NAME(gate) *gate, valid_lanes lanes);
 
 ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums sums, const T *dy,
                                                   const T *x, const row_set *rows,
-                                                  const double *centre, valid_lanes lanes)
+                                                  const double *centre, const NAME(gate) *gate,
+                                                  valid_lanes lanes)
 {
     const step around = load_step(centre);
     const ptrdiff_t stride = rows->stride, ahead = ROWS_SUMMED * stride;
     for (ptrdiff_t r = 0; r < rows->count; r++) {
         const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
-        sums = add(sums, dy + at, x + at, ahead, around, lanes);
+        sums = add(sums, dy + at, x + at, ahead, around, gate, lanes);
         lanes.mask += lanes.masked ? rows->mask_stride : 0;
     }
     return sums;
 }
 
-ALWAYS_INLINE step_sums NAME(add_row_moments)(step_sums sums, const T *dy, const T *x,
-                                              const row_set *rows, const double *pivot,
-                                              valid_lanes lanes)
-{
-    return NAME(add_rows_one_by_one)(NAME(add_moments), sums, dy, x, rows, pivot, lanes);
-}
-
-ALWAYS_INLINE step_sums NAME(add_row_products)(step_sums sums, const T *dy, const T *x,
-                                               const row_set *rows, const double *mean,
-                                               valid_lanes lanes)
-{
-    return NAME(add_rows_one_by_one)(NAME(add_products), sums, dy, x, rows, mean, lanes);
-}
+/* The same of moments, of products, and of products behind a gate. */
+#define ADD_ROWS(name, add) \
+    ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
+                                       const row_set *rows, const double *centre, \
+                                       const NAME(gate) *gate, valid_lanes lanes) \
+    { \
+        return NAME(add_rows_one_by_one)(NAME(add), sums, dy, x, rows, centre, gate, lanes); \
+    }
+ADD_ROWS(add_row_moments, add_moments)
+ADD_ROWS(add_row_products, add_products)
+ADD_ROWS(add_gated_row_products, add_gated_products)
+#undef ADD_ROWS
 
 /* A few rows are summed at a time, so that sums are loaded and stored once for all of them, and
  * memory is read at a few places at once. */
 ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy, const T *x,
                                      const fastbn_matrix *matrix, const double *centre_of_channel,
-                                     double *first_of_channel, double *second_of_channel)
+                                     const fastbn_gate *gate, double *first_of_channel,
+                                     double *second_of_channel)
 {
     /* A last step that overlaps the one before reaches, of few columns, back before the first. */
     double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
     double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
     mask_step masks[COLUMNS / LANES + 1];
+    NAME(gates) gates;
+    NAME(gate) own;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
     const uint8_t *mask = matrix->mask;
     row_set rows = {
         .stride = stride, .mask_stride = matrix->mask_stride, .listed = mode == LISTED};
 #define ADD(dy, x, rows, i, lanes) \
-    store_sums(first + (i), second + (i), \
-               add(load_sums(first + (i), second + (i)), dy, x, rows, centre + (i), lanes))
+    do { \
+        if (gate != NULL) \
+            own = NAME(load_gate)(&gates, i); \
+        store_sums(first + (i), second + (i), \
+                   add(load_sums(first + (i), second + (i)), dy, x, rows, centre + (i), &own, \
+                       lanes)); \
+    } while (0)
 #define VALID_LANES(i, skip) \
     (mode == MASKED ? (valid_lanes){1, mask + masks[i].offset, masks[i].index, skip} \
                     : (valid_lanes){0, NULL, NULL, skip})
@@ -174,6 +218,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
     memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
     memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
     spread_double(matrix, centre_of_channel, centre);
+    if (gate != NULL)
+        NAME(spread_gate)(matrix, gate, centre_of_channel, &gates);
     if (mode == MASKED)
         find_masks(matrix, end, masks);
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
@@ -214,11 +260,11 @@ ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, const void *dy, const v
                                     double *first, double *second)
 {
     if (matrix->mask == NULL)
-        NAME(sum_columns)(add, UNMASKED, dy, x, matrix, centre, first, second);
+        NAME(sum_columns)(add, UNMASKED, dy, x, matrix, centre, NULL, first, second);
     else if (matrix->mask_stride == 1)
-        NAME(sum_columns)(add, LISTED, dy, x, matrix, centre, first, second);
+        NAME(sum_columns)(add, LISTED, dy, x, matrix, centre, NULL, first, second);
     else
-        NAME(sum_columns)(add, MASKED, dy, x, matrix, centre, first, second);
+        NAME(sum_columns)(add, MASKED, dy, x, matrix, centre, NULL, first, second);
 }
 
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
@@ -228,9 +274,14 @@ static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, con
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
-                                  const double *mean, double *first, double *second)
+                                  const double *mean, const fastbn_gate *gate, double *first,
+                                  double *second)
 {
-    NAME(sum_matrix)(NAME(add_row_products), dy, x, matrix, mean, first, second);
+    if (gate != NULL)
+        NAME(sum_columns)(NAME(add_gated_row_products), UNMASKED, dy, x, matrix, mean, gate, first,
+                          second);
+    else
+        NAME(sum_matrix)(NAME(add_row_products), dy, x, matrix, mean, first, second);
 }
 
 #undef CHUNK

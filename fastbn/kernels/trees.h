@@ -12,6 +12,7 @@ typedef struct {
     const ptrdiff_t *at;
     valid_lanes lanes;
     ptrdiff_t mask_pitch;
+    const NAME(gate) *gate;
 } NAME(terms);
 
 /* The t-th term; prefetches what lies `ahead` elements further on. */
@@ -60,6 +61,26 @@ ALWAYS_INLINE tree_sums NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t
     return sums;
 }
 
+/* The same of what has passed the gate. */
+ALWAYS_INLINE tree_sums NAME(gated_product_term)(const NAME(terms) *terms, ptrdiff_t t,
+                                                 float_step mean)
+{
+    const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
+    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
+    tree_sums sums;
+    PREFETCH(dy + terms->ahead);
+    PREFETCH(x + terms->ahead);
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        const NAME(passed) passed = NAME(pass_gate)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF),
+                                                    terms->gate, j);
+        const vf g = only_valid_floats(lanes, j, passed.dy);
+        const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
+        sums.first[j] = g;
+        sums.second[j] = g * d;
+    }
+    return sums;
+}
+
 /* The sum of 2, 4 or 8 terms from the t-th on. */
 #define SUM_OF(count, half) \
     ALWAYS_INLINE tree_sums NAME(sum_of_##count)(NAME(term) *term, const NAME(terms) *terms, \
@@ -94,20 +115,22 @@ ALWAYS_INLINE tree_sums NAME(sum_in_turn)(NAME(term) *term, const NAME(terms) *t
 
 /* The terms of a run from the i-th element on. */
 ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x,
-                                             const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead)
+                                             const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead,
+                                             const NAME(gate) *gate)
 {
     return (NAME(terms)){dy + i, x + i, LANES, ahead, NULL,
-                         {masked, masked ? mask + i : NULL, NULL, 0}, LANES};
+                         {masked, masked ? mask + i : NULL, NULL, 0}, LANES, gate};
 }
 
 /* The sum of the end of a run, from the i-th element on: less than TREE whole steps, and a step
  * that overlaps the one before it. */
 ALWAYS_INLINE tree_sums NAME(sum_of_end)(NAME(term) *term, int masked, const T *dy, const T *x,
                                          const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
-                                         ptrdiff_t ahead, float_step centre)
+                                         ptrdiff_t ahead, const NAME(gate) *gate,
+                                         float_step centre)
 {
     const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
-    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead);
+    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate);
     const tree_sums sum = NAME(sum_in_turn)(term, &whole, steps, centre);
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
@@ -115,7 +138,8 @@ ALWAYS_INLINE tree_sums NAME(sum_of_end)(NAME(term) *term, int masked, const T *
         return sum;
     NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
                                           last_step(x, len, sizeof(T), x_buffer),
-                                          masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0, 0);
+                                          masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0, 0,
+                                          gate);
     last.lanes.skip = LANES - rest;
     return add_trees(sum, term(&last, 0, centre));
 }
@@ -129,11 +153,14 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_tree)(ptrdiff_t len)
 
 ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T *dy, const T *x,
                                            const fastbn_runs *runs, const double *centre,
-                                           double *first, double *second)
+                                           const fastbn_gate *gate, double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES];
+    NAME(run_gates) gates;
     const ptrdiff_t len = runs->len, stride = runs->stride;
     const ptrdiff_t samples_of_tree = NAME(samples_of_tree)(len);
+    if (gate != NULL)
+        NAME(narrow_gates)(gate, centre, runs->channels, &gates);
     for (ptrdiff_t n = 0, count; n < runs->samples; n += count) {
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
@@ -141,11 +168,14 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
         for (ptrdiff_t c = 0; c < runs->channels; c++) {
             const T *dy_run = dy + n * stride + c * len, *x_run = x + n * stride + c * len;
             const float_step around = same_float_step(centre[c]);
+            NAME(gate) own;
+            if (gate != NULL)
+                own = NAME(gate_of_run)(&gates, c);
             step_sums s = n == 0 ? no_sums() : load_sums(sums[c][0], sums[c][1]);
             ptrdiff_t i = 0;
             for (; i + TREE * LANES <= len; i += TREE * LANES) {
                 const NAME(terms) terms = NAME(terms_of_run)(masked, dy_run, x_run, mask, i,
-                                                             prefetch_distance(ahead, i));
+                                                             prefetch_distance(ahead, i), &own);
                 s = add_tree(s, NAME(sum_of_8)(term, &terms, 0, around));
             }
             if (i < len) {
@@ -154,7 +184,7 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
                     sum = add_trees(sum, NAME(sum_of_end)(
                                              term, masked, dy_run + m * stride, x_run + m * stride,
                                              masked ? mask + m * runs->mask_stride : NULL, len, i,
-                                             prefetch_distance(ahead, i), around));
+                                             prefetch_distance(ahead, i), &own, around));
                 s = add_tree(s, sum);
             }
             ahead.border -= len;
@@ -172,18 +202,22 @@ static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const dou
                                double *first, double *second)
 {
     if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, first, second);
+        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, NULL, first, second);
     else
-        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, first, second);
+        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, NULL, first, second);
 }
 
 static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs *runs,
-                                const double *mean, double *first, double *second)
+                                const double *mean, const fastbn_gate *gate, double *first,
+                                double *second)
 {
-    if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, first, second);
+    if (gate != NULL)
+        NAME(sum_runs_by_trees)(NAME(gated_product_term), 0, dy, x, runs, mean, gate, first,
+                                second);
+    else if (runs->mask == NULL)
+        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, first, second);
     else
-        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, first, second);
+        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, NULL, first, second);
 }
 
 /* ------------------------------------------------------------------ the column layout */
@@ -191,29 +225,29 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
 /* A tree of a few rows. */
 ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums, const T *dy,
                                                const T *x, const row_set *rows,
-                                               const double *centre, valid_lanes lanes)
+                                               const double *centre, const NAME(gate) *gate,
+                                               valid_lanes lanes)
 {
     const NAME(terms) terms = {dy, x, rows->stride, ROWS_SUMMED * rows->stride,
-                               rows->listed ? rows->at : NULL, lanes, rows->mask_stride};
+                               rows->listed ? rows->at : NULL, lanes, rows->mask_stride, gate};
     const float_step around = narrow_step(centre);
     if (rows->count == TREE)
         return add_tree(sums, NAME(sum_of_8)(term, &terms, 0, around));
     return add_tree(sums, NAME(sum_in_turn)(term, &terms, rows->count, around));
 }
 
-ALWAYS_INLINE step_sums NAME(add_moments_of_rows)(step_sums sums, const T *dy, const T *x,
-                                                  const row_set *rows, const double *pivot,
-                                                  valid_lanes lanes)
-{
-    return NAME(add_rows_by_tree)(NAME(moment_term), sums, dy, x, rows, pivot, lanes);
-}
-
-ALWAYS_INLINE step_sums NAME(add_products_of_rows)(step_sums sums, const T *dy, const T *x,
-                                                   const row_set *rows, const double *mean,
-                                                   valid_lanes lanes)
-{
-    return NAME(add_rows_by_tree)(NAME(product_term), sums, dy, x, rows, mean, lanes);
-}
+/* The same of moments, of products, and of products behind a gate. */
+#define ADD_ROWS(name, term) \
+    ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
+                                       const row_set *rows, const double *centre, \
+                                       const NAME(gate) *gate, valid_lanes lanes) \
+    { \
+        return NAME(add_rows_by_tree)(NAME(term), sums, dy, x, rows, centre, gate, lanes); \
+    }
+ADD_ROWS(add_moments_of_rows, moment_term)
+ADD_ROWS(add_products_of_rows, product_term)
+ADD_ROWS(add_gated_products_of_rows, gated_product_term)
+#undef ADD_ROWS
 
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)
@@ -222,7 +256,12 @@ static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix
 }
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
-                                       const double *mean, double *first, double *second)
+                                       const double *mean, const fastbn_gate *gate, double *first,
+                                       double *second)
 {
-    NAME(sum_matrix)(NAME(add_products_of_rows), dy, x, matrix, mean, first, second);
+    if (gate != NULL)
+        NAME(sum_columns)(NAME(add_gated_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
+                          first, second);
+    else
+        NAME(sum_matrix)(NAME(add_products_of_rows), dy, x, matrix, mean, first, second);
 }

@@ -11,7 +11,9 @@ from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
-from fastbn._types import Array, ArrayLike, DTypeLike, NDArray, Statistics
+from fastbn import _scalars as scalars
+from fastbn._types import Array, ArrayLike, DTypeLike, Gate, NDArray, Statistics
+from fastbn.backends import backend_of
 from fastbn.layers.saved import (
     AFTER_FREEZE,
     AFTER_TRAIN,
@@ -21,11 +23,13 @@ from fastbn.layers.saved import (
     GradBuffer,
     KeptChannels,
     SavedForBackward,
+    gate_of,
     grad_buffer,
     gradients,
-    keep_channels,
+    keep_input,
     reads_array,
     used_parameters,
+    with_alive,
 )
 from fastbn.layers.state import LayerState
 
@@ -52,6 +56,12 @@ class Norm(LayerState):
     _ranks: ClassVar[tuple[int, ...]]
     _batch_ranks: ClassVar[tuple[int, ...]]  # of those, the ones with an axis of samples
     _zero_eps: ClassVar[bool] = False  # whether eps may be 0
+    # Whether a backward may compute the derivatives of the activation from the input.
+    _computes_gates: ClassVar[bool] = True
+
+    # Those of layers that were pickled before there were activations.
+    activation: str | None = None
+    negative_slope: float = 0.01
 
     num_features: int
     # Any stands for None: which of them are None, one knows from the arguments, a type checker
@@ -75,13 +85,16 @@ class Norm(LayerState):
         dtype: DTypeLike | None,
         bias: bool,
         unbiased: bool,
+        activation: str | None,
+        negative_slope: float,
     ) -> None:
         """Check and keep the options, and make the arrays if the number of channels is known."""
-        self.eps = checks.as_eps(eps, zero=self._zero_eps)
-        self.momentum = None if momentum is None else checks.as_real(momentum, "momentum")
+        self.eps = scalars.as_eps(eps, zero=self._zero_eps)
+        self.momentum = None if momentum is None else scalars.as_real(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
-        self.unbiased = checks.as_bool(unbiased, "unbiased")
+        self.unbiased = scalars.as_bool(unbiased, "unbiased")
+        self.activation, self.negative_slope = scalars.as_activation(activation, negative_slope)
         self._device = layer_checks.as_device(device)
         self._dtype = layer_checks.as_dtype(dtype)
         self._has_bias = self.affine and bool(bias)
@@ -102,19 +115,25 @@ class Norm(LayerState):
         *others: Never,
         out: Array | None = None,
         mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
-        """Normalize a batch, as `forward` does; `out` and `mask` are passed by name."""
+        """Normalize a batch, as `forward` does; all but the input is passed by name."""
         if others:
             raise TypeError(
                 f"{type(self).__name__} is called with x alone by position, got {1 + len(others)} "
                 f"arguments; pass out and mask by name: layer(x, out=..., mask=...)"
             )
-        return self.forward(input, out=out, mask=mask)
+        return self.forward(input, out=out, mask=mask, residual=residual)
 
     def forward(
-        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        input: ArrayLike,
+        *,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
-        """Normalize a batch.
+        """Normalize a batch, add a residual, and apply the activation.
 
         In training mode by its own statistics, towards which the running ones then move; what the
         backward needs is kept, by reference. In evaluation mode, and in training mode if frozen,
@@ -131,12 +150,15 @@ class Norm(LayerState):
             of its size, but a copy of channels that the output does not determine: those with a
             weight of 0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of
             these, unless they are all channels, the backward allocates as much again. It needs the
-            output as it is now.
+            output as it is now. With relu or relu6, or a residual, it keeps a copy of the input.
         mask : array_like of bool, optional
             Which positions are valid, of a shape that broadcasts to (N, 1, ...): pixels of an
             image, or the part of each sequence that is not padding. What the input holds at the
             others changes nothing, neither here nor in the backward; output and gradient are 0
             there. The backward has a copy.
+        residual : array_like of the input's shape and dtype, optional
+            Is added to the normalized batch, before the activation and in the same pass over
+            memory. After that, it may be overwritten; `out` may be it.
 
         Returns
         -------
@@ -150,19 +172,21 @@ class Norm(LayerState):
             channel or no valid one; or if `out` or `mask` cannot serve. Nothing has been changed
             then.
         TypeError
-            If the dtype of the input is not one of the four, `out` has another, or `mask` is not
-            boolean.
+            If the dtype of the input is not one of the four, `out` or `residual` has another, or
+            `mask` is not boolean.
         """
         if mask is None:
-            y = self._quick_forward(input, out)
+            y = self._quick_forward(input, out, residual)
             if y is not None:
                 return y
-        return self._forward(self._as_input(input), out, mask)
+        return self._forward(self._as_input(input), out, mask, residual)
 
-    def _quick_forward(self, x: ArrayLike, out: Array | None) -> Array | None:
+    def _quick_forward(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array | None:
         """`forward` of a plain call; None for any other."""
         if self.training:
-            return self._quick_train(x, out)
+            return self._quick_train(x, out, residual)
         y = _core.try_evaluate(
             x,
             out,
@@ -171,6 +195,9 @@ class Norm(LayerState):
             self.weight,
             self.bias,
             self.eps,
+            self.activation,
+            self.negative_slope,
+            residual,
             self._batch_ranks,
             self.num_features,
         )
@@ -178,14 +205,22 @@ class Norm(LayerState):
             self._saved = self._no_backward_in_eval()
         return y
 
-    def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
+    def _quick_train(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array | None:
         """`forward` in training mode of a plain call; None for any other."""
         return None
 
-    def _forward(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
+    def _forward(
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
+    ) -> Array:
         """`forward` of an array of shape (N, C, ...) that fits the layer."""
         if not self.training:
-            y = self._forward_eval(x, out, mask)
+            y = self._forward_eval(x, out, mask, residual)
             self._saved = self._no_backward_in_eval()
             return y
         recorder = self._recorder
@@ -193,8 +228,10 @@ class Norm(LayerState):
         call_of = self._training_call
         if self.frozen:
             forward, call_of = normalize.frozen, self._running_call
-        call = call_of(x, out, mask)
-        kept = self._keep_channels(call) if call.in_place else None
+        call = with_alive(
+            call_of(x, out, mask, residual), computes_gates=self._computes_gates and not self.frozen
+        )
+        kept = self._keep_input(call) if call.in_place else None
         weight, bias = used_parameters(call)
         y, mean, invstd = forward(call)
         self._saved = SavedForBackward(
@@ -208,6 +245,7 @@ class Norm(LayerState):
             call.batch_size,
             weight,
             bias,
+            call.epilogue,
         )
         return y
 
@@ -226,10 +264,16 @@ class Norm(LayerState):
         """The axis of channels of an array of a rank that fits."""
         return 1
 
-    def _forward_eval(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
+    def _forward_eval(
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
+    ) -> Array:
         if self.running_mean is None and self.running_var is None:
-            return self._normalize(self._training_call(x, out, mask))[0]
-        return normalize.by_running(self._running_call(x, out, mask))
+            return self._normalize(self._training_call(x, out, mask, residual))[0]
+        return normalize.by_running(self._running_call(x, out, mask, residual))
 
     @property
     def _recorder(self) -> Recorder | None:
@@ -248,7 +292,11 @@ class Norm(LayerState):
         raise NotImplementedError
 
     def _training_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         """The checked arguments of a forward by the input's own statistics."""
         raise NotImplementedError
@@ -260,15 +308,24 @@ class Norm(LayerState):
         return self.running_mean, self.running_var, self.num_batches_tracked
 
     def _running_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         """The checked arguments of a forward by the running statistics."""
         parameters = self.running_mean, self.running_var, self.weight, self.bias
-        return checks.running_call(x, *parameters, self.eps, out=out, mask=mask)
+        epilogue = self._epilogue(residual)
+        return checks.running_call(x, *parameters, self.eps, out=out, mask=mask, epilogue=epilogue)
 
-    def _keep_channels(self, call: normalize.Forward) -> KeptChannels | None:
+    def _epilogue(self, residual: ArrayLike | None) -> tuple[Any, Any, Any]:
+        """What follows the normalization, to be checked."""
+        return self.activation, self.negative_slope, residual
+
+    def _keep_input(self, call: normalize.Forward) -> KeptChannels | None:
         """A copy of what a forward in place would make unrecoverable."""
-        return keep_channels(call, frozen=self.frozen)
+        return keep_input(call, frozen=self.frozen, inverts=self._computes_gates)
 
     # Backward.
 
@@ -277,7 +334,9 @@ class Norm(LayerState):
         self.weight_grad = self.bias_grad = None
         return self
 
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLike, *, out: Array | None = None, residual_out: Array | None = None
+    ) -> Array | Any:
         """Return the gradient of the last forward's input; add to weight_grad and bias_grad.
 
         Uses up what the forward in training mode left: a reference to its input or, after a forward
@@ -292,11 +351,15 @@ class Norm(LayerState):
         out : ndarray of the input's shape, optional
             Where to write the result: `dy`, the remembered array, a view of exactly the elements
             of one of them, or an array that overlaps neither, of the input's dtype.
+        residual_out : ndarray of the input's shape, optional
+            After a forward with a residual: where to write its gradient. `dy`, or an array that
+            overlaps nothing else of the call, of the input's dtype.
 
         Returns
         -------
         ndarray of the input's shape
-            `out`, or a new array of the input's dtype and memory layout.
+            `out`, or a new array of the input's dtype and memory layout. After a forward with a
+            residual a pair: this, and the gradient of the residual, `residual_out` or new.
 
         Raises
         ------
@@ -304,12 +367,22 @@ class Norm(LayerState):
             If the last forward was not in training mode, or its backward has run; or if what the
             forward saved has been written to.
         ValueError, TypeError
-            If `dy` or `out` cannot serve. The backward can then be tried again.
+            If `dy`, `out` or `residual_out` cannot serve. The backward can then be tried again.
         """
-        if isinstance(self._saved, str):
-            raise RuntimeError(self._saved)
-        dx = self._quick_backward(self._saved, dy, out)
-        return self._backward(self._saved, dy, out) if dx is None else dx
+        saved = self._saved
+        if isinstance(saved, str):
+            raise RuntimeError(saved)
+        if not saved.has_residual:
+            if residual_out is not None:
+                raise ValueError("residual_out needs a forward with a residual before it")
+            dx = self._quick_backward(saved, dy, out)
+            if dx is not None:
+                return dx
+        dx, derived = self._backward(saved, dy, out, residual_out)
+        if not saved.has_residual:
+            return dx
+        assert derived is not None
+        return dx, normalize.valid_only(derived, saved.mask)
 
     def _quick_backward(
         self, saved: SavedForBackward, dy: ArrayLike, out: Array | None
@@ -317,19 +390,40 @@ class Norm(LayerState):
         """`backward` of a plain call; None for any other."""
         return None
 
-    def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
-        """`backward`, from what the forward left."""
+    def _backward(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None]:
+        """`backward`, from what the forward left: the gradients of input and residual."""
         layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
         sums = self._checked_gradients(saved.x)
         out = checks.check_out(out, saved.x, dy, **parameters, **sums)
+        derived = self._derived(saved, dy, residual_out, out=out, **parameters, **sums)
         buffers = self._grad_buffers(saved.mean)
         if saved.in_place:
             parameters = {"weight": saved.weight, "bias": saved.bias}
-        dx, *added = self._gradients(saved, dy, **parameters, out=out)
+        gate = gate_of(saved, dy, derived)
+        dx, *added = self._gradients(saved, dy, **parameters, out=out, gate=gate)
         self._add_gradients(buffers, *added)
-        return dx
+        return dx, derived
+
+    def _derived(
+        self,
+        saved: SavedForBackward,
+        dy: Array,
+        residual_out: Array | None,
+        **read: Array | None,
+    ) -> Array | None:
+        """Where to write the gradient of the residual, if there was one."""
+        if not saved.has_residual:
+            return None
+        derived = checks.check_residual_out(residual_out, saved.x, dy, **read)
+        return backend_of(saved.x).empty_like(saved.x) if derived is None else derived
 
     def _gradients(
         self,
@@ -338,9 +432,10 @@ class Norm(LayerState):
         weight: Array | None,
         bias: Array | None,
         out: Array | None,
+        gate: Gate | None,
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradients of input, weight and bias, from checked arguments."""
-        return gradients(saved, dy, weight, bias, out)
+        return gradients(saved, dy, weight, bias, out, gate)
 
     def _checked_gradients(self, x: Array) -> dict[str, Array | None]:
         """weight_grad and bias_grad, if they can be added to."""

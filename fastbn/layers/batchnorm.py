@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _normalize as normalize
+from fastbn import _scalars as scalars
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm, recorders
 from fastbn.layers.saved import NO_SECOND_BACKWARD, SavedForBackward
@@ -30,12 +31,16 @@ class BatchNorm(Norm):
         bias: bool = True,
         ghost_batch_size: int | None = None,
         unbiased: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         options = affine, track_running_stats, device, dtype, bias, unbiased
-        super().__init__(num_features, eps, momentum, *options)
-        self.ghost_batch_size = checks.as_batch_size(ghost_batch_size) or None
+        super().__init__(num_features, eps, momentum, *options, activation, negative_slope)
+        self.ghost_batch_size = scalars.as_batch_size(ghost_batch_size) or None
 
-    def _quick_train(self, x: ArrayLike, out: Array | None) -> Array | None:
+    def _quick_train(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array | None:
         if self.frozen or recorders or self.ghost_batch_size is not None:
             return None
         tracks = self.track_running_stats
@@ -50,6 +55,9 @@ class BatchNorm(Norm):
             self.momentum,
             self.eps,
             self.unbiased,
+            self.activation,
+            self.negative_slope,
+            residual,
             self._batch_ranks,
             self.num_features,
         )
@@ -71,11 +79,15 @@ class BatchNorm(Norm):
         return dx
 
     def _training_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         running_mean, running_var, counter = self._moving_statistics()
         # Evaluation without running statistics normalizes the batch as a whole.
-        batch_size = checks.as_batch_size(self.ghost_batch_size) if self.training else 0
+        batch_size = scalars.as_batch_size(self.ghost_batch_size) if self.training else 0
         return checks.training_call(
             x,
             running_mean,
@@ -89,6 +101,7 @@ class BatchNorm(Norm):
             mask=mask,
             unbiased=self.unbiased,
             batch_size=batch_size,
+            epilogue=self._epilogue(residual),
         )
 
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
@@ -141,6 +154,11 @@ class BatchNorm2d(BatchNorm):
     unbiased : bool, default True
         Whether running_var takes the unbiased variance of the batch (over n - 1), as in torch, or
         with False that of the population (over n), as in ONNX, Keras and Flax.
+    activation : None, "relu", "relu6" or "leaky_relu", optional
+        What is applied to the result, after the residual has been added if there is one, in the
+        same pass over memory. The backward passes through it.
+    negative_slope : float, default 0.01
+        The slope of leaky_relu.
 
     Attributes
     ----------

@@ -7,7 +7,8 @@ from typing import Never
 from fastbn import _checks as checks
 from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
-from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
+from fastbn import _scalars as scalars
+from fastbn._types import Array, ArrayLike, DTypeLike, Gate, Statistics
 from fastbn.layers.base import Norm
 from fastbn.layers.saved import KeptChannels, SavedForBackward, group_gradients, keep_in_groups
 
@@ -33,7 +34,7 @@ class GroupNorm(Norm):
         Added to the variance. Not less than 0.
     affine : bool, default True
         Whether there are a weight and a bias.
-    device, dtype, bias
+    device, dtype, bias, activation, negative_slope
         As `BatchNorm2d` takes them.
 
     Attributes
@@ -64,6 +65,7 @@ class GroupNorm(Norm):
 
     _family = "GroupNorm"
     _zero_eps = True
+    _computes_gates = False
     _state_names = ("weight", "bias")
 
     def __init__(
@@ -76,10 +78,13 @@ class GroupNorm(Norm):
         dtype: DTypeLike | None = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        channels = checks.as_count(num_channels, "num_channels")
-        self.num_groups = checks.as_num_groups(num_groups, channels)
-        super().__init__(channels, eps, None, affine, False, device, dtype, bias, True)
+        channels = scalars.as_count(num_channels, "num_channels")
+        self.num_groups = scalars.as_num_groups(num_groups, channels)
+        options = affine, False, device, dtype, bias, True
+        super().__init__(channels, eps, None, *options, activation, negative_slope)
 
     @property
     def num_channels(self) -> int:
@@ -87,7 +92,12 @@ class GroupNorm(Norm):
         return self.num_features
 
     def forward(
-        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        input: ArrayLike,
+        *,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
         """Normalize the groups of each sample, in evaluation mode as in training.
 
@@ -103,6 +113,8 @@ class GroupNorm(Norm):
             the input if the output does not determine it, as `BatchNorm2d.forward` tells.
         mask : array_like of bool, optional
             Which positions are valid, as `BatchNorm2d.forward` takes it. A sample may have none.
+        residual : array_like of the input's shape and dtype, optional
+            As `BatchNorm2d.forward` takes it.
 
         Returns
         -------
@@ -115,10 +127,10 @@ class GroupNorm(Norm):
             If the input has a wrong number of channels, or the groups of all samples a single value
             together; or if `out` or `mask` cannot serve. Nothing has been changed then.
         TypeError
-            If the dtype of the input is not one of the four, `out` has another, or `mask` is not
-            boolean.
+            If the dtype of the input is not one of the four, `out` or `residual` has another, or
+            `mask` is not boolean.
         """
-        return super().forward(input, out=out, mask=mask)
+        return super().forward(input, out=out, mask=mask, residual=residual)
 
     def freeze(self) -> Never:
         """Raise RuntimeError: there are no running statistics."""
@@ -127,7 +139,9 @@ class GroupNorm(Norm):
             "sample by its own"
         )
 
-    def _quick_forward(self, x: ArrayLike, out: Array | None) -> Array | None:
+    def _quick_forward(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array | None:
         return None
 
     def _as_input(self, x: ArrayLike) -> Array:
@@ -136,15 +150,20 @@ class GroupNorm(Norm):
         return array
 
     def _training_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         parameters = self.num_groups, self.weight, self.bias, self.eps
-        return checks.group_call(x, *parameters, out=out, mask=mask)
+        epilogue = self._epilogue(residual)
+        return checks.group_call(x, *parameters, out=out, mask=mask, epilogue=epilogue)
 
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_group(call)
 
-    def _keep_channels(self, call: normalize.Forward) -> KeptChannels | None:
+    def _keep_input(self, call: normalize.Forward) -> KeptChannels | None:
         return keep_in_groups(call)
 
     def _gradients(
@@ -154,9 +173,10 @@ class GroupNorm(Norm):
         weight: Array | None,
         bias: Array | None,
         out: Array | None,
+        gate: Gate | None,
     ) -> tuple[Array, Statistics, Statistics]:
-        num_groups = checks.as_num_groups(self.num_groups, self.num_features)
-        return group_gradients(saved, num_groups, dy, weight, bias, out)
+        num_groups = scalars.as_num_groups(self.num_groups, self.num_features)
+        return group_gradients(saved, num_groups, dy, weight, bias, out, gate)
 
     def _options_repr(self) -> str:
         return (

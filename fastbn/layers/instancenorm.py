@@ -32,12 +32,19 @@ class InstanceNorm(Norm):
         *,
         bias: bool = True,
         unbiased: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         options = affine, track_running_stats, device, dtype, bias, unbiased
-        super().__init__(num_features, eps, momentum, *options)
+        super().__init__(num_features, eps, momentum, *options, activation, negative_slope)
 
     def forward(
-        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        input: ArrayLike,
+        *,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
         """Normalize each sample of a batch.
 
@@ -55,6 +62,8 @@ class InstanceNorm(Norm):
         mask : array_like of bool, optional
             Which positions are valid, as `BatchNorm2d.forward` takes it. A sample may have none, or
             one, whose variance is then 0; such a sample moves no running statistics.
+        residual : array_like of the input's shape and dtype, optional
+            As `BatchNorm2d.forward` takes it.
 
         Returns
         -------
@@ -67,19 +76,27 @@ class InstanceNorm(Norm):
             If the input has a wrong rank or number of channels, or samples of a single value per
             channel and no mask; or if `out` or `mask` cannot serve. Nothing has been changed then.
         TypeError
-            If the dtype of the input is not one of the four, `out` has another, or `mask` is not
-            boolean.
+            If the dtype of the input is not one of the four, `out` or `residual` has another, or
+            `mask` is not boolean.
         """
-        return super().forward(input, out=out, mask=mask)
+        return super().forward(input, out=out, mask=mask, residual=residual)
 
-    def _forward(self, x: Array, out: Array | None, mask: ArrayLike | None) -> Array:
+    def _forward(
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
+    ) -> Array:
         if self._is_sample(x):
             out = checks.check_out(out, x)
             batch_out = None if out is None else out[np.newaxis]
-            sample: Array = super()._forward(x[np.newaxis], batch_out, mask)[0]
+            if residual is not None:
+                residual = checks.as_residual(residual, x)[np.newaxis]
+            sample: Array = super()._forward(x[np.newaxis], batch_out, mask, residual)[0]
             y = sample if out is None else out
         else:
-            y = super()._forward(x, out, mask)
+            y = super()._forward(x, out, mask, residual)
         self._input_shape = x.shape
         return y
 
@@ -91,7 +108,11 @@ class InstanceNorm(Norm):
         return 0 if self._is_sample(x) else 1
 
     def _training_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         running_mean, running_var, _ = self._moving_statistics()  # it does not count batches
         return checks.training_call(
@@ -106,22 +127,32 @@ class InstanceNorm(Norm):
             mask=mask,
             by_instance=True,
             unbiased=self.unbiased,
+            epilogue=self._epilogue(residual),
         )
 
     def _normalize(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         return normalize.by_instance(call)
 
-    def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
+    def _backward(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None]:
         dy = checks.as_array(dy, "dy")
         if dy.shape != self._input_shape:
             raise ValueError(f"dy must have x's shape {self._input_shape}, got {dy.shape}")
         if not self._is_sample(dy):
-            return super()._backward(saved, dy, out)
-        batch_out = out
-        if out is not None and checks.is_array(out):
-            batch_out = out[np.newaxis]
-        dx: Array = super()._backward(saved, dy[np.newaxis], batch_out)[0]
-        return dx if out is None else out
+            return super()._backward(saved, dy, out, residual_out)
+        outs = [
+            o[np.newaxis] if o is not None and checks.is_array(o) else o
+            for o in (out, residual_out)
+        ]
+        dx, derived = super()._backward(saved, dy[np.newaxis], *outs)
+        if residual_out is None and derived is not None:
+            residual_out = derived[0]
+        return dx[0] if out is None else out, residual_out
 
 
 class InstanceNorm2d(InstanceNorm):
@@ -143,7 +174,7 @@ class InstanceNorm2d(InstanceNorm):
     track_running_stats : bool, default False
         Whether there are running statistics, by which evaluation mode then normalizes. They move
         towards the means, over the samples, of mean and unbiased variance; see `unbiased`.
-    device, dtype, bias, unbiased
+    device, dtype, bias, unbiased, activation, negative_slope
         As `BatchNorm2d` takes them.
 
     Attributes

@@ -53,12 +53,18 @@ class Lazy(Norm):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def forward(
-        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        input: ArrayLike,
+        *,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
         """Take the number of channels from the input; do what the layer that this becomes does."""
         x = layer_checks.as_input_of_rank(input, self._ranks, self._family)
         num_features = x.shape[self._channel_axis(x)]
-        y: Array = self._initialized(num_features, "forward", x, out=out, mask=mask)
+        arguments = {"out": out, "mask": mask, "residual": residual}
+        y: Array = self._initialized(num_features, "forward", x, **arguments)
         return y
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,6 +116,8 @@ class LazyBatchNorm(Lazy, BatchNorm):
         bias: bool = True,
         ghost_batch_size: int | None = None,
         unbiased: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         BatchNorm.__init__(
             self,
@@ -118,6 +126,8 @@ class LazyBatchNorm(Lazy, BatchNorm):
             bias=bias,
             ghost_batch_size=ghost_batch_size,
             unbiased=unbiased,
+            activation=activation,
+            negative_slope=negative_slope,
         )
         self._leave_out()
 
@@ -136,9 +146,18 @@ class LazyInstanceNorm(Lazy, InstanceNorm):
         *,
         bias: bool = True,
         unbiased: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        options = eps, momentum, affine, track_running_stats, device, dtype
-        InstanceNorm.__init__(self, UNKNOWN, *options, bias=bias, unbiased=unbiased)
+        InstanceNorm.__init__(
+            self,
+            UNKNOWN,
+            *(eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            unbiased=unbiased,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
         self._leave_out()
 
 
@@ -191,7 +210,7 @@ class LazyInstanceNorm2d(LazyInstanceNorm):
         As `InstanceNorm2d` takes them.
     affine, track_running_stats : bool, default True
         As `InstanceNorm2d` takes them, but for the default, which is that of torch's lazy layers.
-    device, dtype, bias, unbiased
+    device, dtype, bias, unbiased, activation, negative_slope
         As `InstanceNorm2d` takes them.
 
     Notes

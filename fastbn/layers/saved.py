@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._core import SavedForBackward
-from fastbn._types import Array, NDArray, Statistics
+from fastbn._types import Array, Gate, NDArray, Statistics
 from fastbn.backends import backend_of
 
 __all__ = [
@@ -25,14 +26,16 @@ __all__ = [
     "GradBuffer",
     "KeptChannels",
     "SavedForBackward",
+    "gate_of",
     "grad_buffer",
     "gradients",
     "group_gradients",
     "keep_all",
-    "keep_channels",
     "keep_in_groups",
+    "keep_input",
     "reads_array",
     "used_parameters",
+    "with_alive",
 ]
 
 # Saved where no backward is possible: the reason.
@@ -68,6 +71,26 @@ class Operands(NamedTuple):
     scale: Statistics | None  # that factor, where the statistics are constants
 
 
+def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptChannels | None:
+    """A copy of what a forward in place makes unrecoverable of x."""
+    if call.epilogue is None:
+        return keep_channels(call, frozen=frozen)
+    _, slope, residual, alive = call.epilogue
+    is_invertible = call.epilogue.activation == "leaky_relu" and slope > 0.0 and residual is None
+    if not is_invertible or not inverts or frozen or alive is not None:
+        return keep_all(call.x)
+    if not backend_of(call.x).readable():
+        return keep_all(call.x)
+    # Channels that leave x's range on the side of the slope are as lost as those that leave it on
+    # the other one.
+    weight = _as_float64(call.weight, 1.0, call.x)
+    for factor in (1.0, slope):
+        bias = None if call.bias is None else call.bias.astype(np.float64) * factor
+        if len(backend_of(call.x).unrecoverable(call.x, weight * factor, bias)):
+            return keep_all(call.x)
+    return None
+
+
 def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | None:
     """A copy of the channels of x that a forward in place makes unrecoverable."""
     x = call.x
@@ -89,24 +112,57 @@ def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | No
 def keep_in_groups(call: normalize.Forward) -> KeptChannels | None:
     """A copy of x if a forward of groups in place makes any of its channels unrecoverable."""
     x = call.x
+    if call.epilogue is not None:
+        return keep_all(x)
     weight = _as_float64(call.weight, 1.0, x)
     channels = backend_of(x).unrecoverable(x, weight, call.bias, num_groups=call.num_groups)
     return keep_all(x) if len(channels) else None
 
 
 def keep_all(x: Array) -> KeptChannels:
-    """A copy of all channels."""
-    return KeptChannels(slice(None), x.copy(order="K"))
+    """A copy of all channels, of which notes about x's elements are true."""
+    is_dense = not isinstance(x, np.ndarray) or _core.layout(x)
+    return KeptChannels(slice(None), x.copy(order="K" if is_dense else "C"))
 
 
 def used_parameters(call: normalize.Forward) -> tuple[Statistics | None, Statistics | None]:
-    """Copies of the weight and bias of a forward in place, which its backward recovers with."""
-    if not call.in_place:
+    """Copies of weight and bias of a forward, if its backward recovers or derives with them."""
+    if not call.in_place and call.epilogue is None:
         return None, None
     weight, bias = (
         None if value is None else value.astype(np.float64) for value in (call.weight, call.bias)
     )
     return weight, bias
+
+
+def with_alive(call: normalize.Forward, *, computes_gates: bool) -> normalize.Forward:
+    """The call, which notes where the derivative of its activation is 1 if its backward needs it.
+
+    Otherwise the backward computes the derivatives from the input.
+    """
+    epilogue = call.epilogue
+    if epilogue is None or epilogue.activation is None:
+        return call
+    backend = backend_of(call.x)
+    if computes_gates and epilogue.residual is None and backend.gates(call.mask):
+        return call
+    return call._replace(epilogue=epilogue._replace(alive=backend.new_alive(call.x)))
+
+
+def gate_of(saved: SavedForBackward, dy: Array, derived: Array | None) -> Gate | None:
+    """What dy passes in the backward; `derived` takes the gradient of the residual."""
+    if saved.activation is None:
+        # Without an activation the residual gets dy.
+        return None if derived is None else Gate(None, 0.0, y=dy, derived=derived)
+    return Gate(
+        saved.activation,
+        saved.negative_slope,
+        saved.weight,
+        saved.bias,
+        alive=saved.alive,
+        inverted=saved.in_place and saved.kept is None,
+        derived=derived,
+    )
 
 
 def reads_array(saved: SavedForBackward, weight: Array | None) -> bool:
@@ -117,15 +173,20 @@ def reads_array(saved: SavedForBackward, weight: Array | None) -> bool:
 
 
 def gradients(
-    saved: SavedForBackward, dy: Array, weight: Array | None, bias: Array | None, out: Array | None
+    saved: SavedForBackward,
+    dy: Array,
+    weight: Array | None,
+    bias: Array | None,
+    out: Array | None,
+    gate: Gate | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of input, weight and bias."""
     if saved.kept is None:
-        return _gradients(saved, _operands(saved, weight, bias), dy, out)
+        return _gradients(saved, _operands(saved, weight, bias), dy, out, gate)
     channels, x = saved.kept
     kept_operands = _kept_operands(saved.kept, saved, weight)
     if isinstance(channels, slice):
-        return _gradients(saved, kept_operands, dy, out)
+        return _gradients(saved, kept_operands, dy, out, gate)
     # Before dy may be overwritten, and in the memory of its copy.
     copy = backend_of(x).channels_of(dy, channels)
     of_kept = _gradients(saved, kept_operands, copy, copy if copy.dtype == x.dtype else None)
@@ -141,6 +202,7 @@ def group_gradients(
     weight: Array | None,
     bias: Array | None,
     out: Array | None,
+    gate: Gate | None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of input, weight and bias where groups of channels were normalized."""
     operands = Operands(saved.x, saved.mean, saved.invstd, weight, None)
@@ -149,15 +211,20 @@ def group_gradients(
     elif saved.in_place:
         operands = _operands(saved, weight, bias)
     x, mean, invstd, factor, _ = operands
-    call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask)
+    call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask, gate=gate)
     return normalize.group_backward(call, num_groups, weight)
 
 
 def _gradients(
-    saved: SavedForBackward, operands: Operands, dy: Array, out: Array | None
+    saved: SavedForBackward,
+    operands: Operands,
+    dy: Array,
+    out: Array | None,
+    gate: Gate | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     x, mean, invstd, weight, scale = operands
-    call = normalize.Backward(dy, x, weight, mean, invstd, out, saved.mask, saved.batch_size)
+    batches = saved.mask, saved.batch_size
+    call = normalize.Backward(dy, x, weight, mean, invstd, out, *batches, gate)
     if saved.frozen and scale is not None:
         return normalize.frozen_backward(call, scale)
     return normalize.backward(call)

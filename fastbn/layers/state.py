@@ -41,6 +41,8 @@ class LayerState:
     affine: bool
     track_running_stats: bool
     unbiased: bool
+    activation: str | None
+    negative_slope: float
     training: bool
     frozen: bool
     _device: str
@@ -281,6 +283,10 @@ class LayerState:
     def extra_repr(self) -> str:
         """Return the arguments as `repr` shows them; the last ones if they are not the default."""
         shown = self._options_repr()
+        if self.activation is not None:
+            shown += f", activation={self.activation}"
+        if self.activation == "leaky_relu":
+            shown += f", negative_slope={self.negative_slope}"
         if not self.unbiased:
             shown += f", unbiased={self.unbiased}"
         if self._device != "cpu":

@@ -14,13 +14,14 @@ import numpy as np
 from fastbn import _checks as checks
 from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
+from fastbn import _scalars as scalars
 from fastbn._mpi import Ranks, mpi
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.backends.common import factors_of
 from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
-from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all, reads_array
+from fastbn.layers.saved import KeptChannels, SavedForBackward, gate_of, keep_all, reads_array
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -37,7 +38,9 @@ class SyncBatchNorm(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias, unbiased
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As `BatchNorm2d` takes them.
+    bias, unbiased, activation, negative_slope
         As `BatchNorm2d` takes them.
     comm : mpi4py.MPI.Intracomm, optional
         The ranks, ``MPI.COMM_WORLD`` by default.
@@ -81,6 +84,7 @@ class SyncBatchNorm(BatchNorm):
     """
 
     _ranks = _batch_ranks = (2, 3, 4, 5)
+    _computes_gates = False
     _group: Ranks | None
     _total: Moments  # of the last forward in training
 
@@ -96,10 +100,18 @@ class SyncBatchNorm(BatchNorm):
         *,
         bias: bool = True,
         unbiased: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
         comm: Any = None,
     ) -> None:
-        options = eps, momentum, affine, track_running_stats, device, dtype
-        super().__init__(num_features, *options, bias=bias, unbiased=unbiased)
+        super().__init__(
+            num_features,
+            *(eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            unbiased=unbiased,
+            activation=activation,
+            negative_slope=negative_slope,
+        )
         self.comm = mpi().COMM_WORLD if comm is None else comm
         self._group = None
 
@@ -108,26 +120,35 @@ class SyncBatchNorm(BatchNorm):
     _quick_backward = Norm._quick_backward
 
     def forward(
-        self, input: ArrayLike, *, out: Array | None = None, mask: ArrayLike | None = None
+        self,
+        input: ArrayLike,
+        *,
+        out: Array | None = None,
+        mask: ArrayLike | None = None,
+        residual: ArrayLike | None = None,
     ) -> Array:
         """Normalize this rank's part of a batch; see `BatchNorm2d.forward`.
 
         Collective in training mode, unless frozen.
         """
         if not self.training or self.frozen:
-            return super().forward(input, out=out, mask=mask)
+            return super().forward(input, out=out, mask=mask, residual=residual)
         forward = super().forward
-        return self._all_ranks().together(lambda: forward(input, out=out, mask=mask))
+        return self._all_ranks().together(
+            lambda: forward(input, out=out, mask=mask, residual=residual)
+        )
 
-    def backward(self, dy: ArrayLike, *, out: Array | None = None) -> Array:
+    def backward(
+        self, dy: ArrayLike, *, out: Array | None = None, residual_out: Array | None = None
+    ) -> Array | Any:
         """Return the gradient of the last forward's input; see `BatchNorm2d.backward`.
 
         Collective, unless frozen. The gradients of weight and bias are those of this rank's part.
         """
         if isinstance(self._saved, SavedForBackward) and self._saved.frozen:
-            return super().backward(dy, out=out)
+            return super().backward(dy, out=out, residual_out=residual_out)
         backward = super().backward
-        return self._all_ranks().together(lambda: backward(dy, out=out))
+        return self._all_ranks().together(lambda: backward(dy, out=out, residual_out=residual_out))
 
     def _all_ranks(self) -> Ranks:
         """The ranks, which meet at their first collective call."""
@@ -135,30 +156,34 @@ class SyncBatchNorm(BatchNorm):
             self._group = Ranks(self.comm, self.num_features)
         return self._group
 
-    def _keep_channels(self, call: normalize.Forward) -> KeptChannels | None:
+    def _keep_input(self, call: normalize.Forward) -> KeptChannels | None:
         # The other layers recover the input from the output, channel by channel. Here its copy
         # keeps the backward to one reduction.
-        return super()._keep_channels(call) if self.frozen else keep_all(call.x)
+        return super()._keep_input(call) if self.frozen else keep_all(call.x)
 
     def _training_call(
-        self, x: Array, out: Array | None, mask: ArrayLike | None
+        self,
+        x: Array,
+        out: Array | None,
+        mask: ArrayLike | None,
+        residual: ArrayLike | None,
     ) -> normalize.Forward:
         """The checked arguments; how many values there are, the other ranks decide."""
         if not self.training:
-            return super()._training_call(x, out, mask)
+            return super()._training_call(x, out, mask, residual)
         running_mean, running_var, counter = self._moving_statistics()
         running, moves = (running_mean, running_var), running_mean is not None
-        call = checks.forward_call(
-            x, self.weight, self.bias, self.eps, out, mask, *running, moves=moves
-        )
+        arrays = self.weight, self.bias, self.eps, out, mask, *running
+        epilogue = self._epilogue(residual)
+        call = checks.forward_call(x, *arrays, moves=moves, epilogue=epilogue)
         if counter is not None:
             checks.check_counter(counter)
         momentum = self.momentum
         if momentum is not None:
-            momentum = checks.as_real(momentum, "momentum")
+            momentum = scalars.as_real(momentum, "momentum")
         # Memory for the result is taken before the other ranks count on this one.
         out = backend_of(x).empty_like(x) if call.out is None else call.out
-        unbiased = checks.as_bool(self.unbiased, "unbiased")
+        unbiased = scalars.as_bool(self.unbiased, "unbiased")
         return call._replace(momentum=momentum, counter=counter, unbiased=unbiased, out=out)
 
     def _forward_train(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
@@ -179,7 +204,8 @@ class SyncBatchNorm(BatchNorm):
             invstd = 1.0 / np.sqrt(total.m2 / max(total.count, 1) + call.eps)
         mean, invstd = self._beside(x, total.mean), self._beside(x, invstd)
         moved = self._moved(call, total) if total.count and x.shape[1] else []
-        y = backend_of(x).elemt(x, mean, invstd, call.weight, call.bias, call.out, mask=mask)
+        vectors = mean, invstd, call.weight, call.bias
+        y = backend_of(x).elemt(x, *vectors, call.out, mask=mask, epilogue=call.epilogue)
         for array, value in moved:  # not before: they may share memory with weight and bias
             with np.errstate(all="ignore"):  # What its dtype cannot hold is inf there.
                 array[...] = value
@@ -202,19 +228,30 @@ class SyncBatchNorm(BatchNorm):
                     moved.append((running, kept + factor * self._beside(running, batch)))
         return moved
 
-    def _backward(self, saved: SavedForBackward, dy: ArrayLike, out: Array | None) -> Array:
+    def _backward(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None]:
         if saved.frozen:
-            return super()._backward(saved, dy, out)
+            return super()._backward(saved, dy, out, residual_out)
         layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         x = saved.x if saved.kept is None else saved.kept.x
         dy = checks.as_gradient(dy, x)
         parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
-        out = checks.check_out(out, saved.x, dy, **parameters, **self._checked_gradients(x))
+        read = parameters | self._checked_gradients(x)
+        out = checks.check_out(out, saved.x, dy, **read)
+        derived = self._derived(saved, dy, residual_out, out=out, **read)
         buffers = self._grad_buffers(saved.mean)
         backend = backend_of(x)
         out = backend.empty_like(x) if out is None else out
         weight = saved.weight if saved.in_place else parameters["weight"]
         mean, invstd, mask = saved.mean, saved.invstd, saved.mask
+        gate = gate_of(saved, dy, derived)
+        call = normalize.Backward(dy, x, weight, mean, invstd, out, mask, gate=gate)
+        dy = normalize.through_activation(call).dy
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)
         sum_dy, sum_dy_xhat = map(self._beside, (x, x), self._all_ranks().total_sums(x, *own))
@@ -223,7 +260,7 @@ class SyncBatchNorm(BatchNorm):
             dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out, mask
         )
         self._add_gradients(buffers, dweight, dbias)
-        return dx
+        return dx, derived
 
     def _beside(self, x: Array, vector: Statistics) -> Array:
         """A vector from the host as an array of the kind that x is."""
@@ -294,6 +331,8 @@ def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:
         layer._dtype,
         bias=layer._has_bias,
         unbiased=layer.unbiased,
+        activation=layer.activation,
+        negative_slope=layer.negative_slope,
         comm=comm,
     )
     shared = (*layer._state_names, "weight_grad", "bias_grad", "training", "frozen")

@@ -22,6 +22,7 @@ import numpy as np
 from cupy.cuda import runtime
 
 from fastbn import _core
+from fastbn._types import Epilogue, Gate
 from fastbn.backends import composed
 from fastbn.backends.common import batches_of
 from fastbn.backends.cuda.arrays import (
@@ -58,8 +59,13 @@ def elemt(
     var: Array | None = None,
     eps: float = 0.0,
     mask: Array | None = None,
+    epilogue: Epilogue | None = None,
 ) -> Array:
     """Normalize by given statistics: mean and invstd, or mean, var and eps."""
+    if epilogue is not None:
+        vectors_read = mean, invstd, weight, bias
+        z = elemt(composed.wide(x), *vectors_read, None, var=var, eps=eps, mask=mask)
+        return written(composed.followed(z, epilogue, mask), x, out)
     source = packed(x)
     target, out = output(x, source, out)
     if source.size:
@@ -93,6 +99,7 @@ def forward(
     mask: Array | None = None,
     batch_size: int = 0,
     counts: Sequence[int] = (),
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Array, Array]:
     """Normalize by the batch's own statistics; return y, mean and invstd.
 
@@ -104,6 +111,17 @@ def forward(
     With a batch size the array is a sequence of batches, and mean and invstd have the shape
     (batches, C); running statistics of that shape have a vector for each batch.
     """
+    if epilogue is not None:
+        z, mean, invstd = forward(
+            composed.wide(x),
+            *(weight, bias, eps, None),
+            *(running_mean, running_var, momentum, counter),
+            unbiased=unbiased,
+            mask=mask,
+            batch_size=batch_size,
+            counts=counts,
+        )
+        return written(composed.followed(z, epilogue, mask), x, out), mean, invstd
     source = packed(x)
     target, out = output(x, source, out)
     mean, invstd = vectors(source, 2, batch_size)
@@ -204,12 +222,16 @@ def backward(
     *,
     mask: Array | None = None,
     batch_size: int = 0,
+    gate: Gate | None = None,
 ) -> tuple[Array, Array, Array]:
     """The gradient of x, and the sums of dy and of dy * xhat.
 
     With a batch size the sums have the shape (batches, C), and the weight, mean and invstd have it
     or are the same for all batches.
     """
+    if gate is not None:
+        assert gate.derived is not None
+        dy = composed.activation_gradient(dy, gate, gate.derived)
     source = packed(x)
     dy = packed_like(source, dy)
     target, out = output(x, source, out)
@@ -234,6 +256,31 @@ def backward(
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
+def gates(mask: Array | None) -> bool:
+    """No kernel computes the derivatives of a gate."""
+    return False
+
+
+def new_alive(x: Array) -> Array:
+    """Memory in which a forward of x notes where the derivative of its activation is 1."""
+    return cupy.empty(x.shape, bool)
+
+
+def activation_gradient(dy: Array, x: Array, gate: Gate, out: Array) -> Array:
+    """Write dy times the derivatives that `alive` or `y` tell."""
+    return composed.activation_gradient(dy, gate, out)
+
+
+def written(result: Array, x: Array, out: Array | None) -> Array:
+    """A result for x in `out`, or in an array of x's dtype and layout."""
+    if out is None and result.dtype == x.dtype:
+        return result
+    out = empty_like(x) if out is None else out
+    with np.errstate(all="ignore"):  # What the dtype cannot hold is inf there.
+        out[...] = result
+    return out
+
+
 def group_forward(
     x: Array,
     num_groups: int,
@@ -243,13 +290,14 @@ def group_forward(
     out: Array | None,
     *,
     mask: Array | None = None,
+    epilogue: Epilogue | None = None,
 ) -> tuple[Array, Array, Array]:
     """Normalize groups of channels of each sample, of an array that is not empty.
 
     Return y, and mean and invstd for each sample and channel: those of its group.
     """
     backend = sys.modules[__name__]
-    return composed.group_forward(backend, x, num_groups, weight, bias, eps, out, mask)
+    return composed.group_forward(backend, x, num_groups, weight, bias, eps, out, mask, epilogue)
 
 
 def group_backward(

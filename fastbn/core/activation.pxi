@@ -1,0 +1,147 @@
+# Activations and residuals: what follows a normalization in the same walk, and what precedes the
+# use of dy in a backward.
+
+
+cdef str RELU_NAME = "relu"
+cdef str RELU6_NAME = "relu6"
+cdef str LEAKY_RELU_NAME = "leaky_relu"
+
+
+cdef Activation activation_of(object name, double slope) except *:
+    """The activation of a name that has been checked; None stands for the identity."""
+    cdef Activation activation
+    activation.kind, activation.slope, activation.cap = LINEAR, slope, INFINITY
+    if name is None:
+        return activation
+    activation.kind = RELU
+    if name == LEAKY_RELU_NAME:
+        activation.kind = LEAKY_RELU
+    elif name == RELU6_NAME:
+        activation.cap = 6.0
+    return activation
+
+
+def alive_bytes(cnp.ndarray x not None):
+    """The bytes that a bit for each element takes."""
+    return bytes_of_bits(cnp.PyArray_SIZE(x))
+
+
+cdef Py_ssize_t bytes_of_bits(Py_ssize_t count) noexcept nogil:
+    return (count + 7) // 8
+
+
+cdef void set_epilogue(Job *job, Activation activation, cnp.ndarray residual,
+                       cnp.ndarray alive) noexcept:
+    """Let a residual and an activation follow the job's normalization, if there are any."""
+    job.activation = activation
+    job.has_epilogue = activation.kind != LINEAR or residual is not None
+    if residual is not None:
+        job.residual = cnp.PyArray_BYTES(residual)
+    if alive is not None:
+        job.alive = <unsigned char *>cnp.PyArray_BYTES(alive)
+
+
+cdef const Epilogue *epilogue_of(const Job *job, Py_ssize_t at,
+                                 Epilogue *epilogue) noexcept nogil:
+    """The epilogue of a kernel that begins so many bytes behind x; NULL if there is none."""
+    if not job.has_epilogue:
+        return NULL
+    epilogue.activation = job.activation
+    epilogue.residual = NULL
+    if job.residual != NULL:
+        epilogue.residual = job.residual + at
+    epilogue.alive = job.alive
+    epilogue.first = number_of(job, at)
+    return epilogue
+
+
+cdef Py_ssize_t number_of(const Job *job, Py_ssize_t at) noexcept nogil:
+    """The number, in the whole array, of the element so many bytes behind x."""
+    return job.first_element + at // job.itemsize
+
+
+# ------------------------------------------------------------------ backwards
+#
+# A gate is None or a tuple: the name of the activation and its slope; weight and bias of the
+# forward, and whether x is the output of a forward in place; a raw dy and what tells the
+# derivatives, the output or the bits. Without a raw dy the kernels compute the derivatives. With
+# one, dy is overwritten by the product of the two, and with a mask there is always one.
+
+
+# A gate that the kernels compute.
+cdef struct GateOfJob:
+    Activation activation
+    Vector weight, bias
+
+
+cdef void compute_gate(Job *job, const GateOfJob *gate) noexcept nogil:
+    """Let the kernels compute the derivatives."""
+    job.has_gate, job.activation = True, gate.activation
+    job.gate_weight, job.gate_bias = gate.weight, gate.bias
+
+
+cdef int set_gate(Job *job, tuple gate) except -1:
+    cdef cnp.ndarray y, alive
+    cdef GateOfJob computed
+    if gate is None:
+        return 0
+    name, slope, weight, bias, inverted, raw_dy, y, alive = gate
+    job.activation = activation_of(name, slope)
+    if raw_dy is not None:
+        derive_dy(job, cnp.PyArray_BYTES(<cnp.ndarray>raw_dy), y, alive, <char *>job.dy)
+        return 0
+    computed.activation = job.activation
+    if inverted:
+        computed.activation.kind = LEAKY_RELU_INVERTED
+    computed.weight, computed.bias = vector_of(weight, 1), vector_of(bias, 0)
+    compute_gate(job, &computed)
+    return 0
+
+
+cdef void derive_dy(Job *job, const char *raw_dy, cnp.ndarray y, cnp.ndarray alive,
+                    char *dy) noexcept:
+    """Let the job write dy: raw_dy times the derivative of the activation."""
+    job.raw_dy, job.dy = raw_dy, dy
+    if y is not None:
+        job.y = cnp.PyArray_BYTES(y)
+    if alive is not None:
+        job.alive = <unsigned char *>cnp.PyArray_BYTES(alive)
+
+
+cdef const Gate *gate_of(const Job *job, const Block *block, Gate *gate) noexcept nogil:
+    """The gate of a block's channels, whose scales and shifts are those of `affine_of`; or NULL."""
+    cdef Py_ssize_t c
+    cdef double weight[COLUMNS]
+    if not job.has_gate:
+        return NULL
+    gate.activation = job.activation
+    read_vector(&job.gate_bias, block, gate.shift)
+    read_vector(&job.gate_weight, block, weight)
+    read_invstd(job, block, gate.scale)
+    for c in range(block.c1 - block.c0):
+        gate.scale[c] *= weight[c]
+    return gate
+
+
+cdef void derive_block(const Job *job, const Block *block) noexcept nogil:
+    """Write the dy of a block."""
+    cdef Matrix folded, leftover
+    cdef Py_ssize_t n
+    if not job.cut.column_layout:
+        for n in range(block.n0, block.n1):
+            derive_piece(job, offset_of(job, block, n), (block.c1 - block.c0) * block.length)
+        return
+    folded, leftover = folded_matrix(job, block), leftover_matrix(job, block)
+    for n in range(block.n0, block.n1):
+        derive_piece(job, offset_of(job, block, n), folded.len)
+    if leftover.rows > 0:
+        derive_piece(job, offset_of(job, block, block.n1), leftover.len)
+
+
+cdef void derive_piece(const Job *job, Py_ssize_t at, Py_ssize_t count) noexcept nogil:
+    """Write so many neighbouring elements of dy, from so many bytes on."""
+    cdef const char *y = job.y
+    if y != NULL:
+        y += at
+    job.kernels.activation_gradient(job.raw_dy + at, y, job.alive, number_of(job, at), count,
+                                    &job.activation, <char *>job.dy + at)
