@@ -73,17 +73,29 @@ cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_floa
 
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
-    cdef Affine affine
-    cdef Epilogue epilogue
+    cdef Affine affine, first
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    cdef const char *x = job.x
+    cdef bint nontemporal = job.nontemporal
     affine_of(job, block, &affine)
-    if leftover.rows > 0:
-        job.kernels.column_normalize(job.x + end, job.out + end, &leftover, &affine,
-                                     epilogue_of(job, end, &epilogue), False)
-    job.kernels.column_normalize(job.x + at, job.out + at, &folded, &affine,
-                                 epilogue_of(job, at, &epilogue), job.nontemporal)
+    if scale_down_first(job, block, &affine, &first):
+        if leftover.rows > 0:
+            job.kernels.column_normalize(x + end, job.out + end, &leftover, &first, NULL, False)
+        job.kernels.column_normalize(x + at, job.out + at, &folded, &first, NULL, False)
+        x, nontemporal = job.out, False
+    normalize_matrix(job, x, end, &leftover, &affine, False)
+    normalize_matrix(job, x, at, &folded, &affine, nontemporal)
+
+
+cdef void normalize_matrix(const Job *job, const char *x, Py_ssize_t at, const Matrix *matrix,
+                           const Affine *affine, bint nontemporal) noexcept nogil:
+    """Normalize the rows of a matrix that begins so many bytes behind x."""
+    cdef Epilogue epilogue
+    if matrix.rows > 0:
+        job.kernels.column_normalize(x + at, job.out + at, matrix, affine,
+                                     epilogue_of(job, at, &epilogue), nontemporal)
 
 
 cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:

@@ -56,15 +56,20 @@ cdef void sum_runs(const Job *job, const Block *block, bint in_float32, const do
 
 
 cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
-    cdef Affine affine
+    cdef Affine affine, first
     cdef Epilogue epilogue
     # A second walk begins with what the first one has left in the cache.
     cdef bint backwards = job.reduce != NULL
     cdef Runs runs = runs_of(job, block, backwards)
     cdef Py_ssize_t at = start_of(job, block, backwards)
+    cdef const char *x = job.x + at
+    cdef bint nontemporal = job.nontemporal
     affine_of(job, block, &affine)
-    job.kernels.normalize(job.x + at, job.out + at, &runs, &affine,
-                          epilogue_of(job, at, &epilogue), job.nontemporal)
+    if scale_down_first(job, block, &affine, &first):
+        job.kernels.normalize(x, job.out + at, &runs, &first, NULL, False)
+        x, nontemporal = job.out + at, False
+    job.kernels.normalize(x, job.out + at, &runs, &affine, epilogue_of(job, at, &epilogue),
+                          nontemporal)
 
 
 cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
