@@ -61,8 +61,8 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct Gate "fastbn_gate":
         Activation activation
-        double scale[COLUMNS]
-        double shift[COLUMNS]
+        const double *low
+        const double *high
 
     ctypedef struct Ahead "fastbn_ahead":
         Py_ssize_t near, border, jump
@@ -116,6 +116,8 @@ cdef extern from "kernels.h" nogil:
         void (*column_gradient)(const void *dy, const void *x, void *dx, const Matrix *matrix,
                                 const Gradient *gradient, const Gate *gate,
                                 int nontemporal) noexcept nogil
+        void (*gate_bounds)(const Affine *affine, const Activation *activation, Py_ssize_t count,
+                            double *low, double *high) noexcept nogil
         void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
                                     Py_ssize_t first, Py_ssize_t count,
                                     const Activation *activation, void *to) noexcept nogil
@@ -247,6 +249,7 @@ cdef struct Job:
     unsigned char *alive          # a bit for each element of the array: see the kernels' epilogue
     bint has_gate                 # whether dy passes a gate in the kernels
     Vector gate_weight, gate_bias  # those of the forward
+    double *gate_bounds           # of (2, batches, c): the lower ones, then the higher ones
     Py_ssize_t first_element      # the number of x's first one in the whole array
     const char *raw_dy            # or NULL; dy is the product of this and of the derivative, which
     const char *y                 # the bits or the output tell, and is written block by block

@@ -109,18 +109,40 @@ cdef void derive_dy(Job *job, const char *raw_dy, cnp.ndarray y, cnp.ndarray ali
 
 
 cdef const Gate *gate_of(const Job *job, const Block *block, Gate *gate) noexcept nogil:
-    """The gate of a block's channels, whose scales and shifts are those of `affine_of`; or NULL."""
-    cdef Py_ssize_t c
-    cdef double weight[COLUMNS]
+    """The gate of a block's channels, or NULL."""
     if not job.has_gate:
         return NULL
     gate.activation = job.activation
-    read_vector(&job.gate_bias, block, gate.shift)
-    read_vector(&job.gate_weight, block, weight)
-    read_invstd(job, block, gate.scale)
-    for c in range(block.c1 - block.c0):
-        gate.scale[c] *= weight[c]
+    gate.low = results_of(job, job.gate_bounds, block)
+    gate.high = gate.low + job.cut.batches * job.cut.c
     return gate
+
+
+cdef void find_gate_bounds(const Job *job, int threads) noexcept nogil:
+    """Find the bounds of the gates of all channels."""
+    cdef Py_ssize_t tasks = job.cut.batches * ceil_div(job.cut.c, COLUMNS)
+    if job.has_gate:
+        parallel_for(job, find_some_gate_bounds, 0, tasks, tasks, min(threads, <int>tasks))
+
+
+cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
+                                Py_ssize_t t) noexcept nogil:
+    """Find the bounds of COLUMNS channels of a batch."""
+    cdef Affine affine
+    cdef Py_ssize_t c, strips = ceil_div(job.cut.c, COLUMNS)
+    cdef Block block = some_channels(t % strips, job.cut.c)
+    cdef double weight[COLUMNS]
+    cdef double *low
+    block.batch = t // strips
+    read_vector(&job.mean, &block, affine.centre)
+    read_vector(&job.gate_weight, &block, weight)
+    read_vector(&job.gate_bias, &block, affine.shift)
+    read_invstd(job, &block, affine.scale)
+    for c in range(block.c1 - block.c0):  # as `affine_of` does it for the forward
+        affine.scale[c] *= weight[c]
+    low = results_of(job, job.gate_bounds, &block)
+    job.kernels.gate_bounds(&affine, &job.activation, block.c1 - block.c0, low,
+                            low + job.cut.batches * job.cut.c)
 
 
 cdef void derive_block(const Job *job, const Block *block) noexcept nogil:

@@ -191,6 +191,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     else:
         recut_runs(&job.cut, job.itemsize, threads)
     job.nontemporal = gains_by_nontemporal(job)
+    find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
     if job.reduce == NULL:
@@ -263,7 +264,10 @@ cdef int allocate(Job *job) except -1:
     if job.mask != NULL:
         job.valid = <BlockValid *>malloc((blocks + 1) * sizeof(BlockValid))
         job.counts = <double *>malloc((job.cut.batches + 1) * sizeof(double))
-    if job.partial_sums == NULL or job.mask != NULL and (job.valid == NULL or job.counts == NULL):
+    if job.has_gate:
+        job.gate_bounds = <double *>malloc((2 * job.cut.c * job.cut.batches + 1) * sizeof(double))
+    if (job.partial_sums == NULL or job.has_gate and job.gate_bounds == NULL
+            or job.mask != NULL and (job.valid == NULL or job.counts == NULL)):
         release(job)
         raise MemoryError("no memory for the partial sums of the blocks")
     return 0
@@ -273,3 +277,4 @@ cdef void release(Job *job) noexcept:
     free(job.partial_sums)
     free(job.valid)
     free(job.counts)
+    free(job.gate_bounds)

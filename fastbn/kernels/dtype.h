@@ -2,9 +2,10 @@
  *   DTYPE     the name of the dtype
  *   T         the type of an element
  *   A, VA     the type of element-wise arithmetic, and a register of it
+ *   ORDER_A, ORDER_MAX_A  an integer of as many bits as A, and its greatest value
  *   LOAD_A    the function that loads such a register
  *   WIDEN_A   the function that makes a register of doubles from a piece of such a register
- *   IF_LESS_A, ZERO_IF_AT_MOST_A  the functions that choose lanes of such registers
+ *   GREATER_A, LESS_A, IF_OUTSIDE_A, ZERO_OUTSIDE_A  those that choose lanes of such registers
  *   STORE_BYTES_A  the function that stores bytes for the lanes of such a register
  *   MASKED_A  the function that zeros the lanes of such a register that a mask has not
  *   SPREAD_A  the function that copies such values from channels to their columns
@@ -49,8 +50,12 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #undef NAME
 #undef LOAD_A
 #undef WIDEN_A
-#undef IF_LESS_A
-#undef ZERO_IF_AT_MOST_A
+#undef ORDER_A
+#undef ORDER_MAX_A
+#undef GREATER_A
+#undef LESS_A
+#undef IF_OUTSIDE_A
+#undef ZERO_OUTSIDE_A
 #undef STORE_BYTES_A
 #undef MASKED_A
 #undef SPREAD_A

@@ -226,9 +226,10 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
 }
 
 /* dx from what has passed a gate. */
-ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_high, VA dy_low, VA slope, VA scale)
+ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_high, VA dy_low, VA x_high, VA x_low,
+                                VA slope, VA scale)
 {
-    return (((passed.dy - dy_high) - dy_low) - passed.deviation * slope) * scale;
+    return DX(passed.dy, passed.x, dy_high, dy_low, x_high, x_low, slope, scale);
 }
 
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, const void *x_,
@@ -237,17 +238,14 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
                                        int nontemporal)
 {
     A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
-    A slope[COLUMNS], scale[COLUMNS], z_scale[COLUMNS], z_shift[COLUMNS];
-    NAME(activation) activation;
+    A slope[COLUMNS], scale[COLUMNS];
+    NAME(gates) gates;
     NAME(high_and_low)(gradient->dy_mean, runs->channels, dy_high, dy_low);
     NAME(high_and_low)(gradient->x_mean, runs->channels, x_high, x_low);
     NAME(narrow)(gradient->slope, runs->channels, slope);
     NAME(narrow)(gradient->scale, runs->channels, scale);
-    if (gated) {
-        NAME(narrow)(gate->scale, runs->channels, z_scale);
-        NAME(narrow)(gate->shift, runs->channels, z_shift);
-        activation = NAME(activation_of)(&gate->activation);
-    }
+    if (gated)
+        NAME(narrow_gates)(gate, runs->channels, &gates);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
@@ -259,9 +257,8 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
 #define X_AT(i) NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i)))
 #define SAME(table) NAME(all_lanes)(table[c])
 #define GATED(dy, x) \
-    NAME(gated_dx)(NAME(pass)(dy, x, &activation, SAME(x_high), SAME(x_low), SAME(z_scale), \
-                              SAME(z_shift)), \
-                   SAME(dy_high), SAME(dy_low), SAME(slope), SAME(scale))
+    NAME(gated_dx)(NAME(pass)(dy, x, &gates.activation, SAME(gates.low), SAME(gates.high)), \
+                   SAME(dy_high), SAME(dy_low), SAME(x_high), SAME(x_low), SAME(slope), SAME(scale))
 #define AT(i) \
     (gated ? GATED(DY_AT(i), X_AT(i)) \
            : MASKED_LANES(DX(DY_AT(i), X_AT(i), dy_high[c], dy_low[c], x_high[c], x_low[c], \
@@ -429,7 +426,7 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const
     A *dy_high = k[0] + padding, *dy_low = k[1] + padding;
     A *x_high = k[2] + padding, *x_low = k[3] + padding;
     A *slope = k[4] + padding, *scale = k[5] + padding;
-    A *z_scale = k[6] + padding, *z_shift = k[7] + padding;
+    A *low = k[6] + padding, *high = k[7] + padding;
     NAME(activation) activation;
     if (matrix->rows == 0)
         return;
@@ -438,17 +435,16 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const
     NAME(spread)(matrix, gradient->slope, slope);
     NAME(spread)(matrix, gradient->scale, scale);
     if (gated) {
-        NAME(spread)(matrix, gate->scale, z_scale);
-        NAME(spread)(matrix, gate->shift, z_shift);
+        NAME(spread)(matrix, gate->low, low);
+        NAME(spread)(matrix, gate->high, high);
         activation = NAME(activation_of)(&gate->activation);
     }
 #define DY_AT(i) NAME(fetch)(dy + row + i0 + (i), ahead)
 #define X_AT(i) NAME(fetch)(x + row + i0 + (i), ahead)
 #define GATED(dy, x, COEFFICIENT, i) \
-    NAME(gated_dx)(NAME(pass)(dy, x, &activation, COEFFICIENT(x_high, i), COEFFICIENT(x_low, i), \
-                              COEFFICIENT(z_scale, i), COEFFICIENT(z_shift, i)), \
-                   COEFFICIENT(dy_high, i), COEFFICIENT(dy_low, i), COEFFICIENT(slope, i), \
-                   COEFFICIENT(scale, i))
+    NAME(gated_dx)(NAME(pass)(dy, x, &activation, COEFFICIENT(low, i), COEFFICIENT(high, i)), \
+                   COEFFICIENT(dy_high, i), COEFFICIENT(dy_low, i), COEFFICIENT(x_high, i), \
+                   COEFFICIENT(x_low, i), COEFFICIENT(slope, i), COEFFICIENT(scale, i))
 #define LOADED(table, i) LOAD_A(table + i0 + (i))
 #define REPEATED(table, i) NAME(all_lanes)(table[i0 + (i)])
 #define AT(i) \
@@ -492,6 +488,61 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
 
 /* ------------------------------------------------------------------ activations by themselves */
 
+/* For each channel the first of the numbers, in their order, at which the value before the
+ * activation is greater than a limit; one behind infinity if it is nowhere. In this order, or for a
+ * negative scale in the opposite one, the values do not decrease: each operation of Y keeps the
+ * order, rounding included. */
+static void NAME(find_crossings)(const A *high, const A *low, const A *scale, const A *shift,
+                                 ptrdiff_t count, A limit, ORDER_A *crossing)
+{
+    ORDER_A end[COLUMNS];
+    for (ptrdiff_t c = 0; c < count; c++) {
+        crossing[c] = NAME(order_of)(-(A)INFINITY);
+        end[c] = NAME(order_of)((A)INFINITY) + 1;
+    }
+    for (size_t bit = 0; bit < 8 * sizeof(A); bit++)
+        for (ptrdiff_t c = 0; c < count; c++) {
+            const ORDER_A middle = (crossing[c] & end[c]) + ((crossing[c] ^ end[c]) >> 1);
+            const A u = NAME(value_of)(middle), x = scale[c] < 0 ? -u : u;
+            const int is_above = Y(x, high[c], low[c], scale[c], shift[c]) > limit;
+            const int is_open = crossing[c] < end[c];
+            end[c] = is_open & is_above ? middle : end[c];
+            crossing[c] = is_open & !is_above ? middle + 1 : crossing[c];
+        }
+}
+
+static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activation *activation_,
+                              ptrdiff_t count, double *low, double *high)
+{
+    const NAME(activation) activation = NAME(activation_of)(activation_);
+    const int is_relu = activation.kind == FASTBN_RELU;
+    const int is_capped = is_relu && activation.cap < (A)INFINITY;
+    const ORDER_A last = NAME(order_of)((A)INFINITY);
+    A centre[COLUMNS], rest[COLUMNS], scale[COLUMNS], shift[COLUMNS];
+    ORDER_A above_zero[COLUMNS], above_high[COLUMNS];
+    NAME(high_and_low)(affine->centre, count, centre, rest);
+    NAME(narrow)(affine->scale, count, scale);
+    NAME(narrow)(affine->shift, count, shift);
+    NAME(find_crossings)(centre, rest, scale, shift, count, 0, above_zero);
+    if (is_capped)
+        NAME(find_crossings)(centre, rest, scale, shift, count, activation.high, above_high);
+    for (ptrdiff_t c = 0; c < count; c++) {
+        A first = -(A)INFINITY, end = (A)INFINITY;
+        if (isnan(Y((A)0, centre[c], rest[c], scale[c], shift[c]))) {
+            low[c] = first, high[c] = end; /* as all values are */
+            continue;
+        }
+        if (is_relu && above_zero[c] <= last)
+            first = NAME(value_of)(above_zero[c]);
+        else if (is_relu)
+            first = (A)INFINITY;
+        if (!is_relu || is_capped)
+            end = NAME(value_of)((is_relu ? above_high : above_zero)[c] - 1);
+        low[c] = scale[c] < 0 ? -end : first;
+        high[c] = scale[c] < 0 ? -first : end;
+    }
+}
+
 /* to = dy times the derivative at z, of which a bit of `alive` tells or, where that is NULL, the sign
  * of y, the output of the activation. */
 static void NAME(activation_gradient)(const void *dy_, const void *y_, const unsigned char *alive,
@@ -509,11 +560,11 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
         if (alive != NULL)
             spread_bits(alive, first + i0, n, bytes_);
 #define AT(i) \
-    NAME(derive)(NAME(load)(dy + (i)), \
-                 alive != NULL ? MASKED_A(bytes + (i), NULL, one) : NAME(load)(y + (i)), \
-                 &activation)
+    NAME(derive_at)(NAME(load)(dy + (i)), \
+                    alive != NULL ? MASKED_A(bytes + (i), NULL, one) : NAME(load)(y + (i)), \
+                    &activation)
 #define ONE(i) \
-    NAME(first_lane)(NAME(derive)( \
+    NAME(first_lane)(NAME(derive_at)( \
         NAME(all_lanes)(NAME(decode)(dy[i])), \
         NAME(all_lanes)(alive != NULL ? (A)(bytes[i] != 0) : NAME(decode)(y[i])), &activation))
         STORE_RUN(to, n, AT, ONE);

@@ -234,11 +234,15 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
 #define MASKED_A masked_vf
 #define T float
 #define A float
+#define ORDER_A int32_t
+#define ORDER_MAX_A INT32_MAX
 #define VA vf
 #define LOAD_A load_float32
 #define WIDEN_A widen_lanes
-#define IF_LESS_A if_less_vf
-#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define GREATER_A greater_vf
+#define LESS_A less_vf
+#define IF_OUTSIDE_A if_outside_vf
+#define ZERO_OUTSIDE_A zero_outside_vf
 #define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
@@ -248,11 +252,15 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
 #define MASKED_A masked_vd
 #define T double
 #define A double
+#define ORDER_A int64_t
+#define ORDER_MAX_A INT64_MAX
 #define VA vd
 #define LOAD_A load_float64
 #define WIDEN_A itself
-#define IF_LESS_A if_less_vd
-#define ZERO_IF_AT_MOST_A zero_if_at_most_vd
+#define GREATER_A greater_vd
+#define LESS_A less_vd
+#define IF_OUTSIDE_A if_outside_vd
+#define ZERO_OUTSIDE_A zero_outside_vd
 #define STORE_BYTES_A store_bytes_vd
 #define SPREAD_A spread_double
 #include "dtype.h"
@@ -262,11 +270,15 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
 #define MASKED_A masked_vf
 #define T uint16_t
 #define A float
+#define ORDER_A int32_t
+#define ORDER_MAX_A INT32_MAX
 #define VA vf
 #define LOAD_A load_float32
 #define WIDEN_A widen_lanes
-#define IF_LESS_A if_less_vf
-#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define GREATER_A greater_vf
+#define LESS_A less_vf
+#define IF_OUTSIDE_A if_outside_vf
+#define ZERO_OUTSIDE_A zero_outside_vf
 #define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
@@ -276,11 +288,15 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
 #define MASKED_A masked_vf
 #define T uint16_t
 #define A float
+#define ORDER_A int32_t
+#define ORDER_MAX_A INT32_MAX
 #define VA vf
 #define LOAD_A load_float32
 #define WIDEN_A widen_lanes
-#define IF_LESS_A if_less_vf
-#define ZERO_IF_AT_MOST_A zero_if_at_most_vf
+#define GREATER_A greater_vf
+#define LESS_A less_vf
+#define IF_OUTSIDE_A if_outside_vf
+#define ZERO_OUTSIDE_A zero_outside_vf
 #define STORE_BYTES_A store_bytes_vf
 #define SPREAD_A spread_float
 #include "dtype.h"
@@ -291,8 +307,8 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
             column_moments_##dtype, column_products_##dtype, tree##moments_##dtype, \
             tree##products_##dtype, column_##tree##moments_##dtype, \
             column_##tree##products_##dtype, normalize_##dtype, gradient_##dtype, \
-            column_normalize_##dtype, column_gradient_##dtype, activation_gradient_##dtype, \
-            count_valid, invstd, \
+            column_normalize_##dtype, column_gradient_##dtype, gate_bounds_##dtype, \
+            activation_gradient_##dtype, count_valid, invstd, \
             FENCE_NONTEMPORAL \
     }
 

@@ -70,11 +70,11 @@ typedef struct {
     ptrdiff_t first;
 } fastbn_epilogue;
 
-/* What dy passes before a backward uses it: the derivative of the activation at
- * z = (x - mean) * scale + shift, which is computed as the forward does, for each channel. */
+/* What dy passes before a backward uses it: it is multiplied by the derivative of the activation,
+ * which changes where x leaves the interval from `low` to `high` of its channel; see gate_bounds. */
 typedef struct {
     fastbn_activation activation;
-    double scale[FASTBN_COLUMNS], shift[FASTBN_COLUMNS];
+    const double *low, *high;
 } fastbn_gate;
 
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
@@ -148,6 +148,11 @@ typedef struct {
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
                             const fastbn_gradient *gradient, const fastbn_gate *gate,
                             int nontemporal);
+    /* low, high = the least and the greatest x at which the value before the activation, as normalize
+     * computes it, is on one side: on that where the derivative is 1 or, for FASTBN_LEAKY_RELU, on
+     * the other. Of the output of the activation likewise, for FASTBN_LEAKY_RELU_INVERTED. */
+    void (*gate_bounds)(const fastbn_affine *affine, const fastbn_activation *activation,
+                        ptrdiff_t count, double *low, double *high);
     /* to = dy times the derivative of the activation: of so many elements, of which the bits of
      * `alive` from the first one on tell or, if that is NULL, those of y, the activation's output */
     void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,

@@ -15,9 +15,11 @@
  *   masked_vd(mask, index, vd),    the register, with zeros in the lanes for which the mask has 0
  *   masked_vf(mask, index, vf)     and not 255; lane i has byte i of the mask or, where index is
  *                                  not NULL, byte index[i]; MASK_BYTES bytes of both may be read
- *   if_less_vd(a, b, yes, no)      lane by lane: `yes` where a < b, and `no` elsewhere
- *   zero_if_at_most_vd(a, b, vd)   lane by lane: 0 where a <= b, and the register elsewhere. With
- *                                  NaN neither is true. Both for vf, too
+ *   greater_vd(a, b), less_vd(a, b)  lane by lane: a where it is greater, or less, than b; b
+ *                                  elsewhere, also where one of them is NaN
+ *   if_outside_vd(v, low, high, yes, no)  lane by lane: `yes` where v < low or v > high, and `no`
+ *                                  elsewhere, also where one of them is NaN
+ *   zero_outside_vd(v, low, high, no)  the same with zeros for `yes`. All of these for vf, too
  *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
  *                                  none. The same for vf
  *   sum_of_lanes(vd)               lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...

@@ -93,13 +93,21 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 }
 
 #define COMPARISONS(v_type, suffix) \
-    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return _mm256_max_##suffix(a, b); } \
+    ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return _mm256_min_##suffix(a, b); } \
+    ALWAYS_INLINE v_type outside_##v_type(v_type v, v_type low, v_type high) \
     { \
-        return _mm256_blendv_##suffix(no, yes, _mm256_cmp_##suffix(a, b, _CMP_LT_OQ)); \
+        return _mm256_or_##suffix(_mm256_cmp_##suffix(v, low, _CMP_LT_OQ), \
+                                  _mm256_cmp_##suffix(v, high, _CMP_GT_OQ)); \
     } \
-    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    ALWAYS_INLINE v_type if_outside_##v_type(v_type v, v_type low, v_type high, v_type yes, \
+                                             v_type no) \
     { \
-        return _mm256_andnot_##suffix(_mm256_cmp_##suffix(a, b, _CMP_LE_OQ), v); \
+        return _mm256_blendv_##suffix(no, yes, outside_##v_type(v, low, high)); \
+    } \
+    ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
+    { \
+        return _mm256_andnot_##suffix(outside_##v_type(v, low, high), no); \
     }
 COMPARISONS(vd, pd)
 COMPARISONS(vf, ps)

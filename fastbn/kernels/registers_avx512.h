@@ -89,17 +89,25 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
     return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
 }
 
-#define COMPARISONS(v_type, suffix) \
-    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+#define COMPARISONS(v_type, suffix, mask) \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return _mm512_max_##suffix(a, b); } \
+    ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return _mm512_min_##suffix(a, b); } \
+    ALWAYS_INLINE mask inside_##v_type(v_type v, v_type low, v_type high) \
     { \
-        return _mm512_mask_blend_##suffix(_mm512_cmp_##suffix##_mask(a, b, _CMP_LT_OQ), no, yes); \
+        return _mm512_mask_cmp_##suffix##_mask(_mm512_cmp_##suffix##_mask(v, low, _CMP_NLT_UQ), v, \
+                                               high, _CMP_NGT_UQ); \
     } \
-    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    ALWAYS_INLINE v_type if_outside_##v_type(v_type v, v_type low, v_type high, v_type yes, \
+                                             v_type no) \
     { \
-        return _mm512_maskz_mov_##suffix(_mm512_cmp_##suffix##_mask(a, b, _CMP_NLE_UQ), v); \
+        return _mm512_mask_blend_##suffix(inside_##v_type(v, low, high), yes, no); \
+    } \
+    ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
+    { \
+        return _mm512_maskz_mov_##suffix(inside_##v_type(v, low, high), no); \
     }
-COMPARISONS(vd, pd)
-COMPARISONS(vf, ps)
+COMPARISONS(vd, pd, __mmask8)
+COMPARISONS(vf, ps, __mmask16)
 #undef COMPARISONS
 
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)

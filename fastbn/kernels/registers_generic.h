@@ -108,14 +108,20 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 }
 
 #define COMPARISONS(v_type, lanes_of_v) \
-    ALWAYS_INLINE v_type if_less_##v_type(v_type a, v_type b, v_type yes, v_type no) \
+    ALWAYS_INLINE v_type if_##v_type(lanes_of_v choice, v_type yes, v_type no) \
     { \
-        const lanes_of_v choice = a < b; \
         return (v_type)(((lanes_of_v)yes & choice) | ((lanes_of_v)no & ~choice)); \
     } \
-    ALWAYS_INLINE v_type zero_if_at_most_##v_type(v_type a, v_type b, v_type v) \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return if_##v_type(a > b, a, b); } \
+    ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return if_##v_type(a < b, a, b); } \
+    ALWAYS_INLINE v_type if_outside_##v_type(v_type v, v_type low, v_type high, v_type yes, \
+                                             v_type no) \
     { \
-        return (v_type)((lanes_of_v)v & ~(lanes_of_v)(a <= b)); \
+        return if_##v_type((v < low) | (v > high), yes, no); \
+    } \
+    ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
+    { \
+        return (v_type)((lanes_of_v)no & ~(lanes_of_v)((v < low) | (v > high))); \
     }
 COMPARISONS(vd, lanes_of_vd)
 COMPARISONS(vf, lanes_of_vf)
@@ -149,10 +155,21 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
     return mask_byte(mask, index, 0) ? v : 0.0f;
 }
 
-ALWAYS_INLINE vd if_less_vd(vd a, vd b, vd yes, vd no) { return a < b ? yes : no; }
-ALWAYS_INLINE vf if_less_vf(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
-ALWAYS_INLINE vd zero_if_at_most_vd(vd a, vd b, vd v) { return a <= b ? 0.0 : v; }
-ALWAYS_INLINE vf zero_if_at_most_vf(vf a, vf b, vf v) { return a <= b ? 0.0f : v; }
+#define COMPARISONS(v_type) \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return a > b ? a : b; } \
+    ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return a < b ? a : b; } \
+    ALWAYS_INLINE v_type if_outside_##v_type(v_type v, v_type low, v_type high, v_type yes, \
+                                             v_type no) \
+    { \
+        return v < low || v > high ? yes : no; \
+    } \
+    ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
+    { \
+        return v < low || v > high ? 0 : no; \
+    }
+COMPARISONS(vd)
+COMPARISONS(vf)
+#undef COMPARISONS
 
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v) { memcpy(p, &v, 1); }
 ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v) { memcpy(p, &v, 1); }

@@ -45,8 +45,9 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(step_sums sums, const T *dy, co
     PREFETCH(dy + ahead);
     PREFETCH(x + ahead);
     UNROLL for (int k = 0; k < NAME(GATE_STEPS); k++) {
-        const NAME(passed) passed = NAME(pass_gate)(NAME(load)(dy + k * VA_LANES),
-                                                    NAME(load)(x + k * VA_LANES), gate, k);
+        const NAME(passed) passed =
+            NAME(pass)(NAME(load)(dy + k * VA_LANES), NAME(load)(x + k * VA_LANES),
+                       &gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
             const vd g = only_valid(lanes, j, WIDEN_A(passed.dy, i));
@@ -82,11 +83,11 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
     double sums[FASTBN_GROUP][2][LANES], totals[FASTBN_GROUP][2][LANES];
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
-    NAME(run_gates) gates;
+    NAME(gates) gates;
     const ptrdiff_t len = runs->len, down = runs->stride - runs->channels * len;
     const ptrdiff_t samples = NAME(CHUNKED) ? NAME(samples_of_chunk)(len) : runs->samples;
     if (gate != NULL)
-        NAME(narrow_gates)(gate, centre, runs->channels, &gates);
+        NAME(narrow_gates)(gate, runs->channels, &gates);
     for (ptrdiff_t n = 0, of_chunk = 0; n < runs->samples; n++, dy += down, x += down) {
         const int begins = of_chunk++ == 0, last = n + 1 == runs->samples;
         const int ends = last || of_chunk == samples;
@@ -206,7 +207,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
 #define ADD(dy, x, rows, i, lanes) \
     do { \
         if (gate != NULL) \
-            own = NAME(load_gate)(&gates, i); \
+            own = NAME(gate_of_columns)(&gates, i); \
         store_sums(first + (i), second + (i), \
                    add(load_sums(first + (i), second + (i)), dy, x, rows, centre + (i), &own, \
                        lanes)); \
@@ -219,7 +220,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
     memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
     spread_double(matrix, centre_of_channel, centre);
     if (gate != NULL)
-        NAME(spread_gate)(matrix, gate, centre_of_channel, &gates);
+        NAME(spread_gates)(matrix, gate, &gates);
     if (mode == MASKED)
         find_masks(matrix, end, masks);
     for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {

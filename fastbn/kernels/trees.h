@@ -71,8 +71,9 @@ ALWAYS_INLINE tree_sums NAME(gated_product_term)(const NAME(terms) *terms, ptrdi
     PREFETCH(dy + terms->ahead);
     PREFETCH(x + terms->ahead);
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
-        const NAME(passed) passed = NAME(pass_gate)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF),
-                                                    terms->gate, j);
+        const NAME(passed) passed =
+            NAME(pass)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
+                       terms->gate->low[j], terms->gate->high[j]);
         const vf g = only_valid_floats(lanes, j, passed.dy);
         const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
         sums.first[j] = g;
@@ -156,11 +157,11 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
                                            const fastbn_gate *gate, double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES];
-    NAME(run_gates) gates;
+    NAME(gates) gates;
     const ptrdiff_t len = runs->len, stride = runs->stride;
     const ptrdiff_t samples_of_tree = NAME(samples_of_tree)(len);
     if (gate != NULL)
-        NAME(narrow_gates)(gate, centre, runs->channels, &gates);
+        NAME(narrow_gates)(gate, runs->channels, &gates);
     for (ptrdiff_t n = 0, count; n < runs->samples; n += count) {
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
