@@ -203,8 +203,9 @@ def try_layer_backward(
     weight_grad: object,
     bias_grad: object,
     out: object,
+    residual_out: object,
     /,
-) -> tuple[Array, Array | None, Array | None] | None: ...
+) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...
 
 class SavedForBackward:
     def __init__(

@@ -597,9 +597,10 @@ def activation_gradient(cnp.ndarray dy not None, cnp.ndarray y, cnp.ndarray aliv
                         double slope, cnp.ndarray out not None):
     """Write dy times the derivative of the activation, which the bits or its output tell."""
     cdef Job job
+    cdef GateOfJob gate = gate_with(activation_of(activation, slope), dy, y, alive)
     init_job_on(&job, dy, None, 0)
-    job.activation = activation_of(activation, slope)
-    derive_dy(&job, cnp.PyArray_BYTES(dy), y, alive, cnp.PyArray_BYTES(out))
+    job.dy = cnp.PyArray_BYTES(out)
+    pass_gate(&job, &gate)
     job.apply = derive_block
     execute(&job)
 

@@ -68,44 +68,49 @@ cdef Py_ssize_t number_of(const Job *job, Py_ssize_t at) noexcept nogil:
 # one, dy is overwritten by the product of the two, and with a mask there is always one.
 
 
-# A gate that the kernels compute.
+# What dy passes in a job: a gate of the kernels, or with a raw dy the derivatives that are known.
 cdef struct GateOfJob:
     Activation activation
     Vector weight, bias
+    const char *raw_dy
+    const char *y
+    unsigned char *alive
 
 
-cdef void compute_gate(Job *job, const GateOfJob *gate) noexcept nogil:
-    """Let the kernels compute the derivatives."""
-    job.has_gate, job.activation = True, gate.activation
+cdef void pass_gate(Job *job, const GateOfJob *gate) noexcept nogil:
+    """Let dy pass a gate."""
+    job.activation = gate.activation
+    job.has_gate = gate.raw_dy == NULL and gate.activation.kind != LINEAR
     job.gate_weight, job.gate_bias = gate.weight, gate.bias
+    job.raw_dy, job.y, job.alive = gate.raw_dy, gate.y, gate.alive
 
 
 cdef int set_gate(Job *job, tuple gate) except -1:
-    cdef cnp.ndarray y, alive
-    cdef GateOfJob computed
+    cdef GateOfJob passed
     if gate is None:
         return 0
     name, slope, weight, bias, inverted, raw_dy, y, alive = gate
-    job.activation = activation_of(name, slope)
-    if raw_dy is not None:
-        derive_dy(job, cnp.PyArray_BYTES(<cnp.ndarray>raw_dy), y, alive, <char *>job.dy)
-        return 0
-    computed.activation = job.activation
+    passed = gate_with(activation_of(name, slope), raw_dy, y, alive)
     if inverted:
-        computed.activation.kind = LEAKY_RELU_INVERTED
-    computed.weight, computed.bias = vector_of(weight, 1), vector_of(bias, 0)
-    compute_gate(job, &computed)
+        passed.activation.kind = LEAKY_RELU_INVERTED
+    passed.weight, passed.bias = vector_of(weight, 1), vector_of(bias, 0)
+    pass_gate(job, &passed)
     return 0
 
 
-cdef void derive_dy(Job *job, const char *raw_dy, cnp.ndarray y, cnp.ndarray alive,
-                    char *dy) noexcept:
-    """Let the job write dy: raw_dy times the derivative of the activation."""
-    job.raw_dy, job.dy = raw_dy, dy
+cdef GateOfJob gate_with(Activation activation, cnp.ndarray raw_dy, cnp.ndarray y,
+                         cnp.ndarray alive) noexcept:
+    """A gate with a raw dy, and what tells the derivatives, or with neither."""
+    cdef GateOfJob gate
+    memset(&gate, 0, sizeof(GateOfJob))
+    gate.activation = activation
+    if raw_dy is not None:
+        gate.raw_dy = cnp.PyArray_BYTES(raw_dy)
     if y is not None:
-        job.y = cnp.PyArray_BYTES(y)
+        gate.y = cnp.PyArray_BYTES(y)
     if alive is not None:
-        job.alive = <unsigned char *>cnp.PyArray_BYTES(alive)
+        gate.alive = <unsigned char *>cnp.PyArray_BYTES(alive)
+    return gate
 
 
 cdef const Gate *gate_of(const Job *job, const Block *block, Gate *gate) noexcept nogil:

@@ -83,6 +83,15 @@ cdef bint is_plain_output(object out, cnp.ndarray x, cnp.ndarray dy) noexcept:
             and is_same_or_apart(<cnp.ndarray>out, x) and is_same_or_apart(<cnp.ndarray>out, dy))
 
 
+cdef bint is_plain_residual_out(object out, cnp.ndarray x, cnp.ndarray dy, object dx) noexcept:
+    """Tell whether it is None, or a plain array that is dy, or apart from all others."""
+    if out is None:
+        return True
+    return (is_plain_beside(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
+            and is_apart(<cnp.ndarray>out, x) and is_same_or_apart(<cnp.ndarray>out, dy)
+            and (dx is None or is_apart(<cnp.ndarray>out, <cnp.ndarray>dx)))
+
+
 cdef bint is_same_or_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     """Tell whether arrays of one shape, dtype and layout are the same memory, or apart."""
     return is_same(a, b) or is_apart(a, b)
@@ -408,7 +417,7 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
     dweight = new_vector(channels, cnp.NPY_FLOAT64)
     dbias = new_vector(channels, cnp.NPY_FLOAT64)
     weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
-    gate.activation = activation_of(activation, PyFloat_AS_DOUBLE(slope))
+    gate = gate_with(activation_of(activation, PyFloat_AS_DOUBLE(slope)), None, None, None)
     if activation is not None:
         gate.weight, gate.bias = weights, vector_of(bias, 0)
     differentiate(<cnp.ndarray>dy, array, &weights, &means, &invstds, &gate, target,
@@ -417,13 +426,17 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
 
 
 def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight_grad, bias_grad,
-                       out, /):
-    """The gradient of a layer's input, and the sums of its gradients; None if it is not plain."""
-    cdef cnp.ndarray array, target
+                       out, residual_out, /):
+    """The gradients of a layer's input and residual, and the sums of those of weight and bias.
+
+    None if it is not plain, or where a residual_out is without a residual.
+    """
+    cdef cnp.ndarray array, target, derived = None
     cdef Py_ssize_t channels
     cdef double *doubles
     if (saved.frozen or saved.kept is not None or saved.mask is not None or saved.batch_size != 0
-            or saved.has_residual or (saved.in_place and saved.activation is not None)
+            or (saved.in_place and saved.activation is not None)
+            or (residual_out is not None and not saved.has_residual)
             or not is_plain_input(saved.x, None, None) or not saved.has_its_shape()):
         return None
     array = <cnp.ndarray>saved.x
@@ -433,25 +446,35 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
             or not is_plain_vector(bias, array, out)
             or not is_plain_gradient(weight_grad, weight, array, out)
             or not is_plain_gradient(bias_grad, bias, array, out)
+            or not is_plain_residual_out(residual_out, array, dy, out)
+            or not is_plain_vector(weight, array, residual_out)
+            or not is_plain_vector(bias, array, residual_out)
+            or not is_plain_gradient(weight_grad, weight, array, residual_out)
+            or not is_plain_gradient(bias_grad, bias, array, residual_out)
             or not saved.is_unchanged()):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
+    if saved.has_residual:
+        derived = result_like(array, residual_out)
     of_weight = new_gradient(weight_grad, weight)
     of_bias = new_gradient(bias_grad, bias)
     doubles = new_doubles(5 * channels)  # two sums, three vectors
     try:
-        layer_backward(<cnp.ndarray>dy, saved, weight, target, doubles)
+        layer_backward(<cnp.ndarray>dy, saved, weight, target, derived, doubles)
         add_gradient(of_weight, doubles + channels, weight_grad is None)
         add_gradient(of_bias, doubles, bias_grad is None)
     finally:
         free(doubles)
-    return target, of_weight, of_bias
+    return target, derived, of_weight, of_bias
 
 
 cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weight,
-                        cnp.ndarray out, double *doubles) except -1:
-    """The gradient of the input, and the two sums in the first of five doubles per channel."""
+                        cnp.ndarray out, cnp.ndarray derived, double *doubles) except -1:
+    """The gradient of the input, and the two sums in the first of five doubles per channel.
+
+    The gradient of the residual, if there was one, is written to `derived`.
+    """
     cdef cnp.ndarray x = saved.x
     cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
     cdef Vector invstds = vector_of(saved.invstd, 1), biases
@@ -463,8 +486,11 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weig
         means = vector_of_doubles(doubles + 2 * channels)
         invstds = vector_of_doubles(doubles + 3 * channels)
         weights = vector_of_doubles(doubles + 4 * channels)
-    gate.activation = activation_of(saved.activation, saved.negative_slope)
+    gate = gate_with(activation_of(saved.activation, saved.negative_slope), None, None, None)
     gate.weight, gate.bias = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
+    if derived is not None:  # without an activation the residual gets dy
+        gate = gate_with(gate.activation, dy, dy if saved.alive is None else None, saved.alive)
+        dy = derived
     return differentiate(dy, x, &weights, &means, &invstds, &gate, out, doubles,
                          doubles + channels)
 
@@ -500,8 +526,7 @@ cdef int differentiate(cnp.ndarray dy, cnp.ndarray x, const Vector *weight, cons
     job.sum_dy, job.sum_dy_xhat = vector_of_doubles(sum_dy), vector_of_doubles(sum_dy_xhat)
     sum_in_float32(&job)
     apply_gradient(&job, cnp.PyArray_BYTES(out))
-    if gate.activation.kind != LINEAR:
-        compute_gate(&job, gate)
+    pass_gate(&job, gate)
     return execute(&job)
 
 

@@ -495,20 +495,32 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
 static void NAME(find_crossings)(const A *high, const A *low, const A *scale, const A *shift,
                                  ptrdiff_t count, A limit, ORDER_A *crossing)
 {
-    ORDER_A end[COLUMNS];
+    /* What the rounding of the operations of Y may move it by, relative to their operands. */
+    const A near = sizeof(A) == sizeof(float) ? (A)0x1p-20 : (A)0x1p-49;
+    ORDER_A end[COLUMNS], open = 1;
+#define ABOVE(u) \
+    (-(ORDER_A)(Y(scale[c] < 0 ? -(u) : (u), high[c], low[c], scale[c], shift[c]) > limit))
     for (ptrdiff_t c = 0; c < count; c++) {
-        crossing[c] = NAME(order_of)(-(A)INFINITY);
-        end[c] = NAME(order_of)((A)INFINITY) + 1;
+        const A x = high[c] + (limit - shift[c]) / scale[c], u = scale[c] < 0 ? -x : x;
+        const A reach = (high[c] < 0 ? -high[c] : high[c]) * near + (u < 0 ? -u : u) * near;
+        const ORDER_A is_near = ~ABOVE(u - reach) & ABOVE(u + reach);
+        const ORDER_A first = NAME(order_of)(-(A)INFINITY), behind = NAME(order_of)((A)INFINITY) + 1;
+        crossing[c] = (NAME(order_of)(u - reach) & is_near) | (first & ~is_near);
+        end[c] = (NAME(order_of)(u + reach) & is_near) | (behind & ~is_near);
     }
-    for (size_t bit = 0; bit < 8 * sizeof(A); bit++)
+    /* All bits of a choice are set, or none: compilers make masked stores, which take long, of `?:`. */
+    while (open) {
+        open = 0;
         for (ptrdiff_t c = 0; c < count; c++) {
-            const ORDER_A middle = (crossing[c] & end[c]) + ((crossing[c] ^ end[c]) >> 1);
-            const A u = NAME(value_of)(middle), x = scale[c] < 0 ? -u : u;
-            const int is_above = Y(x, high[c], low[c], scale[c], shift[c]) > limit;
-            const int is_open = crossing[c] < end[c];
-            end[c] = is_open & is_above ? middle : end[c];
-            crossing[c] = is_open & !is_above ? middle + 1 : crossing[c];
+            const ORDER_A from = crossing[c], to = end[c];
+            const ORDER_A middle = (from & to) + ((from ^ to) >> 1);
+            const ORDER_A is_open = -(ORDER_A)(from < to), is_above = ABOVE(NAME(value_of)(middle));
+            end[c] = (middle & is_above & is_open) | (to & ~(is_above & is_open));
+            crossing[c] = ((middle + 1) & ~is_above & is_open) | (from & ~(~is_above & is_open));
+            open |= is_open;
         }
+    }
+#undef ABOVE
 }
 
 static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activation *activation_,

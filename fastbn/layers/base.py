@@ -372,21 +372,21 @@ class Norm(LayerState):
         saved = self._saved
         if isinstance(saved, str):
             raise RuntimeError(saved)
-        if not saved.has_residual:
-            if residual_out is not None:
-                raise ValueError("residual_out needs a forward with a residual before it")
-            dx = self._quick_backward(saved, dy, out)
-            if dx is not None:
-                return dx
-        dx, derived = self._backward(saved, dy, out, residual_out)
-        if not saved.has_residual:
+        if residual_out is not None and not saved.has_residual:
+            raise ValueError("residual_out needs a forward with a residual before it")
+        gradients = self._quick_backward(saved, dy, out, residual_out)
+        dx, derived = gradients or self._backward(saved, dy, out, residual_out)
+        if derived is None:
             return dx
-        assert derived is not None
         return dx, normalize.valid_only(derived, saved.mask)
 
     def _quick_backward(
-        self, saved: SavedForBackward, dy: ArrayLike, out: Array | None
-    ) -> Array | None:
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None] | None:
         """`backward` of a plain call; None for any other."""
         return None
 

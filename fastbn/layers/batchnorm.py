@@ -67,16 +67,21 @@ class BatchNorm(Norm):
         return y
 
     def _quick_backward(
-        self, saved: SavedForBackward, dy: ArrayLike, out: Array | None
-    ) -> Array | None:
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None] | None:
+        gradients = self.weight_grad, self.bias_grad
         result = _core.try_layer_backward(
-            dy, saved, self.weight, self.bias, self.weight_grad, self.bias_grad, out
+            dy, saved, self.weight, self.bias, *gradients, out, residual_out
         )
         if result is None:
             return None
-        dx, self.weight_grad, self.bias_grad = result
+        dx, derived, self.weight_grad, self.bias_grad = result
         self._saved = NO_SECOND_BACKWARD
-        return dx
+        return dx, derived
 
     def _training_call(
         self,
