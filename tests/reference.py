@@ -177,3 +177,28 @@ def gradient_bounds(dy, x, dtype, mean, var, weight=None, eps=1e-5, relative=Non
         relative * np.abs(dy * xhat).sum(axis=axes),
         relative * np.abs(dy).sum(axis=axes),
     )
+
+
+# Activations and residuals.
+
+
+def activate(z, activation, slope=0.01):
+    """An activation of z; NaN stays NaN."""
+    z = wide(z)
+    if activation is None:
+        return z
+    if activation == "leaky_relu":
+        return np.where(z > 0, z, z * np.longdouble(slope))
+    z = np.where(z < 0, 0, z)
+    return np.where(z > 6, 6, z) if activation == "relu6" else z
+
+
+def derivative(z, activation, slope=0.01):
+    """The derivative of an activation at z, at its kinks that of the flat side, as torch has it."""
+    z = wide(z)
+    if activation is None:
+        return np.ones_like(z)
+    if activation == "leaky_relu":
+        return np.where(z > 0, 1, np.longdouble(slope))
+    flat = (z <= 0) | (z >= 6) if activation == "relu6" else z <= 0
+    return np.where(flat, np.longdouble(0), 1)
