@@ -175,10 +175,19 @@ def backward_call(
     )
     gate = None
     if name is not None or residual is not None or derived is not None:
-        if derived is None and residual is not None:
+        is_new = derived is None and residual is not None
+        if is_new:
             derived = backend_of(x).empty_like(x)
-        y = dy if name is None else y
-        gate = Gate(name, slope, vectors["weight"], given["bias"], residual, y, derived=derived)
+        gate = Gate(
+            name,
+            slope,
+            vectors["weight"],
+            given["bias"],
+            residual,
+            y=dy if name is None else y,
+            derived=derived,
+            derived_is_new=is_new,
+        )
     arguments = {"out": out, "mask": as_mask(mask, x), "batch_size": batch_size, "gate": gate}
     return Backward(dy, x, **vectors, **arguments)
 
@@ -324,11 +333,14 @@ def as_gradient(dy: Any, x: Array) -> Array:
 
 def as_array_like(x: Array, value: Any, name: str) -> Array:
     """An array of x's shape and dtype."""
-    value = as_array_beside(x, value, name)
+    given, value = value, as_array_beside(x, value, name)
     if value.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {value.shape}")
     if value.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
-        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
+        got, mend = f"{value.dtype}", f"{name}.astype(x.dtype)"
+        if isinstance(given, list | tuple):
+            got, mend = f"a {type(given).__name__} of {got}", f"np.asarray({name}, x.dtype)"
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {got}; convert it: {mend}")
     return value  # type: ignore[no-any-return]
 
 
@@ -351,16 +363,14 @@ def as_epilogue(epilogue: tuple[Any, Any, Any], x: Array) -> Epilogue | None:
 
 def check_residual_out(residual_out: Any, x: Array, dy: Array, **read: Any) -> Array | None:
     """Refuse a `residual_out` that cannot hold the gradient, or overlaps what is read."""
-    try:
-        target = check_out(residual_out, x, **read)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"residual_{error}") from None
-    if target is not None:
-        if share_memory(target, x):
-            raise ValueError("residual_out must not overlap x, which is read after it is written")
-        if share_memory(target, dy) and not same_elements(target, dy):
-            raise ValueError("residual_out must be dy, or not overlap it")
-    return target
+    if residual_out is None:
+        return None
+    target = check_target(residual_out, x, "residual_out")
+    if share_memory(target, x):
+        raise ValueError("residual_out must not overlap x, which is read after it is written")
+    check_same_or_apart(target, "residual_out", dy=dy)
+    _check_apart(target, "residual_out", read)
+    return target  # type: ignore[no-any-return]
 
 
 def as_vector(value: Any, name: str, c: int, x: Array) -> Array:
@@ -536,29 +546,42 @@ def check_out(
     """
     if out is None:
         return None
-    if type(out) is not np.ndarray or type(x) is not np.ndarray:
-        if not is_array(out) or is_masked(out):
-            raise TypeError(not_an_array(out, "out"))
-        check_beside(x, out, "out")
-    if out.shape != x.shape:
-        raise ValueError(f"out must have x's shape {x.shape}, got {out.shape}")
-    dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
-    if out.dtype != dtype:
-        raise TypeError(f"out must have x's dtype {dtype}, got {out.dtype}")
-    if not backend_of(out).writeable(out):
-        raise ValueError("out must be writeable, got a read-only array")
-    if not out.flags.c_contiguous and overlaps_itself(out):
-        raise ValueError(f"out must have elements of its own, got the strides {out.strides}")
-    for name, array in (("x", x), ("dy", dy), ("residual", residual)):
-        if array is not None and share_memory(out, array) and not same_elements(out, array):
-            raise ValueError(f"out must be {name}, or not overlap it; it overlaps {name} in part")
+    out = check_target(out, x, "out")
+    check_same_or_apart(out, "out", x=x, dy=dy, residual=residual)
     if vectors:
-        _check_apart(out, vectors)
+        _check_apart(out, "out", vectors)
     return out  # type: ignore[no-any-return]
 
 
-def _check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
-    """Refuse an `out` that overlaps a vector."""
+def check_target(out: Any, x: Array, target: str) -> Any:
+    """Refuse what cannot hold an array like x; `target` is its name."""
+    if type(out) is not np.ndarray or type(x) is not np.ndarray:
+        if not is_array(out) or is_masked(out):
+            raise TypeError(not_an_array(out, target))
+        check_beside(x, out, target)
+    if out.shape != x.shape:
+        raise ValueError(f"{target} must have x's shape {x.shape}, got {out.shape}")
+    dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
+    if out.dtype != dtype:
+        raise TypeError(f"{target} must have x's dtype {dtype}, got {out.dtype}")
+    if not backend_of(out).writeable(out):
+        raise ValueError(f"{target} must be writeable, got a read-only array")
+    if not out.flags.c_contiguous and overlaps_itself(out):
+        raise ValueError(f"{target} must have elements of its own, got the strides {out.strides}")
+    return out
+
+
+def check_same_or_apart(out: Array, target: str, **arrays: Array | None) -> None:
+    """Refuse an array to be written that overlaps one in part."""
+    for name, array in arrays.items():
+        if array is not None and share_memory(out, array) and not same_elements(out, array):
+            raise ValueError(
+                f"{target} must be {name}, or not overlap it; it overlaps {name} in part"
+            )
+
+
+def _check_apart(out: Array, target: str, vectors: dict[str, Array | None]) -> None:
+    """Refuse an array to be written that overlaps another one."""
     base = out.base
     owner = out if base is None else base
     known = base is None or getattr(base, "base", base) is None
@@ -567,4 +590,4 @@ def _check_apart(out: Array, vectors: dict[str, Array | None]) -> None:
         if vector is None or (known and vector.base is None and vector is not owner):
             continue
         if share_memory(out, vector):
-            raise ValueError(f"out must not overlap {name}")
+            raise ValueError(f"{target} must not overlap {name}")

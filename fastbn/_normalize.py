@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fastbn._overlap import share_memory
 from fastbn._types import Array, Epilogue, Gate, Statistics
 from fastbn.backends import backend_of
 from fastbn.backends.common import batches_of
+from fastbn.backends.composed import hand_over, own_memory
 
 if TYPE_CHECKING:
     from fastbn.backends.protocol import Backend
@@ -141,7 +141,15 @@ def running_statistics(
 
 def backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_batch` and `by_instance`: of input, weight and bias."""
-    call = _with_known_derivatives(call)
+    asked, call = call.gate, _with_known_derivatives(call)
+    gradients = _backward(call)
+    if call.gate is None:
+        hand_over(asked, call.dy)
+    return gradients
+
+
+def _backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
+    """`backward`, where the derivatives are known or the backend computes them."""
     dy, x, weight, mean, invstd, out, mask, batch_size, gate = call
     run = backend_of(x).backward
     if not batch_size:
@@ -177,6 +185,7 @@ def group_backward(
     dx, dbias, dweight = backend_of(x).group_backward(
         dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask
     )
+    hand_over(call.gate, dy)
     return dx, dweight, dbias
 
 
@@ -188,56 +197,46 @@ def frozen_backward(call: Backward, scale: Statistics) -> tuple[Array, Statistic
     if out is None:
         out = backend.empty_like(x)
     with np.errstate(all="ignore"):  # What x's dtype cannot hold is inf there.
-        dy = dy.astype(x.dtype, copy=False)
-    dx = backend.elemt(dy, np.zeros_like(scale), scale, None, None, out, mask=mask)
+        converted = dy.astype(x.dtype, copy=False)
+    dx = backend.elemt(converted, np.zeros_like(scale), scale, None, None, out, mask=mask)
+    hand_over(call.gate, dy)
     return dx, dweight, dbias
 
 
-# Activations in a backward. Where the derivatives are known, dy times them takes memory of its own:
-# that of the residual's gradient or, if nobody asks for it, of the input's.
+# Activations in a backward of several calls of the backend: the first one writes dy times the
+# derivatives to memory of its own, since a later one may fail.
 
 
 def through_activation(call: Backward) -> Backward:
     """The call with dy times the derivatives, which are known, in place of dy."""
     if call.gate is None:
         return call
-    call = _with_memory(call)
-    gate = call.gate
-    assert gate is not None
-    assert gate.derived is not None
-    dy = backend_of(call.x).activation_gradient(call.dy, call.x, gate, gate.derived)
-    return call._replace(dy=dy, gate=None)
+    backend = backend_of(call.x)
+    memory = own_memory(backend, call.gate, call.x)
+    dy = backend.activation_gradient(call.dy, call.x, call.gate, memory)
+    return _with_derived(call, dy)
 
 
-def _with_memory(call: Backward) -> Backward:
-    """The call with memory for dy times the derivatives."""
+def _with_derived(call: Backward, dy: Array) -> Backward:
+    """The call with dy times the derivatives, in memory of its own, in place of dy and gate."""
     gate, out = call.gate, call.out
     assert gate is not None
-    if gate.derived is not None:
-        return call
-    derived = out
-    if out is None:
-        derived = out = backend_of(call.x).empty_like(call.x)
-    elif share_memory(out, call.x):
-        derived = backend_of(call.x).empty_like(call.x)
-    return call._replace(out=out, gate=gate._replace(derived=derived))
+    if out is None and gate.derived is None:
+        out = dy
+    return call._replace(dy=dy, out=out, gate=None)
 
 
 def _with_known_derivatives(call: Backward) -> Backward:
     """The call with derivatives that are known, if the backend does not compute them."""
     gate, backend = call.gate, backend_of(call.x)
-    if gate is None:
+    if gate is None or gate.is_known:
         return call
-    if gate.alive is not None or gate.y is not None:
-        return _with_memory(call)
     if gate.residual is None and gate.derived is None and backend.gates(call.mask):
         return call
-    call = _with_memory(call)
-    assert call.gate is not None
-    assert call.gate.derived is not None
-    for batch in _batches_of_call(call):
+    dy = own_memory(backend, gate, call.x)
+    for batch in _batches_of_call(call._replace(gate=gate._replace(derived=dy))):
         _recompute(batch)
-    return call._replace(dy=call.gate.derived, gate=None)
+    return _with_derived(call, dy)
 
 
 def _batches_of_call(call: Backward) -> list[Backward]:
@@ -265,14 +264,19 @@ def _recompute(call: Backward) -> None:
     options = gate.activation, gate.negative_slope
     epilogue = Epilogue(*options, gate.residual, alive)
     vectors = call.mean, call.invstd, gate.weight, gate.bias
-    backend.elemt(call.x, *vectors, backend.empty_like(call.x), mask=call.mask, epilogue=epilogue)
+    backend.elemt(call.x, *vectors, gate.derived, mask=call.mask, epilogue=epilogue)
     backend.activation_gradient(call.dy, call.x, gate._replace(alive=alive), gate.derived)
 
 
-def valid_only(array: Array, mask: Array | None) -> Array:
-    """The array, with zeros at invalid positions."""
-    if mask is not None:
-        array[np.broadcast_to(~mask, array.shape)] = 0
+def invalid_positions(mask: Array | None) -> Array | None:
+    """The positions that a mask leaves out, if there is one."""
+    return None if mask is None else ~mask
+
+
+def clear(array: Array, invalid: Array | None) -> Array:
+    """The array, with zeros at invalid positions. It takes no memory, and so cannot fail."""
+    if invalid is not None:
+        np.copyto(array, array.dtype.type(0), where=invalid)
     return array
 
 

@@ -412,7 +412,8 @@ def batch_norm_backward(
         negative_slope=negative_slope,
         residual_out=residual_out,
     )
+    invalid = normalize.invalid_positions(call.mask)
     gradients = normalize.backward(call)
     if call.gate is None or call.gate.derived is None:
         return gradients
-    return *gradients, normalize.valid_only(call.gate.derived, call.mask)
+    return *gradients, normalize.clear(call.gate.derived, invalid)

@@ -36,3 +36,9 @@ class Gate(NamedTuple):
     alive: Array | None = None
     inverted: bool = False  # whether the input is the output of a forward in place
     derived: Array | None = None  # where to write dy times the derivative: what the residual gets
+    derived_is_new: bool = False  # whether nobody else has that memory
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the derivatives are told, not computed."""
+        return self.alive is not None or self.y is not None

@@ -118,6 +118,19 @@ def activation_gradient(dy: Array, gate: Gate, out: Array) -> Array:
     return out
 
 
+def own_memory(backend: Backend, gate: Gate, x: Array) -> Array:
+    """Memory for dy times the derivatives that nobody else has."""
+    if gate.derived is not None and gate.derived_is_new:
+        return gate.derived
+    return backend.empty_like(x)
+
+
+def hand_over(gate: Gate | None, derived: Array) -> None:
+    """Write dy times the derivatives where a gate wants it, now that nothing can fail any more."""
+    if gate is not None and gate.derived is not None and gate.derived is not derived:
+        gate.derived[...] = derived
+
+
 def _is_alive(z: Array, activation: str | None) -> Array:
     """Where the derivative at z is 1; of NaN it is so, except with leaky_relu."""
     if activation == "leaky_relu":

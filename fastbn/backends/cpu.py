@@ -162,13 +162,12 @@ def backward(
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(x, 2, batch_size)
     mask = packed_mask(mask)
-    derived = None if gate is None else gate.derived
-    written = dy if derived is None else fitting(derived, source)
+    written = dy if gate is None else memory_for_derived(gate, source, target, dy)
     follows = None if gate is None else packed_gate(gate, source, dy)
     sums = sum_dy, sum_dy_xhat
     _core.backward(written, source, mask, batch_size, weight, mean, invstd, target, *sums, follows)
-    if derived is not None:
-        unpacked(written, derived)
+    if gate is not None and gate.derived is not None:
+        unpacked(written, gate.derived)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
@@ -192,16 +191,22 @@ def activation_gradient(dy: Array, x: Array, gate: Gate, out: Array) -> Array:
     return unpacked(target, out)
 
 
-def fitting(derived: Array, source: Array) -> Array:
-    """Memory in the source's layout: the array itself, or other one."""
-    fits = _core.layout(derived) == _core.layout(source)
-    return derived if fits else _core.empty_like(source)
+def memory_for_derived(gate: Gate, source: Array, target: Array, dy: Array) -> Array:
+    """Where the core shall write dy times the derivatives of a gate; dy if it writes none.
+
+    In the source's layout: the array that is asked for if it fits or, if nobody asks, the result's.
+    """
+    if not gate.is_known:
+        return dy
+    memory = target if gate.derived is None else gate.derived
+    fits = _core.layout(memory) == _core.layout(source)
+    return memory if fits and not np.may_share_memory(memory, source) else _core.empty_like(source)
 
 
 def packed_gate(gate: Gate, source: Array, raw_dy: Array) -> tuple[Any, ...]:
     """A gate as an argument of the core; with known derivatives it has the dy that came."""
     options = gate.activation, gate.negative_slope
-    if gate.derived is None:
+    if not gate.is_known:
         return *options, gate.weight, gate.bias, gate.inverted, None, None, None
     return *options, None, None, False, raw_dy, packed_y(gate, source), gate.alive
 

@@ -97,8 +97,7 @@ class Backend(Protocol):
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradient of x, and the sums of dy and of dy * xhat, for each batch.
 
-        A gate has derivatives in `alive` or `y`, and then `derived`; or it has none of these, and
-        `gates` is true.
+        The derivatives of a gate are known, or it has no `derived` and `gates` is true.
         """
 
     def gates(self, mask: Array | None) -> bool:

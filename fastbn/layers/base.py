@@ -121,7 +121,7 @@ class Norm(LayerState):
         if others:
             raise TypeError(
                 f"{type(self).__name__} is called with x alone by position, got {1 + len(others)} "
-                f"arguments; pass out and mask by name: layer(x, out=..., mask=...)"
+                f"arguments; pass the others by name: layer(x, out=..., mask=..., residual=...)"
             )
         return self.forward(input, out=out, mask=mask, residual=residual)
 
@@ -376,9 +376,7 @@ class Norm(LayerState):
             raise ValueError("residual_out needs a forward with a residual before it")
         gradients = self._quick_backward(saved, dy, out, residual_out)
         dx, derived = gradients or self._backward(saved, dy, out, residual_out)
-        if derived is None:
-            return dx
-        return dx, normalize.valid_only(derived, saved.mask)
+        return dx if derived is None else (dx, derived)
 
     def _quick_backward(
         self,
@@ -407,10 +405,11 @@ class Norm(LayerState):
         buffers = self._grad_buffers(saved.mean)
         if saved.in_place:
             parameters = {"weight": saved.weight, "bias": saved.bias}
-        gate = gate_of(saved, dy, derived)
+        gate = gate_of(saved, dy, derived, is_new=residual_out is None)
+        invalid = normalize.invalid_positions(saved.mask)
         dx, *added = self._gradients(saved, dy, **parameters, out=out, gate=gate)
         self._add_gradients(buffers, *added)
-        return dx, derived
+        return dx, None if derived is None else normalize.clear(derived, invalid)
 
     def _derived(
         self,

@@ -149,11 +149,14 @@ def with_alive(call: normalize.Forward, *, computes_gates: bool) -> normalize.Fo
     return call._replace(epilogue=epilogue._replace(alive=backend.new_alive(call.x)))
 
 
-def gate_of(saved: SavedForBackward, dy: Array, derived: Array | None) -> Gate | None:
+def gate_of(
+    saved: SavedForBackward, dy: Array, derived: Array | None, *, is_new: bool
+) -> Gate | None:
     """What dy passes in the backward; `derived` takes the gradient of the residual."""
-    if saved.activation is None:
-        # Without an activation the residual gets dy.
-        return None if derived is None else Gate(None, 0.0, y=dy, derived=derived)
+    if saved.activation is None and derived is None:
+        return None
+    if saved.activation is None:  # The residual gets dy.
+        return Gate(None, 0.0, y=dy, derived=derived, derived_is_new=is_new)
     return Gate(
         saved.activation,
         saved.negative_slope,
@@ -162,6 +165,7 @@ def gate_of(saved: SavedForBackward, dy: Array, derived: Array | None) -> Gate |
         alive=saved.alive,
         inverted=saved.in_place and saved.kept is None,
         derived=derived,
+        derived_is_new=is_new,
     )
 
 

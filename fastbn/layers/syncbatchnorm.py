@@ -19,6 +19,7 @@ from fastbn._mpi import Ranks, mpi
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.backends.common import factors_of
+from fastbn.backends.composed import hand_over
 from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.saved import KeptChannels, SavedForBackward, gate_of, keep_all, reads_array
@@ -246,12 +247,13 @@ class SyncBatchNorm(BatchNorm):
         derived = self._derived(saved, dy, residual_out, out=out, **read)
         buffers = self._grad_buffers(saved.mean)
         backend = backend_of(x)
-        out = backend.empty_like(x) if out is None else out
         weight = saved.weight if saved.in_place else parameters["weight"]
         mean, invstd, mask = saved.mean, saved.invstd, saved.mask
-        gate = gate_of(saved, dy, derived)
+        gate = gate_of(saved, dy, derived, is_new=residual_out is None)
+        invalid = normalize.invalid_positions(mask)
         call = normalize.Backward(dy, x, weight, mean, invstd, out, mask, gate=gate)
-        dy = normalize.through_activation(call).dy
+        call = normalize.through_activation(call)
+        dy, out = call.dy, backend.empty_like(x) if call.out is None else call.out
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)
         sum_dy, sum_dy_xhat = map(self._beside, (x, x), self._all_ranks().total_sums(x, *own))
@@ -260,7 +262,10 @@ class SyncBatchNorm(BatchNorm):
             dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out, mask
         )
         self._add_gradients(buffers, dweight, dbias)
-        return dx, derived
+        if derived is None:
+            return dx, None
+        hand_over(gate, dy)
+        return dx, normalize.clear(derived, invalid)
 
     def _beside(self, x: Array, vector: Statistics) -> Array:
         """A vector from the host as an array of the kind that x is."""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import same_bits, some
 
 import fastbn
 
@@ -65,3 +66,29 @@ def inverted(bounds, dtype):
     """Bounds of gradients where what was normalized is recovered from a rounded output."""
     factor = {"float16": 3e3, "bfloat16": 2e4}.get(dtype.name, 1)
     return bounds._replace(dx=factor * bounds.dx, dweight=factor * bounds.dweight)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8), (3, 4, 5), (3, 2, 4, 5)], ids=str)
+def test_a_sample_without_an_axis_of_samples_is_a_batch_of_one(rng, shape, masked, in_place):
+    x, dy, residual = (some(rng, shape) for _ in range(3))
+    mask = np.arange(x[0].size).reshape(1, 1, *shape[1:]) > 2 if masked else None
+    batch, single = (
+        INSTANCE_NORMS[len(shape) + 1](3, affine=True, activation="relu6") for _ in range(2)
+    )
+    expected = batch(x[np.newaxis], mask=mask, residual=residual[np.newaxis])
+    place = x.copy() if in_place else None
+    y = single(x if place is None else place, out=place, mask=mask, residual=residual)
+    assert same_bits(y, expected[0])
+    for into in (None, np.empty_like(x), dy.copy()):
+        if into is not None:
+            batch(x[np.newaxis], mask=mask, residual=residual[np.newaxis])
+            single(x, mask=mask, residual=residual)
+        gradient = dy if into is None else into
+        gradient[...] = dy
+        expected = batch.backward(dy[np.newaxis])
+        results = single.backward(gradient, residual_out=into)
+        assert into is None or results[1] is into
+        assert same_bits(results[0], expected[0][0])
+        assert same_bits(results[1], expected[1][0])

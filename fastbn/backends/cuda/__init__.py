@@ -230,10 +230,10 @@ def backward(
     or are the same for all batches.
     """
     if gate is not None:
-        assert gate.derived is not None
-        dy = composed.activation_gradient(dy, gate, gate.derived)
+        memory = composed.own_memory(sys.modules[__name__], gate, x)
+        dy = composed.activation_gradient(dy, gate, memory)
     source = packed(x)
-    dy = packed_like(source, dy)
+    packed_dy = packed_like(source, dy)
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(source, 2, batch_size)
     valid = packed_mask(mask)
@@ -244,7 +244,7 @@ def backward(
             each.samples_of(target),
             sums,
             x=each.samples_of(source),
-            dy=each.samples_of(dy),
+            dy=each.samples_of(packed_dy),
             batches=each.number,
             count=each.geometry.per_channel,
             weight=each.vectors_of(weight),
@@ -253,6 +253,7 @@ def backward(
             valid=each.samples_of(valid),
             valid_count=each.entries_of(valid_count),
         )
+    composed.hand_over(gate, dy)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
