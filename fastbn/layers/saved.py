@@ -127,7 +127,8 @@ def keep_all(x: Array) -> KeptChannels:
 
 def used_parameters(call: normalize.Forward) -> tuple[Statistics | None, Statistics | None]:
     """Copies of weight and bias of a forward, if its backward recovers or derives with them."""
-    if not call.in_place and call.epilogue is None:
+    has_activation = call.epilogue is not None and call.epilogue.activation is not None
+    if not call.in_place and not has_activation:
         return None, None
     weight, bias = (
         None if value is None else value.astype(np.float64) for value in (call.weight, call.bias)

@@ -74,9 +74,12 @@ def saved_by(layer):
     if isinstance(saved, str):
         return saved
     kept = None if saved.kept is None else [repr(saved.kept.channels), described(saved.kept.x)]
-    names = ["x", "mean", "invstd", "weight", "bias"]
+    names = ["x", "mean", "invstd", "weight", "bias", "alive"]
     arrays = [described(getattr(saved, name)) for name in names]
-    return arrays, saved.in_place, saved.frozen, kept, saved.batch_size
+    follows = saved.activation, saved.has_residual
+    if saved.activation is not None:
+        follows += (saved.negative_slope,)
+    return arrays, saved.in_place, saved.frozen, kept, saved.batch_size, follows
 
 
 @pytest.mark.parametrize("x_layout", [contiguous, channels_last])
@@ -176,6 +179,61 @@ def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ra
         both_paths(lambda bn, x, dy: (bn(x, out=x), bn.backward(dy, out=dy)), bn, x, dy)
 
 
+ACTIVATIONS = [
+    {"activation": "relu"},
+    {"activation": "relu6"},
+    {"activation": "leaky_relu"},
+    {"activation": "leaky_relu", "negative_slope": -0.3},
+    {"activation": "leaky_relu", "negative_slope": 0.0},
+    {"activation": "".join(["re", "lu"])},  # which is not interned
+    {"activation": "leaky_relu", "negative_slope": np.float64(0.2)},
+    {"activation": "leaky_relu", "negative_slope": 1},
+    {},
+]
+
+
+@pytest.mark.parametrize("where", ["none", "new", "x", "residual"])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_a_step_of_a_layer_with_an_activation(rng, both_paths, layout, options, mode, added, where):
+    x, dy, residual = (layout(some(rng, (4, 3, 5, 7))) for _ in range(3))
+    if not added and where == "residual":
+        return
+
+    def step(bn, x, dy, residual):
+        for _ in range(2):
+            out = {"none": None, "new": np.empty_like(x), "x": x, "residual": residual}[where]
+            yield bn(x, out=out, residual=residual if added else None)
+            if mode != "eval":
+                gradients = bn.backward(dy)
+                yield from gradients if added else [gradients]
+
+    both_paths(step, layer_of(3, mode, **options), x, dy, residual)
+
+
+@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_functions_with_an_activation(rng, both_paths, options, x_dtype, added, in_place):
+    arrays = [some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(3)]
+
+    def call(x, dy, residual, mean, var, weight, bias):
+        follows = options | {"residual": residual if added else None}
+        yield F.batch_norm(x, mean, var, weight, bias, **follows)
+        yield F.batch_norm(x, mean, var, weight, bias, training=True, **follows)
+        told = {"bias": bias} if "activation" in options else {}
+        y, mean, invstd = F.batch_norm_forward(x, weight, bias, **follows)
+        yield from (y, mean, invstd)
+        out = {"out": dy if in_place else None}
+        yield from F.batch_norm_backward(dy, x, weight, mean, invstd, **told, **follows, **out)
+        yield F.batch_norm_forward(x, weight, bias, **follows, out=x if in_place else None)[0]
+
+    both_paths(call, *arrays, np.zeros(3, np.float32), np.ones(3, np.float32), *parameters(3))
+
+
 def overlapping(x):
     """An array that overlaps x in part."""
     return np.lib.stride_tricks.as_strided(x.reshape(-1)[1:], x.shape, x.strides)
@@ -198,6 +256,26 @@ WRONG = {
     "an output that is a list": lambda bn, x: {"out": x.tolist()},
     "an output that overlaps the input": lambda bn, x: {"x": x[:-1], "out": overlapping(x[:-1])},
     "a mask": lambda bn, x: {"mask": np.ones((len(x), 1, *x.shape[2:]), bool)},
+    "an unknown activation": lambda bn, x: setattr(bn, "activation", "gelu"),
+    "an activation that is no string": lambda bn, x: setattr(bn, "activation", 3),
+    "a slope of NaN": lambda bn, x: setattr(bn, "negative_slope", np.nan),
+    "a bool for a slope": lambda bn, x: setattr(bn, "negative_slope", True),
+    "a residual of another shape": lambda bn, x: {"residual": x[:1]},
+    "a residual of another dtype": lambda bn, x: {"residual": x.astype(np.float64)},
+    "a residual of another layout": lambda bn, x: {"residual": channels_last(x)},
+    "a read-only residual": lambda bn, x: {"residual": read_only(x)},
+    "a residual that is a list": lambda bn, x: {"residual": x.tolist()},
+    "a residual that is the input": lambda bn, x: {"residual": x},
+    "a residual that overlaps the input": lambda bn, x: {
+        "x": x[:-1],
+        "residual": overlapping(x[:-1]),
+    },
+    "a residual that overlaps the output": lambda bn, x: {
+        "x": x[:-1].copy(),
+        "out": x[:-1],
+        "residual": overlapping(x[:-1]),
+    },
+    "a residual that is the output that is the input": lambda bn, x: {"out": x, "residual": x},
     "no eps": lambda bn, x: setattr(bn, "eps", 0.0),
     "an integer eps": lambda bn, x: setattr(bn, "eps", 1),
     "eps of NaN": lambda bn, x: setattr(bn, "eps", np.nan),
@@ -257,8 +335,10 @@ UNUSUAL_BACKWARDS = {
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", UNUSUAL_BACKWARDS)
-def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place):
-    bn, x, dy = layer_of(3), some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7))
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place, activation):
+    bn = layer_of(3, activation=activation)
+    x, dy = some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7))
 
     def call(bn, x, dy):
         yield bn(x, out=x if in_place else None)
@@ -313,6 +393,26 @@ def test_a_plain_call_takes_the_quick_path(rng, monkeypatch):
     F.batch_norm_backward(y, x, None, mean, invstd)
     F.batch_norm(x, bn.running_mean, bn.running_var, training=True)
     F.batch_norm(x, bn.running_mean, bn.running_var)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_a_plain_call_with_an_activation_takes_the_quick_path(rng, monkeypatch, activation):
+    bn, x = layer_of(3, activation=activation), some(rng, (4, 3, 5, 7))
+
+    def checked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(f"{CHECKS}.as_array", checked)
+    bn(x)
+    bn.backward(x)
+    bn(x, residual=x)
+    bn(x, residual=x, out=np.empty_like(x))
+    bn.eval()(x, out=x)
+    bn(x, residual=x)
+    y, mean, invstd = F.batch_norm_forward(x, activation=activation, residual=x)
+    F.batch_norm_backward(y, x, None, mean, invstd, bias=None, activation=activation)
+    F.batch_norm(x, bn.running_mean, bn.running_var, activation=activation, training=True)
+    F.batch_norm(x, bn.running_mean, bn.running_var, activation=activation, residual=y, out=y)
 
 
 def test_an_override_of_a_method_is_not_passed_over(rng):
