@@ -363,6 +363,71 @@ def tool_cases(dtype):
     yield "folded", results
 
 
+ACTIVATIONS = {
+    "none": {},
+    "relu": {"activation": "relu"},
+    "relu6": {"activation": "relu6"},
+    "leaky_relu": {"activation": "leaky_relu", "negative_slope": 0.2},
+    "negative slope": {"activation": "leaky_relu", "negative_slope": -0.3},
+}
+ACTIVATED = {
+    "BatchNorm2d": lambda c, **options: fastbn.BatchNorm2d(c, **options),
+    "ghost batches": lambda c, **options: fastbn.BatchNorm2d(c, ghost_batch_size=3, **options),
+    "InstanceNorm2d": lambda c, **options: fastbn.InstanceNorm2d(
+        c, affine=True, track_running_stats=True, **options
+    ),
+    "GroupNorm": lambda c, **options: fastbn.GroupNorm(2, c, **options),
+}
+
+
+def activation_cases(dtype):
+    """Layers with activations and residuals, in all modes, in place and not, masked and not."""
+    kinds = itertools.product(ACTIVATED, ACTIVATIONS, MODES, ["", ", residual"], WAYS[:4])
+    for kind, activation, mode, added, way in kinds:
+        if mode == "frozen" and kind == "GroupNorm":
+            continue
+        for shape, layout in itertools.product(SHAPES["2d"], LAYOUTS[:3]):
+            x, dy = drawn("x", shape, dtype, layout), drawn("dy", shape, dtype, layout)
+            residual = drawn("residual", shape, dtype, layout) if added else None
+            layer = ACTIVATED[kind](shape[1], **ACTIVATIONS[activation])
+            set_parameters(layer, lossy=False)
+            mask = mask_for(shape) if "masked" in way else None
+            results = activated(layer, mode, x, dy, residual, "in place" in way, layout, mask)
+            where = f"{layout.__name__} {shape}"
+            yield f"{kind} ({activation}{added}), {mode}{way}, {where}", results
+
+
+def activated(layer, mode, x, dy, residual, in_place, layout, mask):
+    """What a step in a mode gives, after a first training step."""
+    layer(x)
+    if mode == "frozen":
+        layer.freeze()
+    layer.train(mode != "eval")
+    given, gradient = layout(x), layout(dy)
+    y = layer(given, out=given if in_place else None, mask=mask, residual=residual)
+    results = {"y": y.copy(order="K")}
+    if layer.training and residual is not None:
+        pair = layer.backward(gradient, residual_out=gradient if in_place else None)
+        results |= dict(zip(["dx", "dresidual"], pair, strict=True))
+    elif layer.training:
+        results["dx"] = layer.backward(gradient, out=gradient if in_place else None)
+    return results | {name: getattr(layer, name) for name in [*STATE, "weight_grad", "bias_grad"]}
+
+
+def activation_path_cases(dtype):
+    """Functions with activations and residuals, on every path of the kernels."""
+    for path, activation in itertools.product(PATHS, ["relu6", "leaky_relu"]):
+        x, dy, weight, bias = arguments(path, dtype)
+        options = ACTIVATIONS[activation]
+        for added, residual in (("", None), (", residual", dy)):
+            y, mean, invstd = F.batch_norm_forward(x, weight, bias, residual=residual, **options)
+            results = {"y": y, "mean": mean, "invstd": invstd}
+            for told in ({"bias": bias, "residual": residual}, {"y": y}):
+                gradients = F.batch_norm_backward(dy, x, weight, mean, invstd, **told, **options)
+                results |= {f"{list(told)} {i}": a for i, a in enumerate(gradients)}
+            yield f"{path} ({activation}{added})", results
+
+
 def cases(dtype):
     """The names and the results of all cases but the large paths."""
     yield from layer_cases(dtype, BATCH_NORMS, BATCH_OPTIONS, "BatchNorm")
@@ -371,6 +436,9 @@ def cases(dtype):
     yield from mixed_cases(dtype)
     yield from function_cases(dtype)
     yield from tool_cases(dtype)
+    if hasattr(fastbn.BatchNorm2d(1), "activation"):  # Earlier versions have none.
+        yield from activation_cases(dtype)
+        yield from activation_path_cases(dtype)
 
 
 def main():
