@@ -271,3 +271,17 @@ def assert_step(actual, expected, bounds):
                 support.assert_within(value, exact, bound)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from None
+
+
+def inverted(bounds, dtype):
+    """Bounds of gradients where what was normalized is recovered from a rounded output."""
+    factor = {"float16": 3e3, "bfloat16": 2e4}.get(dtype.name, 1)
+    return bounds._replace(dx=factor * bounds.dx, dweight=factor * bounds.dweight)
+
+
+def stored(bounds, expected, dtype):
+    """Bounds of gradients where those of the parameters are stored in a dtype."""
+    dweight = bounds.dweight + reference.ulp(expected.dweight, dtype)
+    return bounds._replace(
+        dweight=dweight, dbias=bounds.dbias + reference.ulp(expected.dbias, dtype)
+    )

@@ -63,15 +63,9 @@ def test_a_step_is_that_of_the_formulas(data):
         dx, dresidual = layer.backward(dy, residual_out=residual_out)
         assert residual_out is None or dresidual is residual_out
     if out is x:
-        bounds = inverted(bounds, x.dtype)
+        bounds = activated.inverted(bounds, x.dtype)
     gradients = dx, layer.weight_grad, layer.bias_grad, dresidual
     activated.assert_step((y, *gradients), expected, bounds)
-
-
-def inverted(bounds, dtype):
-    """Bounds of gradients where what was normalized is recovered from a rounded output."""
-    factor = {"float16": 3e3, "bfloat16": 2e4}.get(dtype.name, 1)
-    return bounds._replace(dx=factor * bounds.dx, dweight=factor * bounds.dweight)
 
 
 @pytest.mark.parametrize("masked", [False, True])
