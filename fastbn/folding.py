@@ -66,8 +66,8 @@ def fold(
     Raises
     ------
     TypeError
-        If the layer is neither a batch nor an instance normalization, or weight or bias does not
-        hold floats.
+        If the layer is neither a batch nor an instance normalization, weight or bias does not hold
+        floats, or `activation` is no string.
     ValueError
         If a shape does not fit the layer and the groups, or for a batch normalization before a
         transposed convolution, or if the layer has an activation that is not dropped, or that
@@ -121,6 +121,8 @@ def _check_activation(
     layer: BatchNorm | InstanceNorm, activation: str | None, bn_first: bool
 ) -> None:
     """Refuse an activation that the convolution would lose, or could not follow."""
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"activation must be None or 'drop', got {type(activation).__name__}")
     if activation not in (None, "drop"):
         raise ValueError(f"activation must be None or 'drop', got {activation!r}")
     if layer.activation is None:

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import reference
 import support
+from activated import ACTIVATIONS
 from support import read_only, refused, same_bits, some, untouched
 
 import fastbn
@@ -308,3 +310,49 @@ def test_a_layer_that_cannot_be_folded_is_refused(layer, exception, word):
 def test_a_weight_that_does_not_fit_is_refused(rng, weight, kwargs, exception, names):
     with refused(exception, *names):
         fastbn.fold(trained(rng, 4), weight, **kwargs)
+
+
+# Activations.
+
+
+@pytest.mark.parametrize(("activation", "slope"), ACTIVATIONS[1:], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_dropped_activation_is_applied_after_the_convolution(rng, activation, slope, transposed):
+    x = some(rng, (2, 4, 6, 5), np.float64)
+    weight = some(rng, (4, 9, 3, 2) if transposed else (9, 4, 3, 2), np.float64)
+    run = convolve_transposed if transposed else convolve
+    bn = trained(rng, 9, activation=activation, negative_slope=slope)
+    folded = fastbn.fold(bn, weight, transposed=transposed, activation="drop")
+    expected = bn(run(x, weight, None))
+    actual = reference.activate(run(x, *folded), activation, slope)
+    support.assert_close(actual, expected, 1e-13)
+
+
+def test_dropping_changes_nothing_for_a_layer_without_an_activation(rng):
+    bn, weight = trained(rng, 9), some(rng, (9, 4))
+    for one, other in zip(
+        fastbn.fold(bn, weight), fastbn.fold(bn, weight, activation="drop"), strict=True
+    ):
+        assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_an_activation_is_dropped_only_on_request(rng, activation):
+    bn, weight = trained(rng, 9, activation=activation), some(rng, (9, 4))
+    names = f"the layer has an activation, '{activation}'", "activation='drop'"
+    with refused(ValueError, *names, intact=[bn, weight]):
+        fastbn.fold(bn, weight)
+    with refused(ValueError, f"activation, '{activation}', stands between", intact=[bn]):
+        fastbn.fold(bn, some(rng, (4, 9)), bn_first=True, activation="drop")
+
+
+@pytest.mark.parametrize(
+    ("value", "exception"),
+    [("relu", ValueError), ("", ValueError), (True, TypeError), (np.ones(2), TypeError)],
+    ids=str,
+)
+def test_what_to_do_with_an_activation_is_none_or_drop(rng, value, exception):
+    got = repr(value) if exception is ValueError else type(value).__name__
+    for bn in (trained(rng, 9), trained(rng, 9, activation="relu")):
+        with refused(exception, f"activation must be None or 'drop', got {got}", intact=[bn]):
+            fastbn.fold(bn, some(rng, (9, 4)), activation=value)
