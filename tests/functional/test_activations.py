@@ -228,3 +228,30 @@ def test_the_derivative_at_a_kink_is_that_of_the_flat_side(dtype, activation, sl
             np.testing.assert_allclose(
                 gradients[3][i].astype(float), float(2 * exact[i, 0]), rtol=unit, atol=1e-30
             )
+
+
+@pytest.mark.torch
+@by_activation
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_kinks_are_those_of_torch(activation, slope, name):
+    torch = pytest.importorskip("torch")
+    z = at_kinks(np.dtype(name))
+    leaf = support.tensor(z).requires_grad_()
+    functional = torch.nn.functional
+    y = {
+        "relu": functional.relu,
+        "relu6": functional.relu6,
+        "leaky_relu": lambda z: functional.leaky_relu(z, slope),
+    }[activation](leaf)
+    y.backward(torch.ones_like(y))
+    options = {"activation": activation, "negative_slope": slope}
+    statistics = np.zeros(1), np.ones(1)
+    with np.errstate(all="ignore"):
+        actual = F.batch_norm(z, *statistics, eps=0.0, **options)
+        np.testing.assert_array_equal(actual, y.detach().numpy())
+        gradients = F.batch_norm_backward(
+            np.ones_like(z), z, None, *statistics, bias=None, residual=np.zeros_like(z), **options
+        )
+    # At NaN, torch's own relu6 has 1 for single elements and 0 for registers of them.
+    known = ~np.isnan(z) if activation == "relu6" else np.ones_like(z, bool)
+    np.testing.assert_array_equal(gradients[3][known], leaf.grad.numpy()[known])

@@ -94,6 +94,29 @@ def equal():
         check_step((9, 3), sizes, "float32", contiguous, False, 0.1, unbiased=False)
 
 
+def activated():
+    """Residuals and activations follow as they follow the batch normalization of one process."""
+    rng = generator()
+    activations = [(None, 0.01), ("relu", 0.01), ("relu6", 0.01), ("leaky_relu", -0.3)]
+    for sizes, (name, slope) in itertools.product(SPLITS[WORLD.size], activations):
+        for in_place, masked in itertools.product([False, True], repeat=2):
+            sync, plain = pair(activation=name, negative_slope=slope, dtype=np.float64)
+            x, dy, residual = (some(rng, (9, 3, 5, 2), np.float64) for _ in range(3))
+            mask = rng.random((9, 1, 5, 2)) < 0.7 if masked else np.ones((9, 1, 5, 2), bool)
+            y = plain(x, mask=mask, residual=residual)
+            expected = plain.backward(dy)
+            mine, gradient = part(x, sizes).copy(), part(dy, sizes).copy()
+            options = {"mask": part(mask, sizes), "residual": part(residual, sizes)}
+            output = sync(mine, out=mine if in_place else None, **options)
+            support.assert_close(output, part(y, sizes), 1e-13)
+            results = sync.backward(gradient, residual_out=gradient if in_place else None)
+            for actual, exact in zip(results, expected, strict=True):
+                support.assert_within(actual, part(exact, sizes), 1e-12)
+            for gradient_name in ("weight_grad", "bias_grad"):
+                total = WORLD.allreduce(getattr(sync, gradient_name))
+                support.assert_close(total, getattr(plain, gradient_name), 1e-12)
+
+
 def bits():
     """Print bits that must be the same in every run."""
     rng = generator()

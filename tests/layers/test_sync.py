@@ -48,7 +48,7 @@ def run_ranks(ranks, case):
     "case",
     [
         *["equal", "nowhere", "failing", "modes", "communicators"],
-        *["recalibrated", "masked", "masked_away", "starved", "copies"],
+        *["recalibrated", "masked", "masked_away", "starved", "copies", "activated"],
     ],
 )
 def test_on_ranks(case, ranks):
