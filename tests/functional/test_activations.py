@@ -255,3 +255,59 @@ def test_kinks_are_those_of_torch(activation, slope, name):
     # At NaN, torch's own relu6 has 1 for single elements and 0 for registers of them.
     known = ~np.isnan(z) if activation == "relu6" else np.ones_like(z, bool)
     np.testing.assert_array_equal(gradients[3][known], leaf.grad.numpy()[known])
+
+
+# Derivatives that are computed from x are those of the forward, to the last bit of x.
+
+WEIGHTS = [1.0, -1.0, 0.3, -2.7, 1e-3, 1e4, 1e-30, -1e20, 1e-42, 0.0, -0.0, np.nan]
+BIASES = [0.0, -0.0, 0.7, -1.3, 5.9, 6.0, 1e-6, -1e5, 1e30, -np.inf, np.nan]
+INVSTDS = [1.0, 0.37, 316.2, 1e-3, 1e12]
+MEANS = [0.0, 0.1, -700.3, 1e6]
+
+
+@np.errstate(all="ignore")
+def around_kinks(rng, dtype, mean, invstd, weight, bias):
+    """Neighbouring numbers where z is 0 or 6, and others, for each channel: 200 of them."""
+    rows, inf = list((mean + rng.standard_normal((37, len(mean))) / invstd).astype(dtype)), np.inf
+    for kink in (0.0, 6.0):
+        x = (mean + (kink - bias) / (invstd * weight)).astype(dtype)
+        below = above = np.where(np.isfinite(x), x, 1).astype(dtype)
+        for _ in range(40):
+            rows += [below, above]
+            below, above = (
+                np.nextafter(below, dtype.type(-inf)),
+                np.nextafter(above, dtype.type(inf)),
+            )
+    rows += [np.full_like(below, value) for value in (np.nan, 0.0, -0.0)]
+    return rng.permutation(np.stack(rows))
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope"), [("relu", 0.01), ("relu6", 0.01), ("leaky_relu", 0.5)]
+)
+@pytest.mark.parametrize("name", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(200, -1), (2, -1, 100), (100, -1, 2)], ids=str)
+def test_the_derivatives_computed_from_x_are_those_of_the_forward(
+    rng, activation, slope, name, shape
+):
+    dtype = np.dtype(name)
+    mean, invstd, weight, bias = np.array(
+        list(itertools.product(MEANS, INVSTDS, WEIGHTS, BIASES))
+    ).T
+    x = around_kinks(rng, dtype, mean, invstd, weight, bias)
+    if len(shape) == 3:
+        x = np.ascontiguousarray(np.moveaxis(x.reshape(shape[0], shape[2], -1), 1, -1))
+    y = F.batch_norm_elemt(x, mean, invstd, weight, bias)
+    with np.errstate(all="ignore"):
+        y = applied(y, activation, slope)
+    options = {"activation": activation, "negative_slope": slope}
+    # As a sum, dbias tells every derivative: those of a channel get distinct powers of two.
+    for start in range(0, 200, 20):
+        dy = np.zeros((200, x.shape[1]), dtype)
+        dy[start : start + 20] = 2.0 ** np.arange(20)[:, np.newaxis]
+        if len(shape) == 3:
+            dy = np.ascontiguousarray(np.moveaxis(dy.reshape(shape[0], shape[2], -1), 1, -1))
+        vectors = dy, x, weight, mean, invstd
+        computed = F.batch_norm_backward(*vectors, bias=bias, **options)[2]
+        told = F.batch_norm_backward(*vectors, y=y, **options)[2]
+        assert same_bits(computed, told)
