@@ -24,8 +24,8 @@ nitpick_ignore_regex = [
     # In single backquotes, docstrings also name parameters and builtins.
     (
         "py:obj",
-        r"x|dy|out|mask|input|use_input_stats|unbiased|num_groups|self|correction|strict|sum|repr"
-        r"|Moments\.__init__",
+        r"x|y|dy|out|mask|bias|input|residual|residual_out|use_input_stats|unbiased|num_groups|self"
+        r"|correction|strict|sum|repr|Moments\.__init__",
     ),
 ]
 
