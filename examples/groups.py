@@ -34,7 +34,8 @@ def network_of(kind: str, seed: int) -> Network:
     network = Network(batch_norm=True, seed=seed)
     if kind == "group":
         for block in network.blocks:
-            block.norm = fastbn.GroupNorm(GROUPS, len(block.conv.weight))
+            channels = len(block.conv.weight)
+            block.norm = fastbn.GroupNorm(GROUPS, channels, activation="relu")
     return network
 
 
