@@ -1,6 +1,7 @@
 """`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew.
 
-`python -m bench --calls` measures what a call costs, in half a minute.
+`python -m bench --calls` measures what a call costs, in half a minute, and `--activations` batch
+normalization with an addition and a ReLU after it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from bench import machine, runner
 from bench.cases import (
+    ACTIVATED,
     CALL,
     CALL_SHAPE,
     ITEMSIZES,
@@ -29,10 +31,12 @@ from bench.cases import (
 )
 from bench.libraries import (
     FASTBN,
+    FASTBN_UNFUSED,
     FLOOR,
     NUMBA_FASTMATH,
     ONEDNN,
     TORCH,
+    TORCH_COMPILE,
     TORCH_MALLOC,
     libraries_on,
 )
@@ -43,12 +47,15 @@ LAYOUTS = ("nchw", "nhwc")
 # Without them there is nothing to compare.
 ALWAYS = (FLOOR, FASTBN)
 # Not in a quick measurement: seconds of compilation for every shape.
-SLOW_TO_START = ("torch-compile",)
+SLOW_TO_START = (TORCH_COMPILE,)
 # The sizes up to 400 MB would take the others minutes each.
 LIBRARIES_OF_SIZES = (FLOOR, FASTBN, NUMBA_FASTMATH, TORCH, TORCH_MALLOC, ONEDNN)
 OPERATIONS_OF_SIZES = ("eval", "train", "backward")
-# What has no goal is not measured unless it is asked for.
-WITHOUT_GOAL = ("eval_inplace", "backward_inplace")
+# What a ReLU, and an addition before it, are measured with: by default of those that fuse them.
+LIBRARIES_OF_ACTIVATIONS = (*LIBRARIES_OF_SIZES, FASTBN_UNFUSED, TORCH_COMPILE)
+OPERATIONS_OF_ACTIVATIONS = (*OPERATIONS_OF_SIZES, *ACTIVATED)
+# What is not measured unless it is asked for: what has no goal, and what is in a run of its own.
+NOT_BY_DEFAULT = ("eval_inplace", "backward_inplace", *ACTIVATED)
 ROUNDS, QUICK_ROUNDS = 5, 3
 # How long a library is asked for samples in a round; at least for one.
 BUDGET_MS, QUICK_BUDGET_MS = 20.0, 10.0
@@ -61,8 +68,8 @@ def main(arguments: list[str]) -> None:
         return
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if options.calls and options.device != "cpu":
-        command_line.error("--calls is for arrays on the CPU")
+    if (options.calls or options.activations) and options.device != "cpu":
+        command_line.error("--calls and --activations are for arrays on the CPU")
     result = measure(options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{result['settings']['name']}.json"
@@ -94,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
     )
     mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 400 MB; fewer libraries")
     mode.add_argument("--calls", **flag, help="only what calls cost, in multiples of np.add")
+    mode.add_argument(
+        "--activations", **flag, help="a ReLU, and an addition before it; fewer libraries"
+    )
     add("--out", type=Path, default=RESULTS, help="the folder of the results")
     add("--name", help="the results' file name (default: what was measured)")
     return parser
@@ -183,7 +193,7 @@ def default_threads(device: str) -> int:
 
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
-    kinds = {"quick": "quick", "size_sweep": "sizes", "calls": "calls"}
+    kinds = {name: name for name in ("quick", "calls", "activations")} | {"size_sweep": "sizes"}
     kind = next((kind for option, kind in kinds.items() if getattr(options, option)), "full")
     return kind if options.device == "cpu" else f"{options.device}-{kind}"
 
@@ -216,8 +226,10 @@ def operations_of(options: argparse.Namespace) -> list[str]:
     chosen = options.operations
     if chosen is None and options.size_sweep:
         chosen = OPERATIONS_OF_SIZES
+    if chosen is None and options.activations:
+        chosen = OPERATIONS_OF_ACTIVATIONS
     if chosen is None:
-        chosen = [name for name in [CALL, *OPERATIONS, *PRODUCTS] if name not in WITHOUT_GOAL]
+        chosen = [name for name in [CALL, *OPERATIONS, *PRODUCTS] if name not in NOT_BY_DEFAULT]
     if options.device == "cuda":  # Times are those of replays, between which nothing is restored.
         chosen = [name for name in chosen if name in (CALL, *OPERATIONS_OF_SIZES)]
     return list(chosen)
@@ -229,8 +241,13 @@ def libraries_of(options: argparse.Namespace) -> list[str]:
     chosen = options.libraries
     if chosen is None and options.size_sweep:
         chosen = LIBRARIES_OF_SIZES
+    if chosen is None and options.activations:
+        chosen = LIBRARIES_OF_ACTIVATIONS
     if chosen is None:
-        chosen = [name for name in known if not options.quick or name not in SLOW_TO_START]
+        needless = SLOW_TO_START if options.quick else ()
+        if not {*operations_of(options)} & {*ACTIVATED}:
+            needless += (FASTBN_UNFUSED,)
+        chosen = [name for name in known if name not in needless]
     refuse_unknown({*chosen} - {*known, *LIBRARIES_OF_SIZES})
     return [name for name in known if name in {*chosen, *ALWAYS}]
 

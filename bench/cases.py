@@ -14,6 +14,15 @@ import numpy as np
 
 from bench.arrays import Array, new_array
 
+# Batch normalization with a ReLU after it, or with an addition and a ReLU.
+ACTIVATED = {
+    "eval_relu": "evaluation forward + ReLU",
+    "train_relu": "training forward + ReLU",
+    "backward_relu": "backward + ReLU",
+    "eval_add_relu": "evaluation forward + addition + ReLU",
+    "train_add_relu": "training forward + addition + ReLU",
+    "backward_add_relu": "backward + addition + ReLU",
+}
 OPERATIONS = {
     "eval": "evaluation forward",
     "eval_inplace": "evaluation forward in place",
@@ -24,11 +33,14 @@ OPERATIONS = {
     "eval_fresh": "evaluation forward, new array",
     "train_fresh": "training forward, new array",
     "backward_fresh": "backward, new array",
+    **ACTIVATED,
 }
 # A training forward right after NumPy has multiplied two square matrices, by the number of rows:
 # the threads of OpenBLAS, which waits by spinning, then still have the CPUs.
 PRODUCTS = {"train_after_256": 256, "train_after_768": 768}
 PRODUCTS_SHAPE = (32, 64, 56, 56)
+# What only reads and writes so many arrays: y = x; y = a + b; two results of a and b.
+FLOORS = {2: "copy", 3: "add", 4: "pair"}
 # The cost of a call: on a GPU an evaluation forward on an array too small to matter, into a new
 # array; on a CPU what calls.py measures.
 CALL, CALL_SHAPE = "call", (1, 64, 1, 1)
@@ -66,7 +78,7 @@ class Case(NamedTuple):
 
     @property
     def evaluation(self) -> bool:
-        return self.operation in ("eval", "eval_inplace", "eval_fresh", CALL)
+        return self.operation.startswith("eval") or self.operation == CALL
 
     @property
     def in_place(self) -> bool:
@@ -76,6 +88,29 @@ class Case(NamedTuple):
     def fresh(self) -> bool:
         """Whether no memory is given for the result."""
         return self.operation.endswith("_fresh") or self.operation == CALL
+
+    @property
+    def activated(self) -> bool:
+        """Whether a ReLU follows."""
+        return self.operation in ACTIVATED
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether something is added before the ReLU."""
+        return self.operation.endswith("_add_relu")
+
+    @property
+    def floor(self) -> str:
+        """What of the floor reads and writes as many arrays."""
+        return FLOORS[self.streams]
+
+    @property
+    def streams(self) -> int:
+        """How many arrays of x's size are read and written at least.
+
+        x and y, or dy, x and dx; with a residual this one or its gradient.
+        """
+        return (2 if self.forward else 3) + self.has_residual
 
 
 class Data:
@@ -98,6 +133,10 @@ class Data:
     @cached_property
     def dy(self) -> Array:
         return self._values(seed=3, mean=0.1)
+
+    @cached_property
+    def residual(self) -> Array:
+        return self._values(seed=4, mean=0.0)
 
     @cached_property
     def mean(self) -> Array:
@@ -136,25 +175,30 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
     """Raise ArithmeticError unless the result is right, judged by a few channels.
 
-    `arrays` has y, or dx with dweight and dbias; nothing where there is no batch normalization.
+    `arrays` has y, or dx with dweight and dbias, and dresidual where there was one; nothing where
+    there is no batch normalization.
     """
     if not arrays:
         return
     channels = sorted({0, case.shape[1] // 2, case.shape[1] - 1})
-    wanted = _expected(case, data, channels)
+    wanted, value = _expected(case, data, channels)
+    tolerance = TOLERANCES[case.dtype]
+    # So near to 0, rounding decides what the derivative of a ReLU is.
+    decided = np.abs(value) > tolerance if case.activated and not case.forward else True
     count = math.prod(case.shape) // max(case.shape[1], 1)
     for name, want in wanted.items():
         array = arrays[name]
         got = array[channels] if array.ndim == 1 else array[:, channels]
         # The gradients of the parameters are sums of `count` values of about 1.
         size = count if array.ndim == 1 else np.abs(want).max()
-        error = np.abs(got.astype(np.float64) - want).max() / size
-        if not error <= TOLERANCES[case.dtype]:
+        errors = np.abs(got.astype(np.float64) - want)
+        error = (errors if array.ndim == 1 else np.where(decided, errors, 0.0)).max() / size
+        if not error <= tolerance:
             raise ArithmeticError(f"wrong result: {name} is off by {error:.1e}")
 
 
-def _expected(case: Case, data: Data, channels: list[int]) -> dict[str, Array]:
-    """The result on some channels, in float64."""
+def _expected(case: Case, data: Data, channels: list[int]) -> tuple[dict[str, Array], Array]:
+    """The result on some channels, in float64, and the value before a ReLU."""
     x = data.x[:, channels].astype(np.float64)
     column = (1, -1, 1, 1)
     weight, bias = (v[channels].reshape(column) for v in (data.weight, data.bias))
@@ -163,15 +207,21 @@ def _expected(case: Case, data: Data, channels: list[int]) -> dict[str, Array]:
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
     invstd = 1 / np.sqrt(var.astype(np.float64) + EPS).reshape(column)
     xhat = (x - mean.reshape(column)) * invstd
+    value = xhat * weight + bias
+    if case.has_residual:
+        value += data.residual[:, channels].astype(np.float64)
     if case.forward:
-        return {"y": xhat * weight + bias}
+        return {"y": np.maximum(value, 0.0) if case.activated else value}, value
     dy = data.dy[:, channels].astype(np.float64)
+    if case.activated:
+        dy *= value > 0.0
     dbias, dweight = dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))
     mean_dy, mean_dy_xhat = (
         v.reshape(column) / (x.size // len(channels)) for v in (dbias, dweight)
     )
     dx = (dy - mean_dy - xhat * mean_dy_xhat) * invstd * weight
-    return {"dx": dx, "dweight": dweight, "dbias": dbias}
+    gradients = {"dx": dx, "dweight": dweight, "dbias": dbias}
+    return gradients | ({"dresidual": dy} if case.has_residual else {}), value
 
 
 # The shapes.

@@ -9,7 +9,15 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from bench.cases import Case
-from bench.libraries import FASTBN, FASTBN_ONE_THREAD, FLOOR, OWN, TORCH, TORCH_MALLOC
+from bench.libraries import (
+    FASTBN,
+    FASTBN_ONE_THREAD,
+    FASTBN_UNFUSED,
+    FLOOR,
+    OWN,
+    TORCH,
+    TORCH_MALLOC,
+)
 
 
 class Key(NamedTuple):
@@ -79,9 +87,13 @@ class Figures:
         alone = self.best(key._replace(threads=1), [FASTBN], [layout])
         return self.best(key, [FASTBN_ONE_THREAD], [layout]) or alone
 
+    def unfused(self, key: Key, layout: str) -> Time | None:
+        """fastbn's batch normalization, and NumPy's addition and maximum after it."""
+        return self.best(key, [FASTBN_UNFUSED], [layout])
+
     def floor(self, key: Key) -> Time | None:
-        """The better kind of stores: of a copy for a forward, of a sum for a backward."""
-        return self._floor(key, "copy" if key.case.forward else "add")
+        """The better kind of stores, of what reads and writes as many arrays."""
+        return self._floor(key, key.case.floor)
 
     def floor_streams(self, key: Key) -> bool:
         """Tell whether a copy by streaming stores is faster than one by ordinary stores."""

@@ -1,7 +1,8 @@
-/* The least that memory asks for: a copy (read x, write y), a sum (read dy and x, write dx), and a
-   change in place. Each by ordinary and by streaming stores where the machine has them; which is
-   better depends on the size. Stores are of whole cache lines, wherever an array begins. Repeats
-   happen here, so that no caller's overhead is in the figures.
+/* The least that memory asks for: a copy (read x, write y), a sum (read dy and x, write dx), a pair
+   of results (read dy and x, write dx and the gradient of a residual), and a change in place. Each
+   by ordinary and by streaming stores where the machine has them; which is better depends on the
+   size. Stores are of whole cache lines, wherever an array begins. Repeats happen here, so that no
+   caller's overhead is in the figures.
  */
 
 #include <omp.h>
@@ -35,8 +36,19 @@ typedef float vector;
 
 enum { WIDTH = sizeof(vector) / sizeof(float), LINE = 16 /* floats in a cache line */ };
 
+/* Results and operands. Both results begin at the same place of a cache line. */
+typedef struct {
+    float *out, *second;
+    const float *a, *b;
+} arrays;
+
 /* A loop over a range of floats. */
-typedef void range_loop(float *out, const float *a, const float *b, size_t count);
+typedef void range_loop(arrays of, size_t count);
+
+static arrays behind(arrays of, size_t begin)
+{
+    return (arrays){of.out + begin, of.second + begin, of.a + begin, of.b + begin};
+}
 
 /* How many floats there are before the first cache line that begins in the range. */
 static size_t before_line(const float *out, size_t count)
@@ -45,49 +57,51 @@ static size_t before_line(const float *out, size_t count)
     return head < count ? head : count;
 }
 
-/* A loop that stores a value, which it has of element i by load. */
-#define RANGE(name, store, value, finish)                                                          \
-    static void name##_range(float *out, const float *a, const float *b, size_t count)             \
+/* A loop that makes a step for every element, or for the elements of a vector. */
+#define RANGE(name, step, store, finish)                                                           \
+    static void name##_range(arrays of, size_t count)                                              \
     {                                                                                              \
-        size_t i = 0, head = before_line(out, count);                                              \
-        (void)a;                                                                                   \
-        (void)b;                                                                                   \
+        size_t i = 0, head = before_line(of.out, count);                                           \
         for (; i < head; i++)                                                                      \
-            out[i] = value(LOAD_ONE);                                                              \
+            step(LOAD_ONE, STORE_ONE);                                                             \
         for (; i + WIDTH <= count; i += WIDTH)                                                     \
-            store(out + i, value(LOAD));                                                           \
+            step(LOAD, store);                                                                     \
         for (; i < count; i++)                                                                     \
-            out[i] = value(LOAD_ONE);                                                              \
+            step(LOAD_ONE, STORE_ONE);                                                             \
         finish;                                                                                    \
     }
 
 #define LOAD_ONE(from) (*(from))
-#define COPY(load) load(a + i)
-#define SUM(load) (load(a + i) + load(b + i))
-#define NEGATIVE(load) (-load(out + i))
+#define STORE_ONE(to, value) (*(to) = (value))
+#define COPY(load, store) store(of.out + i, load(of.a + i))
+#define SUM(load, store) store(of.out + i, load(of.a + i) + load(of.b + i))
+#define NEGATIVE(load, store) store(of.out + i, -load(of.out + i))
+#define SUM_AND_DIFFERENCE(load, store)                                                            \
+    (store(of.out + i, load(of.a + i) + load(of.b + i)),                                           \
+     store(of.second + i, load(of.a + i) - load(of.b + i)))
 
-RANGE(copy_plain, STORE, COPY, )
-RANGE(add_plain, STORE, SUM, )
-RANGE(inplace_plain, STORE, NEGATIVE, )
+RANGE(copy_plain, COPY, STORE, )
+RANGE(add_plain, SUM, STORE, )
+RANGE(pair_plain, SUM_AND_DIFFERENCE, STORE, )
+RANGE(inplace_plain, NEGATIVE, STORE, )
 #ifdef STREAM
-RANGE(copy_stream, STREAM, COPY, _mm_sfence())
-RANGE(add_stream, STREAM, SUM, _mm_sfence())
+RANGE(copy_stream, COPY, STREAM, _mm_sfence())
+RANGE(add_stream, SUM, STREAM, _mm_sfence())
+RANGE(pair_stream, SUM_AND_DIFFERENCE, STREAM, _mm_sfence())
 #endif
 
-static void copy_memcpy_range(float *out, const float *a, const float *b, size_t count)
+static void copy_memcpy_range(arrays of, size_t count)
 {
-    (void)b;
-    memcpy(out, a, count * sizeof(float));
+    memcpy(of.out, of.a, count * sizeof(float));
 }
 
 /* Every thread takes an equal range of whole cache lines of out, the first also what is before. */
-static void execute(range_loop *loop, float *out, const float *a, const float *b, size_t count,
-                    int threads, long repeats)
+static void execute(range_loop *loop, arrays of, size_t count, int threads, long repeats)
 {
-    size_t head = before_line(out, count), lines = (count - head + LINE - 1) / LINE;
+    size_t head = before_line(of.out, count), lines = (count - head + LINE - 1) / LINE;
     for (long r = 0; r < repeats; r++) {
         if (threads == 1) {
-            loop(out, a, b, count);
+            loop(of, count);
             continue;
         }
 #pragma omp parallel num_threads(threads)
@@ -98,22 +112,25 @@ static void execute(range_loop *loop, float *out, const float *a, const float *b
             if (end > count)
                 end = count;
             if (begin < end)
-                loop(out + begin, a + begin, b + begin, end - begin);
+                loop(behind(of, begin), end - begin);
         }
     }
 }
 
 #define FLOOR(name)                                                                                \
-    void name(float *out, const float *a, const float *b, size_t count, int threads, long repeats) \
+    void name(float *out, float *second, const float *a, const float *b, size_t count,             \
+              int threads, long repeats)                                                           \
     {                                                                                              \
-        execute(name##_range, out, a, b, count, threads, repeats);                                 \
+        execute(name##_range, (arrays){out, second, a, b}, count, threads, repeats);               \
     }
 
 FLOOR(copy_memcpy)
 FLOOR(copy_plain)
 FLOOR(add_plain)
+FLOOR(pair_plain)
 FLOOR(inplace_plain)
 #ifdef STREAM
 FLOOR(copy_stream)
 FLOOR(add_stream)
+FLOOR(pair_stream)
 #endif

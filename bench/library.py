@@ -41,6 +41,8 @@ class Library(ABC):
     # What is called, and where its results go.
     api: ClassVar[str]
     buffers: ClassVar[str]
+    # Whether it is measured with a ReLU after the batch normalization.
+    activates: ClassVar[bool] = False
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

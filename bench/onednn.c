@@ -1,5 +1,6 @@
-/* oneDNN's batch normalization (API version 3), bound once to its buffers and then executed again
-   and again without a caller's overhead in between. */
+/* oneDNN's batch normalization (API version 3), by itself or with a ReLU or an addition and a ReLU,
+   bound once to its buffers and then executed again and again without a caller's overhead in
+   between. */
 
 #include <oneapi/dnnl/dnnl.h>
 #include <stddef.h>
@@ -7,15 +8,20 @@
 
 enum { EVAL, TRAIN, BACKWARD };
 enum {
-    ARGUMENTS = 10,
-    VECTORS = 4 /* the first argument that is a vector of one value per channel */
+    ARGUMENTS = 13,
+    VECTORS = 6,   /* the first argument that is a vector of one value per channel */
+    WORKSPACE = 12 /* what a training forward with a ReLU leaves for its backward */
 };
 
 /* In the order in which the buffers are given. */
 static const int argument[ARGUMENTS] = {
-    DNNL_ARG_SRC,      DNNL_ARG_DST,   DNNL_ARG_DIFF_SRC, DNNL_ARG_DIFF_DST,   DNNL_ARG_MEAN,
-    DNNL_ARG_VARIANCE, DNNL_ARG_SCALE, DNNL_ARG_SHIFT,    DNNL_ARG_DIFF_SCALE, DNNL_ARG_DIFF_SHIFT,
+    DNNL_ARG_SRC,        DNNL_ARG_DST,        DNNL_ARG_DIFF_SRC,  DNNL_ARG_DIFF_DST, DNNL_ARG_SRC_1,
+    DNNL_ARG_DIFF_SRC_1, DNNL_ARG_MEAN,       DNNL_ARG_VARIANCE,  DNNL_ARG_SCALE,    DNNL_ARG_SHIFT,
+    DNNL_ARG_DIFF_SCALE, DNNL_ARG_DIFF_SHIFT, DNNL_ARG_WORKSPACE,
 };
+
+/* What follows: nothing, a ReLU, an addition and a ReLU. */
+static const unsigned fusions[] = {0, dnnl_fuse_norm_relu, dnnl_fuse_norm_add_relu};
 
 static const dnnl_data_type_t dtypes[] = {dnnl_f32, dnnl_bf16, dnnl_f16};
 static const dnnl_format_tag_t layouts[] = {dnnl_nchw, dnnl_nhwc, dnnl_nChw16c, dnnl_nChw8c};
@@ -81,24 +87,44 @@ int reorder(const int64_t *dims, int dtype, int from_layout, void *from, int to_
     return status;
 }
 
-static int create_primitive(norm *self, int kind, dnnl_memory_desc_t data, float eps)
+/* NULL if oneDNN cannot. */
+static dnnl_primitive_desc_t describe_primitive(int kind, int fusion, dnnl_memory_desc_t data,
+                                                float eps)
 {
-    unsigned flags = dnnl_use_scale | dnnl_use_shift | (kind == EVAL ? dnnl_use_global_stats : 0);
+    unsigned flags = dnnl_use_scale | dnnl_use_shift | fusions[fusion] |
+                     (kind == EVAL ? dnnl_use_global_stats : 0);
     dnnl_primitive_desc_t forward = NULL, backward = NULL;
-    int status = dnnl_batch_normalization_forward_primitive_desc_create(
-        &forward, engine, kind == EVAL ? dnnl_forward_inference : dnnl_forward_training, data, data,
-        eps, flags, NULL);
-    if (!status && kind == BACKWARD)
-        status = dnnl_batch_normalization_backward_primitive_desc_create(
-            &backward, engine, dnnl_backward, data, data, data, eps, flags, forward, NULL);
-    if (!status)
-        status = dnnl_primitive_create(&self->primitive, kind == BACKWARD ? backward : forward);
-    dnnl_primitive_desc_destroy(backward);
+    int status = start() || dnnl_batch_normalization_forward_primitive_desc_create(
+                                &forward, engine,
+                                kind == EVAL ? dnnl_forward_inference : dnnl_forward_training, data,
+                                data, eps, flags, NULL);
+    if (status || kind != BACKWARD)
+        return forward;
+    dnnl_batch_normalization_backward_primitive_desc_create(&backward, engine, dnnl_backward, data,
+                                                            data, data, eps, flags, forward, NULL);
     dnnl_primitive_desc_destroy(forward);
-    return status;
+    return backward;
 }
 
-static int bind(norm *self, dnnl_memory_desc_t data, int64_t channels, void *const *buffers)
+static const_dnnl_memory_desc_t workspace_of(const_dnnl_primitive_desc_t pd)
+{
+    return dnnl_primitive_desc_query_md(pd, dnnl_query_workspace_md, 0);
+}
+
+/* The size of what a training forward leaves for its backward: 0 where it leaves nothing. */
+size_t workspace_bytes(int fusion, const int64_t *dims, int dtype, int layout, float eps)
+{
+    dnnl_memory_desc_t data = describe(dims, dtype, layout);
+    dnnl_primitive_desc_t pd = describe_primitive(TRAIN, fusion, data, eps);
+    const_dnnl_memory_desc_t workspace = pd ? workspace_of(pd) : NULL;
+    size_t bytes = workspace ? dnnl_memory_desc_get_size(workspace) : 0;
+    dnnl_primitive_desc_destroy(pd);
+    dnnl_memory_desc_destroy(data);
+    return bytes;
+}
+
+static int bind(norm *self, const_dnnl_memory_desc_t data, const_dnnl_memory_desc_t workspace,
+                int64_t channels, void *const *buffers)
 {
     dnnl_memory_desc_t vector = NULL;
     int status = dnnl_memory_desc_create_with_tag(&vector, 1, &channels, dnnl_f32, dnnl_a);
@@ -107,7 +133,8 @@ static int bind(norm *self, dnnl_memory_desc_t data, int64_t channels, void *con
             continue;
         dnnl_exec_arg_t *slot = &self->arguments[self->count++];
         slot->arg = argument[i];
-        status = dnnl_memory_create(&slot->memory, i < VECTORS ? data : vector, engine, buffers[i]);
+        const_dnnl_memory_desc_t desc = i < VECTORS ? data : i == WORKSPACE ? workspace : vector;
+        status = dnnl_memory_create(&slot->memory, desc, engine, buffers[i]);
     }
     dnnl_memory_desc_destroy(vector);
     return status;
@@ -123,13 +150,15 @@ void norm_destroy(norm *self)
 
 /* A batch normalization on these buffers, NULL where there is none to give; NULL if oneDNN cannot.
  */
-norm *norm_create(int kind, const int64_t *dims, int dtype, int layout, float eps,
+norm *norm_create(int kind, int fusion, const int64_t *dims, int dtype, int layout, float eps,
                   void *const *buffers)
 {
     norm *self = calloc(1, sizeof *self);
     dnnl_memory_desc_t data = describe(dims, dtype, layout);
-    int status = !self || start() || create_primitive(self, kind, data, eps) ||
-                 bind(self, data, dims[1], buffers);
+    dnnl_primitive_desc_t pd = describe_primitive(kind, fusion, data, eps);
+    int status = !self || !pd || dnnl_primitive_create(&self->primitive, pd) ||
+                 bind(self, data, workspace_of(pd), dims[1], buffers);
+    dnnl_primitive_desc_destroy(pd);
     dnnl_memory_desc_destroy(data);
     if (status && self) {
         norm_destroy(self);

@@ -19,6 +19,7 @@ from bench.figures import shape_name
 from bench.libraries import (
     FASTBN,
     FASTBN_ONE_THREAD,
+    FASTBN_UNFUSED,
     LIBRARIES,
     TORCH,
     WAYS,
@@ -30,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 
 # How often a library is asked again in a round, while other processes disturb it.
 ATTEMPTS = 4
-# Estimated arrays of x's size that a library holds for a case.
-ARRAYS_HELD = 8
+# Estimated arrays of x's size that a library holds for a case, and for one with a residual.
+ARRAYS_HELD, ARRAYS_HELD_WITH_RESIDUAL = 8, 13
 # The fraction of the memory that the libraries may take together.
 MEMORY_FRACTION = 0.7
 # What is measured of fastbn with less than it could have.
@@ -161,11 +162,12 @@ class Runner:
             return worker.name in LIBRARIES_WITH_LAYERS
         if worker.name in WAYS:
             return case.operation in OPERATIONS_OF_WAYS and case.dtype == "float32"
-        return True
+        return case.activated or worker.name != FASTBN_UNFUSED
 
     def _groups(self, workers: list[Worker], case: Case) -> list[list[Worker]]:
         """Libraries that hold their arrays at the same time: all, unless memory is too small."""
-        if ARRAYS_HELD * case.bytes * len(workers) <= MEMORY_FRACTION * self.memory:
+        arrays = ARRAYS_HELD_WITH_RESIDUAL if case.has_residual else ARRAYS_HELD
+        if arrays * case.bytes * len(workers) <= MEMORY_FRACTION * self.memory:
             return [workers]
         return [[worker] for worker in workers]
 
@@ -187,7 +189,7 @@ class Runner:
         """The layouts to prepare; None is all that the library knows."""
         if worker.name in WAYS:
             return ["nchw"]
-        return self.settings.layouts if worker.name == FASTBN else None
+        return self.settings.layouts if worker.name in (FASTBN, FASTBN_UNFUSED) else None
 
     def _round(self, case: Case, entries: list[Entry], number: int) -> None:
         """Ask every entry for samples; a round begins where the one before began, and one on."""

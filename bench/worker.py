@@ -23,7 +23,7 @@ from _selfbench.serving import reason
 
 from bench import calls
 from bench.cases import PRODUCTS, Case, Data, check
-from bench.library import Library, PreparedCall
+from bench.library import Library, PreparedCall, require
 
 # Calls in place that are repeated let the values grow or shrink, down to subnormal numbers, which
 # are slow. The input is therefore restored more often than a sample need begin.
@@ -79,6 +79,7 @@ class Worker:
             self.data = Data(case)
         answer: dict[str, Any] = {"prepared": {}, "failed": {}}
         try:
+            require(self.library.activates or not case.activated, "not measured with a ReLU")
             known = self.library.variants(case)
         except Exception as error:
             return {"prepared": {}, "failed": {"": reason(error)}}

@@ -27,13 +27,16 @@ class Setup(NamedTuple):
 
 
 FLOOR, FASTBN, TORCH, TORCH_MALLOC = "floor", "fastbn", "torch", "torch-malloc"
+TORCH_COMPILE = "torch-compile"
 NUMBA_FASTMATH, ONEDNN = "numba-fastmath", "onednn"
 # fastbn with less than it could have.
 FASTBN_AVX2, FASTBN_BASE = "fastbn-avx2", "fastbn-base"
 FASTBN_ONE_THREAD = "fastbn-1-thread"
 WAYS = (FASTBN_AVX2, FASTBN_BASE, FASTBN_ONE_THREAD)
+# fastbn's batch normalization with NumPy's addition and maximum after it.
+FASTBN_UNFUSED = "fastbn-unfused"
 # What is not a peer.
-OWN = (FLOOR, FASTBN, *WAYS)
+OWN = (FLOOR, FASTBN, *WAYS, FASTBN_UNFUSED)
 
 LIBRARIES = {
     FLOOR: Setup("floor"),
@@ -41,12 +44,13 @@ LIBRARIES = {
     FASTBN_AVX2: Setup("fastbn", {"FASTBN_ISA": "avx2"}),
     FASTBN_BASE: Setup("fastbn", {"FASTBN_ISA": "base"}),
     FASTBN_ONE_THREAD: Setup("fastbn", threads=1),
+    FASTBN_UNFUSED: Setup("fastbn_unfused"),
     "numpy": Setup("numpy"),
     "numba": Setup("numba"),
     NUMBA_FASTMATH: Setup("numba_fastmath"),
     TORCH: Setup("torch"),
     TORCH_MALLOC: Setup("torch", TUNED_MALLOC),
-    "torch-compile": Setup("torch_compile", {"TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED_MALLOC}),
+    TORCH_COMPILE: Setup("torch_compile", {"TORCHINDUCTOR_COMPILE_THREADS": "1", **TUNED_MALLOC}),
     "jax": Setup("jax", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", **TUNED_MALLOC}),
     "onnxruntime": Setup("onnxruntime"),
     "openvino": Setup("openvino"),
@@ -58,7 +62,7 @@ CUDA_LIBRARIES = {
     FLOOR: Setup("floor_cuda"),
     FASTBN: Setup("fastbn_cuda"),
     TORCH: Setup("torch_cuda"),
-    "torch-compile": Setup("torch_compile_cuda"),
+    TORCH_COMPILE: Setup("torch_compile_cuda"),
     "cupy": Setup("cupy"),
 }
 

@@ -9,7 +9,7 @@ from _selfbench.sampling import Repeat
 
 import fastbn
 from bench import library
-from bench.arrays import in_layout, new_array, overwrite
+from bench.arrays import Array, in_layout, new_array, overwrite
 from bench.calls import SHAPE, STEP, arrays, statement
 from bench.cases import EPS, MOMENTUM, PRODUCTS, Case, Data
 from bench.library import PreparedCall
@@ -45,8 +45,12 @@ STATEMENTS = {
 class Library(library.Library):
     """fastbn in both memory layouts."""
 
-    api = "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward)"
+    api = (
+        "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward); with a "
+        "residual BatchNorm2d.backward, before which what the forward saved is put back"
+    )
     buffers = "preallocated: out= another array, or the input; a new array where it is said"
+    activates = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -68,7 +72,10 @@ class Library(library.Library):
         return ["nchw"] if only else ["nchw", "nhwc"]
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
-        return self._forward(case, variant, data) if case.forward else backward(case, variant, data)
+        if case.forward:
+            return self._forward(case, variant, data)
+        prepare = backward_of_layer if case.has_residual else backward
+        return prepare(case, variant, data)
 
     def calls(self) -> dict[str, dict[str, Repeat]]:
         layer = fastbn.BatchNorm2d(SHAPE[1])
@@ -85,13 +92,14 @@ class Library(library.Library):
         }
 
     def _forward(self, case: Case, variant: str, data: Data) -> PreparedCall:
-        layer = layer_of(case, data)
+        layer = layer_of(case, data, **activation_of(case))
         x = in_layout(data.x, variant)
         if case.fresh:
             return PreparedCall(partial(layer, x), lambda y: {"y": y}, False)
         if not case.in_place:
             out = new_array(case.shape, x.dtype, variant)
-            return PreparedCall(partial(layer, x, out=out), lambda y: {"y": y}, True)
+            call = partial(layer, x, out=out, **added(case, variant, data))
+            return PreparedCall(call, lambda y: {"y": y}, True)
         return PreparedCall(
             partial(layer, x, out=x),
             lambda y: {"y": y},
@@ -100,9 +108,15 @@ class Library(library.Library):
         )
 
 
-def layer_of(case: Case, data: Data) -> fastbn.BatchNorm2d:
+def activation_of(case: Case) -> dict[str, str]:
+    """The options of a layer or function, of which there are none without an activation."""
+    return {"activation": "relu"} if case.activated else {}
+
+
+def layer_of(case: Case, data: Data, **options: str) -> fastbn.BatchNorm2d:
     """A layer with the parameters and statistics of the data."""
-    layer = fastbn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM, dtype=data.weight.dtype)
+    dtype = data.weight.dtype
+    layer = fastbn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM, dtype=dtype, **options)
     for name in PARAMETERS:
         getattr(layer, name)[...] = getattr(data, name)
     return layer.train(not case.evaluation)
@@ -110,14 +124,39 @@ def layer_of(case: Case, data: Data) -> fastbn.BatchNorm2d:
 
 def backward(case: Case, variant: str, data: Data) -> PreparedCall:
     """The function under a layer's backward; the layer's own would need a forward before each."""
+    gate = {**activation_of(case), "bias": data.bias} if case.activated else {}
     x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
     _, mean, invstd = functional.batch_norm_forward(x, data.weight, data.bias, EPS)
     out = None if case.fresh else dy if case.in_place else new_array(case.shape, dy.dtype, variant)
     prepared = PreparedCall(
-        partial(functional.batch_norm_backward, dy, x, data.weight, mean, invstd, out=out),
+        partial(functional.batch_norm_backward, dy, x, data.weight, mean, invstd, out=out, **gate),
         lambda result: dict(zip(("dx", "dweight", "dbias"), result, strict=True)),
         not case.fresh,
     )
     if case.in_place:
         prepared.restore = partial(overwrite, dy, in_layout(data.dy, variant))
     return prepared
+
+
+def backward_of_layer(case: Case, variant: str, data: Data) -> PreparedCall:
+    """The layer's own, which has a bit of every element from the forward; a function has not."""
+    layer = layer_of(case, data, **activation_of(case))
+    x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
+    out, residual_out = (new_array(case.shape, dy.dtype, variant) for _ in range(2))
+    layer(x, **added(case, variant, data))
+    saved = layer._saved
+
+    def call() -> None:
+        layer._saved = saved  # which serves once
+        layer.zero_grad().backward(dy, out=out, residual_out=residual_out)
+
+    def result(_: None) -> dict[str, Array]:
+        gradients = {"dweight": layer.weight_grad, "dbias": layer.bias_grad}
+        return {"dx": out, "dresidual": residual_out, **gradients}
+
+    return PreparedCall(call, result, True)
+
+
+def added(case: Case, variant: str, data: Data) -> dict[str, Array]:
+    """The residual of a layer's forward, if it has one."""
+    return {"residual": in_layout(data.residual, variant)} if case.has_residual else {}

@@ -17,10 +17,11 @@ SMALL = 1 << 20
 
 
 class Library(library.Library):
-    """A copy (forward), a sum of two arrays (backward), and a change in place."""
+    """What reads and writes as many arrays as an operation, and a change in place."""
 
-    api = "floor.c: a copy, a sum of two arrays, a change in place"
+    api = "floor.c: a copy, a sum of two arrays, a sum and a difference, a change in place"
     buffers = "preallocated"
+    activates = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -33,9 +34,7 @@ class Library(library.Library):
         return {}
 
     def variants(self, case: Case) -> list[str]:
-        kinds = ["copy_memcpy", "copy_plain", "copy_stream"]
-        if not case.forward:
-            kinds = ["add_plain", "add_stream"]
+        kinds = [f"{case.floor}_{how}" for how in ("memcpy", "plain", "stream")]
         if case.in_place:
             kinds.append("inplace_plain")
         threads = {1, self.threads} if case.bytes <= SMALL else {self.threads}
@@ -45,12 +44,12 @@ class Library(library.Library):
         kind, threads = variant.split("/")
         count = case.bytes // 4
         if not self.arrays or self.arrays[0].size != count:
-            self.arrays = [new_array((count,), np.float32) for _ in range(3)]
+            self.arrays = [new_array((count,), np.float32) for _ in range(4)]
         arrays = self.arrays
-        for array, value in zip(arrays, (5.0, 1.0, 2.0), strict=True):
+        for array, value in zip(arrays, (5.0, 6.0, 1.0, 2.0), strict=True):
             array.fill(value)
         loop = getattr(self.c, kind)
-        loop.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t, ctypes.c_int, ctypes.c_long]
+        loop.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_size_t, ctypes.c_int, ctypes.c_long]
         loop.restype = None
         loop = partial(loop, *(array.ctypes.data for array in arrays), count, int(threads))
         return PreparedCall(partial(loop, 1), lambda _: check(kind, arrays), True, repeat=loop)
@@ -58,7 +57,8 @@ class Library(library.Library):
 
 def check(kind: str, arrays: list[Array]) -> dict[str, Array]:
     """There is no y or dx to return; see that one call has reached every element."""
-    wanted = {"copy": 1.0, "add": 3.0, "inplace": -5.0}[kind.split("_")[0]]
-    if not (arrays[0] == wanted).all():
+    wanted = {"copy": (1.0, 6.0), "add": (3.0, 6.0), "pair": (3.0, -1.0), "inplace": (-5.0, 6.0)}
+    results = zip(arrays, wanted[kind.split("_")[0]], strict=False)
+    if not all((array == value).all() for array, value in results):
         raise ArithmeticError(f"{kind} is wrong")
     return {}

@@ -17,11 +17,28 @@ from bench.cases import CALL, EPS, MOMENTUM, Case, Data
 from bench.library import PreparedCall, require
 
 
+class Activated(torch.nn.Module):
+    """An addition and a ReLU after a batch norm, in place as in torchvision's ResNet."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.norm(x)
+        if residual is not None:
+            y += residual
+        return torch.relu_(y)
+
+
 class Library(library.Library):
     """torch.nn.BatchNorm2d in both memory formats."""
 
-    api = "torch.nn.BatchNorm2d; backward: torch.autograd.grad with retain_graph"
+    api = (
+        "torch.nn.BatchNorm2d, += and torch.relu_; backward: torch.autograd.grad with retain_graph"
+    )
     buffers = "allocates its output: torch's batch norm takes no out"
+    activates = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -44,23 +61,22 @@ class Library(library.Library):
         module = module.to(as_tensor(data.weight).dtype).train(not case.evaluation)
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
-        layer = self.layer(module)
-        x = as_tensor(in_layout(data.x, variant))
+        layer = self.layer(Activated(module) if case.activated else module)
+        arrays = [data.x, data.residual] if case.has_residual else [data.x]
+        inputs = [as_tensor(in_layout(array, variant)) for array in arrays]
         if case.evaluation:
             self.mode.enter_context(torch.inference_mode())
         if case.forward:
-            return PreparedCall(partial(layer, x), lambda y: {"y": as_array(y)}, False)
-        x.requires_grad_()
+            return PreparedCall(partial(layer, *inputs), lambda y: {"y": as_array(y)}, False)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        x, *residual = inputs
+        of = [x, module.weight, module.bias, *residual]
         dy = as_tensor(in_layout(data.dy, variant))
+        names = ("dx", "dweight", "dbias", "dresidual")[: len(of)]
         return PreparedCall(
-            partial(
-                torch.autograd.grad,
-                layer(x),
-                [x, module.weight, module.bias],
-                dy,
-                retain_graph=True,
-            ),
-            lambda grads: dict(zip(("dx", "dweight", "dbias"), map(as_array, grads), strict=True)),
+            partial(torch.autograd.grad, layer(*inputs), of, dy, retain_graph=True),
+            lambda grads: dict(zip(names, map(as_array, grads), strict=True)),
             False,
         )
 

@@ -13,6 +13,11 @@ from bench.library import require
 class Library(Compiled, eager.Library):
     """torch.nn.BatchNorm2d, compiled anew for every shape."""
 
+    api = (
+        "torch.compile(dynamic=False) of torch.nn.BatchNorm2d, or of a module with += and "
+        "torch.relu_ after it; backward: torch.autograd.grad"
+    )
+
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         require(shutil.which(os.environ.get("CXX", "g++")) is not None, "no C++ compiler")

@@ -10,6 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 IN_PLACE = {"eval_inplace", "train_inplace", "backward_inplace"}
+FRESH = {"eval_fresh", "train_fresh", "backward_fresh"}
+PRODUCTS = {"train_after_256", "train_after_768"}
+ACTIVATED = {
+    *("eval_relu", "train_relu", "backward_relu"),
+    *("eval_add_relu", "train_add_relu", "backward_add_relu"),
+}
 # The suite may be taken from the repository, to test an installed package.
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="no benchmark here")
 
@@ -116,7 +122,8 @@ def test_sizes_grow_from_a_kilobyte_to_400_megabytes(bench):
     ("library", "cannot"),
     [
         ("fastbn", set()),
-        ("numpy", {"backward_inplace"}),
+        ("fastbn-unfused", {*IN_PLACE, *FRESH, *PRODUCTS, "eval", "train", "backward"}),
+        ("numpy", {"backward_inplace", *ACTIVATED}),
         ("numba", set()),
         ("numba-fastmath", set()),
         pytest.param("torch", IN_PLACE, marks=pytest.mark.torch),
@@ -139,6 +146,64 @@ def test_a_library_is_right_or_says_why_it_cannot(bench, library, cannot):
                 assert not (about["preallocated"] and case.fresh)
             worker.request("release", keep_data=True)
     assert failed == cannot
+
+
+def results_of(operation, data):
+    """The results of an operation on some data, in float64, from torch's definitions."""
+    column, axes = (1, -1, 1, 1), (0, 2, 3)
+    x, dy, residual, weight, bias = (
+        getattr(data, name).astype(np.float64) for name in ("x", "dy", "residual", "weight", "bias")
+    )
+    weight, bias = weight.reshape(column), bias.reshape(column)
+    xhat = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    value = xhat * weight + bias + residual * operation.endswith("_add_relu")
+    if operation.startswith("train"):
+        return {"y": np.maximum(value, 0)}, value
+    g = dy * (value > 0)
+    mean, mean_xhat = (v.mean(axes, keepdims=True) for v in (g, g * xhat))
+    dx = (g - mean - xhat * mean_xhat) * weight / np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    gradients = {"dx": dx, "dweight": (g * xhat).sum(axes), "dbias": g.sum(axes)}
+    return gradients | {"dresidual": g}, value
+
+
+@pytest.mark.parametrize(
+    "operation", ["train_relu", "train_add_relu", "backward_relu", "backward_add_relu"]
+)
+def test_a_result_without_the_relu_or_the_addition_is_wrong(bench, operation):
+    cases = bench("cases")
+    case = cases.Case(operation, (4, 6, 7, 5), "float32")
+    data = cases.Data(case)
+    arrays, value = results_of(operation, data)
+    cases.check(case, data, arrays)
+    other = operation.replace("add_relu", "relu")
+    if other == operation:
+        other = operation.replace("relu", "add_relu")
+    wrong = [results_of(other, data)[0]]
+    if case.forward:
+        wrong.append({"y": value})
+    elif case.has_residual:
+        wrong.append({**arrays, "dresidual": data.dy})
+    for each in wrong:
+        with pytest.raises(ArithmeticError, match="wrong result"):
+            cases.check(case, data, each)
+
+
+@pytest.mark.parametrize(("near", "right"), [(5e-4, True), (5e-3, False)])
+def test_rounding_may_decide_the_derivative_where_the_value_is_near_0(bench, near, right):
+    cases = bench("cases")
+    case = cases.Case("backward_add_relu", (4, 1, 8, 8), "float32")
+    data = cases.Data(case)
+    _, value = results_of(case.operation, data)
+    residual = np.array(data.residual)
+    residual.flat[7] += near - value.flat[7]
+    data.residual = residual
+    arrays, _ = results_of(case.operation, data)
+    arrays["dresidual"].flat[7] = 0.0
+    if right:
+        cases.check(case, data, arrays)
+    else:
+        with pytest.raises(ArithmeticError, match="dresidual"):
+            cases.check(case, data, arrays)
 
 
 def test_a_matrix_product_comes_right_before_every_call(bench, monkeypatch):
@@ -184,7 +249,7 @@ def test_the_floor_reaches_every_element(bench):
         if "unavailable" in (about := worker.about()):
             pytest.skip(about["unavailable"])
         for shape in (1, 1, 1, 1), (1, 1, 1, 3), (2, 23, 17, 17), (64, 64, 9, 9):
-            for operation in "eval", "train_inplace", "backward":
+            for operation in "eval", "train_inplace", "backward", "backward_add_relu":
                 case = cases.Case(operation, shape, "float32")
                 answer = worker.request("prepare", **case._asdict(), variants=None)
                 assert answer["failed"] == {}
@@ -192,6 +257,41 @@ def test_the_floor_reaches_every_element(bench):
 
 
 # The run.
+
+
+def chosen(bench, *arguments):
+    """The operations, libraries and the name that arguments of the command line choose."""
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    main = bench("__main__")
+    options = main.parser().parse_args(arguments)
+    operations = dict.fromkeys(case.operation for case in main.cases_of(options))
+    return set(operations), set(main.libraries_of(options)), main.kind_of(options)
+
+
+def test_activations_are_measured_where_they_are_asked_for(bench):
+    operations, libraries, name = chosen(bench)
+    assert not operations & ACTIVATED
+    assert "fastbn-unfused" not in libraries
+    assert name == "full"
+    operations, libraries, name = chosen(bench, "--activations")
+    assert operations == {"eval", "train", "backward", *ACTIVATED}
+    assert {"floor", "fastbn", "fastbn-unfused", "torch", "torch-compile"} < libraries
+    assert name == "activations"
+    operations, libraries, _ = chosen(bench, "--operations", "train_relu")
+    assert operations == {"train_relu"}
+    assert "fastbn-unfused" in libraries
+
+
+@pytest.mark.parametrize("operation", ["train", "train_relu"])
+def test_fastbn_with_numpys_passes_is_asked_about_activations_alone(bench, operation):
+    runner, case = bench("runner"), bench("cases").Case(operation, (1, 2, 3, 4), "float32")
+
+    class Worker:
+        name = "fastbn-unfused"
+
+    own = runner.Runner(runner.Settings(1, 1.0, 1, [Worker.name], ["nchw"]), [Worker()])
+    assert own._is_asked(Worker(), case) == case.activated
 
 
 def test_a_round_goes_through_all_cases_before_the_next(bench):
