@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from bench.cases import CALL, PRODUCTS
+from bench.cases import ACTIVATED, CALL, PRODUCTS
 from bench.figures import (
     Figures,
     Key,
@@ -90,6 +90,20 @@ def over_out(figures: Figures, key: Key, layout: str) -> float | None:
     return ratio(figures.fastbn(key, layout), figures.fastbn(given, layout))
 
 
+def over_without(figures: Figures, key: Key, layout: str) -> float | None:
+    """With what follows the normalization, over the normalization by itself."""
+    without = with_operation(key, key.case.operation.split("_")[0])
+    return ratio(figures.fastbn(key, layout), figures.fastbn(without, layout))
+
+
+def over_unfused(figures: Figures, key: Key, layout: str) -> float | None:
+    return ratio(figures.fastbn(key, layout), figures.unfused(key, layout))
+
+
+def over_torch_nchw(figures: Figures, key: Key, layout: str) -> float | None:
+    return ratio(figures.fastbn(key, layout), figures.torch(key, ["nchw"]))
+
+
 def over_quiet(figures: Figures, key: Key, layout: str) -> float | None:
     """After a matrix product, over the better of all threads and one without."""
     quiet = with_operation(key, "train")
@@ -131,6 +145,10 @@ def above(mib: float) -> Applies:
     return lambda figures, key: key.case.bytes > mib * MIB
 
 
+def from_1_mib(figures: Figures, key: Key) -> bool:
+    return key.case.bytes >= MIB
+
+
 def both(one: Applies, other: Applies) -> Applies:
     return lambda figures, key: one(figures, key) and other(figures, key)
 
@@ -169,6 +187,10 @@ PEER_LIMITS: list[tuple[str, str, float, float]] = [
     ("train", "nhwc", 1.0, 1.05),
     ("backward", "nhwc", 1.0, 1.05),
 ]
+# The operations with a ReLU alone, and how far above the floor those with a residual may be: above
+# an addition, the backward above two results of two arrays.
+RELU = tuple(operation for operation in ACTIVATED if "add" not in operation)
+RESIDUAL_LIMITS = {"eval_add_relu": 1.25, "train_add_relu": 1.4, "backward_add_relu": 1.4}
 
 
 def _floor_goals(dtype: str) -> list[Goal]:
@@ -204,6 +226,22 @@ def _half_goals(dtype: str) -> list[Goal]:
     ]
 
 
+def _activation_goals() -> list[Goal]:
+    """What a ReLU, and an addition before it, may take in the pass of the normalization."""
+    relu = RELU, "nchw", ("float32",), False, "without", from_1_mib
+    goals = [Goal("float32 with / without a ReLU", over_without, 1.05, *relu)]
+    for operation, limit in RESIDUAL_LIMITS.items():
+        floor = "pair" if operation.startswith("backward") else "add"
+        about = (operation,), "nchw", ("float32",), False, "floor", from_1_mib
+        goals.append(Goal(f"float32 {operation} / {floor}", over_floor, limit, *about))
+    means = tuple(RESIDUAL_LIMITS), "nchw", ("float32",), True, "", from_1_mib
+    return [
+        *goals,
+        Goal("addition and ReLU fused / unfused", over_unfused, 1 / 1.6, *means),
+        Goal("addition and ReLU fused / torch eager NCHW", over_torch_nchw, 1 / 2.5, *means),
+    ]
+
+
 def _goals() -> list[Goal]:
     """All of them, in the order of the report."""
     all_three = FORWARD_AND_BACKWARD
@@ -211,6 +249,7 @@ def _goals() -> list[Goal]:
         *_floor_goals("float32"),
         *_peer_goals(),
         *(goal for dtype in HALF for goal in _floor_goals(dtype) + _half_goals(dtype)),
+        *_activation_goals(),
         Goal("train + backward / torch eager NCHW", step_over_torch, 0.3, ("train",), mean=True),
         Goal(
             "new array / out=, above 20 MiB", over_out, 1.1, FRESH, applies=above(20), short="out"
@@ -277,10 +316,10 @@ def goals_on(device: str) -> list[Goal]:
     return GOALS if device == "cpu" else CUDA_GOALS
 
 
-def limit_over_floor(operation: str, device: str = "cpu") -> float:
-    """How far above the floor an operation in NCHW may be."""
-    goals = goals_on(device)
-    return next(g.limit for g in goals if g.ratio is over_floor and operation in g.operations)
+def limit_over_floor(operation: str, device: str = "cpu") -> float | None:
+    """How far above the floor an operation in NCHW may be; None where that is no goal."""
+    goals = [goal for goal in goals_on(device) if goal.ratio is over_floor]
+    return next((goal.limit for goal in goals if operation in goal.operations), None)
 
 
 def ratios_of(goal: Goal, figures: Figures, threads: int) -> list[CaseRatio]:

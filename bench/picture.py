@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from bench.cases import OPERATIONS
+from bench.cases import ACTIVATED, OPERATIONS
 from bench.figures import Figures, Key, Time, ratio, shape_name
 from bench.goals import limit_over_floor
 from bench.libraries import FASTBN, FLOOR, OWN, libraries_on
@@ -34,7 +34,8 @@ def draw(result: dict[str, Any], figures: Figures, path: Path, sizes: bool) -> l
             chosen = [
                 key for key in figures.keys(threads=threads, dtype=dtype) if figures.floor(key)
             ]
-            operations = [op for op in PANELS if any(k.case.operation == op for k in chosen)]
+            panels = ACTIVATED if any(key.case.activated for key in chosen) else PANELS
+            operations = [op for op in panels if any(k.case.operation == op for k in chosen)]
             if not operations:
                 continue
             machine = result["machine"]
@@ -128,7 +129,8 @@ def _panel(panel: Axes, figures: Figures, keys: list[Key], operation: str, sizes
             panel.plot(*zip(*points, strict=True), label=label, **{**style, "color": color})
     if not sizes:
         panel.axhline(1.0, color="0.3", lw=1)
-        panel.axhline(limit_over_floor(operation, figures.device), color="0.3", lw=1, ls=":")
+        if (limit := limit_over_floor(operation, figures.device)) is not None:
+            panel.axhline(limit, color="0.3", lw=1, ls=":")
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
@@ -140,8 +142,7 @@ def _panel(panel: Axes, figures: Figures, keys: list[Key], operation: str, sizes
 
 def _speed(key: Key, time: Time) -> float:
     """GB/s of what an operation reads and writes at least, which is what the floor does."""
-    arrays = 2 if key.case.forward else 3
-    return arrays * key.case.bytes / time.ms / 1e6
+    return key.case.streams * key.case.bytes / time.ms / 1e6
 
 
 def _series(

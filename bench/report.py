@@ -14,7 +14,7 @@ from typing import Any
 from _selfbench.sampling import DISTURBED
 
 from bench.calls import ADD, ROUNDS, SHAPE
-from bench.cases import CALL, OPERATIONS, PRODUCTS
+from bench.cases import ACTIVATED, CALL, OPERATIONS, PRODUCTS
 from bench.figures import (
     Figures,
     Key,
@@ -28,20 +28,27 @@ from bench.goals import (
     CALL_LIMITS,
     MAY_MISS,
     Goal,
+    Ratio,
     Verdict,
     call_verdicts,
     goals_on,
     met,
     misses,
+    over_floor,
     over_out,
+    over_peer,
+    over_unfused,
+    over_without,
     ratios_of,
     verdicts,
 )
-from bench.libraries import FASTBN, OWN, TORCH
+from bench.libraries import FASTBN, FLOOR, OWN, TORCH
 from bench.picture import draw, draw_peers
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
+# What a call with an activation is held against beside floor and peers.
+BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
 LARGE = 8 * 2**20
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
@@ -129,6 +136,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     ]
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
+            paragraphs.append(_activations(figures, threads, dtype))
             for layout in LAYOUT_NAMES:
                 paragraphs += [
                     section
@@ -195,14 +203,26 @@ def _peers(figures: Figures) -> dict[str, dict[str, float]]:
     means: dict[str, dict[str, float]] = {}
     for name in sorted(names):
         for operation in COMPARED:
-            ratios = [
-                ratio(figures.best(key, [name]), figures.fastbn(key, "nchw"))
-                for key in figures.keys(threads=threads, operation=operation, dtype="float32")
-            ]
-            found = [value for value in ratios if value is not None]
-            if found:
-                means.setdefault(name, {})[operation] = geometric_mean(found)
+            keys = figures.keys(threads=threads, operation=operation, dtype="float32")
+            mean = _mean_over_fastbn(figures, keys, name)
+            if mean is not None:
+                means.setdefault(name, {})[operation] = mean
     return means
+
+
+def _mean_over_fastbn(figures: Figures, keys: list[Key], name: str) -> float | None:
+    """How many times as long as fastbn a library takes, in its best memory layout."""
+    return _mean(ratio(figures.best(key, [name]), figures.fastbn(key, "nchw")) for key in keys)
+
+
+def _mean_of(ratio_of: Ratio, figures: Figures, keys: list[Key], layout: str) -> float | None:
+    return _mean(ratio_of(figures, key, layout) for key in keys)
+
+
+def _mean(ratios: Iterable[float | None]) -> float | None:
+    """The geometric mean of those that were measured."""
+    found = [value for value in ratios if value is not None]
+    return geometric_mean(found) if found else None
 
 
 def _against_peers(figures: Figures) -> str:
@@ -240,11 +260,11 @@ def _short_summary(result: dict[str, Any], figures: Figures, image: str) -> str:
 def _standing(figures: Figures, keys: list[Key]) -> list[str]:
     """A line of README's table: an operation, for arrays above and below a size."""
     ours = {key: figures.fastbn(key, "nchw") for key in keys}
-    over_peer = {key: ratio(ours[key], figures.peer(key)) for key in keys}
-    over_floor = {key: ratio(ours[key], figures.floor(key)) for key in keys}
-    won = sum(value <= 1.0 for value in over_peer.values() if value is not None)
+    to_peer = {key: ratio(ours[key], figures.peer(key)) for key in keys}
+    to_floor = {key: ratio(ours[key], figures.floor(key)) for key in keys}
+    won = sum(value <= 1.0 for value in to_peer.values() if value is not None)
     cells = [OPERATIONS[keys[0].case.operation] if keys else "-", f"{won} of {len(keys)} shapes"]
-    for ratios in over_peer, over_floor:
+    for ratios in to_peer, to_floor:
         for large in True, False:
             found = [
                 value
@@ -296,6 +316,36 @@ def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
     ]
 
 
+def _activations(figures: Figures, threads: int, dtype: str) -> str:
+    """What a ReLU, and an addition before it, take in the pass of the normalization."""
+    keys = {
+        operation: figures.keys(threads=threads, dtype=dtype, operation=operation)
+        for operation in ACTIVATED
+    }
+    measured = [time.library for of in keys.values() for key in of for time in figures.times[key]]
+    others = [name for name in dict.fromkeys(measured) if name not in (FLOOR, FASTBN)]
+    if not measured:
+        return ""
+    body = []
+    for operation, own in keys.items():
+        to_floor = _mean_of(over_floor, figures, own, "nchw")
+        to_without = _mean_of(over_without, figures, own, "nchw")
+        means = [_mean_over_fastbn(figures, own, name) for name in others]
+        body.append([OPERATIONS[operation], *map(_number, [to_floor, to_without, *means])])
+    text = (
+        "A ReLU, or an addition and a ReLU, in the pass of the normalization. fastbn's time is "
+        "held against the floor, which reads and writes as many arrays (a copy; with a third array "
+        "an addition; in the backward of the addition the sum and the difference of two arrays, "
+        "called a pair), and against the call without the two. The other columns tell how many "
+        "times as long as fastbn the others take, each in its best memory layout. fastbn-unfused "
+        "is fastbn's batch normalization with NumPy's `add` and `maximum` after it. Geometric "
+        "means over the shapes."
+    )
+    header = ["", "fastbn / floor", "fastbn / without", *(f"{name} / fastbn" for name in others)]
+    title = f"## Activations and residuals, {dtype}, {threads} threads"
+    return f"{title}\n\n{text}\n\n{_table(header, body)}"
+
+
 def _section(figures: Figures, threads: int, dtype: str, operation: str, layout: str) -> str:
     """The table of an operation in a layout; empty if it was not measured."""
     keys = [
@@ -305,20 +355,24 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
     ]
     if not keys:
         return ""
-    floor = "copy" if keys[0].case.forward else "add"
+    floor = keys[0].case.floor
     header = ["shape", "MB", f"{floor} ms", "fastbn ms", f"fastbn / {floor}"]
     header += ["fastest peer", "peer ms", "fastbn / peer", "goals"]
     body = [_row(figures, key, layout) for key in keys]
-    over_floor = [ratio(figures.fastbn(k, layout), figures.floor(k)) for k in keys]
-    over_peer = [ratio(figures.fastbn(k, layout), figures.peer(k)) for k in keys]
-    means = [_number(geometric_mean(r for r in some if r)) for some in (over_floor, over_peer)]
-    last = ["**geometric mean**", "", "", "", means[0], "", "", means[1], ""]
+    to_floor, to_peer, *beside = (
+        _number(_mean_of(ratio_of, figures, keys, layout))
+        for ratio_of in (over_floor, over_peer, *BESIDE)
+    )
+    last = ["**geometric mean**", "", "", "", to_floor, "", "", to_peer, ""]
     if keys[0].case.in_place:
         header.insert(3, "in-place floor ms")
         last.insert(3, "")
     if keys[0].case.fresh:
         header.insert(4, "fastbn / out=")
         last.insert(4, "")
+    if keys[0].case.activated:
+        header[5:5] = ["fastbn / without", "fastbn / unfused"]
+        last[5:5] = beside
     name = OPERATIONS[operation]
     title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}"
     if figures.device == "cpu":
@@ -335,9 +389,11 @@ def _row(figures: Figures, key: Key, layout: str) -> list[str]:
         cells.insert(3, _ms(figures.floor_in_place(key)))
     if key.case.fresh:
         cells.append(_number(over_out(figures, key, layout)))
+    cells.append(_number(ratio(ours, floor)))
+    if key.case.activated:
+        cells += [_number(ratio_of(figures, key, layout)) for ratio_of in BESIDE]
     return [
         *cells,
-        _number(ratio(ours, floor)),
         peer.name if peer else "-",
         _ms(peer),
         _number(ratio(ours, peer)),

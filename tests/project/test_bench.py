@@ -404,6 +404,63 @@ def test_16_bits_may_be_further_from_a_copy_of_their_bytes(bench, dtype):
     assert limits_of(bench, figures) == {f"{dtype} train / copy": 1.55}
 
 
+RELU_GOAL = "float32 with / without a ReLU"
+FUSED_GOALS = {
+    "addition and ReLU fused / unfused": 1 / 1.6,
+    "addition and ReLU fused / torch eager NCHW": 1 / 2.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "floor", "limits"),
+    [
+        ("eval_relu", "copy", {RELU_GOAL: 1.05}),
+        ("train_relu", "copy", {RELU_GOAL: 1.05}),
+        ("backward_relu", "add", {RELU_GOAL: 1.05}),
+        ("eval_add_relu", "add", {"float32 eval_add_relu / add": 1.25, **FUSED_GOALS}),
+        ("train_add_relu", "add", {"float32 train_add_relu / add": 1.4, **FUSED_GOALS}),
+        ("backward_add_relu", "pair", {"float32 backward_add_relu / pair": 1.4, **FUSED_GOALS}),
+    ],
+)
+def test_what_a_relu_and_an_addition_may_take_from_1_mib_on(bench, operation, floor, limits):
+    plain = operation.split("_")[0]
+    times = {
+        (plain, "fastbn", "nchw"): 2.0,
+        (operation, "fastbn", "nchw"): 3.0,
+        (operation, "fastbn-unfused", "nchw"): 6.0,
+        (operation, "torch", "nchw"): 9.0,
+        (operation, "floor", f"{floor}_plain/2"): 1.5,
+    }
+    assert limits_of(bench, figures_of(bench, times, (256, 16, 8, 8))) == limits
+    assert limits_of(bench, figures_of(bench, times, (255, 16, 8, 8))) == {}
+    found = bench("goals").verdicts(figures_of(bench, times), 2)
+    values = {of.goal: of.value for of in found if of.goal in limits}
+    ratios = dict(zip([RELU_GOAL, *FUSED_GOALS], (1.5, 0.5, 1 / 3), strict=True))
+    assert values == {goal: pytest.approx(ratios.get(goal, 2.0)) for goal in limits}
+
+
+def test_the_table_of_activations_holds_fastbn_against_all_others(bench):
+    pytest.importorskip("matplotlib")
+    times = {
+        ("train", "fastbn", "nchw"): 2.0,
+        ("train_relu", "floor", "copy_plain/2"): 1.5,
+        ("train_relu", "fastbn", "nchw"): 3.0,
+        ("train_relu", "fastbn-unfused", "nchw"): 6.0,
+        ("train_relu", "torch", "nhwc"): 9.0,
+    }
+    report, figures = bench("report"), figures_of(bench, times)
+    text = report._activations(figures, 2, "float32")
+    assert (
+        "| fastbn / floor | fastbn / without | fastbn-unfused / fastbn | torch / fastbn |" in text
+    )
+    assert "| training forward + ReLU | 2 | 1.5 | 2 | 3 |" in text
+    row = report._section(figures, 2, "float32", "train_relu", "nchw")
+    assert "| fastbn / copy | fastbn / without | fastbn / unfused |" in row
+    assert "| 3 | 2 | 1.5 | 0.5 | torch nhwc | 9 | 0.333 | miss: without |" in row
+    plain = figures_of(bench, {("train", "fastbn", "nchw"): 2.0})
+    assert report._activations(plain, 2, "float32") == ""
+
+
 def test_a_new_array_and_a_matrix_product_are_held_against_the_call_by_itself(bench):
     goals = bench("goals")
     times = {
@@ -453,7 +510,8 @@ def test_speed_is_what_is_read_and_written_at_least(bench):
     picture, figures = bench("picture"), bench("figures")
     case = bench("cases").Case
     time = figures.Time(1.0, "fastbn", "nchw", True)
-    for operation, arrays in (("eval", 2), ("train", 2), ("backward", 3)):
+    arrays_of = {"eval": 2, "train_relu": 2, "eval_add_relu": 3, "backward_relu": 3}
+    for operation, arrays in {**arrays_of, "backward": 3, "backward_add_relu": 4}.items():
         key = figures.Key(2, case(operation, (1, 1, 500, 500), "float32"))
         assert picture._speed(key, time) == arrays * 1e6 / 1e6
 
