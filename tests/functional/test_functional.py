@@ -24,12 +24,14 @@ def names(function):
 def test_torchs_functions_have_its_signatures_and_more_by_keyword():
     first = ["input", "running_mean", "running_var", "weight", "bias"]
     more = ["momentum", "eps", "out", "mask"]
-    assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size", "unbiased"]
-    assert names(F.instance_norm) == [*first, "use_input_stats", *more, "unbiased"]
-    assert names(F.group_norm) == ["input", "num_groups", "weight", "bias", *more[1:]]
+    last = ["activation", "negative_slope", "residual"]
+    assert names(F.batch_norm) == [*first, "training", *more, "ghost_batch_size", "unbiased", *last]
+    assert names(F.instance_norm) == [*first, "use_input_stats", *more, "unbiased", *last]
+    assert names(F.group_norm) == ["input", "num_groups", "weight", "bias", *more[1:], *last]
     for function in (F.batch_norm, F.instance_norm, F.group_norm):
         parameters = inspect.signature(function).parameters
-        assert parameters["out"].kind == parameters["mask"].kind == inspect.Parameter.KEYWORD_ONLY
+        for name in ("out", "mask", *last):
+            assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
