@@ -457,7 +457,9 @@ def test_what_is_left_and_why():
 
 
 @pytest.mark.parametrize("function", [accelerate, restore, report])
-@pytest.mark.parametrize("model", [None, nn.BatchNorm2d, lambda x: x], ids=str)
+@pytest.mark.parametrize(
+    "model", [None, nn.BatchNorm2d, lambda x: x], ids=["None", "class", "function"]
+)
 def test_what_is_no_module_is_refused(function, model):
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got "):
         function(model)
