@@ -67,7 +67,7 @@ def fold(
     ------
     TypeError
         If the layer is neither a batch nor an instance normalization, weight or bias does not hold
-        floats, or `activation` is no string.
+        floats, or activation is no string.
     ValueError
         If a shape does not fit the layer and the groups, or for a batch normalization before a
         transposed convolution, or if the layer has an activation that is not dropped, or that
