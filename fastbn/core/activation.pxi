@@ -134,17 +134,11 @@ cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups
                                 Py_ssize_t t) noexcept nogil:
     """Find the bounds of COLUMNS channels of a batch."""
     cdef Affine affine
-    cdef Py_ssize_t c, strips = ceil_div(job.cut.c, COLUMNS)
+    cdef Py_ssize_t strips = ceil_div(job.cut.c, COLUMNS)
     cdef Block block = some_channels(t % strips, job.cut.c)
-    cdef double weight[COLUMNS]
     cdef double *low
     block.batch = t // strips
-    read_vector(&job.mean, &block, affine.centre)
-    read_vector(&job.gate_weight, &block, weight)
-    read_vector(&job.gate_bias, &block, affine.shift)
-    read_invstd(job, &block, affine.scale)
-    for c in range(block.c1 - block.c0):  # as `affine_of` does it for the forward
-        affine.scale[c] *= weight[c]
+    affine_with(job, &block, &job.gate_weight, &job.gate_bias, &affine)
     low = results_of(job, job.gate_bounds, &block)
     job.kernels.gate_bounds(&affine, &job.activation, block.c1 - block.c0, low,
                             low + job.cut.batches * job.cut.c)

@@ -46,6 +46,7 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #endif
 #include "elementwise.h"
 
+#undef ADD_ROWS
 #undef VA_LANES
 #undef NAME
 #undef LOAD_A

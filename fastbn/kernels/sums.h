@@ -175,17 +175,16 @@ ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums
 }
 
 /* The same of moments, of products, and of products behind a gate. */
-#define ADD_ROWS(name, add) \
+#define ADD_ROWS(name, add_rows, add) \
     ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
                                        const row_set *rows, const double *centre, \
                                        const NAME(gate) *gate, valid_lanes lanes) \
     { \
-        return NAME(add_rows_one_by_one)(NAME(add), sums, dy, x, rows, centre, gate, lanes); \
+        return NAME(add_rows)(NAME(add), sums, dy, x, rows, centre, gate, lanes); \
     }
-ADD_ROWS(add_row_moments, add_moments)
-ADD_ROWS(add_row_products, add_products)
-ADD_ROWS(add_gated_row_products, add_gated_products)
-#undef ADD_ROWS
+ADD_ROWS(add_row_moments, add_rows_one_by_one, add_moments)
+ADD_ROWS(add_row_products, add_rows_one_by_one, add_products)
+ADD_ROWS(add_gated_row_products, add_rows_one_by_one, add_gated_products)
 
 /* A few rows are summed at a time, so that sums are loaded and stored once for all of them, and
  * memory is read at a few places at once. */

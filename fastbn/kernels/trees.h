@@ -237,18 +237,9 @@ ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums,
     return add_tree(sums, NAME(sum_in_turn)(term, &terms, rows->count, around));
 }
 
-/* The same of moments, of products, and of products behind a gate. */
-#define ADD_ROWS(name, term) \
-    ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
-                                       const row_set *rows, const double *centre, \
-                                       const NAME(gate) *gate, valid_lanes lanes) \
-    { \
-        return NAME(add_rows_by_tree)(NAME(term), sums, dy, x, rows, centre, gate, lanes); \
-    }
-ADD_ROWS(add_moments_of_rows, moment_term)
-ADD_ROWS(add_products_of_rows, product_term)
-ADD_ROWS(add_gated_products_of_rows, gated_product_term)
-#undef ADD_ROWS
+ADD_ROWS(add_moments_of_rows, add_rows_by_tree, moment_term)
+ADD_ROWS(add_products_of_rows, add_rows_by_tree, product_term)
+ADD_ROWS(add_gated_products_of_rows, add_rows_by_tree, gated_product_term)
 
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)

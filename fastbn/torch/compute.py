@@ -18,8 +18,6 @@ from fastbn import functional as F
 from fastbn._types import Array, Statistics
 from fastbn.torch.arrays import as_array, as_array_or_none, new_like
 
-ACTIVATIONS = ("relu", "relu6", "leaky_relu")
-
 Vector: TypeAlias = torch.Tensor | None
 
 

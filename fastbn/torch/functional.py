@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fastbn._scalars import ACTIVATIONS
 from fastbn.torch import composed, eager, operators
 from fastbn.torch.arrays import DTYPES, HALVES
-from fastbn.torch.compute import ACTIVATIONS, Call, Declined, Vector, Vectors
+from fastbn.torch.compute import Call, Declined, Vector, Vectors
 from fastbn.torch.eager import Fallbacks
 
 __all__ = ["batch_norm"]
