@@ -396,20 +396,41 @@ class Norm(LayerState):
         residual_out: Array | None,
     ) -> tuple[Array, Array | None]:
         """`backward`, from what the forward left: the gradients of input and residual."""
+        dy, parameters, out, gate, buffers = self._backward_arguments(saved, dy, out, residual_out)
+        invalid = normalize.invalid_positions(saved.mask)
+        dx, *added = self._gradients(saved, dy, **parameters, out=out, gate=gate)
+        self._add_gradients(buffers, *added)
+        derived = None if gate is None else gate.derived
+        return dx, None if derived is None else normalize.clear(derived, invalid)
+
+    def _backward_arguments(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[
+        Array,
+        dict[str, Array | None],
+        Array | None,
+        Gate | None,
+        tuple[GradBuffer | None, GradBuffer | None],
+    ]:
+        """The checked arguments of `backward`, and the memory that it takes.
+
+        These are dy, weight and bias, out, the gate, and the memory for sums of gradients.
+        """
         layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
-        sums = self._checked_gradients(saved.x)
-        out = checks.check_out(out, saved.x, dy, **parameters, **sums)
-        derived = self._derived(saved, dy, residual_out, out=out, **parameters, **sums)
+        read = parameters | self._checked_gradients(saved.x)
+        out = checks.check_out(out, saved.x, dy, **read)
+        derived = self._derived(saved, dy, residual_out, out=out, **read)
         buffers = self._grad_buffers(saved.mean)
         if saved.in_place:
             parameters = {"weight": saved.weight, "bias": saved.bias}
         gate = gate_of(saved, dy, derived, is_new=residual_out is None)
-        invalid = normalize.invalid_positions(saved.mask)
-        dx, *added = self._gradients(saved, dy, **parameters, out=out, gate=gate)
-        self._add_gradients(buffers, *added)
-        return dx, None if derived is None else normalize.clear(derived, invalid)
+        return dy, parameters, out, gate, buffers
 
     def _derived(
         self,

@@ -12,7 +12,6 @@ from typing import Any, Self
 import numpy as np
 
 from fastbn import _checks as checks
-from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
 from fastbn import _scalars as scalars
 from fastbn._mpi import Ranks, mpi
@@ -22,7 +21,7 @@ from fastbn.backends.common import factors_of
 from fastbn.backends.composed import hand_over
 from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
-from fastbn.layers.saved import KeptChannels, SavedForBackward, gate_of, keep_all, reads_array
+from fastbn.layers.saved import KeptChannels, SavedForBackward, keep_all
 from fastbn.moments import Moments
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -238,18 +237,10 @@ class SyncBatchNorm(BatchNorm):
     ) -> tuple[Array, Array | None]:
         if saved.frozen:
             return super()._backward(saved, dy, out, residual_out)
-        layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
+        dy, parameters, out, gate, buffers = self._backward_arguments(saved, dy, out, residual_out)
         x = saved.x if saved.kept is None else saved.kept.x
-        dy = checks.as_gradient(dy, x)
-        parameters = checks.as_vectors(x, weight=self.weight, bias=self.bias)
-        read = parameters | self._checked_gradients(x)
-        out = checks.check_out(out, saved.x, dy, **read)
-        derived = self._derived(saved, dy, residual_out, out=out, **read)
-        buffers = self._grad_buffers(saved.mean)
-        backend = backend_of(x)
-        weight = saved.weight if saved.in_place else parameters["weight"]
+        weight, backend = parameters["weight"], backend_of(x)
         mean, invstd, mask = saved.mean, saved.invstd, saved.mask
-        gate = gate_of(saved, dy, derived, is_new=residual_out is None)
         invalid = normalize.invalid_positions(mask)
         call = normalize.Backward(dy, x, weight, mean, invstd, out, mask, gate=gate)
         call = normalize.through_activation(call)
@@ -262,10 +253,10 @@ class SyncBatchNorm(BatchNorm):
             dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out, mask
         )
         self._add_gradients(buffers, dweight, dbias)
-        if derived is None:
+        if gate is None or gate.derived is None:
             return dx, None
         hand_over(gate, dy)
-        return dx, normalize.clear(derived, invalid)
+        return dx, normalize.clear(gate.derived, invalid)
 
     def _beside(self, x: Array, vector: Statistics) -> Array:
         """A vector from the host as an array of the kind that x is."""
