@@ -441,6 +441,8 @@ def test_what_has_no_kernel_is_torchs_and_counted(call):
     assert left_to_torch(ours)
 
 
+# What torch loads for it, if nothing has before, still calls torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_ad():
     from torch.autograd import forward_ad
 
