@@ -79,9 +79,10 @@ def get_num_threads() -> int:
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
-    Results do not depend on it, to the bit. By default, after a call whose threads waited long for
-    a CPU that another process had, the next 64 calls use one thread, or more, up to 2048, where
-    such waits come again soon; with a number set here, calls wait.
+    Results do not depend on it, to the bit. By default, where threads have waited longer for CPUs
+    that other processes had than they saved of late, the next calls use one thread, for 4 times as
+    long as was lost, and for up to 256 times where that happens again soon; with a number set here,
+    calls wait.
 
     Parameters
     ----------

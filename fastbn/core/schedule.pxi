@@ -102,7 +102,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     start = fastbn_seconds()
     for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
         walk_range(shared, i)
-    note_wait(fastbn_seconds() - start - tasks.busy, tasks.busy)
+    note_shared(tasks.threads, tasks.busy, fastbn_seconds() - start - tasks.busy)
 
 
 cdef void walk_range(Tasks *tasks, int own) noexcept nogil:

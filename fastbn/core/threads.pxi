@@ -8,17 +8,22 @@ cdef extern from *:
     #  define FASTBN_THREAD_LOCAL _Thread_local
     #endif
     static FASTBN_THREAD_LOCAL int fastbn_threads_here;
-    static FASTBN_THREAD_LOCAL Py_ssize_t fastbn_calls_alone, fastbn_next_alone;
-    static FASTBN_THREAD_LOCAL double fastbn_last_end;
+    static FASTBN_THREAD_LOCAL double fastbn_last_end, fastbn_saved, fastbn_credit;
+    static FASTBN_THREAD_LOCAL double fastbn_alone, fastbn_alone_since, fastbn_caution;
     """
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
     # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
     int threads_here "fastbn_threads_here"
-    # The calls that shall use one thread, and how many it will be when one has to wait for a CPU.
-    Py_ssize_t calls_alone "fastbn_calls_alone"
-    Py_ssize_t next_alone "fastbn_next_alone"
     # When the last call ended that several threads could have shared.
     double last_end "fastbn_last_end"
+    # The seconds that sharing has saved in this call, and of late, at most MOST_CREDIT.
+    double saved "fastbn_saved"
+    double credit "fastbn_credit"
+    # The seconds for which calls shall use one thread, and when the present one began, or 0.
+    double alone "fastbn_alone"
+    double alone_since "fastbn_alone_since"
+    # How many seconds alone the last second lost has cost; 0 if that was long ago.
+    double caution "fastbn_caution"
 
 
 cdef enum:
@@ -28,18 +33,20 @@ cdef enum:
     BYTES_PER_THREAD = 524288
     # Where such calls follow each other, OpenMP's threads have not gone to sleep: less is enough.
     BYTES_PER_AWAKE_THREAD = 131072
-    # The calls that use one thread after one whose threads had to wait for a CPU: few after a rare
-    # wait, twice as many after each that comes soon again.
-    FEWEST_ALONE = 64
-    MOST_ALONE = 2048
 
-
-# The seconds from which on a wait is one for a CPU: several times what waking a thread takes, less
-# than a scheduler's slice.
-cdef double LONG_WAIT = 1e-3
 
 # The seconds for which a call counts as the one before: OpenMP's threads stay awake for longer.
 cdef double SOON = 2e-4
+
+# What the last calls have saved covers a wait for a CPU, for a slice of the scheduler or two. What
+# a single call seems to have saved may be a slice that its own thread has waited: it counts less.
+cdef double MOST_CREDIT = 2e-2
+cdef double MOST_SAVED = 2e-3
+
+# Each second that is lost beyond that costs so many on one thread, and twice as many each time until
+# the credit has been full again.
+cdef double LEAST_CAUTION = 4.0
+cdef double MOST_CAUTION = 256.0
 
 # For all calls of the process, 0 for none: the number that is set, the CPUs that the system grants,
 # and a limit above which even a number that is set does not go.
@@ -88,19 +95,19 @@ cdef bint avoids_waits() noexcept nogil:
 
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
     """The number of threads for a call that reads and writes so many bytes."""
-    global calls_alone, next_alone
+    global alone_since
     cdef Py_ssize_t least = BYTES_PER_THREAD
+    cdef double now = 0.0
     cdef int threads
-    if is_shared(moved) and fastbn_seconds() - last_end < SOON:
-        least = BYTES_PER_AWAKE_THREAD
+    if is_shared(moved):
+        now = fastbn_seconds()
+        if now - last_end < SOON:
+            least = BYTES_PER_AWAKE_THREAD
     threads = <int>min(<Py_ssize_t>most, max(moved // least, 1))
-    if threads == 1 or not avoids_waits():
+    if threads == 1 or alone <= 0.0 or not avoids_waits():
         return threads
-    if calls_alone > 0:
-        calls_alone -= 1
-        return 1
-    next_alone -= next_alone > 0
-    return threads
+    alone_since = now
+    return 1
 
 
 cdef bint is_shared(Py_ssize_t moved) noexcept nogil:
@@ -108,21 +115,36 @@ cdef bint is_shared(Py_ssize_t moved) noexcept nogil:
     return moved >= 2 * BYTES_PER_AWAKE_THREAD
 
 
-cdef void note_end(Py_ssize_t moved) noexcept nogil:
-    """Remember when a call ended."""
-    global last_end
-    if is_shared(moved):
-        last_end = fastbn_seconds()
-
-
-cdef void note_wait(double idle, double busy) noexcept nogil:
-    """Let the next calls use one thread if this call would have been faster so.
+cdef void note_shared(int threads, double busy, double idle) noexcept nogil:
+    """Add up what sharing saves a call: in a region, this thread was busy for so long, then idle.
 
     A region of OpenMP ends when all threads have come to its end, and where another process has a
-    thread's CPU that takes a slice of the scheduler, many times a small array's time. Such waits
-    should be rarer than one call in a hundred.
+    thread's CPU that takes a slice of the scheduler, many times a small array's time.
     """
-    global calls_alone, next_alone
-    if avoids_waits() and idle > LONG_WAIT and idle > busy:
-        calls_alone = max(next_alone, FEWEST_ALONE)
-        next_alone = min(2 * calls_alone, MOST_ALONE)
+    global saved
+    saved += (threads - 1) * busy - idle
+
+
+cdef void note_end(Py_ssize_t moved) noexcept nogil:
+    """Remember when a call ended, and let the next ones use one thread if sharing has cost much."""
+    global last_end, saved, alone, alone_since
+    if not is_shared(moved):
+        return
+    last_end = fastbn_seconds()
+    if alone_since > 0.0:
+        alone -= last_end - alone_since
+        alone_since = 0.0
+    elif avoids_waits():
+        balance(saved)
+    saved = 0.0
+
+
+cdef void balance(double seconds) noexcept nogil:
+    """Add what sharing has saved to the credit or, where it has lost, take that from it."""
+    global credit, alone, caution
+    credit += min(seconds, MOST_SAVED)
+    if credit >= MOST_CREDIT:
+        credit, caution = MOST_CREDIT, 0.0
+    elif credit < 0.0:
+        caution = min(max(2.0 * caution, LEAST_CAUTION), MOST_CAUTION)
+        credit, alone = 0.0, -credit * caution
