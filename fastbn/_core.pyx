@@ -396,6 +396,7 @@ cdef const unsigned char *mask_of(const Job *job, const Block *block,
 
 
 include "core/coefficients.pxi"
+include "core/range.pxi"
 include "core/valid.pxi"
 include "core/activation.pxi"
 include "core/sums.pxi"

@@ -133,15 +133,22 @@ cdef void find_gate_bounds(const Job *job, int threads) noexcept nogil:
 cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                                 Py_ssize_t t) noexcept nogil:
     """Find the bounds of COLUMNS channels of a batch."""
-    cdef Affine affine
-    cdef Py_ssize_t strips = ceil_div(job.cut.c, COLUMNS)
+    cdef Affine affine, first
+    cdef Py_ssize_t c, strips = ceil_div(job.cut.c, COLUMNS)
     cdef Block block = some_channels(t % strips, job.cut.c)
     cdef double *low
+    cdef double *high
+    cdef bint is_scaled
     block.batch = t // strips
     affine_with(job, &block, &job.gate_weight, &job.gate_bias, &affine)
+    is_scaled = scale_down_first(job, &block, &affine, &first)
     low = results_of(job, job.gate_bounds, &block)
-    job.kernels.gate_bounds(&affine, &job.activation, block.c1 - block.c0, low,
-                            low + job.cut.batches * job.cut.c)
+    high = low + job.cut.batches * job.cut.c
+    job.kernels.gate_bounds(&affine, &job.activation, block.c1 - block.c0, low, high)
+    if is_scaled:
+        for c in range(block.c1 - block.c0):
+            low[c] /= first.scale[c]
+            high[c] /= first.scale[c]
 
 
 cdef void derive_block(const Job *job, const Block *block) noexcept nogil:

@@ -19,31 +19,6 @@ cdef void affine_with(const Job *job, const Block *block, const Vector *weight,
         affine.scale[c] *= weights[c]
 
 
-cdef bint scale_down_first(const Job *job, const Block *block, Affine *affine,
-                           Affine *first) noexcept nogil:
-    """Divide affine in two where x - mean may leave float32's range: `first` comes before it.
-
-    That takes a mean of 2^103, half a unit in the last place of the greatest float32, or more.
-    First multiplying x by 2^-24 is exact, except for elements that do not count beside such a mean.
-    A residual whose place the result takes would be lost in between.
-    """
-    cdef Py_ssize_t c
-    cdef bint is_needed = False
-    if job.itemsize == sizeof(double) or job.out == job.residual:
-        return False
-    for c in range(block.c1 - block.c0):
-        is_needed = is_needed or fabs(affine.centre[c]) >= 2.0 ** 103
-    if not is_needed:
-        return False
-    for c in range(block.c1 - block.c0):
-        first.centre[c], first.scale[c], first.shift[c] = 0.0, 1.0, -0.0
-        if fabs(affine.centre[c]) >= 2.0 ** 103:
-            first.scale[c] = 2.0 ** -24
-            affine.centre[c] *= 2.0 ** -24
-            affine.scale[c] *= 2.0 ** 24
-    return True
-
-
 cdef void gradient_of(const Job *job, const Block *block, Gradient *gradient) noexcept nogil:
     """dx = (dy - sum_dy / count - xhat * sum_dy_xhat / count) * invstd * weight."""
     cdef Py_ssize_t c

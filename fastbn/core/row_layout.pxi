@@ -18,6 +18,16 @@ cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept n
     return runs
 
 
+cdef Matrix matrix_of(const Runs *runs) noexcept nogil:
+    """The same runs as the rows of a matrix."""
+    cdef Matrix matrix
+    matrix.mask, matrix.mask_stride = runs.mask, runs.mask_stride
+    matrix.rows, matrix.stride = runs.samples, runs.stride
+    matrix.channels, matrix.run = runs.channels, runs.len
+    matrix.len = runs.channels * runs.len
+    return matrix
+
+
 cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
     """Where memory is read next: this sample's runs go on, and then those of the next sample."""
     cdef Ahead ahead
@@ -74,10 +84,15 @@ cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
 
 cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
+    cdef Matrix matrix
     cdef Gate gate
     cdef bint backwards = job.reduce != NULL
     cdef Runs runs = runs_of(job, block, backwards)
     cdef Py_ssize_t at = start_of(job, block, backwards)
     gradient_of(job, block, &gradient)
+    if has_huge_mean(job, gradient.x_mean, block.c1 - block.c0):
+        matrix = matrix_of(&runs)
+        gradient_in_float64(job, &gradient, gate_of(job, block, &gate), at, &matrix)
+        return
     job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient,
                          gate_of(job, block, &gate), job.nontemporal)

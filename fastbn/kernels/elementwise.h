@@ -489,17 +489,19 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
 /* ------------------------------------------------------------------ activations by themselves */
 
 /* For each channel the first of the numbers, in their order, at which the value before the
- * activation is greater than a limit; one behind infinity if it is nowhere. In this order, or for a
- * negative scale in the opposite one, the values do not decrease: each operation of Y keeps the
- * order, rounding included. */
-static void NAME(find_crossings)(const A *high, const A *low, const A *scale, const A *shift,
-                                 ptrdiff_t count, A limit, ORDER_A *crossing)
+ * activation is greater than a limit, or a NaN if `nans` says so; one behind infinity if it is
+ * nowhere. In this order, or for a negative scale in the opposite one, the values do not decrease:
+ * each operation of Y keeps the order, rounding included. An infinite scale makes a NaN of the mean
+ * alone, and infinities of what is on its two sides. */
+ALWAYS_INLINE void NAME(find_crossings)(const A *high, const A *low, const A *scale,
+                                        const A *shift, ptrdiff_t count, A limit, int nans,
+                                        ORDER_A *crossing)
 {
     /* What the rounding of the operations of Y may move it by, relative to their operands. */
     const A near = sizeof(A) == sizeof(float) ? (A)0x1p-20 : (A)0x1p-49;
     ORDER_A end[COLUMNS], open = 1;
-#define ABOVE(u) \
-    (-(ORDER_A)(Y(scale[c] < 0 ? -(u) : (u), high[c], low[c], scale[c], shift[c]) > limit))
+#define VALUE(u) Y(scale[c] < 0 ? -(u) : (u), high[c], low[c], scale[c], shift[c])
+#define ABOVE(u) (-(ORDER_A)(nans ? !(VALUE(u) <= limit) : VALUE(u) > limit))
     for (ptrdiff_t c = 0; c < count; c++) {
         const A x = high[c] + (limit - shift[c]) / scale[c], u = scale[c] < 0 ? -x : x;
         const A reach = (high[c] < 0 ? -high[c] : high[c]) * near + (u < 0 ? -u : u) * near;
@@ -521,6 +523,7 @@ static void NAME(find_crossings)(const A *high, const A *low, const A *scale, co
         }
     }
 #undef ABOVE
+#undef VALUE
 }
 
 static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activation *activation_,
@@ -531,25 +534,19 @@ static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activati
     const int is_capped = is_relu && activation.cap < (A)INFINITY;
     const ORDER_A last = NAME(order_of)((A)INFINITY);
     A centre[COLUMNS], rest[COLUMNS], scale[COLUMNS], shift[COLUMNS];
-    ORDER_A above_zero[COLUMNS], above_high[COLUMNS];
+    ORDER_A begin[COLUMNS], behind[COLUMNS];
     NAME(high_and_low)(affine->centre, count, centre, rest);
     NAME(narrow)(affine->scale, count, scale);
     NAME(narrow)(affine->shift, count, shift);
-    NAME(find_crossings)(centre, rest, scale, shift, count, 0, above_zero);
-    if (is_capped)
-        NAME(find_crossings)(centre, rest, scale, shift, count, activation.high, above_high);
+    if (is_relu)
+        NAME(find_crossings)(centre, rest, scale, shift, count, 0, 1, begin);
+    if (!is_relu || is_capped)
+        NAME(find_crossings)(centre, rest, scale, shift, count, activation.high, 0, behind);
     for (ptrdiff_t c = 0; c < count; c++) {
-        A first = -(A)INFINITY, end = (A)INFINITY;
-        if (isnan(Y((A)0, centre[c], rest[c], scale[c], shift[c]))) {
-            low[c] = first, high[c] = end; /* as all values are */
-            continue;
-        }
-        if (is_relu && above_zero[c] <= last)
-            first = NAME(value_of)(above_zero[c]);
-        else if (is_relu)
-            first = (A)INFINITY;
-        if (!is_relu || is_capped)
-            end = NAME(value_of)((is_relu ? above_high : above_zero)[c] - 1);
+        const A first = !is_relu          ? -(A)INFINITY
+                        : begin[c] > last ? (A)INFINITY
+                                          : NAME(value_of)(begin[c]);
+        const A end = !is_relu || is_capped ? NAME(value_of)(behind[c] - 1) : (A)INFINITY;
         low[c] = scale[c] < 0 ? -end : first;
         high[c] = scale[c] < 0 ? -first : end;
     }

@@ -76,8 +76,11 @@ def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptC
     if call.epilogue is None:
         return keep_channels(call, frozen=frozen)
     _, slope, residual, alive = call.epilogue
-    is_invertible = call.epilogue.activation == "leaky_relu" and slope > 0.0 and residual is None
-    if not is_invertible or not inverts or frozen or alive is not None:
+    is_leaky_relu = call.epilogue.activation == "leaky_relu" and residual is None
+    if not is_leaky_relu or not inverts or frozen or alive is not None:
+        return keep_all(call.x)
+    least = np.finfo(np.float64 if call.x.itemsize == 8 else np.float32).tiny
+    if not least <= slope <= 1.0 / least:  # in the arithmetic of x, it or its inverse is 0
         return keep_all(call.x)
     if not backend_of(call.x).readable():
         return keep_all(call.x)

@@ -56,7 +56,8 @@ def peak(call):
     print(tracemalloc.get_traced_memory()[1] - traced, high_water() - resident)
 
 x, dy = buffer(), buffer()
-bn = fastbn.BatchNorm2d(64)
+residual = buffer() if {added} else None
+bn = fastbn.BatchNorm2d(64, activation={activation!r})
 # First calls start threads and map code from files, a megabyte at once on some systems.
 warm = np.array(x[:2], order="K")
 bn(warm, out=warm), bn.backward(warm, out=warm)
@@ -64,8 +65,8 @@ bn.weight[:{aside}] = 0
 if {frozen}:
     bn.freeze()
 tracemalloc.start()
-peak(lambda: bn(x, out=x))
-peak(lambda: bn.backward(dy, out=dy))
+peak(lambda: bn(x, out=x, residual=residual))
+peak(lambda: bn.backward(dy, out=dy, residual_out=residual))
 """
 MEGABYTE = 2**20
 
@@ -76,14 +77,28 @@ MEGABYTE = 2**20
 )
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("aside", [0, 40, 64])
-def test_training_in_place_allocates_what_it_sets_aside(tmp_path, aside, dtype, last, frozen):
-    code = STEP.format(aside=aside, dtype=dtype, last=last, frozen=frozen)
+@pytest.mark.parametrize(
+    ("aside", "activation", "added"),
+    [
+        *[(aside, None, False) for aside in (0, 40, 64)],
+        (0, "leaky_relu", False),
+        pytest.param(40, "leaky_relu", False, marks=pytest.mark.slow),
+        pytest.param(0, "relu", False, marks=pytest.mark.slow),
+        pytest.param(0, None, True, marks=pytest.mark.slow),
+        pytest.param(0, "relu6", True, marks=pytest.mark.slow),
+    ],
+)
+def test_training_in_place_allocates_what_it_sets_aside(
+    tmp_path, aside, activation, added, dtype, last, frozen
+):
+    options = {"activation": activation, "added": added}
+    code = STEP.format(aside=aside, dtype=dtype, last=last, frozen=frozen, **options)
     lines = output_of(code, tmp_path).splitlines()
     forward, backward = (max(map(int, line.split())) for line in lines)
     channel = 16 * 56 * 56 * (2 if dtype == "float16" else 4)
-    if frozen and dtype == "float16":  # all of it is kept then
-        aside = 64
+    inverts = activation == "leaky_relu" and not (aside or frozen)
+    if (frozen and dtype == "float16") or (activation and not inverts) or added:
+        aside = 64  # all of it is kept then
     assert forward < aside * channel + MEGABYTE
     # Once more for the gradients of some channels, not for those of all.
     assert backward < aside % 64 * channel + MEGABYTE

@@ -259,9 +259,9 @@ def test_kinks_are_those_of_torch(activation, slope, name):
 
 # Derivatives that are computed from x are those of the forward, to the last bit of x.
 
-WEIGHTS = [1.0, -1.0, 0.3, -2.7, 1e-3, 1e4, 1e-30, -1e20, 1e-42, 0.0, -0.0, np.nan]
+WEIGHTS = [1.0, -1.0, 0.3, -2.7, 1e-3, 1e4, 1e-30, -1e20, 1e-42, 1e35, -1e35, 0.0, -0.0, np.nan]
 BIASES = [0.0, -0.0, 0.7, -1.3, 5.9, 6.0, 1e-6, -1e5, 1e30, -np.inf, np.nan]
-INVSTDS = [1.0, 0.37, 316.2, 1e-3, 1e12]
+INVSTDS = [1.0, 0.37, 316.2, 1e-3, 1e12, np.inf]
 MEANS = [0.0, 0.1, -700.3, 1e6]
 
 

@@ -1,5 +1,6 @@
 """The backward: against the reference and finite differences, in place and frozen."""
 
+import activated
 import numpy as np
 import pytest
 import reference
@@ -45,6 +46,30 @@ def test_gradients_match_the_reference(rng, dtype, shape):
     weight, _ = parameters(shape[1])
     _, mean, invstd = F.batch_norm_forward(x)
     check_gradients(*F.batch_norm_backward(dy, x, weight, mean, invstd), dy, x, weight)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+@pytest.mark.parametrize("place", ["new", "x", "dy"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_values_near_the_largest_are_right_and_finite(
+    rng, activation, layout, place, masked
+):
+    values = np.where(rng.random((4, 5, 6, 5)) < 0.25, -3e38, 3e38).astype(np.float32)
+    values[:, 1::2] = some(rng, (4, 2, 6, 5))  # neighbours of usual size
+    x, dy = layout(values.copy()), layout(some(rng, values.shape))
+    weight = np.where(np.arange(5) % 2, 1, 1e38) * np.array([1, 1, -1, -1, 1])
+    bias = np.array([-3e37, 0.5, 3e37, -0.5, 1e38])
+    mask = rng.random((4, 1, 6, 5)) < 0.7 if masked else None
+    case = activated.Case(x, weight, bias, activation=activation, mask=mask)
+    dy = layout(activated.decided(case, dy))
+    exact, bounds = activated.expected(case, dy)
+    _, mean, invstd = F.batch_norm_forward(x, weight, bias, activation=activation, mask=mask)
+    out = {"new": None, "x": x, "dy": dy}[place]
+    gradients = F.batch_norm_backward(
+        dy, x, weight, mean, invstd, bias=bias, activation=activation, mask=mask, out=out
+    )
+    activated.assert_step((None, *gradients), exact, bounds)
 
 
 def test_gradients_without_a_weight(rng, dtype):

@@ -172,6 +172,7 @@ LOST = [
     ("leaky_relu", -0.5, 1.0, 1.0),
     ("leaky_relu", 1e-42, 1.0, 1.0),
     ("leaky_relu", 1e-30, 1e-10, 1e-10),
+    ("leaky_relu", 1e-310, 1e10, 1e10),
     ("leaky_relu", 0.1, 0.0, 1.0),
     ("leaky_relu", 0.1, 1.0, 1e3),
     ("leaky_relu", 1e30, 1e10, 1.0),
