@@ -99,9 +99,6 @@ cdef enum:
     # Blocks of fewer valid positions are summed in float64: few rounding errors do not average out,
     # and looking for a pivot costs as much as is gained.
     FLOAT32_MIN = 512
-    # What larger batches read comes from memory that is slower than sums in float64. A machine's
-    # caches must not decide, since bits would depend on them.
-    FLOAT32_BYTES_MAX = 8388608
     # The positions among whose elements a pivot is looked for.
     PIVOT_SAMPLES = 16
 
@@ -111,8 +108,7 @@ cdef double FLOAT32_TINY = 2.0 ** -100
 
 
 cdef bint gains_by_float32(const Job *job, const BlockValid *valid) noexcept nogil:
-    return (job.in_float32 and valid.count >= FLOAT32_MIN
-            and inputs_of(job) * batch_bytes(job) <= FLOAT32_BYTES_MAX)
+    return job.in_float32 and valid.count >= FLOAT32_MIN
 
 
 cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,

@@ -43,8 +43,8 @@ cdef double SOON = 2e-4
 cdef double MOST_CREDIT = 2e-2
 cdef double MOST_SAVED = 2e-3
 
-# Each second that is lost beyond that costs so many on one thread, and twice as many each time until
-# the credit has been full again.
+# Each second that is lost beyond that costs so many on one thread, and twice as many each time,
+# until the credit has been full again.
 cdef double LEAST_CAUTION = 4.0
 cdef double MOST_CAUTION = 256.0
 

@@ -49,14 +49,18 @@
 #  define CACHE_ALIGNED __attribute__((aligned(64)))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define UNROLL_TWICE _Pragma("GCC unroll 2")
+#  define NO_UNROLL _Pragma("GCC unroll 1")
 #  define PREFETCH(p) __builtin_prefetch(p)
+#  define PREFETCH_TO_WRITE(p) __builtin_prefetch(p, 1)
 #else
 #  define ALWAYS_INLINE static __inline
 #  define NOT_INLINE static
 #  define CACHE_ALIGNED __declspec(align(64))
 #  define UNROLL
 #  define UNROLL_TWICE
+#  define NO_UNROLL
 #  define PREFETCH(p)
+#  define PREFETCH_TO_WRITE(p)
 #endif
 
 enum {
@@ -306,35 +310,43 @@ ONLY_VALID(only_valid, vd, masked_vd, zero_vd_below, VD)
 ONLY_VALID(only_valid_floats, vf, masked_vf, zero_vf_below, VF)
 #undef ONLY_VALID
 
-/* The two sums of a tree for each lane of a step. */
+/* The two sums of a tree, for the lanes of a register and for all lanes of a step. */
 typedef struct {
-    vf first[FLOAT_STEPS], second[FLOAT_STEPS];
+    vf first, second;
+} tree_sum;
+
+typedef struct {
+    tree_sum of[FLOAT_STEPS];
 } tree_sums;
 
 ALWAYS_INLINE tree_sums no_tree(void)
 {
     tree_sums r;
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
-        r.first[j] = r.second[j] = (vf){0};
+        r.of[j].first = r.of[j].second = (vf){0};
     return r;
 }
 
-ALWAYS_INLINE tree_sums add_trees(tree_sums a, tree_sums b)
+ALWAYS_INLINE tree_sum add_tree_sums(tree_sum a, tree_sum b)
 {
-    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
-        a.first[j] += b.first[j];
-        a.second[j] += b.second[j];
+    return (tree_sum){a.first + b.first, a.second + b.second};
+}
+
+/* Adds a tree to the lanes of a step that are in its j-th register of floats. */
+ALWAYS_INLINE step_sums add_tree_sum(step_sums sums, int j, tree_sum tree)
+{
+    enum { PIECES = VF / VD };
+    UNROLL for (int k = 0; k < PIECES; k++) {
+        sums.first[j * PIECES + k] += widen_lanes(tree.first, k);
+        sums.second[j * PIECES + k] += widen_lanes(tree.second, k);
     }
-    return a;
+    return sums;
 }
 
 ALWAYS_INLINE step_sums add_tree(step_sums sums, tree_sums tree)
 {
-    enum { PIECES = VF / VD };
-    UNROLL for (int j = 0; j < STEPS; j++) {
-        sums.first[j] += widen_lanes(tree.first[j / PIECES], j % PIECES);
-        sums.second[j] += widen_lanes(tree.second[j / PIECES], j % PIECES);
-    }
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+        sums = add_tree_sum(sums, j, tree.of[j]);
     return sums;
 }
 

@@ -15,8 +15,9 @@ typedef struct {
     const NAME(gate) *gate;
 } NAME(terms);
 
-/* The t-th term; prefetches what lies `ahead` elements further on. */
-typedef tree_sums NAME(term)(const NAME(terms) *terms, ptrdiff_t t, float_step centre);
+/* The j-th register of the t-th term; the first one prefetches what lies `ahead` elements further
+ * on. A tree is added up register by register: those of all its terms would not fit the processor's. */
+typedef tree_sum NAME(term)(const NAME(terms) *terms, ptrdiff_t t, int j, float_step centre);
 
 ALWAYS_INLINE ptrdiff_t NAME(place)(const NAME(terms) *terms, ptrdiff_t t)
 {
@@ -31,85 +32,70 @@ ALWAYS_INLINE valid_lanes NAME(lanes_of_term)(const NAME(terms) *terms, ptrdiff_
     return lanes;
 }
 
-ALWAYS_INLINE tree_sums NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, float_step pivot)
+ALWAYS_INLINE tree_sum NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
+                                         float_step pivot)
 {
     const T *x = terms->x + NAME(place)(terms, t);
-    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
-    tree_sums sums;
-    PREFETCH(x + terms->ahead);
-    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
-        const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - pivot.at[j]);
-        sums.first[j] = d;
-        sums.second[j] = d * d;
-    }
-    return sums;
+    if (j == 0)
+        PREFETCH(x + terms->ahead);
+    const vf d = only_valid_floats(NAME(lanes_of_term)(terms, t), j,
+                                   NAME(load)(x + j * VF) - pivot.at[j]);
+    return (tree_sum){d, d * d};
 }
 
-ALWAYS_INLINE tree_sums NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t, float_step mean)
+ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
+                                          float_step mean)
 {
     const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
     const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
-    tree_sums sums;
-    PREFETCH(dy + terms->ahead);
-    PREFETCH(x + terms->ahead);
-    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
-        const vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
-        const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
-        sums.first[j] = g;
-        sums.second[j] = g * d;
+    if (j == 0) {
+        PREFETCH(dy + terms->ahead);
+        PREFETCH(x + terms->ahead);
     }
-    return sums;
+    const vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
+    const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
+    return (tree_sum){g, g * d};
 }
 
 /* The same of what has passed the gate. */
-ALWAYS_INLINE tree_sums NAME(gated_product_term)(const NAME(terms) *terms, ptrdiff_t t,
-                                                 float_step mean)
+ALWAYS_INLINE tree_sum NAME(gated_product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
+                                                float_step mean)
 {
     const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
     const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
-    tree_sums sums;
-    PREFETCH(dy + terms->ahead);
-    PREFETCH(x + terms->ahead);
-    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
-        const NAME(passed) passed =
-            NAME(pass)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
-                       terms->gate->low[j], terms->gate->high[j]);
-        const vf g = only_valid_floats(lanes, j, passed.dy);
-        const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
-        sums.first[j] = g;
-        sums.second[j] = g * d;
+    if (j == 0) {
+        PREFETCH(dy + terms->ahead);
+        PREFETCH(x + terms->ahead);
     }
-    return sums;
+    const NAME(passed) passed =
+        NAME(pass)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
+                   terms->gate->low[j], terms->gate->high[j]);
+    const vf g = only_valid_floats(lanes, j, passed.dy);
+    const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
+    return (tree_sum){g, g * d};
 }
 
-/* The sum of 2, 4 or 8 terms from the t-th on. */
-#define SUM_OF(count, half) \
-    ALWAYS_INLINE tree_sums NAME(sum_of_##count)(NAME(term) *term, const NAME(terms) *terms, \
-                                                 ptrdiff_t t, float_step centre) \
-    { \
-        return add_trees(NAME(sum_of_##half)(term, terms, t, centre), \
-                         NAME(sum_of_##half)(term, terms, t + half, centre)); \
-    }
-
-ALWAYS_INLINE tree_sums NAME(sum_of_1)(NAME(term) *term, const NAME(terms) *terms,
-                                       ptrdiff_t t, float_step centre)
+/* Adds TREE terms, pair after pair: memory is read in its order, and little waits in registers. */
+ALWAYS_INLINE step_sums NAME(add_whole_tree)(NAME(term) *term, step_sums sums,
+                                             const NAME(terms) *terms, float_step centre)
 {
-    return term(terms, t, centre);
+    tree_sums tree = no_tree();
+    NO_UNROLL for (ptrdiff_t t = 0; t < TREE; t += 2)
+        UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+            tree.of[j] = add_tree_sums(tree.of[j], add_tree_sums(term(terms, t, j, centre),
+                                                                 term(terms, t + 1, j, centre)));
+    return add_tree(sums, tree);
 }
 
-SUM_OF(2, 1)
-SUM_OF(4, 2)
-SUM_OF(8, 4)
-#undef SUM_OF
-
-/* The sum of a few terms, one after the other: a tree for each number of them would be long. */
-ALWAYS_INLINE tree_sums NAME(sum_in_turn)(NAME(term) *term, const NAME(terms) *terms,
-                                          ptrdiff_t count, float_step centre)
+/* Adds a few terms to a tree, one after the other: a tree for each number of them would be long. */
+ALWAYS_INLINE tree_sums NAME(add_in_turn)(NAME(term) *term, tree_sums tree,
+                                          const NAME(terms) *terms, ptrdiff_t count,
+                                          float_step centre)
 {
-    tree_sums sum = no_tree();
     for (ptrdiff_t t = 0; t < count; t++)
-        sum = add_trees(sum, term(terms, t, centre));
-    return sum;
+        UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+            tree.of[j] = add_tree_sums(tree.of[j], term(terms, t, j, centre));
+    return tree;
 }
 
 /* ------------------------------------------------------------------ the row layout */
@@ -123,26 +109,25 @@ ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x
                          {masked, masked ? mask + i : NULL, NULL, 0}, LANES, gate};
 }
 
-/* The sum of the end of a run, from the i-th element on: less than TREE whole steps, and a step
+/* Adds the end of a run to a tree, from the i-th element on: less than TREE whole steps, and a step
  * that overlaps the one before it. */
-ALWAYS_INLINE tree_sums NAME(sum_of_end)(NAME(term) *term, int masked, const T *dy, const T *x,
-                                         const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
-                                         ptrdiff_t ahead, const NAME(gate) *gate,
-                                         float_step centre)
+ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int masked, const T *dy,
+                                      const T *x, const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
+                                      ptrdiff_t ahead, const NAME(gate) *gate, float_step centre)
 {
     const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
     const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate);
-    const tree_sums sum = NAME(sum_in_turn)(term, &whole, steps, centre);
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
+    tree = NAME(add_in_turn)(term, tree, &whole, steps, centre);
     if (rest == 0)
-        return sum;
+        return tree;
     NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
                                           last_step(x, len, sizeof(T), x_buffer),
                                           masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0, 0,
                                           gate);
     last.lanes.skip = LANES - rest;
-    return add_trees(sum, term(&last, 0, centre));
+    return NAME(add_in_turn)(term, tree, &last, 1, centre);
 }
 
 /* Of how many samples short runs of this length make up a tree. */
@@ -177,16 +162,16 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
             for (; i + TREE * LANES <= len; i += TREE * LANES) {
                 const NAME(terms) terms = NAME(terms_of_run)(masked, dy_run, x_run, mask, i,
                                                              prefetch_distance(ahead, i), &own);
-                s = add_tree(s, NAME(sum_of_8)(term, &terms, 0, around));
+                s = NAME(add_whole_tree)(term, s, &terms, around);
             }
             if (i < len) {
-                tree_sums sum = no_tree();
+                tree_sums tree = no_tree();
                 for (ptrdiff_t m = 0; m < count; m++)
-                    sum = add_trees(sum, NAME(sum_of_end)(
-                                             term, masked, dy_run + m * stride, x_run + m * stride,
-                                             masked ? mask + m * runs->mask_stride : NULL, len, i,
-                                             prefetch_distance(ahead, i), &own, around));
-                s = add_tree(s, sum);
+                    tree = NAME(add_end)(term, tree, masked, dy_run + m * stride,
+                                         x_run + m * stride,
+                                         masked ? mask + m * runs->mask_stride : NULL, len, i,
+                                         prefetch_distance(ahead, i), &own, around);
+                s = add_tree(s, tree);
             }
             ahead.border -= len;
             if (n + count == runs->samples) {
@@ -233,8 +218,8 @@ ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums,
                                rows->listed ? rows->at : NULL, lanes, rows->mask_stride, gate};
     const float_step around = narrow_step(centre);
     if (rows->count == TREE)
-        return add_tree(sums, NAME(sum_of_8)(term, &terms, 0, around));
-    return add_tree(sums, NAME(sum_in_turn)(term, &terms, rows->count, around));
+        return NAME(add_whole_tree)(term, sums, &terms, around);
+    return add_tree(sums, NAME(add_in_turn)(term, no_tree(), &terms, rows->count, around));
 }
 
 ADD_ROWS(add_moments_of_rows, add_rows_by_tree, moment_term)
