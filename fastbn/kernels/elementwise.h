@@ -53,36 +53,69 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         NAME(store)((to) + last, end); \
     } while (0)
 
-/* Where a kernel writes: straight to the output or, for non-temporal stores, into a buffer that is
- * copied to the output in whole cache lines when it is full. */
-enum { NAME(BUFFER) = BUFFER_BYTES / sizeof(T) };
+/* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores; the elements before the
+ * first of them, and behind the last, by ordinary ones. A run has several lines. */
+#if HAS_NONTEMPORAL
+#  define STREAM_RUN(to, len, AT) \
+    do { \
+        enum { LINE = CACHE_LINE / sizeof(T) }; \
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t end = (len) - ((len)-head) % LINE; \
+        T line[LINE]; \
+        PREFETCH_TO_WRITE((to) + (len)-1); \
+        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) NAME(store)(line + i, AT(i)); \
+        memcpy(to, line, (size_t)head * sizeof(T)); \
+        for (ptrdiff_t i = head; i < end; i += LINE) \
+            UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) { \
+                const VA v = AT(i + j); \
+                copy_register_nontemporal((char *)((to) + i + j), (const char *)&v); \
+            } \
+        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
+            NAME(store)(line + i, AT((len)-LINE + i)); \
+        memcpy((to) + end, line + LINE - ((len)-end), (size_t)((len)-end) * sizeof(T)); \
+    } while (0)
+#else
+#  define STREAM_RUN(to, len, AT) (void)0
+#endif
+
+/* Where a kernel writes: straight to the output or, for non-temporal stores of short runs, into a
+ * buffer that is copied to the output in whole cache lines when it is full. */
+enum {
+    NAME(BUFFER) = BUFFER_BYTES / sizeof(T),
+    /* A register of results that are not narrower fills a non-temporal store. */
+    NAME(MAY_STREAM) = HAS_NONTEMPORAL && sizeof(T) == sizeof(A),
+};
 
 typedef struct {
     T *to;
-    int nontemporal;
+    int streams, buffers;
     ptrdiff_t most;             /* elements at a time */
     ptrdiff_t capacity, filled; /* elements of the buffer; PTRDIFF_MAX without one */
     T buffer[NAME(BUFFER)];
 } NAME(writer);
 
-ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_t most)
+/* For runs of `len` elements. */
+ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_t len,
+                               ptrdiff_t most)
 {
     w->to = to;
     w->most = most;
-    w->nontemporal = nontemporal;
-    w->capacity = nontemporal ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
-                      : PTRDIFF_MAX;
+    w->streams = NAME(MAY_STREAM) && nontemporal && most == PTRDIFF_MAX &&
+                 len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
+    w->buffers = nontemporal && !w->streams;
+    w->capacity = w->buffers ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
+                             : PTRDIFF_MAX;
     w->filled = 0;
 }
 
 ALWAYS_INLINE T *NAME(position)(NAME(writer) *w)
 {
-    return (w->nontemporal ? w->buffer : w->to) + w->filled;
+    return (w->buffers ? w->buffer : w->to) + w->filled;
 }
 
 ALWAYS_INLINE void NAME(flush)(NAME(writer) *w)
 {
-    if (!w->nontemporal)
+    if (!w->buffers)
         return;
     copy_nontemporal((char *)w->to, (const char *)w->buffer, (size_t)w->filled * sizeof(T));
     w->to += w->filled;
@@ -108,7 +141,10 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, (len)-i0); \
-        STORE_RUN(to, n, AT, ONE); \
+        if (NAME(MAY_STREAM) && (w)->streams) \
+            STREAM_RUN(to, n, AT); \
+        else \
+            STORE_RUN(to, n, AT, ONE); \
         DONE; \
         NAME(advance)(w, n); \
     }
@@ -179,7 +215,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, MOST(fused));
+        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, runs->len,
+                    MOST(fused));
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
             const NAME(beside) beside =
                 NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
@@ -251,7 +288,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, PTRDIFF_MAX);
+        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, runs->len, PTRDIFF_MAX);
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define DY_AT(i) NAME(fetch)(dy + i0 + (i), prefetch_distance(ahead, i0 + (i)))
 #define X_AT(i) NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i)))
@@ -328,7 +365,7 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
-                NAME(start)(&w, (T *)(out) + row, nontemporal, most); \
+                NAME(start)(&w, (T *)(out) + row, nontemporal, len, most); \
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
@@ -591,6 +628,7 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef MASKED_LANE
 #undef WRITE_ROWS
 #undef WRITE_RUN
+#undef STREAM_RUN
 #undef STORE_RUN
 #undef DX
 #undef Y
