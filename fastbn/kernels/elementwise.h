@@ -1,13 +1,7 @@
 /* Results of each element, for one dtype; dtype.h includes this file. */
 
-/* A mean is the sum of two numbers of type A: the second has what rounding takes from the first. */
-ALWAYS_INLINE void NAME(high_and_low)(const double *mean, ptrdiff_t count, A *high, A *low)
-{
-    for (ptrdiff_t c = 0; c < count; c++) {
-        high[c] = (A)mean[c];
-        low[c] = (A)(mean[c] - (double)high[c]);
-    }
-}
+/* What rounding to type A takes from a mean. */
+ALWAYS_INLINE double NAME(rest)(double mean) { return mean - (double)(A)mean; }
 
 ALWAYS_INLINE void NAME(narrow)(const double *from, ptrdiff_t count, A *to)
 {
@@ -15,9 +9,43 @@ ALWAYS_INLINE void NAME(narrow)(const double *from, ptrdiff_t count, A *to)
         to[c] = (A)from[c];
 }
 
-#define Y(x, high, low, scale, shift) ((((x) - (high)) - (low)) * (scale) + (shift))
-#define DX(dy, x, dy_high, dy_low, x_high, x_low, slope, scale) \
-    (((((dy) - (dy_high)) - (dy_low)) - (((x) - (x_high)) - (x_low)) * (slope)) * (scale))
+#define Y(x, centre, scale, shift) (((x) - (centre)) * (scale) + (shift))
+#define DX(dy, x, dy_mean, rest, x_mean, slope, scale) \
+    (((((dy) - (dy_mean)) - (rest)) - ((x) - (x_mean)) * (slope)) * (scale))
+
+/* The coefficients of Y for some channels; the shift takes up the rest of the mean. */
+typedef struct {
+    A centre[COLUMNS], scale[COLUMNS], shift[COLUMNS];
+} NAME(affine);
+
+ALWAYS_INLINE void NAME(narrow_affine)(const fastbn_affine *affine, ptrdiff_t count,
+                                       NAME(affine) *to)
+{
+    NAME(narrow)(affine->centre, count, to->centre);
+    NAME(narrow)(affine->scale, count, to->scale);
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double rest = NAME(rest)(affine->centre[c]);
+        /* Of an infinite scale 0 would be NaN. */
+        to->shift[c] = (A)(rest == 0 ? affine->shift[c] : affine->shift[c] - rest * affine->scale[c]);
+    }
+}
+
+/* Those of DX; `rest` has those of both means. */
+typedef struct {
+    A dy_mean[COLUMNS], rest[COLUMNS], x_mean[COLUMNS], slope[COLUMNS], scale[COLUMNS];
+} NAME(gradient_coefficients);
+
+ALWAYS_INLINE void NAME(narrow_gradient)(const fastbn_gradient *gradient, ptrdiff_t count,
+                                         NAME(gradient_coefficients) *to)
+{
+    NAME(narrow)(gradient->dy_mean, count, to->dy_mean);
+    NAME(narrow)(gradient->x_mean, count, to->x_mean);
+    NAME(narrow)(gradient->slope, count, to->slope);
+    NAME(narrow)(gradient->scale, count, to->scale);
+    for (ptrdiff_t c = 0; c < count; c++)
+        to->rest[c] = (A)(NAME(rest)(gradient->dy_mean[c]) -
+                          NAME(rest)(gradient->x_mean[c]) * gradient->slope[c]);
+}
 
 ALWAYS_INLINE VA NAME(fetch)(const T *p, ptrdiff_t ahead)
 {
@@ -202,12 +230,10 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
                                         const fastbn_runs *runs, const fastbn_affine *affine,
                                         const fastbn_epilogue *epilogue, int nontemporal)
 {
-    A high[COLUMNS], low[COLUMNS], scale[COLUMNS], shift[COLUMNS];
+    NAME(affine) k;
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
     NAME(activation) activation;
-    NAME(high_and_low)(affine->centre, runs->channels, high, low);
-    NAME(narrow)(affine->scale, runs->channels, scale);
-    NAME(narrow)(affine->shift, runs->channels, shift);
+    NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
@@ -222,11 +248,11 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
                 NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define AT(i) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), AHEAD(i)), high[c], low[c], scale[c], \
-                                 shift[c]), i, AHEAD(i)), i0 + (i))
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), AHEAD(i)), k.centre[c], k.scale[c], \
+                                 k.shift[c]), i, AHEAD(i)), i0 + (i))
 #define ONE(i) \
-    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), high[c], low[c], scale[c], \
-                                    shift[c]), i), i0 + (i))
+    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
+                                    k.shift[c]), i), i0 + (i))
             WRITE_RUN(&w, runs->len, AT, ONE, KEEP_NOTES(fused))
 #undef AT
 #undef ONE
@@ -263,10 +289,10 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
 }
 
 /* dx from what has passed a gate. */
-ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_high, VA dy_low, VA x_high, VA x_low,
-                                VA slope, VA scale)
+ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_mean, VA rest, VA x_mean, VA slope,
+                                VA scale)
 {
-    return DX(passed.dy, passed.x, dy_high, dy_low, x_high, x_low, slope, scale);
+    return DX(passed.dy, passed.x, dy_mean, rest, x_mean, slope, scale);
 }
 
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, const void *x_,
@@ -274,13 +300,9 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
-    A dy_high[COLUMNS], dy_low[COLUMNS], x_high[COLUMNS], x_low[COLUMNS];
-    A slope[COLUMNS], scale[COLUMNS];
+    NAME(gradient_coefficients) k;
     NAME(gates) gates;
-    NAME(high_and_low)(gradient->dy_mean, runs->channels, dy_high, dy_low);
-    NAME(high_and_low)(gradient->x_mean, runs->channels, x_high, x_low);
-    NAME(narrow)(gradient->slope, runs->channels, slope);
-    NAME(narrow)(gradient->scale, runs->channels, scale);
+    NAME(narrow_gradient)(gradient, runs->channels, &k);
     if (gated)
         NAME(narrow_gates)(gate, runs->channels, &gates);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
@@ -295,16 +317,16 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
 #define SAME(table) NAME(all_lanes)(table[c])
 #define GATED(dy, x) \
     NAME(gated_dx)(NAME(pass)(dy, x, &gates.activation, SAME(gates.low), SAME(gates.high)), \
-                   SAME(dy_high), SAME(dy_low), SAME(x_high), SAME(x_low), SAME(slope), SAME(scale))
+                   SAME(k.dy_mean), SAME(k.rest), SAME(k.x_mean), SAME(k.slope), SAME(k.scale))
 #define AT(i) \
     (gated ? GATED(DY_AT(i), X_AT(i)) \
-           : MASKED_LANES(DX(DY_AT(i), X_AT(i), dy_high[c], dy_low[c], x_high[c], x_low[c], \
-                             slope[c], scale[c]), i0 + (i)))
+           : MASKED_LANES(DX(DY_AT(i), X_AT(i), k.dy_mean[c], k.rest[c], k.x_mean[c], k.slope[c], \
+                             k.scale[c]), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
-           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), dy_high[c], \
-                            dy_low[c], x_high[c], x_low[c], slope[c], scale[c]), i0 + (i)))
+           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean[c], \
+                            k.rest[c], k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
             WRITE_RUN(&w, runs->len, AT, ONE, (void)0)
 #undef AT
 #undef ONE
@@ -376,23 +398,10 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
     } while (0)
 
 /* The coefficients of columns, and zeros for the lanes of a register that are no columns. */
-ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const double *of_channel, A *to)
+ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const A *of_channel, A *to)
 {
-    A narrow[COLUMNS];
-    NAME(narrow)(of_channel, matrix->channels, narrow);
     memset(to, 0, sizeof(VA));
-    SPREAD_A(matrix, narrow, to);
-}
-
-ALWAYS_INLINE void NAME(spread_high_and_low)(const fastbn_matrix *matrix, const double *mean,
-                                             A *high, A *low)
-{
-    A high_of_channel[COLUMNS], low_of_channel[COLUMNS];
-    NAME(high_and_low)(mean, matrix->channels, high_of_channel, low_of_channel);
-    memset(high, 0, sizeof(VA));
-    memset(low, 0, sizeof(VA));
-    SPREAD_A(matrix, high_of_channel, high);
-    SPREAD_A(matrix, low_of_channel, low);
+    SPREAD_A(matrix, of_channel, to);
 }
 
 ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
@@ -400,10 +409,10 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
                                         const fastbn_epilogue *epilogue, ptrdiff_t at,
                                         int nontemporal)
 {
-    CACHE_ALIGNED A k[4][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
+    CACHE_ALIGNED A k[3][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(y);
-    A *high = k[0] + padding, *low = k[1] + padding;
-    A *scale = k[2] + padding, *shift = k[3] + padding;
+    A *centre = k[0] + padding, *scale = k[1] + padding, *shift = k[2] + padding;
+    NAME(affine) of_channel;
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
     NAME(activation) activation;
     NAME(beside) beside;
@@ -411,16 +420,17 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
         return;
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
-    NAME(spread_high_and_low)(matrix, affine->centre, high, low);
-    NAME(spread)(matrix, affine->scale, scale);
-    NAME(spread)(matrix, affine->shift, shift);
+    NAME(narrow_affine)(affine, matrix->channels, &of_channel);
+    NAME(spread)(matrix, of_channel.centre, centre);
+    NAME(spread)(matrix, of_channel.scale, scale);
+    NAME(spread)(matrix, of_channel.shift, shift);
 #define AT(i) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), ahead), LOAD_A(high + i0 + (i)), \
-                                 LOAD_A(low + i0 + (i)), LOAD_A(scale + i0 + (i)), \
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), ahead), \
+                                 LOAD_A(centre + i0 + (i)), LOAD_A(scale + i0 + (i)), \
                                  LOAD_A(shift + i0 + (i))), i, ahead), i0 + (i))
 #define ONE(i) \
-    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), high[i0 + (i)], \
-                                    low[i0 + (i)], scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
+    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
+                                    scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
     WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), AT, ONE,
                beside = NAME(beside_of)(fused, epilogue, at + row), KEEP_NOTES(fused));
 #undef AT
@@ -458,43 +468,46 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
-    CACHE_ALIGNED A k[8][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
+    CACHE_ALIGNED A k[7][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(dx);
-    A *dy_high = k[0] + padding, *dy_low = k[1] + padding;
-    A *x_high = k[2] + padding, *x_low = k[3] + padding;
-    A *slope = k[4] + padding, *scale = k[5] + padding;
-    A *low = k[6] + padding, *high = k[7] + padding;
+    A *dy_mean = k[0] + padding, *rest = k[1] + padding, *x_mean = k[2] + padding;
+    A *slope = k[3] + padding, *scale = k[4] + padding;
+    A *low = k[5] + padding, *high = k[6] + padding;
+    NAME(gradient_coefficients) of_channel;
+    NAME(gates) gates;
     NAME(activation) activation;
     if (matrix->rows == 0)
         return;
-    NAME(spread_high_and_low)(matrix, gradient->dy_mean, dy_high, dy_low);
-    NAME(spread_high_and_low)(matrix, gradient->x_mean, x_high, x_low);
-    NAME(spread)(matrix, gradient->slope, slope);
-    NAME(spread)(matrix, gradient->scale, scale);
+    NAME(narrow_gradient)(gradient, matrix->channels, &of_channel);
+    NAME(spread)(matrix, of_channel.dy_mean, dy_mean);
+    NAME(spread)(matrix, of_channel.rest, rest);
+    NAME(spread)(matrix, of_channel.x_mean, x_mean);
+    NAME(spread)(matrix, of_channel.slope, slope);
+    NAME(spread)(matrix, of_channel.scale, scale);
     if (gated) {
-        NAME(spread)(matrix, gate->low, low);
-        NAME(spread)(matrix, gate->high, high);
-        activation = NAME(activation_of)(&gate->activation);
+        NAME(narrow_gates)(gate, matrix->channels, &gates);
+        NAME(spread)(matrix, gates.low, low);
+        NAME(spread)(matrix, gates.high, high);
+        activation = gates.activation;
     }
 #define DY_AT(i) NAME(fetch)(dy + row + i0 + (i), ahead)
 #define X_AT(i) NAME(fetch)(x + row + i0 + (i), ahead)
 #define GATED(dy, x, COEFFICIENT, i) \
     NAME(gated_dx)(NAME(pass)(dy, x, &activation, COEFFICIENT(low, i), COEFFICIENT(high, i)), \
-                   COEFFICIENT(dy_high, i), COEFFICIENT(dy_low, i), COEFFICIENT(x_high, i), \
-                   COEFFICIENT(x_low, i), COEFFICIENT(slope, i), COEFFICIENT(scale, i))
+                   COEFFICIENT(dy_mean, i), COEFFICIENT(rest, i), COEFFICIENT(x_mean, i), \
+                   COEFFICIENT(slope, i), COEFFICIENT(scale, i))
 #define LOADED(table, i) LOAD_A(table + i0 + (i))
 #define REPEATED(table, i) NAME(all_lanes)(table[i0 + (i)])
 #define AT(i) \
     (gated ? GATED(DY_AT(i), X_AT(i), LOADED, i) \
-           : MASKED_LANES(DX(DY_AT(i), X_AT(i), LOADED(dy_high, i), LOADED(dy_low, i), \
-                             LOADED(x_high, i), LOADED(x_low, i), LOADED(slope, i), \
-                             LOADED(scale, i)), i0 + (i)))
+           : MASKED_LANES(DX(DY_AT(i), X_AT(i), LOADED(dy_mean, i), LOADED(rest, i), \
+                             LOADED(x_mean, i), LOADED(slope, i), LOADED(scale, i)), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[row + i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), REPEATED, i)) \
            : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
-                            dy_high[i0 + (i)], dy_low[i0 + (i)], x_high[i0 + (i)], \
-                            x_low[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
+                            dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
+                            slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
     WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX, AT, ONE, (void)0, (void)0);
 #undef AT
 #undef ONE
@@ -530,18 +543,18 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
  * nowhere. In this order, or for a negative scale in the opposite one, the values do not decrease:
  * each operation of Y keeps the order, rounding included. An infinite scale makes a NaN of the mean
  * alone, and infinities of what is on its two sides. */
-ALWAYS_INLINE void NAME(find_crossings)(const A *high, const A *low, const A *scale,
-                                        const A *shift, ptrdiff_t count, A limit, int nans,
+ALWAYS_INLINE void NAME(find_crossings)(const NAME(affine) *k, ptrdiff_t count, A limit, int nans,
                                         ORDER_A *crossing)
 {
     /* What the rounding of the operations of Y may move it by, relative to their operands. */
     const A near = sizeof(A) == sizeof(float) ? (A)0x1p-20 : (A)0x1p-49;
     ORDER_A end[COLUMNS], open = 1;
-#define VALUE(u) Y(scale[c] < 0 ? -(u) : (u), high[c], low[c], scale[c], shift[c])
+#define VALUE(u) Y(k->scale[c] < 0 ? -(u) : (u), k->centre[c], k->scale[c], k->shift[c])
 #define ABOVE(u) (-(ORDER_A)(nans ? !(VALUE(u) <= limit) : VALUE(u) > limit))
     for (ptrdiff_t c = 0; c < count; c++) {
-        const A x = high[c] + (limit - shift[c]) / scale[c], u = scale[c] < 0 ? -x : x;
-        const A reach = (high[c] < 0 ? -high[c] : high[c]) * near + (u < 0 ? -u : u) * near;
+        const A centre = k->centre[c], x = centre + (limit - k->shift[c]) / k->scale[c];
+        const A u = k->scale[c] < 0 ? -x : x;
+        const A reach = (centre < 0 ? -centre : centre) * near + (u < 0 ? -u : u) * near;
         const ORDER_A is_near = ~ABOVE(u - reach) & ABOVE(u + reach);
         const ORDER_A first = NAME(order_of)(-(A)INFINITY), behind = NAME(order_of)((A)INFINITY) + 1;
         crossing[c] = (NAME(order_of)(u - reach) & is_near) | (first & ~is_near);
@@ -570,22 +583,20 @@ static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activati
     const int is_relu = activation.kind == FASTBN_RELU;
     const int is_capped = is_relu && activation.cap < (A)INFINITY;
     const ORDER_A last = NAME(order_of)((A)INFINITY);
-    A centre[COLUMNS], rest[COLUMNS], scale[COLUMNS], shift[COLUMNS];
+    NAME(affine) k;
     ORDER_A begin[COLUMNS], behind[COLUMNS];
-    NAME(high_and_low)(affine->centre, count, centre, rest);
-    NAME(narrow)(affine->scale, count, scale);
-    NAME(narrow)(affine->shift, count, shift);
+    NAME(narrow_affine)(affine, count, &k);
     if (is_relu)
-        NAME(find_crossings)(centre, rest, scale, shift, count, 0, 1, begin);
+        NAME(find_crossings)(&k, count, 0, 1, begin);
     if (!is_relu || is_capped)
-        NAME(find_crossings)(centre, rest, scale, shift, count, activation.high, 0, behind);
+        NAME(find_crossings)(&k, count, activation.high, 0, behind);
     for (ptrdiff_t c = 0; c < count; c++) {
         const A first = !is_relu          ? -(A)INFINITY
                         : begin[c] > last ? (A)INFINITY
                                           : NAME(value_of)(begin[c]);
         const A end = !is_relu || is_capped ? NAME(value_of)(behind[c] - 1) : (A)INFINITY;
-        low[c] = scale[c] < 0 ? -end : first;
-        high[c] = scale[c] < 0 ? -first : end;
+        low[c] = k.scale[c] < 0 ? -end : first;
+        high[c] = k.scale[c] < 0 ? -first : end;
     }
 }
 
