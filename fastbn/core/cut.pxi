@@ -34,6 +34,7 @@ cdef enum:
     RUN_MIN = 16
     # Rows of less than LANES columns are folded, this many into one.
     FOLD = 16
+    CACHE_LINE = 64
 
 
 cdef struct Cut:
@@ -41,6 +42,7 @@ cdef struct Cut:
     Py_ssize_t batches
     Py_ssize_t n, c, s
     Py_ssize_t group, groups      # channels that are walked together; groups of all channels
+    Py_ssize_t earlier            # channels by which groups, but the first one, begin earlier
     Py_ssize_t block_n            # samples, or folded rows of the matrix, of a block
     Py_ssize_t block_s            # elements of a run that belong to a block
     Py_ssize_t blocks_along_s     # 1, or more where runs are longer than a block
@@ -146,12 +148,20 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cut.groups = ceil_div(cut.c, cut.group)
 
 
+cdef void begin_on_lines(Cut *cut, const char *out, Py_ssize_t itemsize) noexcept nogil:
+    """Let strips begin on cache lines of the output: two threads shall not write to one line."""
+    cdef Py_ssize_t lead = <Py_ssize_t>(<size_t>out % CACHE_LINE) // itemsize
+    if cut.groups > 1 and cut.s == 1 and cut.c * itemsize % CACHE_LINE == 0 and lead < cut.group:
+        cut.earlier = lead
+        cut.groups = ceil_div(cut.c + lead, cut.group)
+
+
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """Block b of group g; the groups of the first batch come first, then those of the next."""
     cdef Block block
     block.batch = g // cut.groups
-    block.c0 = g % cut.groups * cut.group
-    block.c1 = min(block.c0 + cut.group, cut.c)
+    block.c0 = max(g % cut.groups * cut.group - cut.earlier, 0)
+    block.c1 = min((g % cut.groups + 1) * cut.group - cut.earlier, cut.c)
     block.n0 = b // max(cut.blocks_along_s, 1) * cut.block_n
     block.n1 = min(block.n0 + cut.block_n, cut.n // cut.fold)
     block.s0 = b % max(cut.blocks_along_s, 1) * cut.block_s

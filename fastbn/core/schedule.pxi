@@ -186,6 +186,8 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     threads = threads_for(bytes_moved(job), threads)
     if job.cut.column_layout:
         group_columns(&job.cut, threads)
+        if job.out != NULL:
+            begin_on_lines(&job.cut, job.out, job.itemsize)
     elif job.reduce != NULL:
         group_runs(&job.cut, job.itemsize, inputs_of(job), threads)
     else:
