@@ -25,29 +25,44 @@ hypothesis.settings.register_profile("explore", everywhere, max_examples=5000)
 hypothesis.settings.load_profile("fixed")
 
 
+SERIAL = pytest.StashKey[list[str]]()  # the tests that workers have left
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Leave tests that measure to `pytest_sessionfinish`, in a worker of pytest-xdist."""
-    if hasattr(config, "workerinput"):
+    if hasattr(config, "workeroutput"):
+        left = [item for item in items if item.get_closest_marker("serial")]
+        config.workeroutput["serial"] = [
+            f"{item.path}::{item.nodeid.partition('::')[2]}" for item in left
+        ]
         items[:] = [item for item in items if item.get_closest_marker("serial") is None]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker has ended: take over what it has left."""
+    left = getattr(node, "workeroutput", {}).get("serial")  # not there if it has crashed
+    if left is not None:
+        node.config.stash[SERIAL] = left
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
     """After all workers have ended, run the tests that measure, with nothing beside them."""
     result = yield
-    in_workers = session.config.pluginmanager.hasplugin("dsession")
+    left = session.config.stash.get(SERIAL, [])
     finished = pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED
-    if in_workers and session.exitstatus in finished and not session.shouldfail:
-        statuses = {session.exitstatus, run_serial(session.config)} - {finished[-1]}
+    if left and session.exitstatus in finished and not session.shouldfail:
+        statuses = {session.exitstatus, run_serial(session.config, left)} - {finished[-1]}
         session.exitstatus = max(statuses, default=finished[-1])
     return result
 
 
-def run_serial(config):
-    """Run, of the tests that were asked for, those marked serial; return the exit status."""
-    asked = config.option.markexpr
-    only = f"({asked}) and serial" if asked else "serial"
-    command = [sys.executable, "-m", "pytest", *config.invocation_params.args, "-n0", "-m", only]
+def run_serial(config, tests):
+    """Run tests in a process without workers, with the same options; return the exit status."""
+    options = [a for a in config.invocation_params.args if a not in config.args]
+    command = [sys.executable, "-m", "pytest", *options, "-n0", "-m", "serial", *tests]
     print("\nTests that run alone:", flush=True)
     return subprocess.run(command, cwd=config.invocation_params.dir).returncode
 
