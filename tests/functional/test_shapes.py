@@ -40,7 +40,7 @@ def test_forward_and_backward_are_right(rng, shape, layout, dtype):
 
 
 # How channels are grouped depends on the number of threads; what comes out does not.
-@pytest.mark.parametrize("shape", [(1, 16, 200, 200), (32, 64, 7, 7), LARGEST], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 200, 200), (32, 64, 7, 7)], ids=str)
 def test_one_thread_is_right(rng, shape, dtype, set_num_threads):
     set_num_threads(1)
     check(rng, shape, support.contiguous, dtype)
