@@ -6,13 +6,11 @@ import torch
 
 from fastbn._scalars import ACTIVATIONS
 from fastbn.torch import composed, eager, operators
-from fastbn.torch.arrays import DTYPES, HALVES
+from fastbn.torch.arrays import DTYPES, HALVES, PLAIN
 from fastbn.torch.compute import Call, Declined, Vector, Vectors
 from fastbn.torch.eager import Fallbacks
 
 __all__ = ["batch_norm"]
-
-PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def batch_norm(
@@ -115,6 +113,7 @@ def run(
 def run_compiled(call: Call, tensors: tuple[Vector, ...]) -> torch.Tensor:
     """Let fastbn train; an evaluation the compiler fuses with what is around it."""
     x, residual = call.x, call.residual
+    vectors = [t for t in tensors if t is not None]
     if (
         call.training
         and not torch.compiler.is_exporting()
@@ -122,7 +121,8 @@ def run_compiled(call: Call, tensors: tuple[Vector, ...]) -> torch.Tensor:
         and x.dtype in DTYPES
         and x.dim() > 1
         and x.numel() > x.shape[1]
-        and are_dtypes_fit(x.dtype, {t.dtype for t in tensors if t is not None})
+        and are_dtypes_fit(x.dtype, {t.dtype for t in vectors})
+        and all(t.shape == x.shape[1:2] for t in vectors)
         and not has_unfit_slope(call)
         and (residual is None or is_beside(residual, x))
     ):
