@@ -171,8 +171,7 @@ def report(model: torch.nn.Module) -> Report:
     Returns
     -------
     Report
-        It prints as a list, and has attributes `replaced`, `fused`, `unfused`, `left` and
-        `fallbacks`.
+        It prints as a list.
 
     Raises
     ------
