@@ -10,6 +10,7 @@ bit for each element.
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -45,7 +46,8 @@ class Vectors:
         kinds = {type(t) for t in self.tensors if t is not None} - PLAIN
         if kinds:
             raise Declined(f"a parameter that is a {kinds.pop().__name__}")
-        self.pointers = [None if t is None else t.data_ptr() for t in self.tensors]
+        self.ask_pointers = [t.data_ptr for t in self.tensors if t is not None]
+        self.pointers = [ask() for ask in self.ask_pointers]
         self.dtypes = {t.dtype for t in self.tensors[:4] if t is not None}
         try:
             arrays = [as_array_or_none(tensor) for tensor in self.tensors]
@@ -55,10 +57,9 @@ class Vectors:
 
     def are_of(self, tensors: tuple[Vector, ...]) -> bool:
         """Tell whether they are those of these five tensors, where they lie now."""
-        for tensor, mine, pointer in zip(tensors, self.tensors, self.pointers, strict=True):
-            if tensor is not mine or (tensor is not None and tensor.data_ptr() != pointer):
-                return False
-        return True
+        return all(map(operator.is_, tensors, self.tensors)) and self.pointers == [
+            ask() for ask in self.ask_pointers
+        ]
 
 
 class Call(NamedTuple):

@@ -91,13 +91,15 @@ def check_activation(activation: str | None) -> None:
 def run(
     call: Call, tensors: tuple[Vector, ...], vectors: Vectors | None, fallbacks: Fallbacks
 ) -> torch.Tensor:
-    """Let fastbn or torch normalize; the vectors are those of the tensors, if they are known."""
+    """Let fastbn or torch normalize; the vectors are those of the tensors, if these are plain."""
     residual = call.residual
     if residual is not None and not is_beside(residual, call.x):
         fallbacks.note("a residual of another shape or kind, which torch adds")
         alone = call._replace(activation=None, residual=None)
         return composed.finished(run(alone, tensors, vectors, fallbacks), call)
     reason = unfit(call)
+    if not reason and vectors is None and eager.is_transformed():
+        reason = "forward AD, torch.func, a trace or a dispatch mode"
     if not reason:
         try:
             vectors = vectors or Vectors(*tensors)
@@ -139,8 +141,6 @@ def unfit(call: Call) -> str:
         return f"a tensor on {x.device}, {x.layout}"
     if x.dtype not in DTYPES:
         return f"a tensor of {x.dtype}"
-    if eager.is_transformed():
-        return "forward AD, torch.func, a trace or a dispatch mode"
     if has_unfit_slope(call):
         return "a negative slope"
     return ""
