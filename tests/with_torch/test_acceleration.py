@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 accelerated = pytest.importorskip("fastbn.torch")
 accelerate, report, restore = accelerated.accelerate, accelerated.report, accelerated.restore
 nn, F = torch.nn, torch.nn.functional
+checkpoint = pytest.importorskip("torch.utils.checkpoint").checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -608,6 +609,46 @@ def test_copies_are_accelerated_and_independent(copied):
     assert_same_steps(twin, original)
     assert twin is model or all(map(torch.equal, model.buffers(), before))
     assert not report(twin).fallbacks
+
+
+def on_two_threads(model, x):
+    """A forward of a copy runs beside that of the model."""
+    thread = threading.Thread(target=copy.deepcopy(model), args=(x.detach(),))
+    thread.start()
+    y = model(x)
+    thread.join()
+    return y
+
+
+def offloaded(model, x):
+    with torch.autograd.graph.save_on_cpu():
+        return model(x)
+
+
+AROUND = {
+    "checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "reentrant checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=True),
+    "offloading": offloaded,
+    "threads": on_two_threads,
+    "data parallel": lambda model, x: nn.DataParallel(model)(x),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_fused_models_train_the_same_within(around, training):
+    original = residual_network().double().train(training)
+    model = accelerate(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    results = []
+    for m in (model, original):
+        leaf = x.clone().requires_grad_()
+        y = around(m, leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-9)
+    assert not report(model).fallbacks
 
 
 def test_names_parameters_and_optimizers_stay():

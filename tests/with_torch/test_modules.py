@@ -193,6 +193,29 @@ def test_errors_are_torchs_and_leave_running_statistics_alone(x):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(torch.ones(shape) for shape in [(), (3,), (0, 3), (2, 0), (1, 3), (2, 3, 0), (2, 4)]),
+        *(torch.ones(2, 3, dtype=dtype) for dtype in (torch.int32, torch.complex64, torch.bool)),
+        torch.ones(2, 3).to_sparse(),
+        *(None, 3.0, [1.0]),
+    ],
+    ids=lambda x: f"{x.shape}-{x.dtype}" if isinstance(x, torch.Tensor) else repr(x),
+)
+def test_the_function_gives_or_refuses_what_torchs_does(x, training):
+    outcomes = []
+    for function in (torch.nn.functional.batch_norm, functional.batch_norm):
+        running = torch.zeros(3), torch.ones(3)
+        try:
+            outcomes.append(function(x, *running, training=training).shape)
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+        assert torch.equal(running[0], torch.zeros(3)) or isinstance(outcomes[-1], torch.Size)
+    assert outcomes[0] == outcomes[1]
+
+
 # Options, dtypes, memory formats.
 
 
