@@ -1,5 +1,6 @@
 """accelerate, restore and report: what is fused, what is not, and that nothing else changes."""
 
+import collections
 import copy
 import doctest
 import operator
@@ -510,6 +511,23 @@ def test_convolutions_take_in_batch_normalizations_as_before():
     model.bn = nn.Identity()
     x = torch.randn(4, 3, 5, 5)
     torch.testing.assert_close(model(x), original(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", ["script", "fuse_modules"])
+def test_tools_that_know_torchs_classes_alone_take_a_restored_model(tool):
+    tools = {"script": torch.jit.script}
+    quantization = pytest.importorskip("torch.ao.quantization")
+    tools["fuse_modules"] = lambda m: quantization.fuse_modules(m, [["conv", "bn", "relu"]])
+    original = nn.Sequential(
+        collections.OrderedDict(conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3), relu=nn.ReLU())
+    ).eval()
+    model = accelerate(copy.deepcopy(original))
+    with pytest.raises(Exception, match=r"FusedForward|fastbn"):
+        tools[tool](model)
+    x = torch.randn(4, 3, 5, 5)
+    result = tools[tool](restore(model))
+    torch.testing.assert_close(result(x), original(x), atol=1e-5, rtol=1e-5)
 
 
 MOVES = {
