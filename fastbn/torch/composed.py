@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from fastbn.torch import compute
+from fastbn.torch.arrays import as_tensor
 from fastbn.torch.compute import Call, Saved, Vector
 
 
@@ -33,7 +35,7 @@ def backward(
 
     In training, mean and invstd are computed anew, since they depend on x.
     """
-    x, weight, bias = saved.x, saved.weight, saved.bias
+    x, weight = saved.x, saved.weight
     axes = [axis for axis in range(x.dim()) if axis != 1]
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -45,10 +47,9 @@ def backward(
         mean, invstd = map(torch.from_numpy, (saved.mean, saved.invstd))
         deviation, factor = x - mean.to(dtype).view(shape), invstd.to(dtype).view(shape)
     xhat = deviation * factor
-    y = saved.y
-    if y is None:
-        y = xhat if weight is None else xhat * weight.to(dtype).view(shape)
-        y = y if bias is None else y + bias.to(dtype).view(shape)
+    y = xhat if weight is None else xhat * weight.to(dtype).view(shape)
+    if saved.bias is not None:
+        y = y + as_tensor(saved.bias).to(dtype).view(shape)
     dresidual = before_activation(dy, y.detach(), saved)
     dz = dresidual.to(dtype)
     dweight, dbias = (dz * xhat).sum(axes), dz.sum(axes)
@@ -61,11 +62,14 @@ def backward(
 
 
 def before_activation(dy: torch.Tensor, y: torch.Tensor, saved: Saved) -> torch.Tensor:
-    """The gradient of what was activated, by a constant that has its sign: the result or itself."""
+    """The gradient of what was activated: y, unless the forward has noted the derivatives."""
     if saved.activation is None:
         return dy
-    passes = y > 0
-    if saved.activation == "relu6":
-        passes = passes & (y < 6)
+    if saved.alive is not None:
+        passes = compute.before_activation(torch.ones_like(saved.x), saved) == 1
+    else:
+        passes = y > 0
+        if saved.activation == "relu6":
+            passes = passes & (y < 6)
     slope = saved.negative_slope if saved.activation == "leaky_relu" else 0.0
     return torch.where(passes, dy, dy * slope)

@@ -2,11 +2,16 @@
 
 `forward` and `backward` take calls that `functional.unfit` has let pass. They check the rest before
 they write anything, and decline what they cannot do.
+
+Of an activation the backward keeps no result, which the next layer may overwrite. It computes from
+the input again where gradients pass or, with a residual or in evaluation, the forward notes it: a
+bit for each element.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+import operator
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +20,9 @@ from fastbn import _checks as checks
 from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn import functional as F
-from fastbn._types import Array, Statistics
-from fastbn.torch.arrays import as_array, as_array_or_none, new_like
+from fastbn._types import Array, Epilogue, Gate, Statistics
+from fastbn.backends import cpu
+from fastbn.torch.arrays import PLAIN, as_array, as_array_or_none, new_like
 
 Vector: TypeAlias = torch.Tensor | None
 
@@ -37,7 +43,11 @@ class Vectors:
         counter: Vector = None,
     ) -> None:
         self.tensors = (running_mean, running_var, weight, bias, counter)
-        self.pointers = [None if t is None else t.data_ptr() for t in self.tensors]
+        kinds = {type(t) for t in self.tensors if t is not None} - PLAIN
+        if kinds:
+            raise Declined(f"a parameter that is a {kinds.pop().__name__}")
+        self.ask_pointers = [t.data_ptr for t in self.tensors if t is not None]
+        self.pointers = [ask() for ask in self.ask_pointers]
         self.dtypes = {t.dtype for t in self.tensors[:4] if t is not None}
         try:
             arrays = [as_array_or_none(tensor) for tensor in self.tensors]
@@ -47,10 +57,9 @@ class Vectors:
 
     def are_of(self, tensors: tuple[Vector, ...]) -> bool:
         """Tell whether they are those of these five tensors, where they lie now."""
-        for tensor, mine, pointer in zip(tensors, self.tensors, self.pointers, strict=True):
-            if tensor is not mine or (tensor is not None and tensor.data_ptr() != pointer):
-                return False
-        return True
+        return all(map(operator.is_, tensors, self.tensors)) and self.pointers == [
+            ask() for ask in self.ask_pointers
+        ]
 
 
 class Call(NamedTuple):
@@ -65,67 +74,87 @@ class Call(NamedTuple):
     residual: torch.Tensor | None = None
 
 
-def forward(
-    call: Call, vectors: Vectors, saves: bool
-) -> tuple[torch.Tensor, Statistics | None, Statistics | None]:
-    """Normalize, add the residual, activate; return mean and invstd as well, if it saves them."""
+class Result(NamedTuple):
+    """What a forward gives, and what its backward needs, if that was asked for."""
+
+    y: torch.Tensor
+    mean: Statistics | None
+    invstd: Statistics | None
+    alive: Array | None  # where the derivative of the activation is 1; else computed again
+
+
+def forward(call: Call, vectors: Vectors, saves: bool) -> Result:
+    """Normalize, add the residual, activate."""
     try:
         x, residual = as_array(call.x), as_array_or_none(call.residual)
     except (TypeError, RuntimeError) as error:
         raise Declined(f"an input that is no array: {error}") from error
-    y = new_like(call.x)
-    normalize_by = train if call.training else evaluate
+    y, alive = new_like(call.x), None
+    if saves and call.activation is not None and (call.residual is not None or not call.training):
+        alive = cpu.new_alive(x)
+    epilogue = Epilogue(call.activation, call.negative_slope, residual, alive)
     threads = _core.set_threads_here(torch.get_num_threads())
     try:
-        mean, invstd = normalize_by(x, residual, as_array(y), vectors, call)
+        if call.training:
+            mean, invstd = train(x, as_array(y), vectors, call, epilogue)
+            return Result(y, mean, invstd, alive)
+        evaluate(x, as_array(y), vectors, call, epilogue)
     finally:
         _core.set_threads_here(threads)
-    if saves and not call.training:
-        running_mean, running_var = vectors.running_mean, vectors.running_var
-        assert running_mean is not None
-        assert running_var is not None
-        mean, invstd = normalize.running_statistics(running_mean, running_var, call.eps)
-    return y, mean, invstd
+    if not saves:
+        return Result(y, None, None, None)
+    running_mean, running_var = vectors.running_mean, vectors.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    return Result(y, *normalize.running_statistics(running_mean, running_var, call.eps), alive)
 
 
 def train(
-    x: Array, residual: Array | None, out: Array, vectors: Vectors, call: Call
+    x: Array, out: Array, vectors: Vectors, call: Call, epilogue: Epilogue
 ) -> tuple[Statistics, Statistics]:
     """Normalize by the batch; return mean and invstd."""
     parameters = vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias
-    epilogue = call.activation, call.negative_slope, residual
-    result = _core.try_train(x, out, *parameters, call.momentum, call.eps, True, *epilogue)
-    if result is None:
-        refuse_empty(x)
-        try:
-            x = checks.as_input(x)
-            options = call.momentum, call.eps
-            checked = checks.training_call(
-                x, *parameters, *options, out=out, mask=None, epilogue=epilogue
-            )
-        except (TypeError, ValueError) as error:
-            raise Declined(str(error)) from error
-        result = normalize.by_batch(checked)
-    return result[1:]
+    if epilogue.alive is None:
+        unbiased = True
+        follows = epilogue.activation, epilogue.negative_slope, epilogue.residual
+        result = _core.try_train(x, out, *parameters, call.momentum, call.eps, unbiased, *follows)
+        if result is not None:
+            return result[1:]
+    refuse_empty(x)
+    try:
+        x = checks.as_input(x)
+        options = call.momentum, call.eps
+        checked = checks.training_call(
+            x, *parameters, *options, out=out, mask=None, epilogue=epilogue[:3]
+        )
+    except (TypeError, ValueError) as error:
+        raise Declined(str(error)) from error
+    return normalize.by_batch(noting(checked, epilogue))[1:]
 
 
-def evaluate(
-    x: Array, residual: Array | None, out: Array, vectors: Vectors, call: Call
-) -> tuple[None, None]:
+def evaluate(x: Array, out: Array, vectors: Vectors, call: Call, epilogue: Epilogue) -> None:
     """Normalize by running statistics."""
     parameters = vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias
-    epilogue = call.activation, call.negative_slope, residual
-    if _core.try_evaluate(x, out, *parameters, call.eps, *epilogue, None, None) is None:
-        refuse_empty(x)
-        try:
-            x = checks.as_input(x)
-            checked = checks.running_call(
-                x, *parameters, call.eps, out=out, mask=None, epilogue=epilogue
-            )
-        except (TypeError, ValueError) as error:
-            raise Declined(str(error)) from error
-        normalize.by_running(checked)
-    return None, None
+    if epilogue.alive is None:
+        follows = epilogue.activation, epilogue.negative_slope, epilogue.residual
+        if _core.try_evaluate(x, out, *parameters, call.eps, *follows, None, None) is not None:
+            return
+    refuse_empty(x)
+    try:
+        x = checks.as_input(x)
+        checked = checks.running_call(
+            x, *parameters, call.eps, out=out, mask=None, epilogue=epilogue[:3]
+        )
+    except (TypeError, ValueError) as error:
+        raise Declined(str(error)) from error
+    normalize.by_running(noting(checked, epilogue))
+
+
+def noting(checked: normalize.Forward, epilogue: Epilogue) -> normalize.Forward:
+    """The checked call, which also notes where the derivative of its activation is 1."""
+    if checked.epilogue is None:
+        return checked
+    return checked._replace(epilogue=checked.epilogue._replace(alive=epilogue.alive))
 
 
 def refuse_empty(x: Array) -> None:
@@ -137,28 +166,18 @@ def refuse_empty(x: Array) -> None:
 class Saved(NamedTuple):
     """What `backward` needs of a forward.
 
-    With an activation, y or the bias tells where it passes gradients: in training, and without a
-    residual, the kernels compute that from x again, so that y need not be kept.
+    With an activation, `alive` or else the bias tells where it passes gradients.
     """
 
     x: torch.Tensor
     weight: Vector
-    bias: Vector
-    y: torch.Tensor | None
+    alive: Vector
+    bias: Array | None
     mean: Statistics
     invstd: Statistics
     training: bool
     activation: str | None
     negative_slope: float
-
-
-def bias_and_result(
-    call: Call, bias: Vector, y: torch.Tensor
-) -> tuple[Vector, torch.Tensor | None]:
-    """Those of the two that a backward needs."""
-    if call.activation is None:
-        return None, None
-    return (None, y) if call.residual is not None or not call.training else (bias, None)
 
 
 class Needs(NamedTuple):
@@ -186,7 +205,8 @@ def backward(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
         raise Declined(f"a gradient that is no array: {error}") from error
     threads = _core.set_threads_here(torch.get_num_threads())
     try:
-        if saved.training and needs.x:
+        computes_gate = saved.activation is not None and saved.alive is None
+        if saved.training and (needs.x or computes_gate):
             return differentiate_batch(dy, saved, needs)
         return differentiate_parts(dy, saved, needs)
     finally:
@@ -194,21 +214,24 @@ def backward(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
 
 
 def differentiate_batch(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
-    """All gradients in one pass, where x's is among them and statistics are the batch's."""
-    x, mean, invstd = as_array(saved.x), saved.mean, saved.invstd
-    dx, weight = new_like(saved.x), as_array_or_none(saved.weight)
-    options: dict[str, Any] = {"out": as_array(dx)}
-    dresidual = None
-    if saved.activation is not None:
-        options |= {"activation": saved.activation, "negative_slope": saved.negative_slope}
-        options |= {"y": as_array_or_none(saved.y), "bias": as_array_or_none(saved.bias)}
-    if needs.residual and saved.activation is None:
-        dresidual = dy
-    elif needs.residual:
-        dresidual = new_like(saved.x)
-        options["residual_out"] = as_array(dresidual)
-    results = F.batch_norm_backward(as_array(dy), x, weight, mean, invstd, **options)
-    return Gradients(dx, results[1], results[2], dresidual)
+    """All gradients in one pass, where statistics are the batch's."""
+    x, gradient, dx, dresidual = as_array(saved.x), as_array(dy), new_like(saved.x), None
+    operands = gradient, x, as_array_or_none(saved.weight), saved.mean, saved.invstd
+    if saved.alive is not None:
+        dresidual = new_like(saved.x) if needs.residual else None
+        gate = gate_of(saved, as_array_or_none(dresidual))
+        call = normalize.Backward(*operands, as_array(dx), gate=gate)
+        _, dweight, dbias = normalize.backward(call)
+    else:
+        dresidual = dy if needs.residual else None
+        _, dweight, dbias = F.batch_norm_backward(
+            *operands,
+            bias=saved.bias,
+            activation=saved.activation,
+            negative_slope=saved.negative_slope,
+            out=as_array(dx),
+        )
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def differentiate_parts(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
@@ -227,22 +250,16 @@ def differentiate_parts(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradien
 
 
 def before_activation(dy: torch.Tensor, saved: Saved) -> torch.Tensor:
-    """The gradient of what was activated."""
-    aten, y = torch.ops.aten, saved.y
+    """The gradient of what was activated, where `alive` tells the derivatives."""
     if saved.activation is None:
         return dy
-    if y is None:
-        y = recomputed(saved)
-    if saved.activation == "relu":
-        return aten.threshold_backward(dy, y, 0)
-    if saved.activation == "relu6":
-        return aten.hardtanh_backward(dy, y, 0, 6)
-    return aten.leaky_relu_backward(dy, y, saved.negative_slope, True)
+    dz = new_like(saved.x)
+    cpu.activation_gradient(as_array(dy), as_array(saved.x), gate_of(saved, None), as_array(dz))
+    return dz
 
 
-def recomputed(saved: Saved) -> torch.Tensor:
-    """What was activated in training without a residual."""
-    y = new_like(saved.x)
-    vectors = map(as_array_or_none, (saved.weight, saved.bias))
-    F.batch_norm_elemt(as_array(saved.x), saved.mean, saved.invstd, *vectors, out=as_array(y))
-    return y
+def gate_of(saved: Saved, derived: Array | None) -> Gate:
+    """What dy passes, where `alive` tells the derivatives; `derived` takes the result."""
+    assert saved.alive is not None
+    options = saved.activation, saved.negative_slope
+    return Gate(*options, alive=as_array(saved.alive), derived=derived, derived_is_new=True)

@@ -48,10 +48,14 @@ class BatchNorm(torch.autograd.Function):
         vectors: Vectors,
         fallbacks: Fallbacks,
     ) -> torch.Tensor:
-        y, mean, invstd = compute.forward(call, vectors, True)
-        ctx.options = mean, invstd, call.training, call.activation, call.negative_slope
+        y, mean, invstd, alive = compute.forward(call, vectors, True)
+        options = call.training, call.activation, call.negative_slope
+        kept_bias = None
+        if vectors.bias is not None and call.activation is not None and alive is None:
+            kept_bias = vectors.bias.copy()  # As in torch, it may change before the backward.
+        ctx.options = kept_bias, mean, invstd, *options
         ctx.others = vectors, call.eps, fallbacks
-        ctx.save_for_backward(x, weight, *compute.bias_and_result(call, bias, y))
+        ctx.save_for_backward(x, weight, None if alive is None else torch.from_numpy(alive))
         ctx.set_materialize_grads(False)
         return y
 
@@ -102,4 +106,4 @@ def run(call: Call, vectors: Vectors, fallbacks: Fallbacks) -> torch.Tensor:
         or (residual is not None and residual.requires_grad)
     ):
         return BatchNorm.apply(x, weight, bias, residual, call, vectors, fallbacks)
-    return compute.forward(call, vectors, False)[0]
+    return compute.forward(call, vectors, False).y

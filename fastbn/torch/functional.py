@@ -6,13 +6,11 @@ import torch
 
 from fastbn._scalars import ACTIVATIONS
 from fastbn.torch import composed, eager, operators
-from fastbn.torch.arrays import DTYPES, HALVES
+from fastbn.torch.arrays import DTYPES, HALVES, PLAIN
 from fastbn.torch.compute import Call, Declined, Vector, Vectors
 from fastbn.torch.eager import Fallbacks
 
 __all__ = ["batch_norm"]
-
-PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def batch_norm(
@@ -93,13 +91,15 @@ def check_activation(activation: str | None) -> None:
 def run(
     call: Call, tensors: tuple[Vector, ...], vectors: Vectors | None, fallbacks: Fallbacks
 ) -> torch.Tensor:
-    """Let fastbn or torch normalize; the vectors are those of the tensors, if they are known."""
+    """Let fastbn or torch normalize; the vectors are those of the tensors, if these are plain."""
     residual = call.residual
     if residual is not None and not is_beside(residual, call.x):
         fallbacks.note("a residual of another shape or kind, which torch adds")
         alone = call._replace(activation=None, residual=None)
         return composed.finished(run(alone, tensors, vectors, fallbacks), call)
     reason = unfit(call)
+    if not reason and vectors is None and eager.is_transformed():
+        reason = "forward AD, torch.func, a trace or a dispatch mode"
     if not reason:
         try:
             vectors = vectors or Vectors(*tensors)
@@ -115,6 +115,7 @@ def run(
 def run_compiled(call: Call, tensors: tuple[Vector, ...]) -> torch.Tensor:
     """Let fastbn train; an evaluation the compiler fuses with what is around it."""
     x, residual = call.x, call.residual
+    vectors = [t for t in tensors if t is not None]
     if (
         call.training
         and not torch.compiler.is_exporting()
@@ -122,7 +123,8 @@ def run_compiled(call: Call, tensors: tuple[Vector, ...]) -> torch.Tensor:
         and x.dtype in DTYPES
         and x.dim() > 1
         and x.numel() > x.shape[1]
-        and are_dtypes_fit(x.dtype, {t.dtype for t in tensors if t is not None})
+        and are_dtypes_fit(x.dtype, {t.dtype for t in vectors})
+        and all(t.shape == x.shape[1:2] for t in vectors)
         and not has_unfit_slope(call)
         and (residual is None or is_beside(residual, x))
     ):
@@ -139,8 +141,6 @@ def unfit(call: Call) -> str:
         return f"a tensor on {x.device}, {x.layout}"
     if x.dtype not in DTYPES:
         return f"a tensor of {x.dtype}"
-    if eager.is_transformed():
-        return "forward AD, torch.func, a trace or a dispatch mode"
     if has_unfit_slope(call):
         return "a negative slope"
     return ""

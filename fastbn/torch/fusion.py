@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
@@ -14,9 +15,19 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from fastbn.torch.tracing import CannotTrace, frozen_attributes, parameters_of, trace
+from fastbn.torch.tracing import (
+    CONTAINERS,
+    LISTS,
+    Attributes,
+    CannotTrace,
+    parameters_of,
+    trace,
+)
 
+Module: TypeAlias = torch.nn.Module
 BATCH_NORMS = BatchNorm1d, BatchNorm2d, BatchNorm3d
+# What these return is memory of their own.
+MAKERS = torch.nn.modules.conv._ConvNd, torch.nn.Linear, torch.nn.modules.batchnorm._BatchNorm
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 LEAKY_RELUS = {F.leaky_relu, F.leaky_relu_}
 ADDITIONS = {operator.add, torch.add, "add", "__add__"}
@@ -36,18 +47,18 @@ class Fusion(NamedTuple):
     """What a graph fuses, and why not the rest: by the paths of batch normalizations."""
 
     graph: fx.Graph
-    attributes: dict[str, Any]  # of the module, that it holds for
+    attributes: Attributes  # of the module, that it holds for
     fused: dict[str, str]
     unfused: dict[str, str]
-    modules: list[torch.nn.Module]  # that must not have hooks
+    modules: list[Module]  # that are fused
 
 
 # The graph.
 
 
-def fusion_of(module: torch.nn.Module, constants: dict[str, Any]) -> Fusion:
+def fusion_of(module: Module, constants: dict[str, Any], *, training: bool) -> Fusion:
     """The graph of a forward, with what follows a batch normalization made part of it."""
-    fusion = Fusion(*trace(module, constants), {}, {}, [])
+    fusion = Fusion(*trace(module, constants, training=training), {}, {}, [])
     for node in list(fusion.graph.nodes):
         if node.op != "call_module":
             continue
@@ -61,7 +72,7 @@ def fusion_of(module: torch.nn.Module, constants: dict[str, Any]) -> Fusion:
     return fusion
 
 
-def fuse(module: torch.nn.Module, bn: torch.nn.Module, node: fx.Node, fusion: Fusion) -> None:
+def fuse(module: Module, bn: Module, node: fx.Node, fusion: Fusion) -> None:
     """Let a batch normalization do what follows it."""
     if len(node.args) != 1 or node.kwargs:
         raise CannotTrace("it is called with options")
@@ -75,13 +86,11 @@ def fuse(module: torch.nn.Module, bn: torch.nn.Module, node: fx.Node, fusion: Fu
             raise CannotTrace("no activation follows that can be fused")
         if addition.next is not last:
             raise CannotTrace("something lies between the addition and the activation")
-    moved_past = {n for n in nodes_between(node, last) if n is not addition}
-    if moved_past and len(node.args[0].users) > 1:
-        raise CannotTrace("its input is used until the activation")
+    check_move(module, node, [n for n in nodes_between(node, last) if n is not addition])
     modules = [bn]
     if last.op == "call_module":
         modules.append(module.get_submodule(last.target))
-    if any(map(has_hooks, modules)):
+    if any(map(is_tapped, modules)):
         raise CannotTrace("it or its activation has hooks")
     options: dict[str, Any] = {"activation": activation.name}
     if activation.name == "leaky_relu":
@@ -117,7 +126,22 @@ def nodes_between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def activation_of(module: torch.nn.Module, node: fx.Node, of: fx.Node) -> Activation | None:
+def check_move(module: Module, node: fx.Node, past: list[fx.Node]) -> None:
+    """Refuse to let a batch normalization run after these nodes, if that may change a result."""
+    if not past:
+        return
+    x, bn = node.args[0], module.get_submodule(node.target)
+    if len(x.users) > 1:
+        raise CannotTrace("its input is used until the activation")
+    if x.op != "call_module" or not isinstance(module.get_submodule(x.target), MAKERS):
+        raise CannotTrace("its input may be changed until the activation")
+    tensors = [n.target.rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr"]
+    others = [n.target for n in past if n.op == "call_module"] + tensors
+    if any(module.get_submodule(path) is bn for path in others):
+        raise CannotTrace("it is used again until the activation")
+
+
+def activation_of(module: Module, node: fx.Node, of: fx.Node) -> Activation | None:
     """The activation that a node is, of another one."""
     if not node.args or node.args[0] is not of or of in node.args[1:]:
         return None
@@ -132,7 +156,7 @@ def activation_of(module: torch.nn.Module, node: fx.Node, of: fx.Node) -> Activa
     return None
 
 
-def activation_of_module(module: torch.nn.Module) -> Activation | None:
+def activation_of_module(module: Module) -> Activation | None:
     """The activation that a module is."""
     if type(module) is torch.nn.ReLU:
         return Activation("relu")
@@ -159,9 +183,9 @@ def residual_of(node: fx.Node, bn: fx.Node) -> fx.Node | None:
     return residual if in_place or node.target in ADDITIONS else None
 
 
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Tell whether others want to see what goes into a module and what comes out."""
-    return any(getattr(module, name) for name in HOOKS)
+def is_tapped(module: Module) -> bool:
+    """Tell whether others see or change what goes into a module and what comes out."""
+    return "forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS)
 
 
 # The program.
@@ -170,27 +194,51 @@ def has_hooks(module: torch.nn.Module) -> bool:
 class Program:
     """A graph as a function, and the state of the module that it holds for."""
 
-    def __init__(self, module: torch.nn.Module, fusion: Fusion) -> None:
+    def __init__(self, module: Module, fusion: Fusion) -> None:
         code = fusion.graph.python_code("self")
         self.source, namespace = code.src, dict(code.globals)
         name = f"<fused forward of {type(module).__name__}>"
         exec(compile(self.source, name, "exec"), namespace)
         self.run: Callable[..., Any] = namespace["forward"]
-        self.fused, self.unfused, self._modules = fusion.fused, fusion.unfused, fusion.modules
-        self._children = list(module._modules.values())
-        self._attributes = fusion.attributes
+        self.fused, self.unfused = fusion.fused, fusion.unfused
+        self._forward, self._attributes = type(module).forward, fusion.attributes
+        self._fused_modules = [(m, what_it_does(m)) for m in fusion.modules]
+        called = {node.target for node in fusion.graph.nodes if node.op == "call_module"}
+        opened = [module, *opened_containers(module, called)]
+        self._children = [(m, list(m._modules.items())) for m in opened]
+        self._missing = [(m, missing_tensors(m)) for m in opened]
 
-    def holds_for(self, module: torch.nn.Module) -> bool:
+    def holds_for(self, module: Module) -> bool:
         """Tell whether the forward would do the same as when it was traced."""
-        children = module._modules
         return (
-            len(children) == len(self._children)
-            and all(a is b for a, b in zip(children.values(), self._children, strict=True))
-            and self._attributes == frozen_attributes(module, self._attributes)
-            and not any(map(has_hooks, self._modules))
-            and all(type(m).__module__ != "torch.nn.modules.batchnorm" for m in self._modules)
+            type(module).forward is self._forward
+            and all(list(m._modules.items()) == children for m, children in self._children)
+            and all(missing_tensors(m) == missing for m, missing in self._missing)
+            and self._attributes.are_of(module)
+            and all(what_it_does(m) == done for m, done in self._fused_modules)
+            and not any(is_tapped(m) for m, _ in self._fused_modules)
             and not torch_module._has_any_global_hook()
         )
+
+
+def what_it_does(module: Module) -> tuple[type, Activation | None]:
+    """What a batch normalization or an activation does, apart from its parameters."""
+    return type(module), activation_of_module(module)
+
+
+def opened_containers(module: Module, called: set[Any], prefix: str = "") -> Iterator[Module]:
+    """The containers whose children a forward takes one by one."""
+    for name, child in module._modules.items():
+        path = prefix + name
+        if isinstance(child, CONTAINERS) and (isinstance(child, LISTS) or path not in called):
+            yield child
+            yield from opened_containers(child, called, f"{path}.")
+
+
+def missing_tensors(module: Module) -> list[str]:
+    """The parameters and buffers that a module does without."""
+    tensors = *module._parameters.items(), *module._buffers.items()
+    return [name for name, tensor in tensors if tensor is None]
 
 
 class FusedForward:
@@ -201,7 +249,7 @@ class FusedForward:
     results are the same.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: Module) -> None:
         self.module = module
         self.defaults = {name: p.default for name, p in parameters_of(module).items()}
         self.programs: dict[Any, Program | str] = {}  # Or why there is none.
@@ -214,16 +262,23 @@ class FusedForward:
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """That of the module's own forward, which torch.export asks for."""
+        code: types.CodeType = type(self.module).forward.__code__
+        return code
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(type(self.module).forward, self.module))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         tensors, key = self.kind_of(args, kwargs)
         program = self.programs.get(key)
-        if not torch.compiler.is_compiling():
-            if program is None and key is not None:
-                program = self.traced(key)
-            if isinstance(program, Program) and not program.holds_for(module):
-                program = None
-        if isinstance(program, Program):
+        if program is None and key is not None and not torch.compiler.is_compiling():
+            program = self.traced(key)
+        if isinstance(program, Program) and program.holds_for(module):
             return program.run(module, *tensors)
         return type(module).forward(module, *args, **kwargs)
 
@@ -261,14 +316,10 @@ class FusedForward:
         training, *kinds = key
         named = zip(self.defaults, kinds, strict=True)
         constants = {name: kind[1] for name, kind in named if kind is not torch.Tensor}
-        was_training = self.module.training
-        self.module.training = training
         try:
-            fusion = fusion_of(self.module, constants)
+            fusion = fusion_of(self.module, constants, training=training)
             program: Program | str = Program(self.module, fusion)
         except CannotTrace as reason:
             program = str(reason)
-        finally:
-            self.module.training = was_training
         self.programs[key] = program
         return program

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from fastbn.torch.compute import Call, Declined, Vector, Vectors
 from fastbn.torch.eager import Fallbacks, is_transformed
 from fastbn.torch.functional import check_activation, run, run_compiled
+
+
+def recorded(module: torch.nn.Module, input: fx.Proxy, residual: Any, **options: Any) -> fx.Proxy:
+    """A call of a module as a node, where torch.fx traces: it does so with torch's own modules."""
+    if residual is not None:
+        options["residual"] = residual
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), options)
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -40,6 +49,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         torch.Tensor of shape (N, C, ...)
             A new tensor of input's dtype and memory format.
         """
+        if isinstance(input, fx.Proxy):
+            options = {"activation": activation, "negative_slope": negative_slope}
+            return recorded(self, input, residual, **(options if activation else {}))
+        if activation is not None:
+            check_activation(activation)
         self._check_input_dim(input)
         training, compiling = self.training, torch.compiler.is_compiling()
         tensors = self._tensors()
@@ -68,11 +82,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """The arrays of the tensors, kept from the last call; None where there are none."""
         tensors = (*tensors, self._buffers.get("num_batches_tracked"))
         kept: Vectors | None = self.__dict__.get("_vectors")
-        if kept is None or not kept.are_of(tensors):
-            try:
-                kept = self.__dict__["_vectors"] = Vectors(*tensors)
-            except Declined:
-                return None
+        if kept is not None and kept.are_of(tensors):
+            return kept
+        try:
+            kept = Vectors(*tensors)
+        except Declined:
+            return None
+        if all(tensor is None or tensor.is_leaf for tensor in tensors):
+            self.__dict__["_vectors"] = kept  # Of others, the graph would be kept as well.
         return kept
 
     def _count_batch(self, kept: Vectors | None) -> float:
@@ -199,6 +216,8 @@ class BatchNormAct2d(BatchNorm2d):
         torch.Tensor of shape (N, C, H, W)
             A new tensor of input's dtype and memory format.
         """
+        if isinstance(input, fx.Proxy):
+            return recorded(self, input, residual)
         return super().forward(
             input,
             activation=self.activation,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fastbn.torch import compute
-from fastbn.torch.arrays import new_like
+from fastbn.torch.arrays import as_array_or_none, new_like
 from fastbn.torch.compute import Call, Needs, Saved, Vector, Vectors
 
 Tensor: TypeAlias = torch.Tensor
@@ -30,14 +30,19 @@ def batch_norm(
     eps: float,
     activation: str | None,
     negative_slope: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalize by the batch; return y, mean, invstd, and what the running statistics become."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalize by the batch.
+
+    Return y, mean, invstd, what the running statistics become, and `alive`.
+    """
     moved_mean = None if running_mean is None else running_mean.clone()
     moved_var = None if running_var is None else running_var.clone()
     call = Call(x, True, momentum, eps, activation, negative_slope, residual)
-    y, mean, invstd = compute.forward(call, Vectors(moved_mean, moved_var, weight, bias), True)
+    vectors = Vectors(moved_mean, moved_var, weight, bias)
+    y, mean, invstd, alive = compute.forward(call, vectors, True)
     moved = [x.new_empty(0) if r is None else r for r in (moved_mean, moved_var)]
-    return y, torch.from_numpy(mean), torch.from_numpy(invstd), *moved
+    bits = x.new_empty(0, dtype=torch.uint8) if alive is None else torch.from_numpy(alive)
+    return y, torch.from_numpy(mean), torch.from_numpy(invstd), *moved, bits
 
 
 @batch_norm.register_fake
@@ -48,12 +53,21 @@ def _(
     residual: Vector,
     running_mean: Vector,
     running_var: Vector,
-    *options: Any,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
 ) -> tuple[Tensor, ...]:
     statistics = [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)]
     running = running_mean, running_var
     moved = [x.new_empty(0) if r is None else torch.empty_like(r) for r in running]
-    return new_like(x), *statistics, *moved
+    count = (x.numel() + 7) // 8 if notes_alive(activation, residual) else 0
+    return new_like(x), *statistics, *moved, x.new_empty(count, dtype=torch.uint8)
+
+
+def notes_alive(activation: str | None, residual: Vector) -> bool:
+    """Tell whether a forward in training notes where its activation passes gradients."""
+    return activation is not None and residual is not None
 
 
 @torch.library.custom_op("fastbn::batch_norm_backward", mutates_args=(), tags=FLEXIBLE)
@@ -62,7 +76,7 @@ def batch_norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    y: torch.Tensor | None,
+    alive: torch.Tensor | None,
     mean: torch.Tensor,
     invstd: torch.Tensor,
     activation: str | None,
@@ -71,7 +85,8 @@ def batch_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, weight, bias and, if it is needed, of the residual."""
     options = True, activation, negative_slope
-    saved = Saved(x, weight, bias, y, mean.numpy(), invstd.numpy(), *options)
+    vectors = as_array_or_none(bias), mean.numpy(), invstd.numpy()
+    saved = Saved(x, weight, alive, *vectors, *options)
     needs = Needs(True, True, needs_residual)
     dx, dweight, dbias, dresidual = compute.backward(dy, saved, needs)
     if dresidual is None:
@@ -87,7 +102,7 @@ def _(
     x: Tensor,
     weight: Vector,
     bias: Vector,
-    y: Vector,
+    alive: Vector,
     mean: Tensor,
     invstd: Tensor,
     activation: str | None,
@@ -102,12 +117,11 @@ def _(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what the backward needs."""
-    x, weight, bias, residual, _, _, momentum, eps, activation, negative_slope = inputs
-    call = Call(x, True, momentum, eps, activation, negative_slope, residual)
-    ctx.activation, ctx.negative_slope = call.activation, call.negative_slope
+    x, weight, bias, residual, *_, ctx.activation, ctx.negative_slope = inputs
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-    y, mean, invstd = output[:3]
-    ctx.save_for_backward(x, weight, *compute.bias_and_result(call, bias, y), mean, invstd)
+    _, mean, invstd, _, _, alive = output
+    tells = (None, alive) if notes_alive(ctx.activation, residual) else (bias, None)
+    ctx.save_for_backward(x, weight, *tells, mean, invstd)
 
 
 def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -132,7 +146,7 @@ def run(
 ) -> Tensor:
     """Normalize by the batch in a program that is compiled."""
     x, _, *options, residual = call
-    y, _, _, moved_mean, moved_var = batch_norm(
+    y, _, _, moved_mean, moved_var, _ = batch_norm(
         x, weight, bias, residual, running_mean, running_var, *options
     )
     if running_mean is not None and running_var is not None:

@@ -7,26 +7,28 @@ rest of the forward gives the same each time, so code in which it may not is ref
 from __future__ import annotations
 
 import contextlib
+import copy
 import dis
 import inspect
-import io
 import operator
-import random
+import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a graph would keep as it was when it was recorded, or leave out.
 FORBIDDEN_NAMES = {
     *("isinstance", "issubclass", "type", "hasattr", "getattr", "setattr", "callable", "vars"),
-    *("open", "eval", "exec", "globals", "locals", "id"),
+    *("input", "open", "eval", "exec", "globals", "locals", "id", "__dict__"),
     *("no_grad", "enable_grad", "set_grad_enabled", "inference_mode", "autocast"),
     *("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "is_compiling"),
     *("checkpoint", "checkpoint_sequential", "record_function"),
+    *("train", "apply", "zero_grad", "add_module", "register_module"),
+    *("register_buffer", "register_parameter", "load_state_dict"),
 }
 FORBIDDEN_INSTRUCTIONS = {
     **dict.fromkeys(("BEFORE_WITH", "LOAD_SPECIAL", "BEFORE_ASYNC_WITH"), "has a with statement"),
@@ -36,7 +38,8 @@ FORBIDDEN_INSTRUCTIONS = {
     "IMPORT_NAME": "imports",
 }
 KNOWN_MODULES = ("torch", "math", "operator")
-CONTAINERS = torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential
+LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
+CONTAINERS = (*LISTS, torch.nn.Sequential)
 FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, type
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, *FUNCTIONS)
 PLAIN_ATTRIBUTES = set(vars(torch.nn.Module())) | {"forward"}
@@ -46,39 +49,64 @@ class CannotTrace(Exception):
     """The forward does something that a graph would not show."""
 
 
+class Attributes(NamedTuple):
+    """The attributes that a forward may read, as `frozen` gives them."""
+
+    names: list[str]
+    of_module: dict[str, Any]
+    of_class: dict[str, Any]
+
+    def are_of(self, module: torch.nn.Module) -> bool:
+        """Tell whether a module has the same ones now."""
+        cls = type(module)
+        return attributes_of(module, self.names) == self.of_module and all(
+            frozen(getattr(cls, name, None)) == value for name, value in self.of_class.items()
+        )
+
+
 class Traced(NamedTuple):
     """The graph of a forward, and the attributes of the module that it holds for."""
 
     graph: fx.Graph
-    attributes: dict[str, Any]  # as `frozen` gives them
+    attributes: Attributes
 
 
-def trace(module: torch.nn.Module, constants: Mapping[str, Any]) -> Traced:
+def trace(module: torch.nn.Module, constants: Mapping[str, Any], *, training: bool) -> Traced:
     """The graph of a forward; of its arguments, all but the constants are tensors."""
     attributes = attributes_read(module)
-    random_before, output = random_states(), io.StringIO()
+    tracer = _Tracer(module)
     try:
-        with contextlib.redirect_stdout(output):
-            graph = _Tracer(constants).trace(module)
+        with _NoTensors(), no_printing():
+            tracer.record(attributes, constants, training=training)
     except CannotTrace:
         raise
     except Exception as error:  # Whatever the forward does with what is no tensor.
         lines = str(error).splitlines() or [type(error).__name__]
         raise CannotTrace(f"its forward cannot be traced: {lines[0]}") from error
-    if random_states() != random_before:
-        raise CannotTrace("its forward draws random numbers outside of tensor operations")
-    if output.getvalue():
-        raise CannotTrace("its forward prints")
-    for node in graph.nodes:
-        if node.op == "call_module":
-            check_path(module, node.target)
-    return Traced(graph, attributes)
+    return Traced(tracer.graph, attributes)
 
 
-def random_states() -> tuple[Any, ...]:
-    """What every random number changes."""
-    of_numpy: Any = np.random.get_state()
-    return random.getstate(), repr(of_numpy[1:3]), bytes(torch.get_rng_state().numpy())
+class _NoTensors(TorchDispatchMode):
+    """Refuses operations on tensors themselves: a graph would keep their results."""
+
+    def __torch_dispatch__(self, *_: Any, **__: Any) -> Any:
+        raise CannotTrace("its forward makes tensors of its own")
+
+
+@contextlib.contextmanager
+def no_printing() -> Iterator[None]:
+    """Refuse calls of print, in this thread: a graph would leave them out."""
+
+    def refuse(frame: types.FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and called is print:
+            raise CannotTrace("its forward prints")
+
+    profiler = sys.getprofile()
+    sys.setprofile(refuse)
+    try:
+        yield
+    finally:
+        sys.setprofile(profiler)
 
 
 class _Proxy(fx.Proxy):
@@ -99,35 +127,110 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 
 
 class _Tracer(fx.Tracer):
-    """Records calls of children, and does not look into them."""
+    """Records a forward that runs on stand-ins for a module and its children.
 
-    def __init__(self, constants: Mapping[str, Any]) -> None:
+    So nothing is changed, of the module or of torch, and other threads may run both meanwhile.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        self._constants = constants
+        self.root, self.graph = module, fx.Graph()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return True
+    def record(
+        self, attributes: Attributes, constants: Mapping[str, Any], *, training: bool
+    ) -> None:
+        """Run the forward once."""
+        arguments = [
+            constants[name] if name in constants else self.create_proxy("placeholder", name, (), {})
+            for name in parameters_of(self.root)
+        ]
+        state = self.root.__dict__
+        module: Any = object.__new__(type(self.root))
+        vars(module).update(
+            # Lists of its own, to which a forward may append.
+            {name: copy.deepcopy(state[name]) for name in attributes.of_module},
+            training=training,
+            _parameters=self.tensors(self.root._parameters, ""),
+            _buffers=self.tensors(self.root._buffers, ""),
+            _modules=self.children(self.root, ""),
+        )
+        result = type(self.root).forward(module, *arguments)
+        self.create_node("output", "output", (self.create_arg(result),), {})
+        if attributes_of(module, attributes.names) != attributes.of_module:
+            raise CannotTrace("its forward changes attributes")
+        for node in reversed(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        args = [self.root]
-        for name in parameters_of(self.root):
-            if name in self._constants:
-                args.append(self._constants[name])
-            else:
-                args.append(self.create_proxy("placeholder", name, (), {}))
-        return root_fn, args
+    def tensors(self, tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """What stands for parameters or buffers."""
+        return {
+            name: None if t is None else self.create_proxy("get_attr", prefix + name, (), {})
+            for name, t in tensors.items()
+        }
+
+    def children(self, module: torch.nn.Module, prefix: str) -> dict[str, Any]:
+        """What stands for the children of a module."""
+        return {
+            name: None if child is None else _Child(self, child, prefix + name)
+            for name, child in module._modules.items()
+        }
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, torch.Tensor):
-            known = *self.root.parameters(), *self.root.buffers()
-            if not any(a is tensor for tensor in known):
-                raise CannotTrace("its forward makes tensors of its own")
+            raise CannotTrace("its forward makes tensors of its own")
         return super().create_arg(a)
+
+
+class _Child:
+    """Stands for a child: it can be called, its tensors be read, and what a container has."""
+
+    def __init__(self, tracer: _Tracer, module: torch.nn.Module, path: str) -> None:
+        self._tracer, self._path = tracer, path
+        prefix = f"{path}."
+        self._tensors = tracer.tensors({**module._parameters, **module._buffers}, prefix)
+        is_container = isinstance(module, CONTAINERS)
+        self._children = tracer.children(module, prefix) if is_container else None
+        self._is_dict = isinstance(module, torch.nn.ModuleDict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tracer.create_proxy("call_module", self._path, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        for known in self._tensors, self.contained():
+            if name in known:
+                return known[name]
+        if self._is_dict and name in ("items", "keys", "values"):
+            return getattr(self._children, name)
+        raise CannotTrace(f"its forward uses {self._path}.{name}")
+
+    def contained(self) -> dict[str, Any]:
+        """What is in a container."""
+        return self._children or {}
+
+    def elements(self) -> list[Any]:
+        """What an iteration gives."""
+        if self._children is None:
+            raise CannotTrace(f"its forward uses {self._path} as a container")
+        return list(self._children if self._is_dict else self._children.values())
+
+    def __len__(self) -> int:
+        return len(self.elements())
+
+    def __bool__(self) -> bool:
+        return self._children is None or bool(self._children)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.elements())
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.elements()
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.contained()[key] if self._is_dict else self.elements()[key]
 
 
 def parameters_of(module: torch.nn.Module) -> dict[str, inspect.Parameter]:
@@ -139,22 +242,15 @@ def parameters_of(module: torch.nn.Module) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def check_path(module: torch.nn.Module, path: str) -> None:
-    """Refuse calls of children of a child whose own forward is passed over."""
-    parent, _, _ = path.rpartition(".")
-    while parent:
-        if not isinstance(module.get_submodule(parent), CONTAINERS):
-            raise CannotTrace(f"its forward calls parts of {parent}")
-        parent, _, _ = parent.rpartition(".")
-
-
 # The code of a forward.
 
 
-def attributes_read(module: torch.nn.Module) -> dict[str, Any]:
+def attributes_read(module: torch.nn.Module) -> Attributes:
     """The attributes that a forward may read; refuse code whose graph might not stand for it."""
-    names: set[str] = set()
-    for code in codes_of(module, type(module).forward, set()):
+    forward, names = type(module).forward, set[str]()
+    if is_known(forward.__module__) and forward is not torch.nn.Sequential.forward:
+        raise CannotTrace("its forward is torch's own")
+    for code in codes_of(module, forward, set()):
         for instruction in dis.get_instructions(code):
             reason = FORBIDDEN_INSTRUCTIONS.get(instruction.opname)
             if reason:
@@ -163,8 +259,14 @@ def attributes_read(module: torch.nn.Module) -> dict[str, Any]:
         if forbidden:
             raise CannotTrace(f"its forward uses {', '.join(forbidden)}")
         names.update(code.co_names)
-    attributes = frozen_attributes(module, names.intersection(vars(module)) - PLAIN_ATTRIBUTES)
-    for name, value in attributes.items():
+    names -= PLAIN_ATTRIBUTES
+    of_class = {
+        name: frozen(getattr(type(module), name))
+        for name in names
+        if is_of_class(type(module), name) and name not in vars(module)
+    }
+    attributes = Attributes(sorted(names), attributes_of(module, names), of_class)
+    for name, value in (attributes.of_module | of_class).items():
         if value is NotImplemented:
             raise CannotTrace(f"its forward reads self.{name}, which may change")
     return attributes
@@ -174,9 +276,10 @@ def codes_of(
     module: torch.nn.Module, function: Any, seen: set[types.CodeType]
 ) -> Iterator[types.CodeType]:
     """The code of a function and of those that it calls, apart from torch's."""
-    function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType) or is_known(function.__module__):
         return
+    if hasattr(function, "__wrapped__"):
+        raise CannotTrace(f"{function.__name__} is decorated")
     if function.__closure__ and function.__code__.co_freevars != ("__class__",):
         raise CannotTrace("its forward has variables of another function")
     for code in nested(function.__code__):
@@ -198,7 +301,8 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def called_by_name(module: torch.nn.Module, function: Any, name: str) -> Iterator[Any]:
-    """The functions that a name may stand for: a method, a property, or a global."""
+    """The functions that a name may stand for: an attribute, a method, a property, or a global."""
+    yield vars(module).get(name)
     for cls in type(module).__mro__:
         member = vars(cls).get(name)
         if member is not None and not is_known(cls.__module__):
@@ -211,8 +315,18 @@ def called_by_name(module: torch.nn.Module, function: Any, name: str) -> Iterato
             raise CannotTrace(f"its forward uses the module {value.__name__}")
     elif isinstance(value, types.FunctionType):
         yield value
-    elif not isinstance(value, FUNCTIONS) and not is_known(type(value).__module__):
+    elif isinstance(value, torch.nn.Module | torch.Tensor) or not is_function_or_known(value):
         raise CannotTrace(f"its forward reads the global {name}")
+
+
+def is_function_or_known(value: Any) -> bool:
+    """Tell whether a global is a class, a function in C that gives the same each time, or torch's.
+
+    Python's random numbers, for example, are methods of an object.
+    """
+    if isinstance(value, types.BuiltinFunctionType):
+        return is_known(value.__module__)
+    return isinstance(value, type) or is_known(type(value).__module__)
 
 
 def is_known(name: str | None) -> bool:
@@ -220,9 +334,22 @@ def is_known(name: str | None) -> bool:
     return name is not None and name.partition(".")[0] in KNOWN_MODULES
 
 
-def frozen_attributes(module: torch.nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Attributes as values to compare with later ones."""
-    return {name: frozen(vars(module).get(name)) for name in names}
+# What must be as it was when a forward was recorded.
+
+
+def attributes_of(module: torch.nn.Module, names: Any) -> dict[str, Any]:
+    """Those attributes that a module has itself, as values to compare with later ones."""
+    state = module.__dict__
+    return {name: frozen(state[name]) for name in names if name in state}
+
+
+def is_of_class(cls: type, name: str) -> bool:
+    """Tell whether a class, or a base that is not torch's, has an attribute that is no property."""
+    return any(
+        name in vars(base) and not isinstance(vars(base)[name], property)
+        for base in cls.__mro__
+        if not is_known(base.__module__)
+    )
 
 
 def frozen(value: Any) -> Any:

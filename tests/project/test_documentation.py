@@ -4,6 +4,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from snippets import python_blocks, run_page
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES if "_build" not in page.parts]
+OF_TORCH = "docs/reference/torch.rst"
 WITH_SNIPPETS = [page for page in PAGES if any(python_blocks(ROOT / page))]
 
 
@@ -97,9 +99,31 @@ def test_every_public_name_has_a_docstring_with_an_example():
 
 
 def test_every_public_name_is_in_the_reference():
-    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.rst"))
-    named = set(re.findall(r"^\.\. auto(?:class|function):: (\w+)$", pages, re.MULTILINE))
-    assert named == {name.rpartition(".")[2] for name, _ in public()}
+    pages = set((ROOT / "docs/reference").glob("*.rst")) - {ROOT / OF_TORCH}
+    assert documented(*pages) == {name.rpartition(".")[2] for name, _ in public()}
+
+
+def documented(*pages):
+    """The names that pages of the reference take from docstrings."""
+    text = "".join(page.read_text() for page in pages)
+    return set(re.findall(r"^\.\. auto(?:class|function):: (\w+)", text, re.MULTILINE))
+
+
+@pytest.mark.torch
+def test_every_public_name_under_torch_is_in_the_reference():
+    """With torch's signatures, which the pages are built without."""
+    torch, accelerated = pytest.importorskip("torch"), pytest.importorskip("fastbn.torch")
+    names = {*accelerated.__all__, *accelerated.functional.__all__} - {"functional"}
+    assert documented(ROOT / OF_TORCH) == names
+    signature = inspect.signature(torch.nn.BatchNorm2d)
+    parameters = ", ".join(str(p).replace(" ", "") for p in untyped(signature))
+    shown = re.search(r"autoclass:: BatchNorm2d\((.+)\)$", read(OF_TORCH), re.MULTILINE)[1]
+    assert shown.replace("*, ", "").replace(" ", "") == parameters.replace(" ", "")
+
+
+def untyped(signature):
+    """Parameters without annotations."""
+    return [p.replace(annotation=p.empty) for p in signature.parameters.values()]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guide/tour.md"])

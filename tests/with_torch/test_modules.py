@@ -8,6 +8,7 @@ import itertools
 import pickle
 import re
 import warnings
+import weakref
 
 import pytest
 from internals import PACKAGE, core
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")
 prune = pytest.importorskip("torch.nn.utils.prune")
+parametrize = pytest.importorskip("torch.nn.utils.parametrize")
 accelerated = pytest.importorskip("fastbn.torch")
 functional = pytest.importorskip("fastbn.torch.functional")
 with warnings.catch_warnings():
@@ -191,6 +193,29 @@ def test_errors_are_torchs_and_leave_running_statistics_alone(x):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "x",
+    [
+        *(torch.ones(shape) for shape in [(), (3,), (0, 3), (2, 0), (1, 3), (2, 3, 0), (2, 4)]),
+        *(torch.ones(2, 3, dtype=dtype) for dtype in (torch.int32, torch.complex64, torch.bool)),
+        torch.ones(2, 3).to_sparse(),
+        *(None, 3.0, [1.0]),
+    ],
+    ids=lambda x: f"{x.shape}-{x.dtype}" if isinstance(x, torch.Tensor) else repr(x),
+)
+def test_the_function_gives_or_refuses_what_torchs_does(x, training):
+    outcomes = []
+    for function in (torch.nn.functional.batch_norm, functional.batch_norm):
+        running = torch.zeros(3), torch.ones(3)
+        try:
+            outcomes.append(function(x, *running, training=training).shape)
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+        assert torch.equal(running[0], torch.zeros(3)) or isinstance(outcomes[-1], torch.Size)
+    assert outcomes[0] == outcomes[1]
+
+
 # Options, dtypes, memory formats.
 
 
@@ -286,6 +311,10 @@ def test_an_unknown_activation_is_refused():
         accelerated.BatchNormAct2d(5, "gelu")
     with pytest.raises(ValueError, match=r"'relu6'.*'gelu'"):
         functional.batch_norm(torch.ones(2, 3), None, None, training=True, activation="gelu")
+    bn = accelerated.BatchNorm1d(3)
+    with pytest.raises(ValueError, match=r"'relu6'.*'gelu'"):
+        bn(torch.ones(2, 3), activation="gelu")
+    assert bn.num_batches_tracked == 0
 
 
 def test_a_negative_slope_is_torchs():
@@ -363,6 +392,97 @@ def test_a_copy_is_an_independent_module(copied):
         assert torch.equal(value, before[name])
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_a_weight_that_is_computed_in_every_forward():
+    ours, theirs = pair("BatchNorm2d", 5)
+    for module in (ours, theirs):
+        parametrize.register_parametrization(module, "weight", Doubled())
+    x, dy = torch.randn(2, 4, 5, 3, 3)
+    assert_same_step(ours, theirs, x, dy, 2e-5)
+    twin = copy.deepcopy(ours)
+    twin.zero_grad(), theirs.zero_grad()
+    assert_same_step(twin, theirs, x, dy, 2e-5)
+
+
+def test_the_graph_of_a_weight_ends_with_its_call():
+    bn, weight = accelerated.BatchNorm2d(5), torch.ones(5, requires_grad=True) * 2
+    gone = weakref.ref(weight)
+    torch.func.functional_call(bn, {"weight": weight}, torch.randn(4, 5, 3, 3))
+    del weight
+    assert gone() is None
+
+
+class Marked(torch.Tensor):
+    """A subclass, of which torch's functions give results of that class."""
+
+
+def test_parameters_of_a_subclass_are_torchs():
+    bn, x = accelerated.BatchNorm2d(5), torch.randn(4, 5, 3, 3)
+    bn._parameters["weight"] = bn.weight.as_subclass(Marked)
+    assert type(bn(x)) is Marked
+    assert left_to_torch(bn) == {"a parameter that is a Marked": 1}
+
+
+def test_without_ml_dtypes_float64_is_float64(monkeypatch):
+    monkeypatch.setattr("fastbn.torch.arrays.bfloat16", None)
+    ours, theirs = pair("BatchNorm2d", 5, dtype=torch.float64)
+    x, dy = torch.randn(2, 4, 5, 3, 3, dtype=torch.float64)
+    assert_same_step(ours, theirs, x, dy, 1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("memory", FORMATS)
+@pytest.mark.parametrize("gradient", FORMATS)
+def test_gradients_in_any_memory_format(gradient, memory, activation, training):
+    x, dy = torch.randn(2, 4, 5, 6, 3, dtype=torch.float64)
+    ours, theirs = (m.train(training) for m in pair("BatchNorm2d", 5, dtype=torch.float64))
+    gradients = []
+    for module in (ours, theirs):
+        leaf = FORMATS[memory](x).detach().requires_grad_()
+        if module is ours:
+            y = module(leaf, activation=activation)
+        else:
+            y = torch.relu(module(leaf)) if activation else module(leaf)
+        y.backward(FORMATS[gradient](dy))
+        gradients.append([leaf.grad, module.weight.grad, module.bias.grad])
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_activations_of_what_is_not_finite_are_torchs(activation, training, value):
+    x = torch.randn(4, 5, 3, 3)
+    x[1, 2, 0, 0] = value
+    ours, theirs = (m.train(training) for m in pair("BatchNorm2d", 5))
+    act = getattr(torch.nn.functional, activation)
+    y, expected = ours(x, activation=activation), act(theirs(x))
+    torch.testing.assert_close(y, expected, equal_nan=True, atol=2e-5, rtol=2e-5)
+
+
+def test_torch_fx_traces_the_modules_as_it_traces_torchs():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = accelerated.BatchNorm2d(5), accelerated.BatchNormAct2d(5)
+
+        def forward(self, x):
+            return self.act(self.bn(x, activation="relu6"), residual=x)
+
+    model = Model()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(4, 5, 3, 3)
+    torch.testing.assert_close(traced(x), model(x))
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["bn", "act"]
+
+
 def test_a_state_dict_file_is_torchs(tmp_path):
     ours, theirs = pair("BatchNorm2d", 5)
     torch.save(ours.state_dict(), tmp_path / "state.pt")
@@ -396,16 +516,61 @@ def test_checkpointing_recomputes(reentrant):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("residual", "kept"), [(False, 1), (True, 2)])
-def test_large_saved_tensors_pass_through_autograds_hooks(residual, kept):
-    """The input alone and, where a residual is added, the result, which the next layer keeps."""
-    bn, x = accelerated.BatchNormAct2d(5), torch.randn(4, 5, 3, 3)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_saved_tensors_pass_through_autograds_hooks(residual, training):
+    """The input alone and, where the backward could not tell otherwise, a bit for each element."""
+    bn, x = accelerated.BatchNormAct2d(5).train(training), torch.randn(4, 5, 3, 3)
     packed = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: packed.append(t.shape) or t, lambda t: t
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
         bn(x, x if residual else None)
-    assert packed.count(x.shape) == kept
+    sizes = {t.numel() * t.itemsize for t in packed} - {5 * 4}
+    bits = {-(-x.numel() // 8)} if residual or not training else set()
+    assert sizes == {x.numel() * 4} | bits
+
+
+@pytest.mark.parametrize("change", ["result", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_torch_lets_change_before_the_backward_may_change(
+    activation, residual, training, change
+):
+    """ReLU6 and leaky ReLU keep their input in torch, and nobody keeps a bias."""
+    ours, theirs = pair("BatchNorm2d", 5, dtype=torch.float64)
+    x, r, dy = torch.randn(3, 4, 5, 3, 3, dtype=torch.float64)
+    act = {None: lambda z: z, "leaky_relu": torch.nn.functional.leaky_relu}
+    act |= {"relu": lambda z: z * (z > 0), "relu6": torch.nn.functional.relu6}
+    gradients = []
+    for module in (ours.train(training), theirs.train(training)):
+        leaves = [t.clone().requires_grad_() for t in (x, r)]
+        shortcut = leaves[1] if residual else None
+        if module is ours:
+            y = module(leaves[0], activation=activation, residual=shortcut)
+        else:
+            z = module(leaves[0])
+            y = act[activation](z if shortcut is None else z + shortcut)
+        with torch.no_grad():
+            (y if change == "result" else module.bias).add_(10)
+        y.backward(dy)
+        gradients.append([leaves[0].grad, leaves[1].grad, module.weight.grad, module.bias.grad])
+    for mine, other in zip(*gradients, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
+def test_a_result_may_be_changed_in_place_with_its_gradient():
+    gradients = []
+    for bn in pair("BatchNorm2d", 5, dtype=torch.float64):
+        x = torch.linspace(-3, 3, 180, dtype=torch.float64).reshape(4, 5, 3, 3).requires_grad_()
+        if type(bn) is accelerated.BatchNorm2d:
+            y = bn(x, activation="leaky_relu", residual=x)
+        else:
+            y = torch.nn.functional.leaky_relu(bn(x) + x)
+        y.mul_(2).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
 
 
 def test_a_tensor_that_is_changed_before_the_backward_is_noticed():
@@ -494,6 +659,16 @@ class Block(torch.nn.Module):
 
 
 COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_errors_of_compiled_modules_are_torchs():
+    errors = []
+    for module in pair("BatchNorm2d", 3):
+        with pytest.raises(Exception, match=r".") as raised:
+            torch.compile(module, backend="aot_eager")(torch.ones(2, 4, 3, 3))
+        errors.append(raised.type)
+    assert errors[0] is errors[1]
 
 
 @pytest.mark.filterwarnings("ignore")
