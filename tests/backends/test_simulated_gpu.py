@@ -16,14 +16,15 @@ from fastbn.backends.cuda import launch, plan
 if not SIMULATED:
     pytest.skip("a real GPU is under test", allow_module_level=True)
 
-# In blocks, in clusters, in pieces, in strips of columns, and element by element with chunks that
-# have several channels.
+# In blocks, in clusters, in pieces, in strips of columns, element by element with chunks that have
+# several channels, and in strips that stay on chip.
 CASES = [
     (0, (5, 33, 7, 7)),
     (0, (68, 2, 32, 32)),
     (1, (68, 2, 32, 32)),
     (0, (260, 70, 1, 1)),
     (0, (90, 70, 3, 3)),
+    (0, (5, 512, 3, 3)),
 ]
 OTHER_CLUSTERS = [(0, (8, 8, 32, 32))]
 IN_ORDER, BACKWARDS, SHUFFLED, SHUFFLED_AGAIN = range(4)
