@@ -79,7 +79,7 @@ def step(case: Case, variant: str, data: Data) -> Callable[[], tuple[Any, ...]]:
         options |= {"ghost_batch_size": ghosts, "activation": activation}
         layer = fastbn.BatchNorm2d(channels, EPS, MOMENTUM, **options)
     for name in ("weight", "bias"):
-        getattr(layer, name).set(getattr(data, name))
+        getattr(layer, name)[...] = cupy.asarray(getattr(data, name))
     x, dy = (_cupy.on_device(array, variant) for array in (data.x, data.dy))
     y, dx = cupy.zeros_like(x), cupy.zeros_like(x)
     given = {}

@@ -249,6 +249,19 @@ def test_a_step_is_right_where_it_is_the_one_that_was_asked_for(bench, operation
         cases.check(case, data, results)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("operation", STEPS)
+def test_a_step_on_a_gpu_is_right_in_every_call(bench, operation, layout):
+    importlib.import_module("gpu")  # a simulated one, or CuPy's
+    cases = bench("cases")
+    case = cases.Case(operation, (16, 64, 5, 4), "float32")
+    data = cases.Data(case)
+    call = bench("libraries.fastbn_cuda").step(case, layout, data)
+    for _ in range(2):
+        results = [array.get() for array in call()]
+        cases.check(case, data, dict(zip(("y", "dx", "dweight", "dbias"), results, strict=True)))
+
+
 def test_steps_are_for_a_gpu(bench, capsys):
     with pytest.raises(SystemExit):
         bench("__main__").main(["--steps"])
