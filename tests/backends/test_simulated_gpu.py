@@ -122,6 +122,24 @@ def test_the_argument_of_a_kernel_is_as_long_as_its_structure(masked, in_batches
     assert ctypes.c_longlong.in_dll(function.own.library, "job_bytes").value == packed
 
 
+# A device with clusters, and one without.
+@pytest.mark.parametrize("device", [0, 1])
+@pytest.mark.parametrize("kind", ["moments", "products"])
+def test_strips_of_channels_stay_on_chip_where_all_fit_the_multiprocessors(kind, device):
+    def stays(rows, channels, *, masked=False):
+        x = channels_last(np.zeros((rows, channels, 1, 1), np.float32))
+        g = plan.geometry(to_gpu(x), None)._replace(row_layout=False, masked=masked)
+        return plan.reduction_of(kind, g).resident is not None
+
+    with cupy.cuda.Device(device):
+        assert stays(45, 512)
+        assert stays(500, 1024)
+        assert not stays(45, 512, masked=True)
+        assert not stays(45, 510)  # where a row is no multiple of a chunk
+        assert not stays(45, 64)  # which few multiprocessors would compute
+        assert not stays(9000, 512)
+
+
 # What is broken, where it runs, and what tells.
 BREAKS = {
     "a barrier is missing": (

@@ -1382,10 +1382,10 @@ __device__ void for_rows(const ResidentStrip &strip, Take take, Pause pause)
  * `start` is the first row of the block. */
 template <bool SCALED>
 __device__ Moments moments_of_resident(const Job &job, const ResidentStrip &strip,
-                                       const Chunk *resident, const Chunk &start)
+                                       Chunk *resident, const Chunk &start)
 {
     const int warps = blockDim.x / 32;
-    double *sums_at = reinterpret_cast<double *>(const_cast<Chunk *>(resident + strip.slots));
+    double *sums_at = reinterpret_cast<double *>(resident + strip.slots);
     double *squares_at = sums_at + warps * strip.columns();
     Real *starts_at = reinterpret_cast<Real *>(squares_at + warps * strip.columns());
     __shared__ Real pivots[STRIP_COLUMNS];
