@@ -1,7 +1,8 @@
 """`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew.
 
 `python -m bench --calls` measures what a call costs, in half a minute, and `--activations` batch
-normalization with an addition and a ReLU after it.
+normalization with an addition and a ReLU after it; `--device cuda --steps` training steps with
+masks, ghost batches and activations, and those of other layers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bench.cases import (
     OPERATIONS,
     PRODUCTS,
     PRODUCTS_SHAPE,
+    STEPS,
     Case,
     growing_shapes,
     shapes_of,
@@ -69,6 +71,8 @@ def main(arguments: list[str]) -> None:
     options = command_line.parse_args(arguments)
     if (options.calls or options.activations) and options.device != "cpu":
         command_line.error("--calls and --activations are for arrays on the CPU")
+    if options.steps and options.device != "cuda":
+        command_line.error("--steps is for arrays on a GPU: --device cuda")
     result = measure(options)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{result['settings']['name']}.json"
@@ -87,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", type=names, default=["float32"], help=f"of {', '.join(ITEMSIZES)}")
     add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
     add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
-    operations = ", ".join([*OPERATIONS, *PRODUCTS, CALL])
+    operations = ", ".join([*OPERATIONS, *STEPS, *PRODUCTS, CALL])
     add("--operations", type=names, help=f"of {operations} (default: those with goals)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
@@ -102,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--calls", **flag, help="only what calls cost, in multiples of np.add")
     mode.add_argument(
         "--activations", **flag, help="a ReLU, and an addition before it; fewer libraries"
+    )
+    mode.add_argument(
+        "--steps", **flag, help="training steps, with masks and ghost batches and of other layers"
     )
     add("--out", type=Path, default=RESULTS, help="the folder of the results")
     add("--name", help="the results' file name (default: what was measured)")
@@ -192,7 +199,8 @@ def default_threads(device: str) -> int:
 
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
-    kinds = {name: name for name in ("quick", "calls", "activations")} | {"size_sweep": "sizes"}
+    names = "quick", "calls", "activations", "steps"
+    kinds = {name: name for name in names} | {"size_sweep": "sizes"}
     kind = next((kind for option, kind in kinds.items() if getattr(options, option)), "full")
     return kind if options.device == "cpu" else f"{options.device}-{kind}"
 
@@ -200,7 +208,7 @@ def kind_of(options: argparse.Namespace) -> str:
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases, all operations of a shape one after the other."""
     operations = operations_of(options)
-    known = {CALL, *OPERATIONS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
+    known = {CALL, *OPERATIONS, *STEPS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
     refuse_unknown({*operations, *options.dtypes, *options.layouts} - known)
     shapes = growing_shapes() if options.size_sweep else []
     if options.shapes or not shapes:
@@ -210,7 +218,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         for shape in shapes
         for dtype in options.dtypes
         for operation in operations
-        if operation in OPERATIONS
+        if operation in OPERATIONS or operation in STEPS
     ]
     products = [operation for operation in operations if operation in PRODUCTS]
     if products:  # They are held against the training forward by itself.
@@ -227,10 +235,12 @@ def operations_of(options: argparse.Namespace) -> list[str]:
         chosen = OPERATIONS_OF_SIZES
     if chosen is None and options.activations:
         chosen = OPERATIONS_OF_ACTIVATIONS
+    if chosen is None and options.steps:
+        chosen = tuple(STEPS)
     if chosen is None:
         chosen = [name for name in [CALL, *OPERATIONS, *PRODUCTS] if name not in NOT_BY_DEFAULT]
     if options.device == "cuda":  # Times are those of replays, between which nothing is restored.
-        chosen = [name for name in chosen if name in (CALL, *OPERATIONS_OF_SIZES)]
+        chosen = [name for name in chosen if name in (CALL, *OPERATIONS_OF_SIZES, *STEPS)]
     return list(chosen)
 
 

@@ -23,6 +23,18 @@ ACTIVATED = {
     "train_add_relu": "training forward + addition + ReLU",
     "backward_add_relu": "backward + addition + ReLU",
 }
+# A training forward with its backward, of layers on a GPU: by itself, and what has kernels of its
+# own there or is composed.
+STEPS = {
+    "step": "training step",
+    "step_masked": "training step with a mask",
+    "step_ghosts": "training step, ghost batches of 8",
+    "step_instance": "training step of an InstanceNorm",
+    "step_group": "training step of a GroupNorm of 32 groups",
+    "step_relu": "training step + ReLU",
+    "step_add_relu": "training step + addition + ReLU",
+}
+GHOST_BATCH, GROUPS = 8, 32
 OPERATIONS = {
     "eval": "evaluation forward",
     "eval_inplace": "evaluation forward in place",
@@ -40,7 +52,7 @@ OPERATIONS = {
 PRODUCTS = {"train_after_256": 256, "train_after_768": 768}
 PRODUCTS_SHAPE = (32, 64, 56, 56)
 # What only reads and writes so many arrays: y = x; y = a + b; two results of a and b.
-FLOORS = {2: "copy", 3: "add", 4: "pair"}
+FLOORS = {2: "copy", 3: "add", 4: "pair", 5: "copy and add"}
 # The cost of a call: on a GPU an evaluation forward on an array too small to matter, into a new
 # array; on a CPU what calls.py measures.
 CALL, CALL_SHAPE = "call", (1, 64, 1, 1)
@@ -62,6 +74,26 @@ class Case(NamedTuple):
     operation: str
     shape: tuple[int, int, int, int]
     dtype: str
+
+    @property
+    def step(self) -> bool:
+        """Whether a forward and a backward are measured together."""
+        return self.operation in STEPS
+
+    @property
+    def masked(self) -> bool:
+        return self.operation == "step_masked"
+
+    @property
+    def batch(self) -> int:
+        """The samples that are normalized together."""
+        sizes = {"step_ghosts": GHOST_BATCH, "step_instance": 1, "step_group": 1}
+        return sizes.get(self.operation, self.shape[0])
+
+    @property
+    def group(self) -> int:
+        """The channels that are normalized together."""
+        return self.shape[1] // GROUPS if self.operation == "step_group" else 1
 
     @property
     def bytes(self) -> int:
@@ -92,7 +124,7 @@ class Case(NamedTuple):
     @property
     def activated(self) -> bool:
         """Whether a ReLU follows."""
-        return self.operation in ACTIVATED
+        return self.operation in ACTIVATED or self.operation.endswith("_relu")
 
     @property
     def has_residual(self) -> bool:
@@ -108,8 +140,11 @@ class Case(NamedTuple):
     def streams(self) -> int:
         """How many arrays of x's size are read and written at least.
 
-        x and y, or dy, x and dx; with a residual this one or its gradient.
+        x and y, or dy, x and dx; with a residual this one or its gradient. A step is both, and with
+        a residual held against the same: no floor has its arrays.
         """
+        if self.step:
+            return 5
         return (2 if self.forward else 3) + self.has_residual
 
 
@@ -137,6 +172,12 @@ class Data:
     @cached_property
     def residual(self) -> Array:
         return self._values(seed=4, mean=0.0)
+
+    @cached_property
+    def mask(self) -> Array:
+        """Three of four positions."""
+        n, _, *image = self.shape
+        return np.random.default_rng(5).random((n, 1, *image)) < 0.75
 
     @cached_property
     def mean(self) -> Array:
@@ -181,10 +222,11 @@ def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
     if not arrays:
         return
     channels = sorted({0, case.shape[1] // 2, case.shape[1] - 1})
-    wanted, value = _expected(case, data, channels)
+    wanted, value = (_expected_of_step if case.step else _expected)(case, data, channels)
     tolerance = TOLERANCES[case.dtype]
     # So near to 0, rounding decides what the derivative of a ReLU is.
-    decided = np.abs(value) > tolerance if case.activated and not case.forward else True
+    backward = case.step or not case.forward
+    decided = np.abs(value) > tolerance if case.activated and backward else True
     count = math.prod(case.shape) // max(case.shape[1], 1)
     for name, want in wanted.items():
         array = arrays[name]
@@ -192,7 +234,8 @@ def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
         # The gradients of the parameters are sums of `count` values of about 1.
         size = count if array.ndim == 1 else np.abs(want).max()
         errors = np.abs(got.astype(np.float64) - want)
-        error = (errors if array.ndim == 1 else np.where(decided, errors, 0.0)).max() / size
+        certain = array.ndim == 1 or name == "y"
+        error = (errors if certain else np.where(decided, errors, 0.0)).max() / size
         if not error <= tolerance:
             raise ArithmeticError(f"wrong result: {name} is off by {error:.1e}")
 
@@ -222,6 +265,50 @@ def _expected(case: Case, data: Data, channels: list[int]) -> tuple[dict[str, Ar
     dx = (dy - mean_dy - xhat * mean_dy_xhat) * invstd * weight
     gradients = {"dx": dx, "dweight": dweight, "dbias": dbias}
     return gradients | ({"dresidual": dy} if case.has_residual else {}), value
+
+
+def _expected_of_step(
+    case: Case, data: Data, channels: list[int]
+) -> tuple[dict[str, Array], Array]:
+    """The same of a step, for what is normalized together by a mask, in batches or in groups."""
+    n, _, height, width = case.shape
+    members = [c // case.group * case.group + k for c in channels for k in range(case.group)]
+    chosen = [i * case.group + c % case.group for i, c in enumerate(channels)]
+    # Batches, samples of a batch, groups, channels of a group, image: sums are over a cell.
+    cells = n // case.batch, case.batch, len(channels), case.group, height, width
+    axes = (1, 3, 4, 5)
+
+    def in_cells(array: Array) -> Array:
+        return array[:, members].astype(np.float64).reshape(cells)
+
+    def of_channels(array: Array) -> Array:
+        return array.reshape(n, len(members), height, width)[:, chosen]
+
+    def mean(array: Array) -> Array:
+        return (array * valid).sum(axes, keepdims=True) / count
+
+    weight, bias = (v[members].reshape(1, 1, *cells[2:4], 1, 1) for v in (data.weight, data.bias))
+    valid = np.ones(cells, bool)
+    if case.masked:
+        valid &= data.mask.reshape(*cells[:2], 1, 1, height, width)
+    count = valid.sum(axes, keepdims=True)
+    x = in_cells(data.x)
+    centred = x - mean(x)
+    invstd = 1 / np.sqrt(mean(centred**2) + EPS)
+    xhat = centred * invstd
+    value = (xhat * weight + bias) * valid
+    if case.has_residual:
+        value += in_cells(data.residual)
+    dy = in_cells(data.dy) * valid * (value > 0.0 if case.activated else 1.0)
+    gradient = dy * weight
+    dx = (gradient - mean(gradient) - xhat * mean(gradient * xhat)) * invstd * valid
+    wanted = {
+        "y": of_channels(np.maximum(value, 0.0) if case.activated else value),
+        "dx": of_channels(dx),
+        "dweight": (dy * xhat).sum((0, 1, 4, 5)).reshape(-1)[chosen],
+        "dbias": dy.sum((0, 1, 4, 5)).reshape(-1)[chosen],
+    }
+    return wanted, of_channels(value)
 
 
 # The shapes.

@@ -13,7 +13,7 @@ from typing import Any
 from _selfbench.sampling import DISTURBED
 
 from bench.calls import ADD, ROUNDS, SHAPE
-from bench.cases import ACTIVATED, CALL, OPERATIONS, PRODUCTS
+from bench.cases import ACTIVATED, CALL, OPERATIONS, PRODUCTS, STEPS
 from bench.figures import (
     Figures,
     Key,
@@ -47,6 +47,7 @@ from bench.picture import draw, draw_peers
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
+NAMES = {**OPERATIONS, **STEPS}
 # What a call with an activation is held against beside floor and peers.
 BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
@@ -128,7 +129,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
             for layout in LAYOUT_NAMES:
                 paragraphs += [
                     section
-                    for operation in OPERATIONS
+                    for operation in NAMES
                     if (section := _section(figures, threads, dtype, operation, layout))
                 ]
         paragraphs.append(_products(figures, threads))
@@ -358,10 +359,10 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
     if keys[0].case.fresh:
         header.insert(4, "fastbn / out=")
         last.insert(4, "")
-    if keys[0].case.activated:
+    if keys[0].case.operation in ACTIVATED:
         header[5:5] = ["fastbn / without", "fastbn / unfused"]
         last[5:5] = beside
-    name = OPERATIONS[operation]
+    name = NAMES[operation]
     title = f"## {name[0].upper()}{name[1:]}{LAYOUT_NAMES[layout]}, {dtype}"
     if figures.device == "cpu":
         title += f", {threads} threads"
@@ -378,7 +379,7 @@ def _row(figures: Figures, key: Key, layout: str) -> list[str]:
     if key.case.fresh:
         cells.append(_number(over_out(figures, key, layout)))
     cells.append(_number(ratio(ours, floor)))
-    if key.case.activated:
+    if key.case.operation in ACTIVATED:
         cells += [_number(ratio_of(figures, key, layout)) for ratio_of in BESIDE]
     return [
         *cells,

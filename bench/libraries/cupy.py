@@ -26,6 +26,7 @@ class Library(library.Library):
 
     def variants(self, case: Case) -> list[str]:
         require(case.operation != CALL, "a call is asked of layers only")
+        require(not case.step, "not measured in steps")
         return ["nchw"]
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:

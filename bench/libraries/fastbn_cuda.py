@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import cupy
 
 import fastbn
 from bench import library
-from bench.cases import CALL, EPS, MOMENTUM, Case, Data
+from bench.cases import CALL, EPS, GHOST_BATCH, GROUPS, MOMENTUM, Case, Data
 from bench.libraries import _cupy
 from bench.library import PreparedCall
 from fastbn import functional
@@ -17,8 +19,12 @@ from fastbn import functional
 class Library(library.Library):
     """fastbn in both memory layouts."""
 
-    api = "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward)"
+    api = (
+        "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward); "
+        "steps: the layer and its backward"
+    )
     buffers = "preallocated: out= another array"
+    activates = True
 
     def versions(self) -> dict[str, str]:
         return {"fastbn": fastbn.__version__, "cupy": cupy.__version__}
@@ -27,6 +33,11 @@ class Library(library.Library):
         return ["nchw"] if case.operation == CALL else ["nchw", "nhwc"]
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
+        if case.step:
+            call = step(case, variant, data)
+            names = "y", "dx", "dweight", "dbias"
+            result = partial(_cupy.looked_at, names)
+            return PreparedCall(call, result, True, sample_ns=_cupy.timed(call))
         layer = fastbn.BatchNorm2d(
             case.shape[1], EPS, MOMENTUM, device="cuda", dtype=data.weight.dtype
         ).train(not case.evaluation)
@@ -53,3 +64,34 @@ class Library(library.Library):
 
     def release(self) -> None:
         _cupy.release()
+
+
+def step(case: Case, variant: str, data: Data) -> Callable[[], tuple[Any, ...]]:
+    """A forward and a backward of a layer, whose results are those since the last call."""
+    channels, options = case.shape[1], {"device": "cuda", "dtype": data.weight.dtype}
+    if case.operation == "step_instance":
+        layer = fastbn.InstanceNorm2d(channels, EPS, affine=True, **options)
+    elif case.operation == "step_group":
+        layer = fastbn.GroupNorm(GROUPS, channels, EPS, **options)
+    else:
+        ghosts = GHOST_BATCH if case.operation == "step_ghosts" else None
+        activation = "relu" if case.activated else None
+        options |= {"ghost_batch_size": ghosts, "activation": activation}
+        layer = fastbn.BatchNorm2d(channels, EPS, MOMENTUM, **options)
+    for name in ("weight", "bias"):
+        getattr(layer, name)[...] = cupy.asarray(getattr(data, name))
+    x, dy = (_cupy.on_device(array, variant) for array in (data.x, data.dy))
+    y, dx = cupy.zeros_like(x), cupy.zeros_like(x)
+    given = {}
+    if case.masked:
+        given["mask"] = cupy.asarray(data.mask)
+    if case.has_residual:
+        given["residual"] = _cupy.on_device(data.residual, variant)
+
+    def call() -> tuple[Any, ...]:
+        layer.zero_grad()
+        layer(x, out=y, **given)
+        layer.backward(dy, out=dx)
+        return y, dx, layer.weight_grad, layer.bias_grad
+
+    return call

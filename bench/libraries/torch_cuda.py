@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from bench import library
-from bench.cases import CALL, EPS, MOMENTUM, Case, Data
+from bench.cases import CALL, EPS, GROUPS, MOMENTUM, Case, Data
 from bench.libraries._device import OnDevice, calls_of, sampler
-from bench.libraries.torch import as_array, as_tensor
-from bench.library import PreparedCall
+from bench.libraries.torch import Activated, as_array, as_tensor
+from bench.library import PreparedCall, require
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -21,8 +21,12 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 class Library(library.Library):
     """torch.nn.BatchNorm2d in both memory formats."""
 
-    api = "torch.nn.BatchNorm2d; backward: torch.autograd.grad with retain_graph"
+    api = (
+        "torch.nn.BatchNorm2d; backward: torch.autograd.grad with retain_graph; "
+        "steps: the module, += and torch.relu_, and torch.autograd.grad"
+    )
     buffers = "allocates its output: torch's batch norm takes no out"
+    activates = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -33,6 +37,8 @@ class Library(library.Library):
         return {**versions, "cudnn": str(torch.backends.cudnn.version())}
 
     def variants(self, case: Case) -> list[str]:
+        require(not case.masked, "torch has no masks")
+        require(case.operation != "step_ghosts", "torch has no ghost batches")
         return ["nchw"] if case.operation == CALL else ["nchw", "nhwc"]
 
     def layer(self, module: torch.nn.Module) -> Any:
@@ -40,12 +46,15 @@ class Library(library.Library):
         return module
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
-        module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
+        module = normalization(case)
         for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
+            if getattr(module, name, None) is not None:
+                getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
         module = module.to("cuda", as_tensor(data.weight).dtype).train(not case.evaluation)
-        layer = self.layer(module)
+        layer = self.layer(Activated(module) if case.activated else module)
         x = on_device(data.x, variant)
+        if case.step:
+            return self.step(case, variant, data, layer, [x, module.weight, module.bias])
         if case.operation == CALL:
             self.mode.enter_context(torch.inference_mode())
             return PreparedCall(partial(layer, x), lambda y: looked_at(("y",), (y,)), False)
@@ -71,9 +80,36 @@ class Library(library.Library):
             sample_ns=timed(call, side),
         )
 
+    def step(
+        self, case: Case, variant: str, data: Data, layer: Any, of: list[torch.Tensor]
+    ) -> PreparedCall:
+        """A forward and its backward."""
+        inputs = [of[0].requires_grad_()]
+        if case.has_residual:
+            inputs.append(on_device(data.residual, variant).requires_grad_())
+        dy, names = on_device(data.dy, variant), ("y", "dx", "dweight", "dbias")
+
+        def call() -> tuple[torch.Tensor, ...]:
+            y = layer(*inputs)
+            gradients = torch.autograd.grad(y, [*of, *inputs[1:]], dy)
+            return y.detach(), *gradients[:3]
+
+        result = partial(looked_at, names)
+        return PreparedCall(call, result, False, sample_ns=timed(call))
+
     def release(self) -> None:
         self.mode.close()
         torch.cuda.empty_cache()
+
+
+def normalization(case: Case) -> torch.nn.Module:
+    """The module of a case."""
+    channels = case.shape[1]
+    if case.operation == "step_instance":
+        return torch.nn.InstanceNorm2d(channels, eps=EPS, affine=True)
+    if case.operation == "step_group":
+        return torch.nn.GroupNorm(GROUPS, channels, eps=EPS)
+    return torch.nn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM)
 
 
 def on_device(array: Any, variant: str) -> torch.Tensor:

@@ -37,7 +37,8 @@ import fastbn
 from fastbn import functional as F
 
 # Channels that fit a block of a GPU, a cluster of blocks, and neither; runs that are whole chunks
-# of 16 bytes or not; more and fewer channels than a strip of columns has.
+# of 16 bytes or not; more and fewer channels than a strip of columns has; strips of columns that
+# stay on chip.
 SHAPES = [
     (4, 3),
     (3, 2, 5),
@@ -50,6 +51,7 @@ SHAPES = [
     (5, 1, 131, 127),
     (260, 70, 1, 1),
     (90, 70, 3, 3),
+    (5, 512, 3, 3),
 ]
 PIECES = [(68, 2, 32, 32), (9, 2, 81, 79)]
 LARGE = [(150, 2, 96, 96), (40, 6, 32, 32), (3, 5, 131, 127), (2, 1, 300, 300), (700, 300, 1, 1)]

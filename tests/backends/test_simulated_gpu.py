@@ -16,14 +16,15 @@ from fastbn.backends.cuda import launch, plan
 if not SIMULATED:
     pytest.skip("a real GPU is under test", allow_module_level=True)
 
-# In blocks, in clusters, in pieces, in strips of columns, and element by element with chunks that
-# have several channels.
+# In blocks, in clusters, in pieces, in strips of columns, element by element with chunks that have
+# several channels, and in strips that stay on chip.
 CASES = [
     (0, (5, 33, 7, 7)),
     (0, (68, 2, 32, 32)),
     (1, (68, 2, 32, 32)),
     (0, (260, 70, 1, 1)),
     (0, (90, 70, 3, 3)),
+    (0, (5, 512, 3, 3)),
 ]
 OTHER_CLUSTERS = [(0, (8, 8, 32, 32))]
 IN_ORDER, BACKWARDS, SHUFFLED, SHUFFLED_AGAIN = range(4)
@@ -119,6 +120,24 @@ def test_the_argument_of_a_kernel_is_as_long_as_its_structure(masked, in_batches
     function = launch.module(0, 1, masked, in_batches).get_function("normalize")
     packed = launch.JOB.size + masked * launch.MASK.size + in_batches * launch.BATCHES.size
     assert ctypes.c_longlong.in_dll(function.own.library, "job_bytes").value == packed
+
+
+# A device with clusters, and one without.
+@pytest.mark.parametrize("device", [0, 1])
+@pytest.mark.parametrize("kind", ["moments", "products"])
+def test_strips_of_channels_stay_on_chip_where_all_fit_the_multiprocessors(kind, device):
+    def stays(rows, channels, *, masked=False):
+        x = channels_last(np.zeros((rows, channels, 1, 1), np.float32))
+        g = plan.geometry(to_gpu(x), None)._replace(row_layout=False, masked=masked)
+        return plan.reduction_of(kind, g).resident is not None
+
+    with cupy.cuda.Device(device):
+        assert stays(45, 512)
+        assert stays(500, 1024)
+        assert not stays(45, 512, masked=True)
+        assert not stays(45, 510)  # where a row is no multiple of a chunk
+        assert not stays(45, 64)  # which few multiprocessors would compute
+        assert not stays(9000, 512)
 
 
 # What is broken, where it runs, and what tells.

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastbn
+
 ROOT = Path(__file__).parents[2]
 IN_PLACE = {"eval_inplace", "train_inplace", "backward_inplace"}
 FRESH = {"eval_fresh", "train_fresh", "backward_fresh"}
@@ -204,6 +206,66 @@ def test_rounding_may_decide_the_derivative_where_the_value_is_near_0(bench, nea
     else:
         with pytest.raises(ArithmeticError, match="dresidual"):
             cases.check(case, data, arrays)
+
+
+STEPS = ["step", "step_masked", "step_ghosts", "step_instance", "step_group"]
+STEPS += ["step_relu", "step_add_relu"]
+
+
+def results_of_step(bench, case, data, of):
+    """What fastbn gives on the CPU for a case, or for another that its results are held against."""
+    cases = bench("cases")
+    channels, options = case.shape[1], {}
+    if of == "step_instance":
+        layer = fastbn.InstanceNorm2d(channels, affine=True)
+    elif of == "step_group":
+        layer = fastbn.GroupNorm(cases.GROUPS, channels)
+    else:
+        ghosts = cases.GHOST_BATCH if of == "step_ghosts" else None
+        activation = "relu" if of.endswith("relu") else None
+        layer = fastbn.BatchNorm2d(channels, ghost_batch_size=ghosts, activation=activation)
+    layer.weight[...], layer.bias[...] = data.weight, data.bias
+    if of == "step_masked":
+        options["mask"] = data.mask
+    if of == "step_add_relu":
+        options["residual"] = data.residual
+    y = layer(data.x, **options)
+    dx = layer.backward(data.dy)
+    dx = dx[0] if of == "step_add_relu" else dx
+    return {"y": y, "dx": dx, "dweight": layer.weight_grad, "dbias": layer.bias_grad}
+
+
+@pytest.mark.parametrize("other", STEPS)
+@pytest.mark.parametrize("operation", STEPS)
+def test_a_step_is_right_where_it_is_the_one_that_was_asked_for(bench, operation, other):
+    cases = bench("cases")
+    case = cases.Case(operation, (16, 64, 5, 4), "float32")
+    data = cases.Data(case)
+    results = results_of_step(bench, case, data, other)
+    if operation == other:
+        cases.check(case, data, results)
+        return
+    with pytest.raises(ArithmeticError, match="wrong result"):
+        cases.check(case, data, results)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("operation", STEPS)
+def test_a_step_on_a_gpu_is_right_in_every_call(bench, operation, layout):
+    importlib.import_module("gpu")  # a simulated one, or CuPy's
+    cases = bench("cases")
+    case = cases.Case(operation, (16, 64, 5, 4), "float32")
+    data = cases.Data(case)
+    call = bench("libraries.fastbn_cuda").step(case, layout, data)
+    for _ in range(2):
+        results = [array.get() for array in call()]
+        cases.check(case, data, dict(zip(("y", "dx", "dweight", "dbias"), results, strict=True)))
+
+
+def test_steps_are_for_a_gpu(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("__main__").main(["--steps"])
+    assert "--device cuda" in capsys.readouterr().err
 
 
 def test_a_matrix_product_comes_right_before_every_call(bench, monkeypatch):

@@ -224,7 +224,7 @@ struct Job {
     i64 n, c, s;
     i64 size;                      /* elements in all */
     i64 splits;                    /* pieces of a channel, or of the rows of a matrix */
-    i64 chunks;                    /* row layout: chunks that a run can touch */
+    i64 chunks;                    /* chunks that a run can touch, or of a strip that stays on chip */
     i64 step, step_chunks;         /* row layout: elements of whole samples, and chunks, that as
                                       many chunks as a block has threads are */
     i64 width, height;             /* columns: of the matrix; a row is a multiple of a chunk */
@@ -555,11 +555,21 @@ template <typename Sums> __device__ Sums merge_block(const Sums &own)
 #if CLUSTER > 1
 #define CLUSTER_OF_BLOCKS __cluster_dims__(CLUSTER, 1, 1)
 
-/* All blocks of a cluster merged, in the first warp of each. No block may end before
- * `leave_cluster`. */
-template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
+template <typename Sums> __device__ Sums read_sums_from_block(const Sums *sums, int rank)
 {
     constexpr int DOUBLES = sizeof(Sums) / sizeof(double);
+    Sums other;
+#pragma unroll
+    for (int i = 0; i < DOUBLES; i++)
+        reinterpret_cast<double *>(&other)[i] =
+            read_from_block(reinterpret_cast<const double *>(sums) + i, rank);
+    return other;
+}
+
+/* All blocks of a cluster merged, in the first warp of each. No block may end, nor merge again,
+ * before `leave_cluster`. */
+template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
+{
     __shared__ Sums mine;
     if (threadIdx.x == 0)
         mine = own;
@@ -567,11 +577,42 @@ template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
     cluster_wait();
     Sums other = {};
     if (threadIdx.x < CLUSTER)
-        for (int i = 0; i < DOUBLES; i++)
-            reinterpret_cast<double *>(&other)[i] =
-                read_from_block(reinterpret_cast<const double *>(&mine) + i, threadIdx.x);
+        other = read_sums_from_block(&mine, threadIdx.x);
     cluster_arrive();
     return threadIdx.x < 32 ? merge_warp(other) : other;
+}
+
+/* One thread of each block merges what it has of a column with what the others have. */
+__device__ Moments merge_from_blocks(const Moments *own)
+{
+    const Moments first = read_sums_from_block(own, 0);
+    Around sums(first, first.mean);
+#pragma unroll
+    for (int rank = 1; rank < CLUSTER; rank++)
+        sums.add(Around(read_sums_from_block(own, rank), first.mean));
+    return sums.moments(first.mean);
+}
+
+__device__ Products merge_from_blocks(const Products *own)
+{
+    Products sums = read_sums_from_block(own, 0);
+#pragma unroll
+    for (int rank = 1; rank < CLUSTER; rank++)
+        sums = merge(sums, read_sums_from_block(own, rank));
+    return sums;
+}
+
+/* The same as `merge_cluster` of each of the first `count` threads by itself, COUNT at most. */
+template <int COUNT, typename Sums> __device__ Sums merge_cluster_each(const Sums &own, int count)
+{
+    __shared__ Sums mine[COUNT];
+    if (threadIdx.x < count)
+        mine[threadIdx.x] = own;
+    cluster_arrive();
+    cluster_wait();
+    const Sums sums = threadIdx.x < count ? merge_from_blocks(mine + threadIdx.x) : own;
+    cluster_arrive();
+    return sums;
 }
 
 __device__ void leave_cluster()
@@ -582,6 +623,11 @@ __device__ void leave_cluster()
 #define CLUSTER_OF_BLOCKS
 
 template <typename Sums> __device__ Sums merge_cluster(const Sums &own)
+{
+    return own;
+}
+
+template <int COUNT, typename Sums> __device__ Sums merge_cluster_each(const Sums &own, int)
 {
     return own;
 }
@@ -1240,6 +1286,292 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_of_columns(LAUNCHE
     }
     put_columns(job, strip, sums);
 }
+
+/* ------------------------------------------------------------------ strips that stay on chip
+ *
+ * Where every column is a channel, a cluster of blocks reads a strip of columns once: each block
+ * keeps a piece of their rows in shared memory. Column t of the strip is merged by thread t. */
+
+#if !WITH_MASK
+constexpr int STRIP_COLUMNS = STRIP * V;
+
+/* Where a thread is, in a strip of job.chunks chunks. */
+struct ResidentStrip {
+    int width;      /* of the strip, in chunks: a power of two */
+    int lanes;      /* threads that take rows of one chunk's columns, in turn */
+    i64 column;     /* of its chunk, in chunks */
+    i64 first, end; /* rows of the block */
+    i64 row;        /* the first of the thread; `end` if its chunk is beyond the array */
+    i64 channel;    /* that it merges, if any */
+    bool inside, merges;
+    int slots; /* chunks of an array that a block can have */
+
+    __device__ ResidentStrip(const Job &job)
+    {
+        const i64 strip = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+        width = int(job.chunks);
+        lanes = blockDim.x / width;
+        column = strip * width + threadIdx.x % width;
+        inside = column < job.width / V;
+        first = quotient(job.height * rank, CLUSTER);
+        end = quotient(job.height * (rank + 1), CLUSTER);
+        row = inside ? first + threadIdx.x / width : end;
+        channel = strip * columns() + threadIdx.x;
+        merges = threadIdx.x < columns() && channel < job.c;
+        slots = (int(quotient(job.height, CLUSTER)) + 1) * width;
+    }
+
+    __device__ int columns() const
+    {
+        return width * V;
+    }
+
+    __device__ i64 index(const Job &job, i64 row) const
+    {
+        return row * (job.width / V) + column;
+    }
+};
+
+template <typename Value> __device__ Value of_other_lane(Value value, int lanes_away)
+{
+    return Value(__shfl_xor_sync(~0u, value, lanes_away));
+}
+
+/* Adds up what the lanes of a warp have of the same columns; the first of each chunk puts it where
+ * `sums_of_warps` finds it. */
+template <typename Sum>
+__device__ void put_sums(const ResidentStrip &strip, Sum (&sums)[V], Sum *of_warps)
+{
+#pragma unroll
+    for (int lane = 16; lane; lane >>= 1)
+        if (lane >= strip.width)
+#pragma unroll
+            for (int i = 0; i < V; i++)
+                sums[i] += of_other_lane(sums[i], lane);
+    const int lane = threadIdx.x % 32;
+    if (lane < strip.width)
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            of_warps[(threadIdx.x / 32 * strip.width + lane) * V + i] = sums[i];
+}
+
+template <typename Sum>
+__device__ Sum sums_of_warps(const ResidentStrip &strip, int column, const Sum *of_warps)
+{
+    Sum sum = Sum(0);
+    for (int warp = 0; warp < blockDim.x / 32; warp++)
+        sum += of_warps[warp * strip.columns() + column];
+    return sum;
+}
+
+/* Calls `take(slot)` for every row of a thread, of TAKEN rows at most between two `pause()`. */
+template <int TAKEN, typename Take, typename Pause>
+__device__ void for_rows(const ResidentStrip &strip, Take take, Pause pause)
+{
+    int slot = threadIdx.x;
+    for (i64 row = strip.row; row < strip.end;) {
+#pragma unroll
+        for (int u = 0; u < TAKEN; u++, row += strip.lanes, slot += blockDim.x)
+            if (row < strip.end)
+                take(slot);
+        pause();
+    }
+}
+
+/* The moments of the column that a thread merges, around the mean of the first rows of all threads.
+ * `start` is the first row of the block. */
+template <bool SCALED>
+__device__ Moments moments_of_resident(const Job &job, const ResidentStrip &strip,
+                                       Chunk *resident, const Chunk &start)
+{
+    const int warps = blockDim.x / 32;
+    double *sums_at = reinterpret_cast<double *>(resident + strip.slots);
+    double *squares_at = sums_at + warps * strip.columns();
+    Real *starts_at = reinterpret_cast<Real *>(squares_at + warps * strip.columns());
+    __shared__ Real pivots[STRIP_COLUMNS];
+    Real pivot[V], sum[V] = {}, squares[V] = {};
+    int slot = threadIdx.x;
+#pragma unroll
+    for (int u = 0; u < TILE; u++, slot += blockDim.x)
+        if (strip.row + u * strip.lanes < strip.end)
+#pragma unroll
+            for (int i = 0; i < V; i++)
+                sum[i] += scaled<SCALED>(resident[slot].of[i]) - scaled<SCALED>(start.of[i]);
+    put_sums(strip, sum, starts_at);
+    __syncthreads();
+    const i64 rows = strip.end - strip.first, started = TILE * strip.lanes;
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        const int column = threadIdx.x % strip.width * V + i;
+        pivot[i] = scaled<SCALED>(start.of[i]) +
+                   sums_of_warps(strip, column, starts_at) / Real(rows < started ? rows : started);
+        if (threadIdx.x < strip.width)
+            pivots[column] = pivot[i];
+        sum[i] = Real(0);
+    }
+    double sum_all[V] = {}, squares_all[V] = {};
+    for_rows<STRIP_TILE>(
+        strip,
+        [&](int slot) {
+            const Chunk x = resident[slot];
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                const Real deviation = scaled<SCALED>(x.of[i]) - pivot[i];
+                sum[i] += deviation;
+                squares[i] += deviation * deviation;
+            }
+        },
+        [&] {
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                sum_all[i] += double(sum[i]), squares_all[i] += double(squares[i]);
+                sum[i] = squares[i] = Real(0);
+            }
+        });
+    put_sums(strip, sum_all, sums_at);
+    put_sums(strip, squares_all, squares_at);
+    __syncthreads();
+    Moments own = {};
+    if (threadIdx.x < strip.columns()) {
+        const double up = SCALED ? UP : 1.0;
+        Around sums({double(rows)}, 0.0);
+        sums.sum = sums_of_warps(strip, threadIdx.x, sums_at) * up;
+        sums.squares = sums_of_warps(strip, threadIdx.x, squares_at) * up * up;
+        own = sums.moments(pivots[threadIdx.x] * up);
+    }
+    return merge_cluster_each<STRIP_COLUMNS>(own, strip.columns());
+}
+
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 1)
+forward_of_strip(LAUNCHED_JOB)
+{
+    OWN_JOB
+    extern __shared__ Chunk resident[];
+    const ResidentStrip strip(job);
+    int slot = threadIdx.x;
+    for (i64 row = strip.row; row < strip.end; row += strip.lanes, slot += blockDim.x)
+        fetch(job, resident + slot, job.x, strip.index(job, row));
+    Chunk start = {};
+    if (strip.inside && strip.first < strip.end)
+        start = load(job, job.x, strip.index(job, strip.first));
+    /* What the merging threads will need is read while the elements are on their way. */
+    double weight = 1.0, bias = 0.0;
+    Running running = {};
+    if (strip.merges) {
+        weight = at(job.weight, strip.channel, 1.0);
+        bias = at(job.bias, strip.channel);
+        running = Running::of(job, strip.channel);
+    }
+    __shared__ bool again;
+    if (threadIdx.x == 0)
+        again = false;
+    arrived();
+    __shared__ Affine coefficients[STRIP_COLUMNS];
+    const auto finish = [&](const Moments &moments) {
+        if (strip.merges)
+            coefficients[threadIdx.x] =
+                Affine::of(moments.mean, invstd_of(job, moments), weight, bias);
+        __syncthreads();
+    };
+    Moments moments = moments_of_resident<false>(job, strip, resident, start);
+    if (strip.merges && overflown(moments))
+        again = true;
+    finish(moments);
+    if (again) { /* in all blocks of the cluster, which have the same bits */
+        leave_cluster();
+        moments = moments_of_resident<true>(job, strip, resident, start);
+        finish(moments);
+    }
+    if (job.out != nullptr) {
+        Affine affine[V];
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            affine[i] = coefficients[threadIdx.x % strip.width * V + i];
+        slot = threadIdx.x;
+        for (i64 row = strip.row; row < strip.end; row += strip.lanes, slot += blockDim.x) {
+            const Chunk x = resident[slot];
+            const Chunk y = chunk_of([&](int i) { return affine[i](x.of[i]); });
+            store(job, strip.index(job, row), y, FULL);
+        }
+    }
+    if (blockIdx.x % CLUSTER == 0 && strip.merges)
+        publish(job, strip.channel, moments, running);
+    leave_cluster();
+}
+
+extern "C" __global__ void CLUSTER_OF_BLOCKS __launch_bounds__(512, 1)
+backward_of_strip(LAUNCHED_JOB)
+{
+    OWN_JOB
+    extern __shared__ Chunk resident[];
+    const ResidentStrip strip(job);
+    Chunk *of_x = resident + strip.slots;
+    int slot = threadIdx.x;
+    for (i64 row = strip.row; row < strip.end; row += strip.lanes, slot += blockDim.x) {
+        const i64 index = strip.index(job, row);
+        fetch(job, resident + slot, job.dy, index);
+        fetch(job, of_x + slot, job.x, index);
+    }
+    Centre centre[V] = {};
+    if (strip.inside)
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            const i64 channel = strip.column * V + i;
+            centre[i] = centre_of(at(job.mean, channel), at(job.invstd, channel));
+        }
+    arrived();
+    Real first[V] = {}, second[V] = {};
+    double dy_all[V] = {}, dy_xhat_all[V] = {};
+    for_rows<TILE>(
+        strip,
+        [&](int slot) {
+            const Chunk dy = resident[slot], x = of_x[slot];
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                const Real gradient = decode(dy.of[i]);
+                const Real deviation = (decode(x.of[i]) - centre[i].high) - centre[i].low;
+                first[i] += gradient;
+                second[i] += gradient * (deviation * centre[i].invstd);
+            }
+        },
+        [&] {
+#pragma unroll
+            for (int i = 0; i < V; i++) {
+                dy_all[i] += double(first[i]), dy_xhat_all[i] += double(second[i]);
+                first[i] = second[i] = Real(0);
+            }
+        });
+    double *dy_at = reinterpret_cast<double *>(of_x + strip.slots);
+    double *dy_xhat_at = dy_at + blockDim.x / 32 * strip.columns();
+    put_sums(strip, dy_all, dy_at);
+    put_sums(strip, dy_xhat_all, dy_xhat_at);
+    __syncthreads();
+    Products own = {};
+    if (threadIdx.x < strip.columns())
+        own = {sums_of_warps(strip, threadIdx.x, dy_at),
+               sums_of_warps(strip, threadIdx.x, dy_xhat_at)};
+    const Products sums = merge_cluster_each<STRIP_COLUMNS>(own, strip.columns());
+    __shared__ Gradient coefficients[STRIP_COLUMNS];
+    if (strip.merges)
+        coefficients[threadIdx.x] = Gradient::of(job, strip.channel, sums);
+    __syncthreads();
+    if (job.out != nullptr) {
+        Gradient gradient[V];
+#pragma unroll
+        for (int i = 0; i < V; i++)
+            gradient[i] = coefficients[threadIdx.x % strip.width * V + i];
+        slot = threadIdx.x;
+        for (i64 row = strip.row; row < strip.end; row += strip.lanes, slot += blockDim.x) {
+            const Chunk dy = resident[slot], x = of_x[slot];
+            const Chunk dx = chunk_of([&](int i) { return gradient[i](x.of[i], dy.of[i]); });
+            store(job, strip.index(job, row), dx, FULL);
+        }
+    }
+    if (blockIdx.x % CLUSTER == 0 && strip.merges)
+        publish(job, strip.channel, sums);
+    leave_cluster();
+}
+#endif
 
 /* ------------------------------------------------------------------ merging the pieces
  *

@@ -8,6 +8,7 @@ a block sums into one partial sum.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -17,16 +18,27 @@ import numpy as np
 from fastbn.backends.cuda.arrays import Array
 from fastbn.backends.cuda.launch import FORMATS, ITEMSIZES, CompiledFor, Launch, kernel
 
-# The kernels that read a channel once, and those that follow where it is read twice.
+# The kernels that read a channel once, those that read a strip of channels once, and those that
+# follow where it is read twice.
 RESIDENT = {"moments": "forward_resident", "products": "backward_resident"}
+RESIDENT_STRIP = {"moments": "forward_of_strip", "products": "backward_of_strip"}
 ELEMENT_WISE = {"moments": "normalize", "products": "differentiate"}
+# How many arrays a block keeps a part of.
+ARRAYS = {"moments": 1, "products": 2}
 # How much a block should keep of a channel, so that some blocks fit a multiprocessor: while one
-# waits for memory, another computes. With less than the second number, more blocks do not help.
-# With more than the last, a block is alone on its multiprocessor: then a forward had better read
-# twice, but not a backward, which reads two arrays.
-RESIDENT_BYTES, RESIDENT_BYTES_MIN = 56 * 1024, 8 * 1024
-RESIDENT_BYTES_MAX = {"moments": 110 * 1024, "products": 256 * 1024}
-RESIDENT_BYTES_OF_THREAD = 256
+# waits for memory, another computes. More, so that two fit, spares a cluster, or a larger one than
+# two blocks, its waiting. Few blocks are divided down to the third number. With more than the last,
+# a block is alone on its multiprocessor: then a forward had better read twice, but not a backward,
+# which reads two arrays.
+RESIDENT_BYTES, RESIDENT_BYTES_OF_FEW_BLOCKS, RESIDENT_BYTES_MIN = 56 << 10, 106 << 10, 32 << 10
+RESIDENT_BYTES_MAX = {"moments": 110 << 10, "products": 256 << 10}
+# How much of that a thread takes at most; less while multiprocessors have fewer threads than that.
+BYTES_OF_THREAD, BYTES_OF_SPARE_THREAD, THREADS_OF_MULTIPROCESSOR = 256, 100, 1024
+# Strips of columns that stay on chip: their chunks, the wider the better; the blocks that share one
+# and the rows at most, beyond which waiting for each other takes longer than reading twice; and of
+# the multiprocessors the part that is to be busy, whether a block is small or large.
+STRIPS, STRIP_CLUSTER_MAX, STRIP_ROWS_MAX = (4, 2), 4, 8192
+STRIP_BYTES, BUSY_WITH_SMALL, BUSY_WITH_LARGE = 106 << 10, 0.48, 0.9
 # Shorter runs would leave most of a chunk unused, which only small arrays can afford.
 RUN_MIN = 8
 SMALL_BYTES = 1 << 20
@@ -108,7 +120,7 @@ def device_of(index: int) -> Device:
     """The device with a number."""
     device = cupy.cuda.Device(index)
     # Some of it is declared in the source, and some is the system's.
-    shared_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"] - 3072
+    shared_bytes = device.attributes["MaxSharedMemoryPerBlockOptin"] - 4096
     clusters = (1, 2, 4, 8, 16) if int(device.compute_capability) >= 90 else (1,)
     return Device(device.attributes["MultiProcessorCount"], shared_bytes, clusters)
 
@@ -140,7 +152,7 @@ class Reduction(NamedTuple):
 @functools.lru_cache(4096)
 def reduction_of(kind: str, g: Geometry) -> Reduction:
     """The plan for the sums of a kind: moments or products."""
-    resident = resident_of(kind, g) if g.row_layout else None
+    resident = (resident_of(kind, g) if g.row_layout else None) or strip_of(kind, g)
     if resident is not None:
         return Reduction(resident, None, None, 0)
     if g.row_layout and g.s >= RUN_MIN:
@@ -154,20 +166,53 @@ def resident_of(kind: str, g: Geometry) -> Launch | None:
     chunks = chunks_of_run(g)
     if g.s < RUN_MIN and 16 * g.n * g.c * chunks > SMALL_BYTES:
         return None
-    arrays = {"moments": 1, "products": 2}[kind]
     for cluster in device.clusters:
         slots = g.n * chunks // cluster + 1
-        nbytes = 16 * arrays * slots
-        few = g.c * cluster < 2 * device.multiprocessors and nbytes > 2 * RESIDENT_BYTES_MIN
-        if nbytes <= RESIDENT_BYTES and not few:
+        nbytes = 16 * ARRAYS[kind] * slots
+        few = 2 * g.c * cluster < device.multiprocessors and nbytes > RESIDENT_BYTES_MIN
+        enough = RESIDENT_BYTES_OF_FEW_BLOCKS if cluster <= 2 else RESIDENT_BYTES
+        if nbytes <= enough and not few:
             break
     if nbytes > min(device.shared_bytes, RESIDENT_BYTES_MAX[kind]):
         return None
-    threads = 32
-    while threads < 512 and threads * RESIDENT_BYTES_OF_THREAD < nbytes:
-        threads *= 2
+    threads = threads_of(nbytes, g.c * cluster, device)
     function = kernel(RESIDENT[kind], g.compiled_for, cluster, device.shared_bytes)
     return Launch(function, g.c * cluster, threads, nbytes, numbers_of_runs(g, threads, 1))
+
+
+def threads_of(nbytes: int, blocks: int, device: Device) -> int:
+    """The threads of each block, of so many that keep so many bytes."""
+    threads, spare = 32, THREADS_OF_MULTIPROCESSOR * device.multiprocessors // blocks
+    while threads < 512 and (
+        nbytes > threads * BYTES_OF_THREAD
+        or (nbytes > threads * BYTES_OF_SPARE_THREAD and 2 * threads <= spare)
+    ):
+        threads *= 2
+    return threads
+
+
+def strip_of(kind: str, g: Geometry) -> Launch | None:
+    """A launch in which strips of columns stay on chip, where every column is a channel."""
+    device = device_of(g.device)
+    if g.s != 1 or g.c % g.vector or g.n > STRIP_ROWS_MAX or g.masked:
+        return None
+    for strip, cluster in itertools.product(STRIPS, device.clusters):
+        blocks = ceil_div(g.c, strip * g.vector) * cluster
+        kept = 16 * strip * (g.n // cluster + 1)  # bytes of an array
+        threads = max(threads_of(ARRAYS[kind] * kept, blocks, device), strip * g.vector)
+        nbytes = ARRAYS[kind] * kept + sums_of_strip(g, strip, threads)
+        busy = BUSY_WITH_SMALL if kept <= STRIP_BYTES else BUSY_WITH_LARGE
+        fits = nbytes <= device.shared_bytes and cluster <= min(g.n, STRIP_CLUSTER_MAX)
+        if fits and busy * device.multiprocessors <= blocks <= device.multiprocessors:
+            function = kernel(RESIDENT_STRIP[kind], g.compiled_for, cluster, device.shared_bytes)
+            numbers = (g.n, g.c, 1, g.size, 1, strip, 0, 0, g.c, g.n)
+            return Launch(function, blocks, threads, nbytes, numbers)
+    return None
+
+
+def sums_of_strip(g: Geometry, strip: int, threads: int) -> int:
+    """The bytes in which warps exchange two sums of each column, and a first one."""
+    return threads // 32 * strip * g.vector * (16 + max(ITEMSIZES[g.format], 4))
 
 
 def reduction_of_runs(kind: str, g: Geometry) -> Reduction:
