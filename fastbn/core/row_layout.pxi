@@ -1,8 +1,8 @@
 # The row layout: how its kernels are called, which walk the runs of a block.
 
 cdef enum:
-    # Memory is prefetched when it is so many bytes away, of all inputs: hardware prefetches the rest
-    # of a run once a walk has begun it.
+    # Memory is prefetched when it is so many bytes away, of all inputs: what lies further on in a
+    # run is left to the hardware.
     PREFETCH_BYTES = 2048
 
 
