@@ -1,8 +1,7 @@
 /* Sums in float32, for one dtype; dtype.h includes this file.
  *
- * TREE terms of a lane are added in float32 as a balanced tree, fewer one after the other; these
- * sums are added in double.
- * Lanes and trees are the same for every width of a register. */
+ * TREE terms of a lane are added in float32, pair after pair, fewer one after the other; these sums
+ * are added in double. Lanes and trees are the same for every width of a register. */
 
 /* The terms of a tree: steps of LANES elements, `pitch` elements apart or, where they are listed,
  * at the elements `at`. */
