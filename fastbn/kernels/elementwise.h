@@ -81,10 +81,11 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         NAME(store)((to) + last, end); \
     } while (0)
 
-/* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores; the elements before the
- * first of them, and behind the last, by ordinary ones. A run has several lines. */
+/* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores, from the last to the
+ * first if it goes backwards; the elements before the first of them, and behind the last, by
+ * ordinary ones. A run has several lines. */
 #if HAS_NONTEMPORAL
-#  define STREAM_RUN(to, len, AT) \
+#  define STREAM_RUN(to, len, backwards, AT) \
     do { \
         enum { LINE = CACHE_LINE / sizeof(T) }; \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
@@ -93,17 +94,21 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         PREFETCH_TO_WRITE((to) + (len)-1); \
         UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) NAME(store)(line + i, AT(i)); \
         memcpy(to, line, (size_t)head * sizeof(T)); \
-        for (ptrdiff_t i = head; i < end; i += LINE) \
-            UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) { \
-                const VA v = AT(i + j); \
-                copy_register_nontemporal((char *)((to) + i + j), (const char *)&v); \
-            } \
+        STREAM_LINES(to, head, end, backwards, AT); \
         UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
             NAME(store)(line + i, AT((len)-LINE + i)); \
         memcpy((to) + end, line + LINE - ((len)-end), (size_t)((len)-end) * sizeof(T)); \
     } while (0)
+#  define STREAM_LINES(to, begin, end, backwards, AT) \
+    for (ptrdiff_t i = (backwards) ? (end)-LINE : (begin), left = ((end) - (begin)) / LINE; \
+         left > 0; i += (backwards) ? -LINE : LINE, left--) { \
+        VA v[LINE / (sizeof(VA) / sizeof(A))]; \
+        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) v[j / VA_LANES] = AT(i + j); \
+        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
+            copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
+    }
 #else
-#  define STREAM_RUN(to, len, AT) (void)0
+#  define STREAM_RUN(to, len, backwards, AT) (void)0
 #endif
 
 /* Where a kernel writes: straight to the output or, for non-temporal stores of short runs, into a
@@ -116,17 +121,18 @@ enum {
 
 typedef struct {
     T *to;
-    int streams, buffers;
+    int streams, buffers, backwards;
     ptrdiff_t most;             /* elements at a time */
     ptrdiff_t capacity, filled; /* elements of the buffer; PTRDIFF_MAX without one */
     T buffer[NAME(BUFFER)];
 } NAME(writer);
 
-/* For runs of `len` elements. */
+/* For runs of `len` elements, whose lines are streamed backwards or not. */
 ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_t len,
-                               ptrdiff_t most)
+                               ptrdiff_t most, int backwards)
 {
     w->to = to;
+    w->backwards = backwards;
     w->most = most;
     w->streams = NAME(MAY_STREAM) && nontemporal && most == PTRDIFF_MAX &&
                  len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
@@ -170,7 +176,7 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, (len)-i0); \
         if (NAME(MAY_STREAM) && (w)->streams) \
-            STREAM_RUN(to, n, AT); \
+            STREAM_RUN(to, n, (w)->backwards, AT); \
         else \
             STORE_RUN(to, n, AT, ONE); \
         DONE; \
@@ -241,8 +247,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, runs->len,
-                    MOST(fused));
+        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, runs->len, MOST(fused),
+                    follows_closely(y_, x_));
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
             const NAME(beside) beside =
                 NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
@@ -310,7 +316,8 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(writer) w;
-        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, runs->len, PTRDIFF_MAX);
+        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, runs->len, PTRDIFF_MAX,
+                    follows_closely(dx_, x_) || follows_closely(dx_, dy_));
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define DY_AT(i) NAME(fetch)(dy + i0 + (i), prefetch_distance(ahead, i0 + (i)))
 #define X_AT(i) NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i)))
@@ -374,8 +381,55 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
     return (VA_LANES - NAME(unaligned)(to)) % VA_LANES;
 }
 
+/* Whether the rows of a matrix, which are whole lines, are streamed one behind the other. */
+ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, int nontemporal,
+                                     ptrdiff_t most)
+{
+    return NAME(MAY_STREAM) && nontemporal && !masked && most == PTRDIFF_MAX &&
+           matrix->len == matrix->stride && matrix->len % (CACHE_LINE / (ptrdiff_t)sizeof(T)) == 0 &&
+           matrix->rows * matrix->len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
+}
+
+/* Writes such rows like STREAM_RUN. Lines reach over the end of a row into the next one: behind the
+ * coefficients of the last column there are those of the first ones. */
+#if HAS_NONTEMPORAL
+#  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) \
+    do { \
+        enum { LINE = CACHE_LINE / sizeof(T) }; \
+        const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
+        const ptrdiff_t ahead = PREFETCHED; \
+        const uint8_t *mask = NULL; /* there is none */ \
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t tail = (rows * len - head) % LINE; \
+        T line[LINE]; \
+        for (ptrdiff_t n = 0; n < rows; n++) { \
+            const ptrdiff_t r = (backwards) ? rows - 1 - n : n; \
+            const ptrdiff_t row = r * len, end = r + 1 < rows ? head + len : len - tail; \
+            T *to = (T *)(out) + row; \
+            BEGIN; \
+            if (r == 0) { \
+                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) NAME(store)(line + i, AT(i)); \
+                memcpy(to, line, (size_t)head * sizeof(T)); \
+            } \
+            STREAM_LINES(to, head, end, backwards, AT); \
+            if (r + 1 == rows) { \
+                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
+                    NAME(store)(line + i, AT(len - LINE + i)); \
+                memcpy(to + end, line + LINE - tail, (size_t)tail * sizeof(T)); \
+            } \
+        } \
+    } while (0)
+#else
+#  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) (void)0
+#endif
+
 /* Writes the rows of a matrix. The mask of a row is spread over its columns. */
-#define WRITE_ROWS(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE) \
+#define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
+    if (NAME(streams_rows)(matrix, masked, nontemporal, most)) \
+        STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
+    else \
+        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE)
+#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
         const ptrdiff_t ahead = stride * (PREFETCHED / len + 1); \
@@ -387,7 +441,7 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
-                NAME(start)(&w, (T *)(out) + row, nontemporal, len, most); \
+                NAME(start)(&w, (T *)(out) + row, nontemporal, len, most, 0); \
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
@@ -402,6 +456,7 @@ ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const A *of_channel
 {
     memset(to, 0, sizeof(VA));
     SPREAD_A(matrix, of_channel, to);
+    memcpy(to + matrix->len, to, CACHE_LINE); /* for lines that reach into the next row */
 }
 
 ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
@@ -431,7 +486,7 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
                                     scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
-    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), AT, ONE,
+    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), follows_closely(y, x), AT, ONE,
                beside = NAME(beside_of)(fused, epilogue, at + row), KEEP_NOTES(fused));
 #undef AT
 #undef ONE
@@ -508,7 +563,8 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const
            : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
                             dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
                             slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
-    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX, AT, ONE, (void)0, (void)0);
+    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX,
+               follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, (void)0, (void)0);
 #undef AT
 #undef ONE
 #undef REPEATED
@@ -637,7 +693,10 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef MOST
 #undef MASKED_LANES
 #undef MASKED_LANE
+#undef WRITE_ROWS_ONE_BY_ONE
 #undef WRITE_ROWS
+#undef STREAM_ROWS
+#undef STREAM_LINES
 #undef WRITE_RUN
 #undef STREAM_RUN
 #undef STORE_RUN

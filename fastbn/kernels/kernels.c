@@ -11,7 +11,7 @@ enum {
     /* The rows of a matrix that are walked while sums stay in registers. */
     ROWS_SUMMED = FASTBN_TREE,
     /* Columns are prefetched about so many elements ahead. */
-    PREFETCHED = 2048,
+    PREFETCHED = 512,
     BUFFER_BYTES = 4096,
     /* Non-temporal stores of shorter runs go through a buffer: the lines at their ends cost more. */
     STREAM_BYTES = 3072,

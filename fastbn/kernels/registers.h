@@ -173,6 +173,14 @@ ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
     return i < ahead.border ? ahead.near : ahead.jump;
 }
 
+/* Whether an output lies a little behind an input, in the low 12 bits of their addresses. Loads that
+ * follow a store to such an address wait, as if they might read what it has stored. */
+ALWAYS_INLINE int follows_closely(const void *to, const void *from)
+{
+    const uintptr_t distance = ((uintptr_t)to - (uintptr_t)from) % 4096;
+    return 0 < distance && distance <= 256;
+}
+
 /* Copies memory by non-temporal stores, which do not read first what they overwrite. A cache line
  * that is stored in pieces, or in both ways, costs more than an ordinary store: the bytes of the
  * first and the last line, where they are not whole, are stored ordinarily. */
