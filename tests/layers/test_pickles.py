@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import output_of, same_bits
+from support import assert_close, output_of, same_bits
 
 pytestmark = pytest.mark.isa
 
@@ -34,8 +34,10 @@ def check(name):
     assert repr(thing) == entry["repr"]
     values = {key: getattr(thing, key) for key in entry["values"]}
     assert [key for key, value in values.items() if not same(value, entry["values"][key])] == []
-    if "y" in entry:
-        assert same_bits(thing.eval()(entry["x"]), entry["y"])
+    if "y" in entry:  # versions may round differently
+        y, expected = thing.eval()(entry["x"]), entry["y"]
+        assert y.dtype == expected.dtype
+        assert_close(y, expected, 2.0**-8 if y.itemsize == 2 else 2.0**-22)
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name != "SyncBatchNorm"])

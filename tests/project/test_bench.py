@@ -263,6 +263,8 @@ def test_a_step_on_a_gpu_is_right_in_every_call(bench, operation, layout):
 
 
 def test_steps_are_for_a_gpu(bench, capsys):
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit):
         bench("__main__").main(["--steps"])
     assert "--device cuda" in capsys.readouterr().err
