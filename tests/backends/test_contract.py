@@ -559,14 +559,19 @@ def test_the_primitives_compose_to_the_fused_functions(rng, backend, dtype, shap
 
 @by_host_layout
 @masked_shapes
-def test_a_mask_of_nothing_but_true_changes_no_bit(rng, backend, dtype, shape, layout):
+def test_a_mask_of_nothing_but_true_changes_nothing(rng, backend, dtype, shape, layout):
     x, dy = (backend.array(layout(some(rng, shape, dtype))) for _ in range(2))
     results = []
     for mask in (None, backend.xp.ones((shape[0], *[1] * (len(shape) - 1)), bool)):
         y, mean, invstd = F.batch_norm_forward(x, mask=mask)
         gradients = F.batch_norm_backward(dy, x, None, mean, invstd, mask=mask)
         results.append([backend.host(a) for a in (y, mean, invstd, *gradients)])
-    assert all(map(same_bits, *results))
+    if backend.device == "cpu":
+        assert all(map(same_bits, *results))
+    else:  # without a mask, channels-last arrays may stay on chip
+        for actual, expected in zip(*results, strict=True):
+            rounding = {2: 2.0**-8, 4: 2.0**-20, 8: 2.0**-40}[actual.itemsize]
+            support.assert_close(actual, expected, rounding)
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1, 7), (1, 1, 6, 7), (6, 7), (7,), (4, 1, 1, 1), ()])

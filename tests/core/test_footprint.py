@@ -100,5 +100,7 @@ def test_training_in_place_allocates_what_it_sets_aside(
     if (frozen and dtype == "float16") or (activation and not inverts) or added:
         aside = 64  # all of it is kept then
     assert forward < aside * channel + MEGABYTE
-    # Once more for the gradients of some channels, not for those of all.
-    assert backward < aside % 64 * channel + MEGABYTE
+    # Once more for the gradients of some channels, not for those of all; but a frozen layer with an
+    # epilogue has several steps, of which the last may fail.
+    again = 64 if frozen and (activation or added) else aside % 64
+    assert backward < again * channel + MEGABYTE
