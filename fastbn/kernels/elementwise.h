@@ -456,7 +456,8 @@ ALWAYS_INLINE void NAME(spread)(const fastbn_matrix *matrix, const A *of_channel
 {
     memset(to, 0, sizeof(VA));
     SPREAD_A(matrix, of_channel, to);
-    memcpy(to + matrix->len, to, CACHE_LINE); /* for lines that reach into the next row */
+    if (matrix->len >= (ptrdiff_t)(CACHE_LINE / sizeof(A)))
+        memcpy(to + matrix->len, to, CACHE_LINE); /* for lines that reach into the next row */
 }
 
 ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
