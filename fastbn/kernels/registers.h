@@ -340,21 +340,13 @@ ALWAYS_INLINE tree_sum add_tree_sums(tree_sum a, tree_sum b)
     return (tree_sum){a.first + b.first, a.second + b.second};
 }
 
-/* Adds a tree to the lanes of a step that are in its j-th register of floats. */
-ALWAYS_INLINE step_sums add_tree_sum(step_sums sums, int j, tree_sum tree)
-{
-    enum { PIECES = VF / VD };
-    UNROLL for (int k = 0; k < PIECES; k++) {
-        sums.first[j * PIECES + k] += widen_lanes(tree.first, k);
-        sums.second[j * PIECES + k] += widen_lanes(tree.second, k);
-    }
-    return sums;
-}
-
 ALWAYS_INLINE step_sums add_tree(step_sums sums, tree_sums tree)
 {
-    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
-        sums = add_tree_sum(sums, j, tree.of[j]);
+    enum { PIECES = VF / VD };
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        sums.first[j] += widen_lanes(tree.of[j / PIECES].first, j % PIECES);
+        sums.second[j] += widen_lanes(tree.of[j / PIECES].second, j % PIECES);
+    }
     return sums;
 }
 

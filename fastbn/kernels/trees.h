@@ -15,7 +15,7 @@ typedef struct {
 } NAME(terms);
 
 /* The j-th register of the t-th term; the first one prefetches what lies `ahead` elements further
- * on. A tree is added up register by register: those of all its terms would not fit the processor's. */
+ * on. */
 typedef tree_sum NAME(term)(const NAME(terms) *terms, ptrdiff_t t, int j, float_step centre);
 
 ALWAYS_INLINE ptrdiff_t NAME(place)(const NAME(terms) *terms, ptrdiff_t t)
