@@ -6,11 +6,17 @@ cdef enum:
     # Shorter runs of an output are not written by non-temporal stores.
     NONTEMPORAL_RUN_BYTES = 1024
 
-# Half of the third-level cache, which others use too. Non-temporal stores are used where the inputs
-# and the output are larger; what all threads together walk twice should be smaller. A virtual
-# machine may report the cache of a whole socket, of which its neighbours leave it a part: on one
-# that reported 480 MiB, non-temporal copies won from 40 to 48 MiB on.
-cdef Py_ssize_t cache_bytes = min((fastbn_l3_bytes() or 16777216) // 2, 50331648)
+# The third-level cache, as far as it counts. A virtual machine may report the cache of a whole
+# socket, of which its neighbours leave it a part: on one that reported 480 MiB, non-temporal copies
+# won from 40 to 48 MiB on.
+cdef Py_ssize_t l3_bytes = min(fastbn_l3_bytes() or 16777216, 100663296)
+
+# What all threads together walk twice should be smaller than half of it, which others use too.
+cdef Py_ssize_t cache_bytes = l3_bytes // 2
+
+# Non-temporal stores are used where the inputs and the output are larger than this: ordinary ones
+# win as long as nearly all of them stays in the cache.
+cdef Py_ssize_t nontemporal_bytes = min(l3_bytes - l3_bytes // 8, 50331648)
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
@@ -55,7 +61,7 @@ cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
     return (
         job.apply != NULL
         and job.kernels.fence_nontemporal != NULL
-        and (inputs_of(job) + 1) * array_bytes(job) > cache_bytes
+        and (inputs_of(job) + 1) * array_bytes(job) > nontemporal_bytes
         and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
         and job.out != job.x
         and job.out != job.dy
