@@ -105,6 +105,8 @@ cdef extern from "kernels.h" nogil:
         SumProducts *tree_products
         SumColumnMoments *column_tree_moments
         SumColumnProducts *column_tree_products
+        void (*pivots)(const void *x, const Py_ssize_t *at, Py_ssize_t count, Py_ssize_t stride,
+                       Py_ssize_t channels, double *pivot) noexcept nogil
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
                           const Epilogue *epilogue, int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,

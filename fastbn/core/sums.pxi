@@ -43,7 +43,7 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double *m2 = mean + job.cut.c
     if valid.count == 0:
         return
-    if gains_by_float32(job, &valid):
+    if job.in_float32 and valid.count >= MOMENTS_MIN:
         float32_moments(job, &block, &valid, mean, m2)
     else:
         exact_moments(job, &block, &valid, mean, m2)
@@ -96,19 +96,16 @@ cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
 # ------------------------------------------------------------------ sums in float32
 
 cdef enum:
-    # Blocks of fewer valid positions are summed in float64: few rounding errors do not average out,
-    # and looking for a pivot costs as much as is gained.
-    FLOAT32_MIN = 512
+    # Moments of fewer valid positions are summed in float64: rounding errors of few numbers do not
+    # average out, and looking for a pivot costs as much as is gained. Products have their pivot.
+    MOMENTS_MIN = 512
+    PRODUCTS_MIN = 128
     # The positions among whose elements a pivot is looked for.
     PIVOT_SAMPLES = 16
 
 # Sums of squares, or of products, below this, for each element, have lost bits of terms that
 # float32 does not hold.
 cdef double FLOAT32_TINY = 2.0 ** -100
-
-
-cdef bint gains_by_float32(const Job *job, const BlockValid *valid) noexcept nogil:
-    return job.in_float32 and valid.count >= FLOAT32_MIN
 
 
 cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,
@@ -151,29 +148,17 @@ cdef void find_pivots(const Job *job, const Block *block, const BlockValid *vali
                       double *pivot) noexcept nogil:
     """Of a few valid elements of each channel the one that is next to their mean.
 
-    They lie an odd number of positions apart, all over the block. Deviations from an element are
-    exact for numbers of few digits, such as 16-bit ones.
+    They lie an odd number of positions apart, all over the block.
     """
-    cdef double mean[COLUMNS]
-    cdef double element[COLUMNS]
     cdef Py_ssize_t at[PIVOT_SAMPLES]
-    cdef Py_ssize_t c, i, count = 1, channels = block.c1 - block.c0
+    cdef Py_ssize_t i, position, count = 1
     cdef Py_ssize_t step = samples_of(job, block) * block.length // (PIVOT_SAMPLES + 1) | 1
-    at[0] = valid.first
+    at[0] = element_of(job, block, valid.first)
     for i in range(1, PIVOT_SAMPLES):
-        at[count] = position_of(job, block, i * step)
-        count += job.mask == NULL or job.mask[at[count]] != 0
-    memset(mean, 0, channels * sizeof(double))
-    for i in range(count):
-        read_channels(job, block, at[i], element)
-        for c in range(channels):
-            mean[c] += element[c] / count if isfinite(element[c]) else 0.0
-    memset(pivot, 0, channels * sizeof(double))
-    for i in range(count):
-        read_channels(job, block, at[i], element)
-        for c in range(channels):
-            if fabs(element[c] - mean[c]) < fabs(pivot[c] - mean[c]) or i == 0:
-                pivot[c] = element[c] if isfinite(element[c]) else pivot[c]
+        position = position_of(job, block, i * step)
+        at[count] = element_of(job, block, position)
+        count += job.mask == NULL or job.mask[position] != 0
+    job.kernels.pivots(job.x, at, count, job.cut.s, block.c1 - block.c0, pivot)
 
 
 cdef Py_ssize_t position_of(const Job *job, const Block *block, Py_ssize_t i) noexcept nogil:
@@ -250,7 +235,7 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept n
     read_vector(&job.mean, &block, mean)
     if job.raw_dy != NULL:
         derive_block(job, &block)
-    if gains_by_float32(job, &valid):
+    if job.in_float32 and valid.count >= PRODUCTS_MIN:
         float32_products(job, &block, &valid, mean, first, second)
     else:
         job.sum_block(job, &block, False, mean, first, second)

@@ -303,21 +303,20 @@ static void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_
 #define SPREAD_A spread_float
 #include "dtype.h"
 
-#define KERNELS(dtype, tree) \
+#define KERNELS(dtype, tree, pivots) \
     { \
         load_as_double_##dtype, store_from_double_##dtype, moments_##dtype, products_##dtype, \
             column_moments_##dtype, column_products_##dtype, tree##moments_##dtype, \
             tree##products_##dtype, column_##tree##moments_##dtype, \
-            column_##tree##products_##dtype, normalize_##dtype, gradient_##dtype, \
+            column_##tree##products_##dtype, pivots, normalize_##dtype, gradient_##dtype, \
             column_normalize_##dtype, column_gradient_##dtype, gate_bounds_##dtype, \
-            activation_gradient_##dtype, count_valid, invstd, \
-            FENCE_NONTEMPORAL \
+            activation_gradient_##dtype, count_valid, invstd, FENCE_NONTEMPORAL \
     }
 
 const fastbn_isa PASTE(fastbn_isa_, ISA) = {
     STRING(ISA),
-    KERNELS(float32, tree_),
-    KERNELS(float64, ),
-    KERNELS(float16, tree_),
-    KERNELS(bfloat16, tree_),
+    KERNELS(float32, tree_, pivots_float32),
+    KERNELS(float64, , NULL),
+    KERNELS(float16, tree_, pivots_float16),
+    KERNELS(bfloat16, tree_, pivots_bfloat16),
 };

@@ -137,6 +137,12 @@ typedef struct {
     fastbn_column_moments *column_tree_moments;
     fastbn_column_products *column_tree_products;
 
+    /* pivot = a finite number near the mean of each channel, found in `count` of its elements: those
+     * of the first channel are the elements `at` of x, of the next one the elements `stride` further
+     * on. NULL for float64. */
+    void (*pivots)(const void *x, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
+                   ptrdiff_t channels, double *pivot);
+
     /* The epilogue and the gate may be NULL; with a gate there is no mask. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,
                       const fastbn_epilogue *epilogue, int nontemporal);

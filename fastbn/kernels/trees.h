@@ -97,6 +97,51 @@ ALWAYS_INLINE tree_sums NAME(add_in_turn)(NAME(term) *term, tree_sums tree,
     return tree;
 }
 
+/* A pivot for each channel: of the elements `at`, which those of the next channel follow `stride`
+ * elements further on, the one that is next to their mean. Deviations from an element are exact for
+ * numbers of few digits, such as 16-bit ones. */
+static void NAME(pivots)(const void *x_, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
+                         ptrdiff_t channels, double *pivot)
+{
+    const T *x = x_;
+    const A share = (A)1 / (A)count;
+    const VA infinity = (VA){0} + (A)INFINITY;
+    ptrdiff_t c = 0;
+    for (; stride == 1 && c + VA_LANES <= channels; c += VA_LANES) {
+#define ELEMENT(i) NAME(load)(x + at[i] + c)
+#define DISTANCE(i) GREATER_A(ELEMENT(i) - mean, mean - ELEMENT(i))
+        VA mean = ELEMENT(0);
+        for (ptrdiff_t i = 1; i < count; i++)
+            mean += (ELEMENT(i) - ELEMENT(0)) * share;
+        VA nearest = ELEMENT(0), distance = DISTANCE(0);
+        for (ptrdiff_t i = 1; i < count; i++) {
+            nearest = IF_OUTSIDE_A(DISTANCE(i), distance, infinity, ELEMENT(i), nearest);
+            distance = LESS_A(DISTANCE(i), distance);
+        }
+#undef DISTANCE
+#undef ELEMENT
+        A finite[sizeof(VA) / sizeof(A)];
+        memcpy(finite, &nearest, sizeof finite);
+        for (ptrdiff_t j = 0; j < VA_LANES; j++)
+            pivot[c + j] = isfinite(finite[j]) ? finite[j] : 0;
+    }
+    for (; c < channels; c++) {
+#define ELEMENT(i) NAME(decode)(x[at[i] + c * stride])
+        const A first = ELEMENT(0);
+        A mean = first, nearest = first, distance;
+        for (ptrdiff_t i = 1; i < count; i++)
+            mean += (ELEMENT(i) - first) * share;
+        distance = (A)fabs(first - mean);
+        for (ptrdiff_t i = 1; i < count; i++) {
+            const A element = ELEMENT(i), d = (A)fabs(element - mean);
+            nearest = d < distance ? element : nearest;
+            distance = d < distance ? d : distance;
+        }
+#undef ELEMENT
+        pivot[c] = isfinite(nearest) ? nearest : 0;
+    }
+}
+
 /* ------------------------------------------------------------------ the row layout */
 
 /* The terms of a run from the i-th element on. */
