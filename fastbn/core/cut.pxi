@@ -27,9 +27,11 @@ cdef enum:
     # runs should not be much shorter than a page.
     GROUP_BYTES = 524288
     GROUP_RUN_BYTES = 2048
-    # A group that is walked once may have long runs, and coefficients that serve so many elements.
+    # A group that is walked once may have long runs, and coefficients that serve so many elements
+    # of a channel or, in the column layout, so many rows.
     LONG_RUN_BYTES = 524288
     COEFFICIENT_ELEMENTS = 1024
+    COEFFICIENT_ROWS = 64
     # Arrays of shorter runs have the column layout.
     RUN_MIN = 16
     # Rows of less than LANES columns are folded, this many into one.
@@ -146,6 +148,19 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cut.group = ceil_div(ceil_div(cut.c, strips), LANES) * LANES
     cut.group = max(min(cut.group, COLUMNS // (max(cut.s, 1) * cut.fold)), 1)
     cut.groups = ceil_div(cut.c, cut.group)
+
+
+cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups,
+                        int threads) noexcept nogil:
+    """Cut so many groups of columns, where no sums are asked for, into blocks of long stretches."""
+    cdef Py_ssize_t height = cut.n // cut.fold
+    cdef Py_ssize_t row = cut.group * cut.s * cut.fold * itemsize
+    cut.blocks = max(ceil_div(height * row, LONG_RUN_BYTES), 1)
+    if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
+        cut.blocks = max(cut.blocks, min(ceil_div(4 * threads, max(groups, 1)),
+                                         ceil_div(height, COEFFICIENT_ROWS)))
+    cut.block_n = max(ceil_div(height, cut.blocks), 1)
+    cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
 
 
 cdef void begin_on_lines(Cut *cut, const char *out, Py_ssize_t itemsize) noexcept nogil:

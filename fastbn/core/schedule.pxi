@@ -171,18 +171,23 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
 cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                         int threads) noexcept nogil:
     """The blocks of some groups are divided among the threads, one step after the other."""
-    cdef Py_ssize_t g, tasks = groups * job.cut.blocks
+    cdef Py_ssize_t g
+    cdef Job results = job[0]
     if job.reduce != NULL:
-        parallel_for(job, execute_reduce, g0, groups, tasks, threads)
+        parallel_for(job, execute_reduce, g0, groups, groups * job.cut.blocks, threads)
         for g in range(g0, g0 + groups):
             job.merge(job, g)
     if job.apply != NULL:
-        parallel_for(job, execute_apply, g0, groups, tasks, threads)
+        if job.cut.column_layout:
+            recut_columns(&results.cut, job.itemsize, groups, threads)
+        parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads)
 
 
 cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
     """Rounds of so many groups that the second walk finds them in the third-level cache."""
     cdef Py_ssize_t r, groups = groups_of(job), most = max(cache_bytes // (2 * group_bytes(job)), 1)
+    if job.cut.column_layout and group_bytes(job) > cache_bytes:
+        most = groups  # strips that do not stay there: they are neighbours in memory
     for r in range(ceil_div(groups, most)):
         execute_round(job, r * most, min(most, groups - r * most), threads)
 
@@ -191,7 +196,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     """Execute a job on at most so many threads, except for its leftover samples."""
     threads = threads_for(bytes_moved(job), threads)
     if job.cut.column_layout:
-        group_columns(&job.cut, threads)
+        group_columns(&job.cut, threads if job.reduce != NULL else 1)
         if job.out != NULL:
             begin_on_lines(&job.cut, job.out, job.itemsize)
     elif job.reduce != NULL:
