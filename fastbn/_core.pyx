@@ -31,6 +31,7 @@ cdef extern from "kernels.h" nogil:
         COLUMNS "FASTBN_COLUMNS"
         ADDITIONS "FASTBN_ADDITIONS"
         MASK_BYTES "FASTBN_MASK_BYTES"
+        STREAM_BYTES "FASTBN_STREAM_BYTES"
 
     ctypedef struct Affine "fastbn_affine":
         double centre[COLUMNS]

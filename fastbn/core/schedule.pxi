@@ -19,6 +19,14 @@ cdef Py_ssize_t cache_bytes = l3_bytes // 2
 cdef Py_ssize_t nontemporal_bytes = min(l3_bytes - l3_bytes // 8, 50331648)
 
 
+def set_nontemporal_bytes(Py_ssize_t limit):
+    """Set the size of arrays from which on stores are non-temporal; return what it was."""
+    global nontemporal_bytes
+    before = nontemporal_bytes
+    nontemporal_bytes = limit
+    return before
+
+
 cdef int inputs_of(const Job *job) noexcept nogil:
     """The arrays that a job reads in each walk."""
     return 1 if job.dy == NULL else 2
@@ -58,15 +66,21 @@ cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
     # bytes up to 1.8 times the CPU time of a training forward.
     cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
+    cdef bint in_place = job.out == job.x or job.out == job.dy
     return (
         job.apply != NULL
         and job.kernels.fence_nontemporal != NULL
-        and (inputs_of(job) + 1) * array_bytes(job) > nontemporal_bytes
+        and (inputs_of(job) + (not in_place)) * array_bytes(job) > nontemporal_bytes
         and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
-        and job.out != job.x
-        and job.out != job.dy
-        and job.out != job.residual
+        and not (in_place and goes_through_buffer(job))
     )
+
+
+cdef bint goes_through_buffer(const Job *job) noexcept nogil:
+    """Whether non-temporal stores are made from a buffer: in place, that costs what it gains."""
+    if job.itemsize < <Py_ssize_t>sizeof(float):
+        return True
+    return not job.cut.column_layout and job.cut.s * job.itemsize < STREAM_BYTES
 
 
 # ------------------------------------------------------------------ tasks

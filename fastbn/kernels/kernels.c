@@ -13,8 +13,7 @@ enum {
     /* Columns are prefetched about so many elements ahead. */
     PREFETCHED = 512,
     BUFFER_BYTES = 4096,
-    /* Non-temporal stores of shorter runs go through a buffer: the lines at their ends cost more. */
-    STREAM_BYTES = 3072,
+    STREAM_BYTES = FASTBN_STREAM_BYTES,
     /* The terms of a lane that are added in float32. */
     TREE = FASTBN_TREE,
     /* The elements of which bytes tell, before these become bits, where derivatives are 1. */

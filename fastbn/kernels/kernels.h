@@ -5,9 +5,9 @@
  *
  * The kernels of the row layout walk runs: contiguous elements of one channel of one sample. Those
  * of the column layout walk a matrix each of whose columns belongs to one channel. An output may be
- * one of the inputs. With `nontemporal`, which needs an output that is none of them, results are
- * written by non-temporal stores. A mask has 255 at valid positions and 0 at invalid ones, which
- * add nothing to a sum and where results are 0; where it is NULL, every position is valid.
+ * one of the inputs. With `nontemporal`, results are written by non-temporal stores. A mask has 255
+ * at valid positions and 0 at invalid ones, which add nothing to a sum and where results are 0;
+ * where it is NULL, every position is valid.
  */
 #ifndef FASTBN_KERNELS_H
 #define FASTBN_KERNELS_H
@@ -30,6 +30,9 @@ enum {
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
+    /* Non-temporal stores of shorter runs, or of 16 bits, go through a buffer: the lines at their
+     * ends cost more. */
+    FASTBN_STREAM_BYTES = 3072,
 };
 
 /* y = (x - centre) * scale + shift, for each channel */

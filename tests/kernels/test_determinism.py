@@ -11,6 +11,7 @@ import pytest
 from support import parameters, same_bits, some
 
 import fastbn
+from fastbn import _core
 from fastbn import functional as F
 
 pytestmark = pytest.mark.isa
@@ -19,6 +20,9 @@ THREADS = [1, 2, 3, 4, 7, 16]
 # They have something to lose by a schedule: pieces, rounds and strips that threads share.
 SHARED = ["channels of several blocks", "pieces of a channel", "rounds of channels, streamed"]
 SHARED += ["strips of columns"]
+# Whole lines, ends of lines, buffers, strips, folded rows and more columns than one kernel takes.
+STORED = ["tails of rows", "tails of a strip", "groups of short runs", "channels of several blocks"]
+STORED += ["streamed rows", "folded channels-last", "strips of columns", "a narrow last strip"]
 
 
 def differences(a, b):
@@ -63,6 +67,58 @@ def test_in_place_gives_the_same_bits(dtype, path):
     backward = F.batch_norm_backward(dy, x, weight, mean, invstd, out=dy)
     forward = F.batch_norm_forward(x, weight, bias, out=x)
     assert all(map(same_bits, [*forward, *backward], expected))
+
+
+@contextmanager
+def nontemporal_from(nbytes):
+    """Stores are non-temporal where arrays have more bytes than this."""
+    before = _core.set_nontemporal_bytes(nbytes)
+    try:
+        yield
+    finally:
+        _core.set_nontemporal_bytes(before)
+
+
+def written_in_all_ways(x, dy, weight, bias):
+    """Each result several times: in an array of its own, then in place of the inputs."""
+    _, mean, invstd = F.batch_norm_forward(x, weight, bias)
+
+    def forward(x, out=None):
+        return F.batch_norm_forward(x, weight, bias, out=out)[0]
+
+    def backward(dy, x, out=None):
+        return F.batch_norm_backward(dy, x, weight, mean, invstd, out=out)[0]
+
+    def fused(x, residual, out=None):
+        statistics = mean, 1 / invstd**2
+        return F.batch_norm(
+            x, *statistics, weight, bias, eps=0.0, activation="relu", residual=residual, out=out
+        )
+
+    def copies():
+        return x.copy(order="K"), dy.copy(order="K")
+
+    (x_1, dy_1), (x_2, dy_2), (x_3, _) = copies(), copies(), copies()
+    return [
+        [forward(x), forward(x_1, out=x_1)],
+        [backward(dy, x), backward(dy_1, x, out=dy_1)],
+        [fused(x, dy), fused(x_2, dy, out=x_2), fused(x_3, dy_2, out=dy_2)],
+    ]
+
+
+@pytest.mark.parametrize("path", STORED)
+def test_the_kind_of_store_changes_no_bit(dtype, path):
+    arguments = fingerprint.arguments(path, dtype)
+    with nontemporal_from(2**62):
+        expected = [arrays[0] for arrays in written_in_all_ways(*arguments)]
+    for limit in (2**62, 0):
+        with nontemporal_from(limit):
+            results = written_in_all_ways(*arguments)
+        assert all(
+            same_bits(array, right)
+            for arrays, right in zip(results, expected, strict=True)
+            for array in arrays
+        )
 
 
 @contextmanager
