@@ -2,9 +2,11 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 
 import fastbn
+from fastbn import _core
 from fastbn import functional as F
 
 SHAPES = [
@@ -17,7 +19,7 @@ SHAPES = [
     (600, 3),
     (520, 17),
 ]
-DTYPES = ["float16", "float32", "float64"]
+DTYPES = ["float16", ml_dtypes.bfloat16, "float32", "float64"]
 
 
 def new(rng, shape, dtype, channels_last):
@@ -30,12 +32,30 @@ def call_all(x, dy, **options):
     y, mean, invstd = F.batch_norm_forward(x, *vectors, **options)
     dx = F.batch_norm_backward(dy, x, vectors[0], mean, invstd, **options)[0]
     F.batch_norm(x, vectors[1], vectors[0], *vectors, out=y, **options)
-    assert np.isfinite(y).all()
-    assert np.isfinite(dx).all()
+    F.batch_norm_forward(x, *vectors, out=x, **options)
+    assert all(np.isfinite(array).all() for array in (x, y, dx))
+
+
+def call_fused(x, dy):
+    vectors = np.linspace(1, 2, x.shape[1]), np.linspace(-1, 1, x.shape[1])
+    kind = fastbn.BatchNorm2d if x.ndim == 4 else fastbn.BatchNorm1d
+    for activation in ("relu", "relu6", "leaky_relu"):
+        y, mean, invstd = F.batch_norm_forward(x, *vectors, activation=activation)
+        dx = F.batch_norm_backward(
+            dy, x, vectors[0], mean, invstd, bias=vectors[1], activation=activation
+        )[0]
+        assert np.isfinite(y).all()
+        assert np.isfinite(dx).all()
+        if x.size == 0:  # a layer in training refuses an empty batch
+            continue
+        layer = kind(x.shape[1], activation=activation)
+        assert np.isfinite(layer(x, residual=dy)).all()
+        assert all(np.isfinite(gradient).all() for gradient in layer.backward(dy))
 
 
 rng = np.random.default_rng(0)
-for case in itertools.product(SHAPES, DTYPES, (False, True)):
+for *case, nontemporal in itertools.product(SHAPES, DTYPES, (False, True), (False, True)):
+    ordinary = _core.set_nontemporal_bytes(0) if nontemporal else None
     for threads in (1, 2):
         fastbn.set_num_threads(threads)
         x, dy = new(rng, *case), new(rng, *case)
@@ -43,6 +63,9 @@ for case in itertools.product(SHAPES, DTYPES, (False, True)):
         call_all(x, dy)
         call_all(x, dy, mask=mask)
         call_all(x, dy, mask=mask, ghost_batch_size=2)
+        call_fused(x, dy)
         norm = fastbn.GroupNorm(1, x.shape[1])
         assert np.isfinite(norm(x, mask=mask)).all()
         assert np.isfinite(norm.backward(dy)).all()
+    if nontemporal:
+        _core.set_nontemporal_bytes(ordinary)
