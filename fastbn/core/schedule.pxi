@@ -99,7 +99,8 @@ cdef struct Tasks:
     Py_ssize_t g0, groups
     int threads
     fastbn_range ranges[THREADS_MAX]
-    double busy                   # the seconds for which the calling thread has worked
+    double busy                   # the seconds for which the calling thread has worked,
+    Py_ssize_t done               # and the tasks that it has done
 
 
 cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups,
@@ -115,19 +116,19 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
             task(job, g0, groups, t)
         return
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
-    tasks.threads, tasks.busy = min(threads, THREADS_MAX), 0.0
+    tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
     start = fastbn_seconds()
     for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
         walk_range(shared, i)
-    note_shared(tasks.threads, tasks.busy, fastbn_seconds() - start - tasks.busy)
+    note_shared(tasks.busy, tasks.done / <double>max(count, 1), fastbn_seconds() - start)
 
 
 cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
     """Do the tasks of a range in their order, then the last ones of ranges that are not done."""
-    cdef Py_ssize_t t
+    cdef Py_ssize_t t, done = 0
     cdef int i
     cdef double start = fastbn_seconds()
     while True:
@@ -139,12 +140,15 @@ cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
         while True:
             t = fastbn_take_last(&tasks.ranges[(own + i) % tasks.threads])
             if t < 0:
+        done += 1
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
     if threadid() == 0:
-        tasks.busy += fastbn_seconds() - start
+        tasks.busy = fastbn_seconds() - start
+        tasks.done = done
 
 
+            done += 1
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                         Py_ssize_t t) noexcept nogil:
     """All steps of a group, by one thread while the group sits in that thread's cache.

@@ -115,14 +115,15 @@ cdef bint is_shared(Py_ssize_t moved) noexcept nogil:
     return moved >= 2 * BYTES_PER_AWAKE_THREAD
 
 
-cdef void note_shared(int threads, double busy, double idle) noexcept nogil:
-    """Add up what sharing saves a call: in a region, this thread was busy for so long, then idle.
+cdef void note_shared(double busy, double part, double seconds) noexcept nogil:
+    """Add up what sharing saves a call: this thread was busy for a part of the work in a region.
 
-    A region of OpenMP ends when all threads have come to its end, and where another process has a
-    thread's CPU that takes a slice of the scheduler, many times a small array's time.
+    Alone it would be busy for all of it. A region of OpenMP ends when all threads have come to its
+    end, and where another process has a thread's CPU that takes a slice of the scheduler, many
+    times a small array's time.
     """
     global saved
-    saved += (threads - 1) * busy - idle
+    saved += (busy / part if part > 0.0 else busy) - seconds
 
 
 cdef void note_end(Py_ssize_t moved) noexcept nogil:
