@@ -106,7 +106,7 @@ cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
     gradient_of(job, block, &gradient)
-    if has_huge_mean(job, gradient.x_mean, block.c1 - block.c0):
+    if job.in_float64:
         gradient_in_float64(job, &gradient, gate, end, &leftover)
         gradient_in_float64(job, &gradient, gate, at, &folded)
         return

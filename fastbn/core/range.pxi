@@ -15,6 +15,28 @@ cdef bint has_huge_mean(const Job *job, const double *means, Py_ssize_t channels
     return found
 
 
+cdef bint needs_float64(const Job *job) noexcept nogil:
+    """Tell whether a gradient is computed in float64 because the mean of any channel is huge.
+
+    In all channels: which of them are walked together depends on threads and addresses.
+    """
+    cdef double means[COLUMNS]
+    cdef Block block
+    cdef Py_ssize_t batch, i, batches = 1
+    if job.dy == NULL or job.itemsize == sizeof(double):
+        return False
+    if job.mean.batch_stride != 0:
+        batches = job.cut.batches + (job.leftover_samples > 0)
+    for batch in range(batches):
+        for i in range(ceil_div(job.cut.c, COLUMNS)):
+            block = some_channels(i, job.cut.c)
+            block.batch = batch
+            read_vector(&job.mean, &block, means)
+            if has_huge_mean(job, means, block.c1 - block.c0):
+                return True
+    return False
+
+
 cdef bint is_huge(double mean) noexcept nogil:
     return fabs(mean) >= 2.0 ** 103 and isfinite(mean)
 

@@ -93,7 +93,7 @@ cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Runs runs = runs_of(job, block, backwards)
     cdef Py_ssize_t at = start_of(job, block, backwards)
     gradient_of(job, block, &gradient)
-    if has_huge_mean(job, gradient.x_mean, block.c1 - block.c0):
+    if job.in_float64:
         matrix = matrix_of(&runs)
         gradient_in_float64(job, &gradient, gate_of(job, block, &gate), at, &matrix)
         return

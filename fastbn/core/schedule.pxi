@@ -281,6 +281,7 @@ cdef int execute(Job *job) except -1:
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
             leftover.schedule(&leftover, threads)
+        job.in_float64 = needs_float64(job)
         note_end(bytes_moved(job))
     release(job)
     return 0
