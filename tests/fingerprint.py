@@ -17,8 +17,8 @@ from fastbn import functional as F
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 # The shape of an array, and whether the channels are last. All but the first three are large
-# enough for several threads; those called "streamed" for stores around the cache, where the third
-# level is not larger than 32 MB.
+# enough for several threads; those called "streamed" for stores around the cache in float32, where
+# the third level is not larger than 12 MB.
 PATHS = {
     "tails of rows": ((3, 5, 7, 7), False),
     "tails of a strip": ((2, 67, 3, 5), True),

@@ -14,7 +14,7 @@
 #
 # A block is what one thread sums into one partial sum for each channel of a group. The blocks and
 # the order in which they merge depend on the shape alone. Groups depend on the number of threads,
-# too, but no result depends on groups.
+# too, and so do the blocks of results where these are cut anew; but no result depends on them.
 
 cdef enum:
     # Elements of a channel that are summed before they merge: few enough for the rounding of the

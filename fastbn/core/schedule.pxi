@@ -20,7 +20,7 @@ cdef Py_ssize_t nontemporal_bytes = min(l3_bytes - l3_bytes // 8, 50331648)
 
 
 def set_nontemporal_bytes(Py_ssize_t limit):
-    """Set the size of arrays from which on stores are non-temporal; return what it was."""
+    """Set what inputs and output have more of where stores are non-temporal; return what it was."""
     global nontemporal_bytes
     before = nontemporal_bytes
     nontemporal_bytes = limit
@@ -66,19 +66,22 @@ cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
     # bytes up to 1.8 times the CPU time of a training forward.
     cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
-    cdef bint in_place = job.out == job.x or job.out == job.dy
+    cdef bint in_place = job.out == job.x or job.out == job.dy or job.out == job.residual
     return (
         job.apply != NULL
         and job.kernels.fence_nontemporal != NULL
         and (inputs_of(job) + (not in_place)) * array_bytes(job) > nontemporal_bytes
         and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
-        and not (in_place and goes_through_buffer(job))
+        and not (in_place and loses_in_place(job))
     )
 
 
-cdef bint goes_through_buffer(const Job *job) noexcept nogil:
-    """Whether non-temporal stores are made from a buffer: in place, that costs what it gains."""
-    if job.itemsize < <Py_ssize_t>sizeof(float):
+cdef bint loses_in_place(const Job *job) noexcept nogil:
+    """Whether non-temporal stores cost more than they gain where they do not save a read.
+
+    They gain if kernels make them without a buffer, or for long stretches of the column layout.
+    """
+    if job.itemsize < <Py_ssize_t>sizeof(float) or job.alive != NULL:
         return True
     return not job.cut.column_layout and job.cut.s * job.itemsize < STREAM_BYTES
 
@@ -111,7 +114,8 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     cdef Py_ssize_t t
     cdef int i
     cdef double start
-    if threads == 1 or count > INT32_MAX:
+    threads = <int>min(<Py_ssize_t>threads, count)
+    if threads <= 1 or count > INT32_MAX:
         for t in range(count):
             task(job, g0, groups, t)
         return
@@ -136,19 +140,19 @@ cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
         if t < 0:
             break
         tasks.task(tasks.job, tasks.g0, tasks.groups, t)
+        done += 1
     for i in range(1, tasks.threads):
         while True:
             t = fastbn_take_last(&tasks.ranges[(own + i) % tasks.threads])
             if t < 0:
-        done += 1
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
+            done += 1
     if threadid() == 0:
         tasks.busy = fastbn_seconds() - start
         tasks.done = done
 
 
-            done += 1
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                         Py_ssize_t t) noexcept nogil:
     """All steps of a group, by one thread while the group sits in that thread's cache.
@@ -277,11 +281,11 @@ cdef int execute(Job *job) except -1:
     cdef int threads = num_threads_now()
     allocate(job)
     with nogil:
+        job.in_float64 = needs_float64(job)
         job.schedule(job, threads)
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
             leftover.schedule(&leftover, threads)
-        job.in_float64 = needs_float64(job)
         note_end(bytes_moved(job))
     release(job)
     return 0

@@ -83,21 +83,23 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
 
 /* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores, from the last to the
  * first if it goes backwards; the elements before the first of them, and behind the last, by
- * ordinary ones. A run has several lines. */
+ * ordinary ones. These are computed first: in place, they share lines with what is streamed. A run
+ * has several lines. */
 #if HAS_NONTEMPORAL
 #  define STREAM_RUN(to, len, backwards, AT) \
     do { \
         enum { LINE = CACHE_LINE / sizeof(T) }; \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
         const ptrdiff_t end = (len) - ((len)-head) % LINE; \
-        T line[LINE]; \
+        T first[LINE], last[LINE]; \
         PREFETCH_TO_WRITE((to) + (len)-1); \
-        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) NAME(store)(line + i, AT(i)); \
-        memcpy(to, line, (size_t)head * sizeof(T)); \
+        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
+            NAME(store)(first + i, AT(i)); \
+            NAME(store)(last + i, AT((len)-LINE + i)); \
+        } \
         STREAM_LINES(to, head, end, backwards, AT); \
-        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
-            NAME(store)(line + i, AT((len)-LINE + i)); \
-        memcpy((to) + end, line + LINE - ((len)-end), (size_t)((len)-end) * sizeof(T)); \
+        memcpy(to, first, (size_t)head * sizeof(T)); \
+        memcpy((to) + end, last + LINE - ((len)-end), (size_t)((len)-end) * sizeof(T)); \
     } while (0)
 #  define STREAM_LINES(to, begin, end, backwards, AT) \
     for (ptrdiff_t i = (backwards) ? (end)-LINE : (begin), left = ((end) - (begin)) / LINE; \
