@@ -127,7 +127,8 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     start = fastbn_seconds()
     for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
         walk_range(shared, i)
-    note_shared(tasks.busy, tasks.done / <double>max(count, 1), fastbn_seconds() - start)
+    note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
+                fastbn_seconds() - start - tasks.busy)
 
 
 cdef void walk_range(Tasks *tasks, int own) noexcept nogil:

@@ -38,6 +38,10 @@ cdef enum:
 # The seconds for which a call counts as the one before: OpenMP's threads stay awake for longer.
 cdef double SOON = 2e-4
 
+# Where a region lasts so many seconds longer than this thread's work, another one had no CPU;
+# threads that wake up come sooner.
+cdef double LONG_WAIT = 2e-4
+
 # What the last calls have saved covers a wait for a CPU, for a slice of the scheduler or two. What
 # a single call seems to have saved may be a slice that its own thread has waited: it counts less.
 cdef double MOST_CREDIT = 2e-2
@@ -115,15 +119,18 @@ cdef bint is_shared(Py_ssize_t moved) noexcept nogil:
     return moved >= 2 * BYTES_PER_AWAKE_THREAD
 
 
-cdef void note_shared(double busy, double part, double seconds) noexcept nogil:
-    """Add up what sharing saves a call: this thread was busy for a part of the work in a region.
+cdef void note_shared(int threads, double busy, double part, double idle) noexcept nogil:
+    """Add up what sharing saves a call: in a region, this thread was busy for so long, then idle.
 
-    Alone it would be busy for all of it. A region of OpenMP ends when all threads have come to its
-    end, and where another process has a thread's CPU that takes a slice of the scheduler, many
-    times a small array's time.
+    A region of OpenMP ends when all threads have come to its end, and where another process has a
+    thread's CPU that takes a slice of the scheduler, many times a small array's time. Then this
+    thread has done most of the work: alone it would have been busy for all of it, not for its part.
     """
     global saved
-    saved += (busy / part if part > 0.0 else busy) - seconds
+    cdef double by_others = (threads - 1) * busy
+    if idle > LONG_WAIT and part > 0.0:
+        by_others = busy / part - busy
+    saved += by_others - idle
 
 
 cdef void note_end(Py_ssize_t moved) noexcept nogil:
