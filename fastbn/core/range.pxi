@@ -23,7 +23,7 @@ cdef bint needs_float64(const Job *job) noexcept nogil:
     cdef double means[COLUMNS]
     cdef Block block
     cdef Py_ssize_t batch, i, batches = 1
-    if job.dy == NULL or job.itemsize == sizeof(double):
+    if job.dy == NULL or job.apply == NULL or job.itemsize == sizeof(double):
         return False
     if job.mean.batch_stride != 0:
         batches = job.cut.batches + (job.leftover_samples > 0)
