@@ -41,7 +41,7 @@ FLAGS_MSVC = ["/O2", "/fp:precise"]
 # compilers do not know the flag.
 FLAG_GCC = "-fno-unswitch-loops"
 
-KERNELS = "fastbn/kernels/kernels.c"
+KERNELS = [f"fastbn/kernels/{d}.c" for d in ("float32", "float64", "float16", "bfloat16")]
 
 EMPTY_PROBE = "int main(void) { return 0; }"
 
@@ -111,8 +111,9 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # The kernels come first, since they take the longest.
             kernels = [
-                pool.submit(self.compiled, ext, KERNELS, isa, [("ISA", isa)], [*flags, *isa_flags])
+                pool.submit(self.compiled, ext, source, isa, [("ISA", isa)], [*flags, *isa_flags])
                 for isa, (isa_flags, _) in isas.items()
+                for source in KERNELS
             ]
             core = [
                 pool.submit(self.compiled, ext, source, "", core_macros, [*flags, *openmp_flags])

@@ -131,7 +131,10 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct Isa "fastbn_isa":
         const char *name
-        Kernels float32, float64, float16, bfloat16
+        const Kernels *float32
+        const Kernels *float64
+        const Kernels *float16
+        const Kernels *bfloat16
 
 
 cdef extern from "platform.h" nogil:

@@ -45,10 +45,10 @@ def layout(cnp.ndarray array not None):
 cdef const Kernels *kernels_of(Py_ssize_t itemsize, int type_num) noexcept nogil:
     """The kernels of a dtype. The 2-byte float that is not NumPy's is ml_dtypes' bfloat16."""
     if itemsize == 8:
-        return &isa_in_use.float64
+        return isa_in_use.float64
     if itemsize == 4:
-        return &isa_in_use.float32
-    return &isa_in_use.float16 if type_num == cnp.NPY_FLOAT16 else &isa_in_use.bfloat16
+        return isa_in_use.float32
+    return isa_in_use.float16 if type_num == cnp.NPY_FLOAT16 else isa_in_use.bfloat16
 
 
 cdef const Kernels *kernels_of_array(cnp.ndarray array) noexcept:

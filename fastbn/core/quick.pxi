@@ -226,7 +226,7 @@ cdef Vector vector_of_doubles(const double *values) noexcept nogil:
     """A vector of one double per channel."""
     cdef Vector vector = constant(0.0)
     vector.data, vector.stride = <const char *>values, sizeof(double)
-    vector.kernels = &isa_in_use.float64
+    vector.kernels = isa_in_use.float64
     return vector
 
 

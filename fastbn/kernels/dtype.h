@@ -1,16 +1,37 @@
-/* The kernels of kernels.h for one dtype. kernels.c includes this file once for each, and defines
- *   DTYPE     the name of the dtype
- *   T         the type of an element
- *   A, VA     the type of element-wise arithmetic, and a register of it
- *   ORDER_A, ORDER_MAX_A  an integer of as many bits as A, and its greatest value
- *   LOAD_A    the function that loads such a register
- *   WIDEN_A   the function that makes a register of doubles from a piece of such a register
- *   GREATER_A, LESS_A, IF_OUTSIDE_A, ZERO_OUTSIDE_A  those that choose lanes of such registers
- *   STORE_BYTES_A  the function that stores bytes for the lanes of such a register
- *   MASKED_A  the function that zeros the lanes of such a register that a mask has not
- *   SPREAD_A  the function that copies such values from channels to their columns
- *   TREES     1 if sums of this dtype may be in float32, 0 if not
+/* The kernels of kernels.h for one dtype and one instruction set. The file of a dtype defines
+ *   DTYPE            the name of the dtype
+ *   T                the type of an element
+ *   ARITHMETIC_BITS  64 if results are computed in double; 32 if they are in float, and sums may be
  */
+#include "bits.h"
+#include "common.h"
+#include "masks.h"
+
+/* A, VA are the type of element-wise arithmetic, and a register of it; ORDER_A is an integer of as
+ * many bits; LOAD_A loads a register, WIDEN_A makes one of doubles from a piece of it. */
+#if ARITHMETIC_BITS == 64
+#  define A double
+#  define VA vd
+#  define ORDER_A int64_t
+#  define ORDER_MAX_A INT64_MAX
+#  define LOAD_A load_float64
+#  define WIDEN_A itself
+#else
+#  define A float
+#  define VA vf
+#  define ORDER_A int32_t
+#  define ORDER_MAX_A INT32_MAX
+#  define LOAD_A load_float32
+#  define WIDEN_A widen_lanes
+#endif
+#define MASKED_A PASTE(masked_, VA)
+#define GREATER_A PASTE(greater_, VA)
+#define LESS_A PASTE(less_, VA)
+#define IF_OUTSIDE_A PASTE(if_outside_, VA)
+#define ZERO_OUTSIDE_A PASTE(zero_outside_, VA)
+#define STORE_BYTES_A PASTE(store_bytes_, VA)
+#define SPREAD_A PASTE(spread_, A)
+
 #define NAME(f) PASTE(f##_, DTYPE)
 #define VA_LANES ((ptrdiff_t)(sizeof(VA) / sizeof(A)))
 
@@ -41,27 +62,38 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 
 #include "activation.h"
 #include "sums.h"
-#if TREES
+#if ARITHMETIC_BITS == 32
 #  include "trees.h"
 #endif
 #include "elementwise.h"
 
-#undef ADD_ROWS
-#undef VA_LANES
-#undef NAME
-#undef LOAD_A
-#undef WIDEN_A
-#undef ORDER_A
-#undef ORDER_MAX_A
-#undef GREATER_A
-#undef LESS_A
-#undef IF_OUTSIDE_A
-#undef ZERO_OUTSIDE_A
-#undef STORE_BYTES_A
-#undef MASKED_A
-#undef SPREAD_A
-#undef VA
-#undef A
-#undef T
-#undef DTYPE
-#undef TREES
+const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
+    NAME(load_as_double),
+    NAME(store_from_double),
+    NAME(moments),
+    NAME(products),
+    NAME(column_moments),
+    NAME(column_products),
+#if ARITHMETIC_BITS == 32
+    NAME(tree_moments),
+    NAME(tree_products),
+    NAME(column_tree_moments),
+    NAME(column_tree_products),
+    NAME(pivots),
+#else
+    NAME(moments),
+    NAME(products),
+    NAME(column_moments),
+    NAME(column_products),
+    NULL,
+#endif
+    NAME(normalize),
+    NAME(gradient),
+    NAME(column_normalize),
+    NAME(column_gradient),
+    NAME(gate_bounds),
+    NAME(activation_gradient),
+    count_valid,
+    invstd,
+    FENCE_NONTEMPORAL,
+};

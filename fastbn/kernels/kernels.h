@@ -179,7 +179,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    fastbn_kernels float32, float64, float16, bfloat16;
+    const fastbn_kernels *float32, *float64, *float16, *bfloat16;
 } fastbn_isa;
 
 #endif

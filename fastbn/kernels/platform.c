@@ -18,7 +18,16 @@
 #  define HAS(feature) 0
 #endif
 
-#define X(name, supported) extern const fastbn_isa fastbn_isa_##name;
+#define X(name, supported) \
+    extern const fastbn_kernels fastbn_kernels_##name##_float32, fastbn_kernels_##name##_float64, \
+        fastbn_kernels_##name##_float16, fastbn_kernels_##name##_bfloat16; \
+    static const fastbn_isa isa_##name = { \
+        #name, \
+        &fastbn_kernels_##name##_float32, \
+        &fastbn_kernels_##name##_float64, \
+        &fastbn_kernels_##name##_float16, \
+        &fastbn_kernels_##name##_bfloat16, \
+    };
 FASTBN_ISAS
 #undef X
 
@@ -30,7 +39,7 @@ int fastbn_supported_isas(const fastbn_isa *isas[], int capacity)
 #endif
 #define X(name, supported) \
     if (count < capacity && (supported)) \
-        isas[count++] = &fastbn_isa_##name;
+        isas[count++] = &isa_##name;
     FASTBN_ISAS
 #undef X
     return count;

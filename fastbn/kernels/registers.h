@@ -44,8 +44,8 @@
 
 #if defined(__GNUC__)
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
-/* For what would be long where it is inlined. */
-#  define NOT_INLINE static __attribute__((noinline))
+/* For what would be long where it is inlined. Not every dtype uses each. */
+#  define NOT_INLINE static __attribute__((noinline, unused))
 #  define CACHE_ALIGNED __attribute__((aligned(64)))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define UNROLL_TWICE _Pragma("GCC unroll 2")

@@ -1,0 +1,99 @@
+/* What the kernels of all dtypes have in common: limits, values of channels and of their columns, the
+ * ends of runs. */
+#ifndef FASTBN_KERNELS_COMMON_H
+#define FASTBN_KERNELS_COMMON_H
+
+#include "registers.h"
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+
+enum {
+    COLUMNS = FASTBN_COLUMNS,
+    /* The rows of a matrix that are walked while sums stay in registers. */
+    ROWS_SUMMED = FASTBN_TREE,
+    /* Columns are prefetched about so many elements ahead. */
+    PREFETCHED = 512,
+    BUFFER_BYTES = 4096,
+    STREAM_BYTES = FASTBN_STREAM_BYTES,
+    /* The terms of a lane that are added in float32. */
+    TREE = FASTBN_TREE,
+    /* The elements of which bytes tell, before these become bits, where derivatives are 1. */
+    ALIVE_BYTES = 4096,
+};
+
+#if defined(__GNUC__) && !defined(__clang__)
+/* gcc warns of arrays of one value per channel, that there might be no channels. */
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+static inline void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
+{
+    for (ptrdiff_t c = 0; c < count; c++)
+        to[c] = 1.0 / sqrt(m2[c] / n + eps);
+}
+
+/* The last LANES elements of a run; those of a shorter run behind zeros, in the buffer. */
+ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, void *buffer)
+{
+    if (len >= LANES)
+        return (const char *)x + (size_t)(len - LANES) * size;
+    memset(buffer, 0, LANES * size);
+    memcpy((char *)buffer + (size_t)(LANES - len) * size, x, (size_t)len * size);
+    return buffer;
+}
+
+/* Where the length of a run is known at compile time, it takes no loop. */
+#define FOR_RUNS_OF(run, DO) \
+    switch (run) { \
+    case 1: DO(1); break; \
+    case 2: DO(2); break; \
+    case 4: DO(4); break; \
+    default: DO(run); \
+    }
+
+/* One value per column, from one per channel. */
+#define SPREAD(type) \
+    ALWAYS_INLINE void spread_over_runs_##type(ptrdiff_t channels, ptrdiff_t run, \
+                                               const type *from, type *to) \
+    { \
+        for (ptrdiff_t c = 0; c < channels; c++) \
+            for (ptrdiff_t i = 0; i < run; i++) \
+                to[c * run + i] = from[c]; \
+    } \
+    NOT_INLINE void spread_##type(const fastbn_matrix *matrix, const type *from, type *to) \
+    { \
+        const ptrdiff_t channels = matrix->channels, len = matrix->len; \
+        FOR_RUNS_OF(matrix->run, SPREAD_##type) \
+        for (ptrdiff_t done = channels * matrix->run; done < len; done *= 2) \
+            memcpy(to + done, to, sizeof(type) * (size_t)smaller(done, len - done)); \
+    }
+#define SPREAD_float(run) spread_over_runs_float(channels, run, from, to)
+#define SPREAD_double(run) spread_over_runs_double(channels, run, from, to)
+SPREAD(float)
+SPREAD(double)
+
+ALWAYS_INLINE void add_runs(ptrdiff_t channels, ptrdiff_t run, const double *from, double *to)
+{
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        double sum = to[c];
+        for (ptrdiff_t i = 0; i < run; i++)
+            sum += from[c * run + i];
+        to[c] = sum;
+    }
+}
+
+/* Adds one value per column to one per channel. */
+NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const double *from,
+                                        double *to)
+{
+    const ptrdiff_t channels = matrix->channels;
+#define ADD(run) add_runs(channels, run, from + j, to)
+    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
+        FOR_RUNS_OF(matrix->run, ADD)
+#undef ADD
+}
+
+#endif

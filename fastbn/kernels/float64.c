@@ -1,0 +1,5 @@
+/* The kernels for float64, compiled once per instruction set, with ISA set to its name. */
+#define DTYPE float64
+#define T double
+#define ARITHMETIC_BITS 64
+#include "dtype.h"
