@@ -62,12 +62,11 @@ def hosts(backend, arrays):
 
 @by_kind
 @by_activation
-@by_layout
+@pytest.mark.parametrize(("layout", "in_place"), [(contiguous, True), (channels_last, False)])
 @added_or_not
 @masked_or_not
-@pytest.mark.parametrize("in_place", [False, True])
 def test_a_step_of_a_layer(
-    rng, backend, dtype, make, parts, activation, slope, layout, added, masked, in_place
+    rng, backend, dtype, make, parts, activation, slope, layout, in_place, added, masked
 ):
     case, dy = case_of(rng, dtype, activation, slope, added, masked, layout, **parts)
     expected, bounds = activated.expected(case, dy)

@@ -9,8 +9,6 @@ from support import failures_without_a_trace, refused, some
 import fastbn
 from fastbn import functional as F
 
-pytestmark = pytest.mark.isa
-
 SHAPE = (4, 4, 6, 5)
 STATISTICS = np.zeros(4), np.ones(4)
 LEGAL = "activation must be None, 'relu', 'relu6' or 'leaky_relu', got"

@@ -21,7 +21,7 @@ from support import (
 import fastbn
 from fastbn import functional as F
 
-pytestmark = [pytest.mark.isa, pytest.mark.sanitize]
+pytestmark = pytest.mark.sanitize
 
 SHAPE = (4, 3, 6, 5)
 LAYOUTS = [support.contiguous, support.channels_last, support.sliced, support.byte_swapped]

@@ -13,8 +13,6 @@ from support import parameters, refused, some
 import fastbn
 from fastbn import functional as F
 
-pytestmark = pytest.mark.isa
-
 SHAPE = (4, 3, 6, 5)
 
 

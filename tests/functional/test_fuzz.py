@@ -22,8 +22,6 @@ from support import assert_close, parameters, refused, some
 import fastbn
 from fastbn import functional as F
 
-pytestmark = pytest.mark.isa
-
 # What an argument is now and then instead of what it should be. Some of them serve as some.
 JUNK = [
     lambda: None,

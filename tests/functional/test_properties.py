@@ -10,8 +10,6 @@ from support import assert_within, same_bits, untouched
 
 from fastbn import functional as F
 
-pytestmark = pytest.mark.isa
-
 # More than what is lost where weight / std is a subnormal float32.
 TINY = 1e-30
 

@@ -15,8 +15,6 @@ from support import same_bits, some
 
 import fastbn
 
-pytestmark = pytest.mark.isa
-
 BATCH_NORMS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 BATCH_NORMS[5] = fastbn.BatchNorm3d
 INSTANCE_NORMS = {3: fastbn.InstanceNorm1d, 4: fastbn.InstanceNorm2d, 5: fastbn.InstanceNorm3d}

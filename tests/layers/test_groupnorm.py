@@ -23,7 +23,7 @@ from support import (
 import fastbn
 from fastbn import functional as F
 
-pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+pytestmark = pytest.mark.wheel
 
 # Shapes of runs and of columns; groups that are walked together, alone, and in parts.
 SHAPES = [

@@ -15,7 +15,7 @@ from support import channels_last, contiguous, parameters, same_bits, some
 import fastbn
 from fastbn import functional as F
 
-pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+pytestmark = pytest.mark.wheel
 
 LAYERS = {
     "1d": (fastbn.InstanceNorm1d, fastbn.BatchNorm1d, (4, 3, 7)),

@@ -13,7 +13,7 @@ from support import parameters, same_bits, some
 import fastbn
 from fastbn import functional as F
 
-pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+pytestmark = pytest.mark.wheel
 
 LAYERS = [
     (fastbn.BatchNorm1d, (4, 3)),

@@ -9,8 +9,6 @@ from support import parameters, refused, same_bits, some
 
 import fastbn
 
-pytestmark = pytest.mark.isa
-
 LAYERS = [
     (fastbn.LazyBatchNorm1d, fastbn.BatchNorm1d, (4, 3)),
     (fastbn.LazyBatchNorm1d, fastbn.BatchNorm1d, (4, 3, 5)),

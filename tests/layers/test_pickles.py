@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from support import assert_close, output_of, same_bits
 
-pytestmark = pytest.mark.isa
-
 FOLDER = Path(__file__).parents[1]
 ENTRIES = pickle.loads((FOLDER / "golden" / "pickles.pkl").read_bytes())
 

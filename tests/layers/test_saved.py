@@ -21,7 +21,7 @@ from support import (
 
 import fastbn
 
-pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+pytestmark = pytest.mark.wheel
 
 LAYOUTS = [contiguous, channels_last, sliced, negative_strides, fortran, unaligned, byte_swapped]
 WRITTEN_TO = "has been written to since, by an activation in place"

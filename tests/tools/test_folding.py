@@ -9,8 +9,6 @@ from support import read_only, refused, same_bits, some, untouched
 
 import fastbn
 
-pytestmark = pytest.mark.isa
-
 RELATIVE = {"float64": 1e-13, "float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
 LAYERS = {1: fastbn.BatchNorm1d, 2: fastbn.BatchNorm2d, 3: fastbn.BatchNorm3d}
 # The extents of an input and of a kernel with so many axes.

@@ -12,8 +12,6 @@ from support import same_bits, some
 
 import fastbn
 
-pytestmark = pytest.mark.isa
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "recalibrate.py"
 LAYERS = {
     "1d": (fastbn.BatchNorm1d, (4, 3, 7)),
