@@ -30,13 +30,25 @@ SHAPES = [
     for shape in FEW_CHANNELS + MANY_CHANNELS + SHORT_RUNS + LONG_RUNS + NETWORKS
     if np.prod(shape) > shape[1]
 ]
-LARGEST = pytest.param((2, 64, 190, 190), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
-@pytest.mark.parametrize("shape", [*SHAPES, LARGEST], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward_are_right(rng, shape, layout, dtype):
     check(rng, shape, layout, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (support.contiguous, "float32"),
+        (support.channels_last, "float32"),
+        (support.contiguous, "bfloat16"),
+    ],
+)
+def test_arrays_larger_than_caches_are_right(rng, layout, name):
+    check(rng, (2, 64, 190, 190), layout, support.dtype_of(name))
 
 
 # How channels are grouped depends on the number of threads; what comes out does not.
