@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -13,9 +14,11 @@ from fastbn import _normalize as normalize
 from fastbn._types import Array, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.backends.common import batches_of
-from fastbn.layers.base import Norm, recorders
+from fastbn.layers import recording
+from fastbn.layers.base import Norm
 from fastbn.layers.batchnorm import BatchNorm
 from fastbn.layers.instancenorm import InstanceNorm
+from fastbn.layers.recording import COUNTER, STATISTICS, Twins
 from fastbn.layers.syncbatchnorm import SyncBatchNorm
 from fastbn.moments import Moments
 
@@ -32,11 +35,14 @@ def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
     the exact mean and variance of all their input (`Moments`). At its end the running statistics
     become these, with the unbiased variance (that of the population for a layer with
     ``unbiased=False``), and num_batches_tracked the number of batches. If an exception ends the
-    block, they stay as they were. Layers that have their running statistics in common, such as
-    ``copy.copy`` makes them, are recalibrated together, by all that any of them sees, whichever of
-    them is passed. Those of an instance normalization become the means, over all samples, of mean
-    and unbiased variance; it does not count batches. At the end of the block nothing is saved for a
-    backward any more.
+    block, they stay as they were. A forward while ``track_running_stats`` is False adds nothing.
+
+    Layers that have their running statistics in common, the same arrays as after ``copy.copy`` or
+    views of the same memory, are recalibrated together, by all that any of them sees, whichever of
+    them is passed. Counters of their own are all set. Those of an instance normalization become the
+    means, over all samples, of mean and unbiased variance; it does not count batches. At the end of
+    the block, or after an exception, none of the layers that were passed or recorded has anything
+    saved for a backward any more.
 
     The block has the user's own loop: forwards over the training set, or a good part of it, in
     batches of the size of the training, and no updates of the weights. Each forward reads its input
@@ -54,8 +60,9 @@ def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
     ValueError
         If there are none.
     RuntimeError
-        If a layer has no running statistics, is frozen, or is being recalibrated; or, at the end,
-        if one has seen no batch in training mode. Nothing has been changed then.
+        If a layer has no running statistics, is frozen, or is being recalibrated, or has a part of
+        them in common with another layer, one that is passed or makes a forward in the block; or,
+        at the end, if one has seen no batch in training mode. Nothing has been changed then.
 
     Examples
     --------
@@ -74,11 +81,11 @@ def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
         recorder.start()
     try:
         yield
+        for recorder in started:
+            recorder.check()
     finally:
         for recorder in started:
             recorder.stop()
-    for recorder in started:
-        recorder.check()
     for recorder in started:
         recorder.write()
 
@@ -113,47 +120,44 @@ def _checked(layers: tuple[Any, ...]) -> dict[BatchNorm | InstanceNorm, str]:
 
 
 def _recorders_of(names: dict[BatchNorm | InstanceNorm, str]) -> list[_Recorder]:
-    """A recorder for each array of running means, and for each lazy layer."""
-    of_keys: dict[int, _Recorder] = {}
+    """A recorder for all layers that have their running statistics in common."""
+    twins, of_layers = Twins(), dict[Any, _Recorder]()
     for layer, name in names.items():
-        kind = _InstanceRecorder if isinstance(layer, InstanceNorm) else _Recorder
-        of_keys.setdefault(_key_of(layer), kind(layer, name))
-    return list(of_keys.values())
-
-
-def _key_of(layer: Norm) -> int:
-    """What tells which layers are recorded together."""
-    return id(layer if layer.has_uninitialized_params() else layer.running_mean)
+        twin = twins.of(layer)
+        if twin is None:
+            kind = _InstanceRecorder if isinstance(layer, InstanceNorm) else _Recorder
+            of_layers[layer] = kind(name)
+        else:
+            of_layers[layer] = of_layers[twin]
+        of_layers[layer].layers.append(layer)
+        twins.add(layer)
+    return list(dict.fromkeys(of_layers.values()))
 
 
 class _Recorder:
     """Adds up what layers with common running statistics see, in place of these."""
 
-    def __init__(self, layer: Norm, name: str) -> None:
-        self.layer, self.name = layer, name
-        self.seen: dict[int, Norm] = {}  # the layers that have made a forward
-        self.keys: list[int] = []
+    def __init__(self, name: str) -> None:
+        self.name = name  # of the first layer
+        self.layers: list[Norm] = []  # those that have been passed
+        self.seen: WeakSet[Norm] = WeakSet()  # those that have made a forward, twins among them
+        self.written: list[Norm] = []
         self.total = Moments()
         self.batches = 0
 
     def start(self) -> None:
-        self.listen_to(_key_of(self.layer))
-
-    def listen_to(self, key: int) -> None:
-        if key not in self.keys:
-            self.keys.append(key)
-            recorders[key] = self
+        for layer in self.layers:
+            recording.recorders[layer] = self
 
     def stop(self) -> None:
-        for key in self.keys:
-            del recorders[key]
-        for layer in self.seen.values():
+        for layer in self.layers:
+            recording.stop(layer)
+        for layer in (*self.layers, *self.seen):
             layer.release()
 
     def record(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         """A layer's own forward, with its running statistics left alone."""
-        self.listen_to(id(layer.running_mean))  # It was lazy, and may have twins from now on.
-        self.seen[id(layer)] = layer
+        self.seen.add(layer)
         return self.add(layer, call)
 
     def add(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
@@ -170,40 +174,52 @@ class _Recorder:
 
     def check(self) -> None:
         """Refuse to go on if the running statistics cannot be written."""
-        layer = self.layer
-        if not self.batches and (layer.num_features or layer.has_uninitialized_params()):
+        first = self.layers[0]
+        if not self.batches and (first.num_features or first.has_uninitialized_params()):
             raise RuntimeError(
                 f"{self.name} has seen no batch in training mode; its forward must run inside "
                 f"the block, after train()"
             )
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            checks.check_ndarray(getattr(layer, name), name, writeable=True)
-        checks.check_running_apart(layer.running_mean, layer.running_var)
+        # Those of twins, too: each may have a counter of its own.
+        twins = [twin for twin in self.seen if recording.recorder_of(twin) is self]
+        self.written = list(dict.fromkeys([*self.layers, *twins]))
+        for layer in self.written:
+            for name in (*STATISTICS, COUNTER):
+                checks.check_ndarray(getattr(layer, name), name, writeable=True)
+            checks.check_running_apart(layer.running_mean, layer.running_var)
+            twin = recording.twin_of(layer)
+            if twin is not None and recording.recorders[twin] is not self:
+                raise RuntimeError(
+                    f"{layer!r} has been given the running statistics of {twin!r} while both were "
+                    f"recalibrated: do that before the block"
+                )
 
     def results(self) -> dict[str, Any]:
         """What the running statistics become."""
         return {
             "running_mean": self.total.mean,
-            "running_var": self.total.var(correction=int(self.layer.unbiased)),
-            "num_batches_tracked": np.array(self.batches),
+            "running_var": self.total.var(correction=int(self.layers[0].unbiased)),
+            COUNTER: np.array(self.batches),
         }
 
     def write(self) -> None:
         """Set the running statistics."""
-        if not self.layer.num_features:
+        if not self.layers[0].num_features:
             return
-        asarray = backend_for(self.layer._device).asarray
-        for name, value in self.results().items():
-            array = getattr(self.layer, name)
-            with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
-                array[...] = asarray(value, array.dtype, self.layer._device)
+        results = self.results()
+        for layer in self.written:
+            asarray = backend_for(layer._device).asarray
+            for name, value in results.items():
+                array = getattr(layer, name)
+                with np.errstate(all="ignore"):  # What the layer's dtype cannot hold is inf there.
+                    array[...] = asarray(value, array.dtype, layer._device)
 
 
 class _InstanceRecorder(_Recorder):
     """Averages mean and variance over the samples that instance normalizations see."""
 
-    def __init__(self, layer: Norm, name: str) -> None:
-        super().__init__(layer, name)
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self.variances = Moments()  # the moments, over samples, of their variances
 
     def add(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:

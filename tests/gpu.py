@@ -59,15 +59,3 @@ def step(layer, x, dy, in_place=False, **options):
     y = layer(x, out=x if in_place else None, **options)
     results = [y.copy(), layer.backward(dy)]
     return results + [getattr(layer, name) for name in support.LAYER_ARRAYS]
-
-
-class OneRank:
-    """What a layer asks of MPI and of a communicator, where the others have nothing to add."""
-
-    rank, size, IN_PLACE = 0, 1, None
-
-    def allgather(self, value):
-        return [value]
-
-    def Allreduce(self, *_):
-        pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Never, Protocol, Self
+from typing import Any, ClassVar, Never, Self
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from fastbn import _normalize as normalize
 from fastbn import _scalars as scalars
 from fastbn._types import Array, ArrayLike, DTypeLike, Gate, NDArray, Statistics
 from fastbn.backends import backend_of
+from fastbn.layers.recording import Recorder, recorder_of
 from fastbn.layers.saved import (
     AFTER_FREEZE,
     AFTER_TRAIN,
@@ -32,18 +33,6 @@ from fastbn.layers.saved import (
     with_alive,
 )
 from fastbn.layers.state import LayerState
-
-
-class Recorder(Protocol):
-    """What sees the training forwards of layers in place of their running statistics."""
-
-    def record(self, layer: Norm, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
-        """Do the forward of a layer, whose running statistics are left alone."""
-
-
-# While layers are recalibrated: what records them, by the identity of their array of running means
-# or, of a lazy layer, of the layer. Layers that have the array in common are recorded together.
-recorders: dict[int, Recorder] = {}
 
 # The number of channels of a lazy layer.
 UNKNOWN: Any = object()
@@ -223,11 +212,11 @@ class Norm(LayerState):
             y = self._forward_eval(x, out, mask, residual)
             self._saved = self._no_backward_in_eval()
             return y
-        recorder = self._recorder
-        forward = self._forward_train if recorder is None else partial(recorder.record, self)
-        call_of = self._training_call
         if self.frozen:
             forward, call_of = normalize.frozen, self._running_call
+        else:
+            recorder, call_of = self._recorder, self._training_call
+            forward = self._forward_train if recorder is None else partial(recorder.record, self)
         call = with_alive(
             call_of(x, out, mask, residual), computes_gates=self._computes_gates and not self.frozen
         )
@@ -277,11 +266,8 @@ class Norm(LayerState):
 
     @property
     def _recorder(self) -> Recorder | None:
-        """What records the layer, if it is recalibrated."""
-        if not recorders:
-            return None
-        running_mean = getattr(self, "running_mean", None)  # A lazy layer has none yet.
-        return recorders.get(id(running_mean)) or recorders.get(id(self))
+        """What records the layer, if it is recalibrated and tracks running statistics."""
+        return recorder_of(self) if self.track_running_stats else None
 
     def _forward_train(self, call: normalize.Forward) -> tuple[Array, Statistics, Statistics]:
         """Normalize by the input's own statistics; move the running ones."""

@@ -7,7 +7,8 @@ from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn import _scalars as scalars
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
-from fastbn.layers.base import Norm, recorders
+from fastbn.layers.base import Norm
+from fastbn.layers.recording import recorders
 from fastbn.layers.saved import NO_SECOND_BACKWARD, SavedForBackward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]

@@ -45,6 +45,7 @@ class LayerState:
     negative_slope: float
     training: bool
     frozen: bool
+    num_batches_tracked: Array | Any
     _device: str
     _dtype: np.dtype[Any]
     _has_bias: bool
@@ -57,7 +58,9 @@ class LayerState:
     def _allocate(self, num_features: int) -> None:
         """Make the arrays, now that the number of channels is known."""
         self.num_features = num_features
-        shape, dtype, tracked = (num_features,), self._dtype, self.track_running_stats
+        # Not by track_running_stats, which may be False around the first forward of a lazy layer.
+        tracked = self.num_batches_tracked is not None
+        shape, dtype = (num_features,), self._dtype
         self.weight = self._full(shape, 1, dtype) if self.affine else None
         self.bias = self._full(shape, 0, dtype) if self._has_bias else None
         self.running_mean = self._full(shape, 0, dtype) if tracked else None

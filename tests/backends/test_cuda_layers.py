@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import support
-from gpu import SIMULATED, OneRank, assert_alike, cuda, cupy, on_both, simulated, step, to_gpu
+from gpu import SIMULATED, assert_alike, cuda, cupy, on_both, simulated, step, to_gpu
 from internals import alone_on_its_rank
+from kinds import OneRank
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
@@ -116,6 +117,23 @@ def test_recalibration(rng, layer):
             each(x[6:])
         results.append([each.running_mean, each.running_var, each.num_batches_tracked])
     assert_alike(results)
+
+
+@pytest.mark.parametrize("passed", [0, 1])
+def test_recalibration_of_layers_with_views_of_the_same_memory(rng, passed):
+    x, statistics = to_gpu(some(rng, (6, 3, 5, 5))), to_gpu(np.array([[0, 0, 0], [1, 1, 1]], "f"))
+    twins = [fastbn.BatchNorm2d(3, device="cuda") for _ in range(2)]
+    other, alone = fastbn.BatchNorm2d(3, device="cuda"), fastbn.BatchNorm2d(3, device="cuda")
+    for layer in twins:
+        layer.running_mean, layer.running_var = statistics
+    with fastbn.recalibrate(twins[passed]):
+        for layer, batch in zip((*twins, other), (x, x + 10, x), strict=True):
+            layer(batch)
+    with fastbn.recalibrate(alone):
+        alone(x)
+        alone(x + 10)
+    assert same_bits(statistics.get(), [alone.running_mean.get(), alone.running_var.get()])
+    assert [int(layer.num_batches_tracked) for layer in (*twins, other)] == [2, 2, 1]
 
 
 def test_moments_of_parts_add_up(rng, dtype):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from gpu import SIMULATED, OneRank, assert_alike, cupy, on_both, simulated, step, to_gpu
+from gpu import SIMULATED, assert_alike, cupy, on_both, simulated, step, to_gpu
 from internals import alone_on_its_rank
+from kinds import OneRank
 from support import (
     channels_last,
     contiguous,

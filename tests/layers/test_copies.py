@@ -1,75 +1,145 @@
 """Copies of layers are independent working layers, whenever they are made."""
 
+import contextlib
 import copy
-import gc
+import os
 import pickle
 import weakref
 
 import numpy as np
 import pytest
-from support import same_bits, some
+from internals import alone_on_its_rank
+from kinds import KINDS, SHAPES, TRACKING, OneRank
+from support import output_of, same_bits, some, untouched
 
 import fastbn
 
 DEEP = [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
 DEEP_NAMES = ["deepcopy", "pickle"]
-LAYERS = {
-    "1d": (fastbn.BatchNorm1d, (6, 3, 5)),
-    "2d": (fastbn.BatchNorm2d, (6, 3, 5, 2)),
-    "3d": (fastbn.BatchNorm3d, (6, 3, 5, 2, 2)),
-    "lazy": (lambda _, **options: fastbn.LazyBatchNorm2d(**options), (6, 3, 5, 2)),
-}
-layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+tracking = pytest.mark.parametrize(("make", "shape"), TRACKING.values(), ids=TRACKING)
 
 
-@layers
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    alone_on_its_rank(monkeypatch, OneRank())
+
+
+def assert_same_statistics(first, second):
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert same_bits(getattr(first, name), getattr(second, name)), name
+
+
+@tracking
 @pytest.mark.parametrize("copied", DEEP, ids=DEEP_NAMES)
 @pytest.mark.parametrize("before_the_first_batch", [False, True])
 def test_a_copy_made_inside_recalibrate_tracks(rng, make, shape, copied, before_the_first_batch):
-    bn = make(3)
-    with fastbn.recalibrate(bn):
+    layer = make()
+    with fastbn.recalibrate(layer):
         if before_the_first_batch:
-            twin = copied(bn)
-        bn(some(rng, shape))
+            twin = copied(layer)
+        layer(some(rng, shape))
         if not before_the_first_batch:
-            twin = copied(bn)
+            twin = copied(layer)
         inside = some(rng, shape)
         twin(inside)
-    expected = make(3)
+    expected = make()
     expected(inside)
     for x in (some(rng, shape) for _ in range(3)):
         twin(x)
         expected(x)
-    assert same_bits(twin.running_mean, expected.running_mean)
-    assert same_bits(twin.running_var, expected.running_var)
-    assert twin.num_batches_tracked == 4
+    assert_same_statistics(twin, expected)
 
 
-@layers
+POOL = """
+import concurrent.futures, multiprocessing
+import numpy as np
+import fastbn
+
+x = np.random.default_rng(0).standard_normal((6, 3, 5, 2), dtype=np.float32)
+KINDS = {
+    fastbn.BatchNorm2d: {},
+    fastbn.InstanceNorm2d: {"track_running_stats": True},
+}
+
+def moved(layer, x):
+    layer(x)
+    return layer
+
+context = multiprocessing.get_context("fork")
+for kind, options in KINDS.items():
+    layer, expected = kind(3, **options), kind(3, **options)
+    with fastbn.recalibrate(layer):
+        layer(x)
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            copied = pool.submit(moved, layer, x + 10).result()
+    expected(x + 10)
+    assert (copied.running_mean == expected.running_mean).all()
+    assert copied.num_batches_tracked == expected.num_batches_tracked
+    assert np.allclose(layer.running_mean, x.mean(axis=(0, 2, 3)), atol=1e-6)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_copy_that_a_pool_of_processes_gets_inside_recalibrate_tracks(tmp_path):
+    output_of(POOL, tmp_path)
+
+
+def with_views(layer):
+    """The layer, with views of its own on the same running statistics."""
+    layer.running_mean, layer.running_var = layer.running_mean[:], layer.running_var[:]
+    return layer
+
+
+def with_own_counter(layer):
+    """The layer, with a counter of its own."""
+    layer.num_batches_tracked = layer.num_batches_tracked.copy()
+    return layer
+
+
+TWINS = {
+    "arrays": copy.copy,
+    "views": lambda layer: with_views(copy.copy(layer)),
+    "own counters": lambda layer: with_own_counter(copy.copy(layer)),
+}
+
+
+@tracking
+@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
 @pytest.mark.parametrize("passed", ["first", "second", "both"])
-def test_twins_are_recalibrated_by_all_that_they_see(rng, make, shape, passed):
-    first = make(3)
+def test_twins_are_recalibrated_by_all_that_they_see(rng, make, shape, passed, twin_of):
+    first, alone, x = make(), make(), some(rng, shape, mean=5.0)
     first(some(rng, shape))
-    second = copy.copy(first)
-    x = some(rng, shape, mean=5.0)
+    second = twin_of(first)
     with fastbn.recalibrate(*{"first": [first], "second": [second]}.get(passed, [first, second])):
         first(x)
-        second(x + 10)
-    together = np.concatenate([x, x + 10])
-    axes = (0, *range(2, x.ndim))
-    np.testing.assert_allclose(first.running_mean, together.mean(axis=axes), rtol=1e-5)
-    np.testing.assert_allclose(first.running_var, together.var(axis=axes, ddof=1), rtol=1e-5)
-    assert first.num_batches_tracked == 2
-    assert second.running_mean is first.running_mean
+        with untouched(first, second):
+            second(x + 10)
+    with fastbn.recalibrate(alone):
+        alone(x)
+        alone(x + 10)
+    assert_same_statistics(first, alone)
+    assert_same_statistics(second, alone)
+    assert np.shares_memory(second.running_mean, first.running_mean)
 
 
-def test_a_twin_made_inside_recalibrate_is_recorded_too(rng):
-    first, x = fastbn.LazyBatchNorm1d(), some(rng, (6, 3))
+@tracking
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_twin_made_inside_recalibrate_is_recorded_too(rng, make, shape, loads):
+    first, alone, x = make(), make(), some(rng, shape)
+    state = make()
+    state(x)
     with fastbn.recalibrate(first):
-        first(x)
+        if loads:  # a lazy layer has arrays before its first forward, then
+            first.load_state_dict(state.state_dict())
+        else:
+            first(x)
         copy.copy(first)(x + 10)
-    np.testing.assert_allclose(first.running_mean, x.mean(axis=0) + 5, rtol=1e-5)
-    assert first.num_batches_tracked == 2
+        if loads:
+            first(x)
+    with fastbn.recalibrate(alone):
+        for batch in (x + 10, x) if loads else (x, x + 10):
+            alone(batch)
+    assert_same_statistics(first, alone)
 
 
 def test_two_blocks_for_one_array_are_refused(rng):
@@ -107,45 +177,62 @@ def test_a_copy_of_an_initialized_layer_shares_its_arrays_but_new_gradients(rng)
     assert third.weight_grad is first.weight_grad  # It was there, and is added to in place.
 
 
-def saved_array(layer, x):
+def saved_array(layer, x, **arguments):
     """A reference to an input that a layer keeps alive."""
-    layer(x)
+    layer(x, **arguments)
     return weakref.ref(x)
 
 
-def test_release_lets_go_of_the_batch(rng):
-    bn = fastbn.BatchNorm1d(3)
-    saved = saved_array(bn, some(rng, (6, 3)))
-    gc.collect()
+USES = {
+    "plain": ({}, {}),
+    "mask": ({}, {"mask": np.arange(6).reshape(6, *[1] * 3) < 5}),
+    "residual": ({}, {"residual": np.ones(SHAPES["2d"], np.float32)}),
+    "activation": ({"activation": "relu"}, {}),
+    "both": ({"activation": "relu6"}, {"residual": np.ones(SHAPES["2d"], np.float32)}),
+}
+PLANE = {name: make for name, (make, shape) in KINDS.items() if shape == SHAPES["2d"]}
+planes = pytest.mark.parametrize("make", PLANE.values(), ids=PLANE)
+TRACKED = {name: make for name, make in PLANE.items() if name in TRACKING}
+tracked_planes = pytest.mark.parametrize("make", TRACKED.values(), ids=TRACKED)
+uses = pytest.mark.parametrize(("options", "arguments"), USES.values(), ids=USES)
+
+
+@planes
+@uses
+def test_release_lets_go_of_the_batch(rng, make, options, arguments):
+    layer = make(**options)
+    saved = saved_array(layer, some(rng, SHAPES["2d"]), **arguments)
     assert saved() is not None
-    assert bn.release() is bn
-    gc.collect()
+    assert layer.release() is layer
     assert saved() is None
     with pytest.raises(RuntimeError, match="since release"):
-        bn.backward(some(rng, (6, 3)))
+        layer.backward(some(rng, SHAPES["2d"]))
 
 
+@tracked_planes
+@uses
 @pytest.mark.parametrize("fails", [False, True])
-def test_recalibrate_lets_go_of_the_last_batch(rng, fails):
-    bn, other = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
-
-    def block():
-        with fastbn.recalibrate(bn):
-            saved = [saved_array(bn, some(rng, (6, 3))), saved_array(other, some(rng, (6, 3)))]
-            yield from saved
-            if fails:
-                raise KeyError
-
-    saved, of_other = [], None
-    try:
-        for reference in block():
-            saved.append(reference)
-    except KeyError:
-        pass
-    gc.collect()
-    of_other = saved[1]
-    assert saved[0]() is None
+def test_recalibrate_lets_go_of_the_last_batches(rng, make, options, arguments, fails):
+    layer, twin, idle, other = make(**options), None, make(**options), make(**options)
+    before = saved_array(idle, some(rng, SHAPES["2d"]), **arguments)
+    with contextlib.suppress(KeyError, RuntimeError), fastbn.recalibrate(layer, idle):
+        saved = [before, saved_array(layer, some(rng, SHAPES["2d"]), **arguments)]
+        twin = copy.copy(layer)
+        saved.append(saved_array(twin, some(rng, SHAPES["2d"]), **arguments))
+        of_other = saved_array(other, some(rng, SHAPES["2d"]), **arguments)
+        if fails:
+            raise KeyError
+    assert [reference() for reference in saved] == [None] * 3
     assert of_other() is not None
+
+
+@tracked_planes
+def test_a_twin_that_is_gone_keeps_no_batch_alive(rng, make):
+    layer = make()
+    with fastbn.recalibrate(layer):
+        layer(some(rng, SHAPES["2d"]))
+        saved = saved_array(copy.copy(layer), some(rng, SHAPES["2d"]))
+        assert saved() is None
 
 
 class Ranks:

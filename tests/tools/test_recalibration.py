@@ -1,13 +1,17 @@
 """Recalibration: running statistics that are those of all data, and nothing else changed."""
 
+import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import support
+from internals import alone_on_its_rank
+from kinds import TRACKING, OneRank
 from support import same_bits, some
 
 import fastbn
@@ -175,6 +179,137 @@ def test_running_statistics_that_share_memory_are_not_written(rng):
     bn.running_var = bn.running_mean
     with support.refused(ValueError, "share memory", intact=[bn]), fastbn.recalibrate(bn):
         bn(some(rng, (4, 3, 5, 2)))
+
+
+BOTH = "both running statistics in common"
+PARTS = {
+    "variances": (("running_var",), BOTH),
+    "means": (("running_mean",), BOTH),
+    "counters": (("num_batches_tracked",), BOTH),
+}
+
+
+@pytest.mark.parametrize("passed", ["both", "one"])
+@pytest.mark.parametrize(("names", "words"), PARTS.values(), ids=PARTS)
+def test_layers_with_a_part_in_common_are_refused(rng, names, words, passed):
+    first, second = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    for name in names:
+        setattr(second, name, getattr(first, name)[...])
+    layers, x = [first, second], some(rng, (4, 3, 5, 2))
+    with (
+        support.refused(RuntimeError, words, *names, intact=layers),
+        fastbn.recalibrate(*layers if passed == "both" else layers[:1]),
+    ):
+        first(x)
+        second(x)
+
+
+def crossed(layer, other):
+    layer.running_mean, layer.running_var = other.running_var, other.running_mean
+
+
+def shortened(layer, other):
+    layer.running_mean, layer.running_var = other.running_mean[:2], other.running_var[:2]
+    layer.num_features, layer.weight, layer.bias = 2, None, None
+
+
+def reread(layer, other):
+    layer.running_mean = other.running_mean.view(np.int32)
+    layer.running_var = other.running_var.view(np.int32)
+
+
+@pytest.mark.parametrize("share", [crossed, shortened, reread])
+def test_layers_with_the_same_memory_in_another_way_are_refused(share):
+    first, second = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    share(second, first)
+    with support.refused(RuntimeError, BOTH), fastbn.recalibrate(first, second):
+        raise AssertionError
+
+
+def test_layers_of_two_families_are_not_recalibrated_together(rng):
+    bn, norm = fastbn.BatchNorm2d(3), fastbn.InstanceNorm2d(3, track_running_stats=True)
+    norm.running_mean, norm.running_var = bn.running_mean, bn.running_var
+    with support.refused(RuntimeError, "another way", intact=[bn]), fastbn.recalibrate(bn, norm):
+        raise AssertionError
+
+
+def test_layers_that_get_common_arrays_inside_are_refused(rng):
+    first, second = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    x = some(rng, (4, 3, 5, 2))
+    with (
+        support.refused(RuntimeError, "before the block", intact=[first]),
+        fastbn.recalibrate(first, second),
+    ):
+        first(x)
+        second(x)
+        second.running_mean, second.running_var = first.running_mean, first.running_var
+
+
+def test_a_layer_whose_arrays_are_replaced_inside_stays_recorded(rng):
+    bn, other, x = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3), some(rng, (4, 3, 5, 2))
+    old = bn.running_mean
+    with fastbn.recalibrate(bn):
+        bn(x)
+        bn.running_mean, bn.running_var = bn.running_mean.copy(), bn.running_var.copy()
+        other.running_mean, other.running_var = old, np.ones(3, np.float32)
+        other(x)  # has the old array, which is nobody's now
+        copy.copy(bn)(x + 1)
+        bn(x + 2)
+    assert_calibrated(bn, [x, x + 1, x + 2])
+    support.assert_close(old, 0.1 * x.mean(axis=(0, 2, 3)), 1e-6)
+
+
+def test_no_other_layer_is_taken_for_one_whose_memory_it_gets(rng):
+    x = some(rng, (4, 3, 5, 2))
+    bn = fastbn.BatchNorm2d(3)
+    with fastbn.recalibrate(bn):
+        for _ in range(20):
+            bn(x)
+            bn.running_mean, bn.running_var = np.zeros(3, np.float32), np.ones(3, np.float32)
+            other = fastbn.BatchNorm2d(3)
+            other(x)
+            assert other.num_batches_tracked == 1
+            assert other.running_mean.any()
+    assert_calibrated(bn, [x] * 20)
+
+
+def test_threads_recalibrate_at_the_same_time(rng):
+    x = some(rng, (4, 3, 5, 2))
+
+    def recalibrated(_):
+        first, other = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+        twin = copy.copy(first)
+        with fastbn.recalibrate(first):
+            for layer in (first, other, twin):
+                layer(x)
+        assert other.num_batches_tracked == 1
+        return first
+
+    with ThreadPoolExecutor(4) as pool:
+        for bn in pool.map(recalibrated, range(40)):
+            assert_calibrated(bn, [x, x])
+
+
+@pytest.mark.parametrize(("make", "shape"), TRACKING.values(), ids=TRACKING)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_forward_that_tracks_nothing_is_not_recorded(rng, make, shape, masked, monkeypatch):
+    alone_on_its_rank(monkeypatch, OneRank())
+    layer, twin, alone, x = make(), make(), make(), some(rng, shape)
+    mask = support.some_mask(rng, shape) if masked else None
+    with fastbn.recalibrate(alone):
+        alone(x, mask=mask)
+    with fastbn.recalibrate(layer):
+        if masked:  # a lazy layer may have its first forward so, or not
+            layer(x, mask=mask)
+        layer.track_running_stats = False
+        aside = layer(10 * x, mask=mask)
+        layer.track_running_stats = True
+        if not masked:
+            layer(x)
+    twin.track_running_stats = False
+    assert same_bits(aside, twin(10 * x, mask=mask))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert same_bits(getattr(layer, name), getattr(alone, name))
 
 
 def test_a_layer_without_channels_stays_as_it_is():
