@@ -23,6 +23,8 @@ cdef class SavedForBackward:
         That of x at the time of the forward.
     batch_size : int
         The samples of a ghost batch; 0 for a single batch.
+    num_groups : int
+        Into which the channels were divided; 0 if they were not.
     weight, bias : ndarray of float64 or None
         Those of the forward, if it was in place or had an activation.
     activation, negative_slope
@@ -38,17 +40,18 @@ cdef class SavedForBackward:
     cdef int ndim
     cdef cnp.npy_intp dims[MAX_NDIM]
     cdef readonly bint in_place, frozen
-    cdef readonly Py_ssize_t batch_size
+    cdef readonly Py_ssize_t batch_size, num_groups
     cdef int samples              # elements of x that are compared before the backward
     cdef Py_ssize_t offsets[SAMPLES]
     cdef cnp.npy_uint64 bits[SAMPLES]
 
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
-                 mask=None, Py_ssize_t batch_size=0, weight=None, bias=None, epilogue=None):
+                 mask=None, Py_ssize_t batch_size=0, weight=None, bias=None, epilogue=None,
+                 Py_ssize_t num_groups=0):
         self.x, self.mean, self.invstd = x, mean, invstd
         self.in_place, self.frozen = in_place, frozen
         self.kept, self.mask, self.batch_size = kept, mask, batch_size
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.num_groups = weight, bias, num_groups
         if epilogue is not None:
             self.activation, self.negative_slope = epilogue.activation, epilogue.negative_slope
             self.has_residual, self.alive = epilogue.residual is not None, epilogue.alive

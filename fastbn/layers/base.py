@@ -235,6 +235,7 @@ class Norm(LayerState):
             weight,
             bias,
             call.epilogue,
+            call.num_groups,
         )
         return y
 

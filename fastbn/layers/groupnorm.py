@@ -175,8 +175,7 @@ class GroupNorm(Norm):
         out: Array | None,
         gate: Gate | None,
     ) -> tuple[Array, Statistics, Statistics]:
-        num_groups = scalars.as_num_groups(self.num_groups, self.num_features)
-        return group_gradients(saved, num_groups, dy, weight, bias, out, gate)
+        return group_gradients(saved, dy, weight, bias, out, gate)
 
     def _options_repr(self) -> str:
         return (

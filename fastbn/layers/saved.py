@@ -205,7 +205,6 @@ def gradients(
 
 def group_gradients(
     saved: SavedForBackward,
-    num_groups: int,
     dy: Array,
     weight: Array | None,
     bias: Array | None,
@@ -220,7 +219,7 @@ def group_gradients(
         operands = _operands(saved, weight, bias)
     x, mean, invstd, factor, _ = operands
     call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask, gate=gate)
-    return normalize.group_backward(call, num_groups, weight)
+    return normalize.group_backward(call, saved.num_groups, weight)
 
 
 def _gradients(

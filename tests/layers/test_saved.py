@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from internals import core
+from internals import alone_on_its_rank, core
+from kinds import KINDS, OneRank
 from support import (
     byte_swapped,
     channels_last,
@@ -237,3 +238,29 @@ def test_an_array_of_another_shape_is_refused_as_before(rng, quick, name):
         x.shape = (4, 3, 4, 1)
     with pytest.raises(RuntimeError, match="shape"):
         bn.backward(x)
+
+
+OTHERS = {
+    **{"eps": 7.0, "momentum": None, "unbiased": False, "activation": None, "negative_slope": 9.0},
+    **{"ghost_batch_size": 1, "num_groups": 3, "track_running_stats": False, "affine": False},
+    **{"training": False, "frozen": True, "running_mean": None, "running_var": None, "comm": None},
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "leaky_relu", "negative_slope": 0.3}])
+def test_a_backward_depends_on_the_forward_alone(rng, make, shape, in_place, options, monkeypatch):
+    alone_on_its_rank(monkeypatch, OneRank())
+    x, dy, mask = some(rng, shape), some(rng, shape), some_mask(rng, shape)
+    for each in (None, mask):
+        layer, other = make(**options), make(**options)
+        for one in (layer, other):
+            a = x.copy()
+            one(a, out=a if in_place else None, mask=each)
+        for name, value in OTHERS.items():
+            if hasattr(other, name):
+                setattr(other, name, value)
+        assert same_bits(other.backward(dy), layer.backward(dy))
+        assert same_bits(other.weight_grad, layer.weight_grad)
+        assert same_bits(other.bias_grad, layer.bias_grad)
