@@ -170,7 +170,7 @@ def _backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
             dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size, gate=gate
         )
     for of_batches, total in zip(sums, totals, strict=True):
-        of_batches.reshape(-1, x.shape[1]).sum(axis=0, out=total)
+        of_batches.reshape(batches_of(x, batch_size), x.shape[1]).sum(axis=0, out=total)
     return dx, totals[1], totals[0]
 
 

@@ -286,7 +286,7 @@ def group_backward(
 
 def vanishing(x: Array, weight: Array | None) -> bool:
     """Tell whether a weight is too small, beside the largest one, for sums to be divided by it."""
-    if weight is None:
+    if weight is None or not weight.size:
         return False
     size = np.abs(weight.astype(np.float64))
     least = size.min()
