@@ -146,11 +146,12 @@ def batch_norm(
             return y
     x = checks.as_input(input)
     size = scalars.as_batch_size(ghost_batch_size)
+    momentum = scalars.as_real(momentum, "momentum")
+    unbiased = scalars.as_bool(unbiased, "unbiased")
     if not training:
         return normalize.by_running(
             checks.running_call(x, *parameters, eps, out=out, mask=mask, epilogue=epilogue)
         )
-    momentum = scalars.as_real(momentum, "momentum")
     call = checks.training_call(
         x,
         *parameters,
@@ -184,6 +185,8 @@ def _quick_batch_norm(
     running = running_mean, running_var
     epilogue = activation, negative_slope, residual
     if not training:
+        if type(momentum) is not float or type(unbiased) is not bool:
+            return None
         return _core.try_evaluate(x, out, *running, weight, bias, eps, *epilogue, None, None)
     if momentum is None:
         return None
@@ -279,6 +282,8 @@ def instance_norm(
     x = checks.as_input(input)
     parameters = running_mean, running_var, weight, bias
     epilogue = activation, negative_slope, residual
+    momentum = scalars.as_real(momentum, "momentum")
+    unbiased = scalars.as_bool(unbiased, "unbiased")
     if not use_input_stats:
         return normalize.by_running(
             checks.running_call(
@@ -291,7 +296,6 @@ def instance_norm(
                 epilogue=epilogue,
             )
         )
-    momentum = scalars.as_real(momentum, "momentum")
     call = checks.training_call(
         x,
         *parameters,

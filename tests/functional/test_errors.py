@@ -82,6 +82,44 @@ def test_momentum_is_a_number_or_none(value):
         fastbn.LazyBatchNorm2d(momentum=value)
 
 
+# By their own statistics, and by running ones.
+NORMALIZATIONS = [
+    *(partial(F.batch_norm, training=training) for training in (True, False)),
+    *(partial(F.instance_norm, use_input_stats=own) for own in (True, False)),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "exception"),
+    [
+        ({"momentum": "0.1"}, TypeError),
+        ({"momentum": None}, TypeError),
+        ({"momentum": 10**400}, ValueError),
+        ({"eps": "1e-5"}, TypeError),
+        ({"eps": -1.0}, ValueError),
+        ({"activation": "tanh"}, ValueError),
+        ({"negative_slope": np.inf}, ValueError),
+        ({"negative_slope": "0.1"}, TypeError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_options_are_checked_in_every_mode(x, bn, options, exception, masked):
+    mask = np.ones((len(x), 1, 1, 1), bool) if masked else None
+    for call in NORMALIZATIONS:
+        with refused(exception, next(iter(options)), intact=[bn, x]):
+            call(x, bn.running_mean, bn.running_var, out=x, mask=mask, **options)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2"])
+@pytest.mark.parametrize("training", [False, True])
+def test_ghost_batch_size_is_checked_in_every_mode(x, bn, size, training):
+    with refused((ValueError, TypeError), "ghost_batch_size", intact=[bn, x]):
+        F.batch_norm(
+            x, bn.running_mean, bn.running_var, training=training, out=x, ghost_batch_size=size
+        )
+
+
 @pytest.mark.parametrize("value", ["yes", 1, 0.0, None], ids=str)
 def test_unbiased_is_a_bool(x, bn, value):
     for layer in (fastbn.BatchNorm2d, fastbn.InstanceNorm2d):
@@ -90,7 +128,7 @@ def test_unbiased_is_a_bool(x, bn, value):
     with refused(TypeError, "unbiased", type(value).__name__):
         fastbn.LazyBatchNorm2d(unbiased=value)
     running = bn.running_mean, bn.running_var
-    for call in (partial(F.batch_norm, training=True), F.instance_norm):
+    for call in NORMALIZATIONS:
         with refused(TypeError, "unbiased", type(value).__name__, intact=[bn, x]):
             call(x, *running, out=x, unbiased=value)
     bn.unbiased = value
