@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, ItemsView, Mapping
-from typing import Any
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,7 +131,6 @@ FOREIGN_NAMES = {
     **dict.fromkeys(("moving_variance", "moving_var", "input_var", "var"), "running_var"),
 }
 
-
 # With which option a layer has an array that it lacks.
 OPTIONS = {
     "weight": "affine=True",
@@ -141,6 +140,19 @@ OPTIONS = {
     "num_batches_tracked": "track_running_stats=True",
 }
 
+# From the longest to the shortest: "x_input_mean" ends in two of them.
+KNOWN_NAMES = sorted({**FOREIGN_NAMES, **OPTIONS}, key=len, reverse=True)
+
+
+class ForeignKey(NamedTuple):
+    """A key of a state, or of a mapping in it, that ends in a name of a layer's array."""
+
+    shown: str  # as an error shows it
+    layer: str  # what stands before the name
+    name: str  # what it is called here
+    is_foreign: bool  # whether that is another name
+    is_nested: bool
+
 
 def state_hint(
     state: Mapping[str, Any], prefix: str, expected: list[str], lacking: list[str]
@@ -148,23 +160,112 @@ def state_hint(
     """Suggest the prefix or the names under which a state has a layer, the options with which the
     layer would have what it lacks, or not to be strict.
     """
-    for key in state:
-        other = key.removesuffix("weight")
-        if other not in (key, prefix) and other + "running_mean" in state:
-            return f"; perhaps with prefix={other!r}"
-    last = {k: re.split(r"[/.]", k.removesuffix(":0"))[-1] for k in state if k not in expected}
-    if any(name in FOREIGN_NAMES for name in last.values()):
-        names = {**FOREIGN_NAMES, **{key.removeprefix(prefix): key for key in expected}}
-        renamed = {k: prefix + names[n].removeprefix(prefix) for k, n in last.items() if n in names}
-        return "; rename " + ", ".join(f"{old!r} to {new!r}" for old, new in renamed.items())
-    options = [OPTIONS[name] for name in lacking if prefix + name in state]
+    prefixes = _other_prefixes(state, prefix, expected)
+    if prefixes:
+        return f"; perhaps with prefix={' or '.join(map(repr, prefixes))}"
+    foreign = _foreign_layers(state, prefix, expected)
+    if foreign:
+        return _renaming_hint(foreign, prefix, expected, lacking)
+    options = _options([name for name in lacking if prefix + name in state])
     if options:
-        if OPTIONS["weight"] in options and OPTIONS["bias"] in options:
-            options.remove(OPTIONS["bias"])  # An affine layer has one.
-        return f"; a layer with {', '.join(dict.fromkeys(options))} has them"
+        return f"; a layer with {options} has them"
     if any(key in state for key in expected):
         return "; strict=False loads those that fit"
     return f"; the names that it knows are {', '.join(expected)}"
+
+
+def _other_prefixes(state: Mapping[str, Any], prefix: str, expected: list[str]) -> list[str]:
+    """Other prefixes, a few of them, under which a state has all arrays that a layer needs."""
+    names = [key.removeprefix(prefix) for key in expected]
+    needed = [name for name in names if name != "num_batches_tracked"]
+    found = dict.fromkeys(
+        key.removesuffix(needed[0]) for key in state if needed and key.endswith(needed[0])
+    )
+    return [
+        other
+        for other in found
+        if other != prefix
+        and all(len(np.shape(state.get(other + name, 0))) == 1 for name in needed)
+    ][:3]
+
+
+def _foreign_layers(
+    state: Mapping[str, Any], prefix: str, expected: list[str]
+) -> dict[str, list[ForeignKey]]:
+    """The keys of the layers that a state has under names of other libraries."""
+    layers: dict[str, list[ForeignKey]] = {}
+    keys = [key for key in state if key.startswith(prefix)]
+    for path, shown in _paths({key: state[key] for key in keys or state}, ()):
+        key = _foreign_key(path, shown)
+        is_own = len(path) == 1 and path[0] in expected
+        if key is None or is_own or (key.is_foreign and prefix + key.name in state):
+            continue
+        layers.setdefault(key.layer, []).append(key)
+    layers = {
+        layer: keys
+        for layer, keys in layers.items()
+        if any(key.is_foreign or key.is_nested for key in keys)
+    }
+    most = max(map(len, layers.values()), default=0)  # the others are of another kind
+    return {layer: keys for layer, keys in layers.items() if len(keys) == most}
+
+
+def _paths(
+    state: Mapping[str, Any], above: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The paths to the entries of mappings in mappings, and how these are read."""
+    for key, value in state.items():
+        path = (*above, str(key))
+        if isinstance(value, Mapping):
+            yield from _paths(value, path)
+        else:
+            shown = "".join(f"[{part!r}]" for part in path)
+            yield path, f"state{shown}" if above else repr(key)
+
+
+def _foreign_key(path: tuple[str, ...], shown: str) -> ForeignKey | None:
+    """What a path ends in, if that is a name of an array."""
+    key = "/".join(path).removesuffix(":0")
+    for known in KNOWN_NAMES:
+        before = key.removesuffix(known)
+        if before != key and (not before or before[-1] in "/._"):
+            # Flax has the arrays of one layer in two collections.
+            parts = re.split(r"(?<=[/.])", before)
+            layer = "".join(p for p in parts if p[:-1] not in ("params", "batch_stats"))
+            name = FOREIGN_NAMES.get(known, known)
+            return ForeignKey(shown, layer, name, name != known, len(path) > 1)
+    return None
+
+
+def _renaming_hint(
+    layers: dict[str, list[ForeignKey]], prefix: str, expected: list[str], lacking: list[str]
+) -> str:
+    """Suggest what to make of the keys of a layer."""
+    keys = next(iter(layers.values()))
+    known = [key for key in keys if prefix + key.name in expected]
+    others = [key for key in keys if prefix + key.name not in expected]
+    hint = ""
+    if known and any(key.is_nested for key in keys):
+        pairs = ", ".join(f"{prefix + key.name!r}: {key.shown}" for key in known)
+        hint = f"; pass {{{pairs}}}"
+    elif known:
+        hint = "; rename " + ", ".join(f"{key.shown} to {prefix + key.name!r}" for key in known)
+    if len(layers) > 1:
+        names = " and ".join(repr(name) for name in list(layers)[:2])
+        hint = f"; of its {len(layers)} layers, {names}{' ...' * (len(layers) > 2)}, take one{hint}"
+    if others:
+        shown = ", ".join(key.shown for key in others)
+        options = _options([key.name for key in others if key.name in lacking])
+        hint += f"; a layer with {options} has {shown}" if options else f"; leave out {shown}"
+    return hint
+
+
+def _options(names: list[str]) -> str:
+    """The options with which a layer has arrays of these names."""
+    options = [OPTIONS[name] for name in names]
+    if OPTIONS["weight"] in options and OPTIONS["bias"] in options:
+        options.remove(OPTIONS["bias"])  # An affine layer has one.
+    return ", ".join(dict.fromkeys(options))
 
 
 def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], str]) -> Array:
@@ -172,7 +273,7 @@ def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], s
     entry = on_host(value, key)
     if array.dtype.kind == "i":
         return as_counter(entry, key, array)
-    if entry.dtype.kind not in "iu" and not checks.is_float(entry.dtype):
+    if not is_real(entry):
         hint = "; .npz does not keep bfloat16, safetensors does" if entry.dtype == "V2" else ""
         raise TypeError(f"{key} must hold real numbers, got {entry.dtype}{hint}")
     if entry.shape != array.shape:
@@ -182,13 +283,26 @@ def as_entry(value: Any, key: str, array: Array, other_layers: Callable[[int], s
     return entry
 
 
+def is_real(entry: Array) -> bool:
+    """Tell whether an array holds real numbers, of NumPy's dtypes or of those that it is taught."""
+    if entry.dtype.kind != "V":
+        return entry.dtype.kind in "iuf"
+    try:  # ml_dtypes' are of this kind, and so are bytes without a meaning.
+        np.zeros((), entry.dtype).astype(np.float64)
+    except (TypeError, ValueError):
+        return False
+    return entry.dtype.names is None
+
+
 def as_counter(entry: Array, key: str, counter: Array) -> Array:
     """A number of batches of a state, which averages and casts may have made a float."""
-    if entry.dtype.kind not in "biu" and not checks.is_float(entry.dtype):
+    if entry.dtype.kind != "b" and not is_real(entry):
         raise TypeError(f"{key} must hold a real number, got {entry.dtype}")
     if entry.shape not in ((), (1,)):
         raise RuntimeError(f"{key} must have the shape (), got {entry.shape}")
-    number = entry.reshape(()).item() if entry.dtype.kind in "biu" else float(entry.reshape(()))
+    number = entry.reshape(()).item()
+    if entry.dtype.kind == "V":  # Such scalars compare in their own range.
+        number = float(number)
     if not 0 <= number <= np.iinfo(counter.dtype).max:
         raise ValueError(f"{key} must be a number of batches, got {number}")
     return np.array(int(number), counter.dtype)

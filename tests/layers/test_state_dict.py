@@ -1,15 +1,33 @@
 """State dicts: torch's keys, all or nothing, from wherever arrays come."""
 
+import copy
 import io
+import re
 
 import numpy as np
 import pytest
 import support
+from internals import alone_on_its_rank
+from kinds import KINDS, TRACKING, OneRank
 from support import parameters, refused, same_bits, some
 
 import fastbn
 
+every = pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
+tracking = pytest.mark.parametrize(
+    "make", [make for make, _ in TRACKING.values()], ids=list(TRACKING)
+)
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+def names_of(layer):
+    """The names of all arrays in the state of a layer."""
+    return KEYS[:2] if isinstance(layer, fastbn.GroupNorm) else KEYS
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    alone_on_its_rank(monkeypatch, OneRank())
 
 
 @pytest.fixture
@@ -239,7 +257,7 @@ def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
 # What averages of states and casts make of a counter; what torch loads.
 
 
-@pytest.mark.parametrize("make", [fastbn.BatchNorm2d, lambda _: fastbn.LazyBatchNorm2d()])
+@tracking
 @pytest.mark.parametrize(
     ("value", "counter"),
     [
@@ -252,25 +270,54 @@ def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
         (12, 12),
         (2**53, 2**53),
         (np.array(2**62 + 1), 2**62 + 1),
+        (np.array(4.5, np.longdouble), 4),
+        (np.array(6.0, ">f4"), 6),
+        (np.array(6, ">u2"), 6),
     ],
     ids=str,
 )
 def test_a_counter_is_a_real_number_of_any_dtype(trained, make, value, counter):
-    bn = make(3)
-    bn.load_state_dict(trained.state_dict() | {"num_batches_tracked": value})
-    assert same_bits(bn.num_batches_tracked, np.array(counter, np.int64))
+    layer = make()
+    layer.load_state_dict(trained.state_dict() | {"num_batches_tracked": value})
+    assert same_bits(layer.num_batches_tracked, np.array(counter, np.int64))
 
 
-def test_a_bfloat16_counter(trained):
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
-    trained.load_state_dict(
-        trained.state_dict() | {"num_batches_tracked": np.array(9).astype(bfloat16)}
-    )
-    assert trained.num_batches_tracked == 9
+TAUGHT = ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "int4", "uint4", "int2"]
 
 
-@pytest.mark.parametrize("value", [-1, -1.0, np.nan, np.inf, -np.inf, 1e30, 2**63])
+@pytest.mark.parametrize("name", TAUGHT)
+def test_numbers_of_dtypes_that_numpy_is_taught(trained, name):
+    dtype = getattr(pytest.importorskip("ml_dtypes"), name, None)
+    if dtype is None:
+        pytest.skip(f"this ml_dtypes has no {name}")
+    state = {key: np.ones_like(array).astype(dtype) for key, array in trained.state_dict().items()}
+    trained.load_state_dict(state)
+    assert_loaded(trained, {key: np.ones_like(array) for key, array in LIKE_STATE.items()})
+
+
+LIKE_STATE = fastbn.BatchNorm2d(3).state_dict()
+
+
+def test_entries_of_the_widest_dtype(trained):
+    state = {key: value.astype(np.longdouble) for key, value in trained.state_dict().items()}
+    loaded = fastbn.BatchNorm2d(3)
+    loaded.load_state_dict(state)
+    assert_loaded(loaded, trained.state_dict())
+
+
+@pytest.mark.parametrize("dtype", ["V2", "V4", "c8", "U1", "S1", "O", "m8", "f4,f4", [("a", "f4")]])
+@pytest.mark.parametrize("key", ["running_var", "num_batches_tracked"])
+def test_what_does_not_hold_real_numbers_is_refused(trained, key, dtype):
+    state = trained.state_dict()
+    state[key] = np.zeros(state[key].shape, dtype)
+    with refused(TypeError, key, "real number", intact=[trained]):
+        trained.load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [-1, -1.0, np.nan, np.inf, -np.inf, 1e30, 2**63, [-1.0], ["nan"]])
 def test_a_counter_that_counts_nothing_is_refused(trained, value):
+    if isinstance(value, list):
+        value = np.array(value, np.longdouble)
     state = fastbn.BatchNorm2d(3).state_dict() | {"num_batches_tracked": value}
     with refused(ValueError, "num_batches_tracked", intact=[trained]):
         trained.load_state_dict(state)
@@ -283,11 +330,17 @@ def test_a_counter_that_is_no_real_number_is_refused(trained, value):
         trained.load_state_dict(state)
 
 
-def test_the_result_has_names(trained):
-    keys = trained.load_state_dict({"weight": np.ones(3), "more": np.ones(3)}, strict=False)
-    assert keys.missing_keys == ["bias", "running_mean", "running_var"]
-    assert keys.unexpected_keys == ["more"]
+@every
+@pytest.mark.parametrize("prefix", ["", "bn."])
+def test_the_result_has_names(make, shape, prefix):
+    layer = make()
+    names = [key for key in KEYS[1:4] if key in names_of(layer)]
+    state = {prefix + "weight": np.ones(3), prefix + "more": np.ones(3)}
+    keys = layer.load_state_dict(state, strict=False, prefix=prefix)
+    assert keys.missing_keys == [prefix + name for name in names]
+    assert keys.unexpected_keys == [prefix + "more"]
     assert keys == (keys.missing_keys, keys.unexpected_keys)
+    assert same_bits(layer(input=np.ones(shape)), layer(np.ones(shape)))  # torch's name of x
 
 
 # Names of other libraries.
@@ -316,21 +369,119 @@ FOREIGN = {
 
 FOREIGN["flax, without its paths"] = {
     "scale": "weight",
+    "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
 }
+FOREIGN |= {
+    name: {prefix + key: name for key, name in FOREIGN[library].items()}
+    for name, prefix, library in (
+        ("onnx, underscores", "bn_", "onnx"),
+        ("onnx, dots", "features.bn.", "onnx"),
+        ("onnx, short", "bn_", "flax, without its paths"),
+    )
+}
 
 
+@every
 @pytest.mark.parametrize("library", FOREIGN)
-def test_names_of_other_libraries_are_told_what_they_are_here(trained, library):
-    state = {key: np.ones(3) for key in FOREIGN[library]}
-    if library == "flax, without its paths":
-        state["bias"] = np.ones(3)
-    renamed = [f"{key!r} to {name!r}" for key, name in FOREIGN[library].items()]
+def test_names_of_other_libraries_are_told_what_they_are_here(make, shape, library):
+    layer, state = make(), {key: np.ones(3) for key in FOREIGN[library]}
+    with pytest.raises(RuntimeError) as caught:
+        layer.load_state_dict(state)
+    message = str(caught.value)
+    for key, name in FOREIGN[library].items():
+        if key != name:
+            renamed = f"{key!r} to {name!r}"
+            assert (renamed in message) == (name in names_of(layer))
+    if "running_mean" not in names_of(layer):
+        assert "; leave out '" in message
+    assert "strict=False" not in message
+
+
+NESTED = {
+    "flat": ({"params": {}, "batch_stats": {}}, "", "['params']", "['batch_stats']"),
+    "named": (
+        {"params": {"BatchNorm_0": {}, "Conv_0": {"bias": 1}}, "batch_stats": {"BatchNorm_0": {}}},
+        "BatchNorm_0",
+        "['params']['BatchNorm_0']",
+        "['batch_stats']['BatchNorm_0']",
+    ),
+}
+
+
+@pytest.mark.parametrize(("state", "name", "params", "stats"), NESTED.values(), ids=NESTED)
+@every
+def test_entries_of_nested_mappings_are_told(make, shape, state, name, params, stats):
+    layer, state = make(), copy.deepcopy(state)
+    of_params, of_stats = state["params"], state["batch_stats"]
+    if name:
+        of_params, of_stats = of_params[name], of_stats[name]
+    of_params |= {"scale": np.full(3, 2.0), "bias": np.full(3, 3.0)}
+    of_stats |= {"mean": np.full(3, 4.0), "var": np.full(3, 5.0)}
+    with pytest.raises(RuntimeError) as caught:
+        layer.load_state_dict(state)
+    message = str(caught.value)
+    assert f"'weight': state{params}['scale'], 'bias': state{params}['bias']" in message
+    is_tracking = "running_mean" in names_of(layer)
+    words = f"'running_mean': state{stats}['mean'], 'running_var': state{stats}['var']"
+    assert (words in message) == is_tracking
+    advice = message[message.index("; pass ") + 7 : message.index("}") + 1]
+    layer.load_state_dict(eval(advice, {"state": state}))
+    assert layer.bias.tolist() == [3, 3, 3]
+
+
+def test_of_several_layers_in_a_file_one_is_told(trained):
+    names = {"gamma": "weight", "beta": "bias"}
+    names |= {"moving_mean": "running_mean", "moving_variance": "running_var"}
+    state = {f"bn{k}/{name}:0": np.ones(3) for k in range(3) for name in names}
+    state |= {"conv/kernel:0": np.ones((3, 3, 2, 3)), "conv/bias:0": np.ones(3)}
     with pytest.raises(RuntimeError) as caught:
         trained.load_state_dict(state)
-    assert all(words in str(caught.value) for words in renamed)
-    assert "strict=False" not in str(caught.value)
+    hint = str(caught.value).partition("; ")[2]
+    renamed = ", ".join(f"'bn0/{key}:0' to '{name}'" for key, name in names.items())
+    assert hint == f"of its 3 layers, 'bn0/' and 'bn1/' ..., take one; rename {renamed}"
+    with pytest.raises(RuntimeError) as caught:
+        trained.load_state_dict(state, prefix="bn2/")
+    assert "'bn2/gamma:0' to 'bn2/weight'" in str(caught.value)
+    assert "bn0/" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"affine": False}, "; a layer with affine=True has 'gamma', 'beta'"),
+        ({"bias": False}, "; a layer with bias=True has 'beta'"),
+        ({"track_running_stats": False}, "; a layer with track_running_stats=True has 'moving_mea"),
+    ],
+)
+def test_no_key_is_renamed_to_what_the_layer_lacks(options, words):
+    layer = fastbn.BatchNorm2d(3, **options)
+    state = dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), np.ones(3))
+    with pytest.raises(RuntimeError, match=re.escape(words)) as caught:
+        layer.load_state_dict(state)
+    told = set(re.findall(r" to '(\w+)'", str(caught.value)))
+    assert told == set(layer.state_dict()) - {"num_batches_tracked"}
+
+
+def test_no_key_is_renamed_to_one_that_is_there(trained):
+    with pytest.raises(RuntimeError, match="strict=False loads those that fit"):
+        trained.load_state_dict(trained.state_dict() | {"teacher_mean": np.ones(3)})
+
+
+def test_the_prefixes_of_several_layers_are_told(trained):
+    state = trained.state_dict("bn1.") | trained.state_dict("bn2.")
+    state["conv.weight"] = np.ones((3, 3, 3, 3))
+    with pytest.raises(RuntimeError, match=r"perhaps with prefix='bn1\.' or 'bn2\.'"):
+        trained.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"perhaps with prefix='gn\.'$"):
+        fastbn.GroupNorm(1, 3).load_state_dict(
+            {
+                f"{layer}.{name}": np.ones((3,) * n)
+                for n, layer in enumerate(["_", "gn", "conv"])
+                for name in ("weight", "bias")
+            }
+        )
 
 
 def test_where_no_name_fits_the_error_says_which_names_would(trained):
