@@ -40,9 +40,10 @@ def fold(
     weight : array_like of shape (out, in / groups, ...)
         Of a convolution in torch's layout or, without further axes, of a linear layer; of a
         transposed convolution (in, out / groups, ...). A torch Parameter serves. A kernel of
-        TensorFlow's, Keras's or Flax's layout (..., in, out) is passed as
-        ``np.moveaxis(kernel, (-1, -2), (0, 1))``; where its first extent is the layer's number of
-        channels by chance, nothing tells that it has not been.
+        TensorFlow's, Keras's or Flax's layout (..., in, out), or Keras's (..., out, in) of a
+        transposed convolution, is passed as ``np.moveaxis(kernel, (-1, -2), (0, 1))``; where its
+        first extent is the layer's number of channels by chance, nothing tells that it has not
+        been.
     bias : array_like of shape (out,), optional
         None stands for zeros.
     bn_first : bool, default False
@@ -90,7 +91,9 @@ def fold(
     scale, shift = _scale_and_shift(layer)
     _check_activation(layer, activation, bn_first)
     weight = _as_floats(weight, "weight")
-    groups = _as_groups(groups, weight, transposed)
+    groups = scalars.as_integer(groups, "groups")
+    hint = _layout_hint(layer, weight, groups, bn_first, transposed)
+    _check_groups(groups, weight, transposed, hint)
     if bn_first and transposed:
         raise ValueError(
             "a batch normalization before a transposed convolution cannot be folded: its shift "
@@ -101,8 +104,9 @@ def fold(
     if transposed:
         folded = folded.swapaxes(1, 2)
     _, outputs, inputs, _ = folded.shape  # of a group
-    old_bias = _as_bias(bias, groups * outputs)
-    _check_channels(layer, weight, groups * (inputs if bn_first else outputs), bn_first, transposed)
+    channels = groups * (inputs if bn_first else outputs)
+    _check_channels(layer, weight, channels, bn_first, transposed, hint)
+    old_bias = _as_bias(bias, groups * outputs, weight, hint)
     with np.errstate(all="ignore"):  # What the weight's dtype cannot hold is inf there.
         if bn_first:
             of_inputs = groups, 1, inputs, 1
@@ -139,17 +143,40 @@ def _check_activation(
         )
 
 
+def _layout_hint(
+    layer: BatchNorm | InstanceNorm, weight: Array, groups: int, bn_first: bool, transposed: bool
+) -> str:
+    """Suggest how to move the axes of a weight that fits the layer in another library's layout."""
+    if weight.ndim < 2:
+        return ""
+    before_last, last = weight.shape[-2:]
+    layouts = [("in, out", groups * before_last if bn_first else last, "(-1, -2)")]
+    if transposed:  # Keras, and Flax
+        layouts = [
+            ("out, in", groups * before_last, "(-1, -2)"),
+            ("in, out", groups * last, "(-2, -1)"),
+        ]
+    for axes, channels, moved in layouts:
+        if channels == layer.num_features:
+            return f"; if its axes are (..., {axes}), pass np.moveaxis(weight, {moved}, (0, 1))"
+    return ""
+
+
 def _check_channels(
-    layer: BatchNorm | InstanceNorm, weight: Array, channels: int, bn_first: bool, transposed: bool
+    layer: BatchNorm | InstanceNorm,
+    weight: Array,
+    channels: int,
+    bn_first: bool,
+    transposed: bool,
+    hint: str,
 ) -> None:
     """Refuse a weight of another number of channels than the layer has."""
     if channels == layer.num_features:
         return
-    hint = ""
     if weight.shape[1] == layer.num_features and not bn_first and not transposed:
-        hint = "; if axis 1 is meant: bn_first=True or, for a transposed one, transposed=True"
-    if layer.num_features == weight.shape[-2 if bn_first else -1]:
-        hint += "; if its axes are (..., in, out), pass np.moveaxis(weight, (-1, -2), (0, 1))"
+        hint = (
+            f"; if axis 1 is meant: bn_first=True or, for a transposed one, transposed=True{hint}"
+        )
     raise ValueError(
         f"weight, of the shape {weight.shape}, has {channels} {'in' if bn_first else 'out'}put "
         f"channels, this layer {layer.num_features}{hint}"
@@ -208,7 +235,7 @@ def _as_floats(value: Any, name: str) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _as_bias(value: Any, outputs: int) -> Statistics:
+def _as_bias(value: Any, outputs: int, weight: Array, hint: str) -> Statistics:
     """The bias of a convolution in float64; zeros for None."""
     if value is None:
         return np.zeros(outputs)
@@ -216,19 +243,17 @@ def _as_bias(value: Any, outputs: int) -> Statistics:
     if bias.shape != (outputs,):
         raise ValueError(
             f"bias must have the shape ({outputs},), one value per output channel of weight, "
-            f"got {bias.shape}"
+            f"got {bias.shape}{hint if bias.size in weight.shape[-2:] else ''}"
         )
     return bias.astype(np.float64)
 
 
-def _as_groups(value: Any, weight: Array, transposed: bool) -> int:
-    """A number of groups into which the channels of a weight can be divided."""
-    groups = scalars.as_integer(value, "groups")
+def _check_groups(groups: int, weight: Array, transposed: bool, hint: str) -> None:
+    """Refuse a number of groups into which the channels of a weight cannot be divided."""
     if weight.ndim < 2:
         axes = "(in, out / groups, ...)" if transposed else "(out, in / groups, ...)"
         raise ValueError(f"weight must have the shape {axes}, got {weight.shape}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(
-            f"groups must divide the first axis of weight, {weight.shape[0]}, got {groups}"
+            f"groups must divide the first axis of weight, {weight.shape[0]}, got {groups}{hint}"
         )
-    return groups

@@ -310,6 +310,38 @@ def test_a_weight_that_does_not_fit_is_refused(rng, weight, kwargs, exception, n
         fastbn.fold(trained(rng, 4), weight, **kwargs)
 
 
+# Kernels of other libraries' layouts: their shapes, the layer's channels, the outputs, and options.
+LAYOUTS = {
+    "after": ((3, 3, 4, 8), 8, 8, {}),
+    "before": ((3, 3, 4, 8), 4, 8, {"bn_first": True}),
+    "before, in groups": ((3, 3, 2, 8), 4, 8, {"bn_first": True, "groups": 2}),
+    "after, in groups": ((3, 3, 2, 8), 8, 8, {"groups": 2}),
+    "after, in groups that divide": ((4, 4, 2, 8), 8, 8, {"groups": 2}),
+    "before, that fits by chance": ((4, 4, 4, 8), 4, 8, {"bn_first": True}),
+    "one axis": ((5, 4, 8), 8, 8, {}),
+    "linear": ((4, 8), 8, 8, {}),
+    "transposed": ((3, 3, 8, 4), 8, 8, {"transposed": True}),
+    "transposed, as Flax has it": ((3, 3, 4, 8), 8, 8, {"transposed": True}),
+}
+
+
+@pytest.mark.parametrize(("shape", "channels", "outputs", "options"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_kernel_of_another_layout_is_told_how_to_pass_it(
+    rng, shape, channels, outputs, options, has_bias
+):
+    bn, weight = trained(rng, channels), some(rng, shape)
+    arguments = {"bias": np.ones(outputs) if has_bias else None, **options}
+    if not has_bias and shape[:2] == (4, 4) and options.get("bn_first"):
+        fastbn.fold(bn, weight, **arguments)  # nothing tells
+        return
+    with pytest.raises(ValueError, match="if its axes are") as caught:
+        fastbn.fold(bn, weight, **arguments)
+    advice = str(caught.value).partition(", pass ")[2]
+    moved = eval(advice, {"np": np, "weight": weight})
+    assert fastbn.fold(bn, moved, **arguments)[1].shape == (outputs,)
+
+
 # Activations.
 
 
