@@ -12,7 +12,7 @@ import numpy as np
 
 from fastbn import _core
 from fastbn import _scalars as scalars
-from fastbn._interchange import from_dlpack, is_bfloat16_of_torch, is_masked, mask_is_lost
+from fastbn._interchange import from_dlpack, is_masked, mask_is_lost, memory_hint, refuse_meta
 from fastbn._normalize import Backward, Forward, values_of_batches
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array, Epilogue, Gate
@@ -430,6 +430,7 @@ def as_mask(mask: Any, x: Array) -> Array | None:
     if is_cupy(mask):
         backend_of(mask).check(mask, "mask")
     else:
+        refuse_meta(mask, "mask")
         mask = as_ndarray(mask, "mask")
     check_beside(x, mask, "mask")
     if mask.dtype != bool:
@@ -472,12 +473,7 @@ def not_an_array(value: Any, name: str) -> str:
             f"`num_batches_tracked + 1` is one: `num_batches_tracked += 1` changes the array, and "
             f"np.array({value:.0f}) makes one"
         )
-    hint = ""
-    if is_bfloat16_of_torch(value):
-        hint = f"; {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) shares its memory"
-    elif hasattr(value, "__dlpack__"):
-        hint = f"; np.from_dlpack({name}) shares its memory"
-    return f"{name} must be an ndarray, got {type(value).__name__}{hint}"
+    return f"{name} must be an ndarray, got {type(value).__name__}{memory_hint(value, name)}"
 
 
 def as_running(

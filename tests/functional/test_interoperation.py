@@ -118,9 +118,48 @@ def test_tensors_that_cannot_be_read_are_refused_with_the_mend(rng, monkeypatch)
         bn(half.clone().requires_grad_())
     with support.refused(TypeError, "out.view(torch.int16).numpy()", intact=[bn]):
         bn(torch.zeros(SHAPE), out=half)
+    x = some(rng, SHAPE)
+    with support.refused(TypeError, "mask is on torch's meta device", intact=[bn]):
+        bn(x, mask=meta[:, :1] > 0)
+    with support.refused(TypeError, "residual is on torch's meta device", intact=[bn]):
+        bn(x, residual=meta)
+    with support.refused(TypeError, "out must be", "no memory", intact=[bn]):
+        bn(x, out=meta)
+    with support.refused(TypeError, "strided", intact=[bn]):
+        bn(half.to_sparse())
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with support.refused(TypeError, "pip install ml_dtypes", intact=[bn]):
         bn(half)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["float32", "float64", "float16", "bfloat16"])
+def test_a_tensor_whose_memory_holds_the_negatives_is_read_right(rng, name):
+    torch = pytest.importorskip("torch")
+    if name == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    tensor = torch.from_numpy(some(rng, SHAPE)).to(getattr(torch, name))
+    negative, x = tensor._neg_view(), -tensor
+    vector, expected = negative[0, :, 0, 0], x[0, :, 0, 0]
+    first, second = fastbn.BatchNorm2d(3), fastbn.BatchNorm2d(3)
+    assert same_bits(first(negative, residual=negative), second(x, residual=x))
+    assert same_bits(first.backward(negative)[0], second.backward(x)[0])
+    first.load_state_dict({"weight": vector}, strict=False)
+    second.load_state_dict({"weight": expected}, strict=False)
+    folded = [fastbn.fold(first, a.transpose(0, 1))[0] for a in (negative, x)]
+    assert same_bits(*folded)
+    assert same_bits(first.running_mean, second.running_mean)
+    with support.refused(TypeError, "holds the negatives", intact=[first]):
+        first(np.zeros(SHAPE, np.float32), out=negative)
+
+
+@pytest.mark.torch
+def test_a_conjugate_has_such_an_imaginary_part(rng):
+    torch = pytest.importorskip("torch")
+    values = torch.from_numpy(some(rng, SHAPE))
+    imaginary = torch.complex(values, values).conj().imag
+    assert imaginary.is_neg()
+    assert same_bits(fastbn.Moments.of(imaginary).mean, fastbn.Moments.of(-values).mean)
 
 
 def test_a_memory_map_is_normalized_in_place(rng, tmp_path):
