@@ -48,7 +48,7 @@ class Ranks:
 
     def __init__(self, comm: Any, num_features: int) -> None:
         """Meet the other ranks: all of them must call this, and have as many channels."""
-        self._comm = comm
+        self.comm = comm
         self._length = HEADER + 1 + 2 * num_features
         self._awaited = False  # whether the others wait for this rank in an all-reduce
         everywhere = comm.allgather(num_features)
@@ -66,7 +66,7 @@ class Ranks:
         except Exception as error:
             if self._awaited:
                 self._agree(FAILED, 0.0, np.zeros(0), f"{type(error).__name__}: {error}")
-            error.add_note(f"on rank {self._comm.rank} of {self._comm.size}")
+            error.add_note(f"on rank {self.comm.rank} of {self.comm.size}")
             raise
 
     def total_moments(self, x: NDArray[Any], moments: Moments) -> Moments:
@@ -84,7 +84,7 @@ class Ranks:
 
     def anywhere(self, condition: bool) -> bool:
         """Whether something is so on any of the ranks, all of which must ask."""
-        return bool(self._comm.allreduce(condition, mpi().LOR))
+        return bool(self.comm.allreduce(condition, mpi().LOR))
 
     def _reduced(self, direction: int, x: NDArray[Any], payload: Record) -> Record:
         """The merged record of all ranks, if all of them do the same and none has failed."""
@@ -95,7 +95,7 @@ class Ranks:
         if reason is None:
             return record
         if record[STATUS] == DIFFERENT:
-            reason += f", this rank, {self._comm.rank}, {text}"
+            reason += f", this rank, {self.comm.rank}, {text}"
         raise RuntimeError(reason)
 
     def _agree(
@@ -108,16 +108,16 @@ class Ranks:
         """
         record = np.zeros(self._length)
         self._awaited = False
-        record[:HEADER] = status, self._comm.rank, signature
+        record[:HEADER] = status, self.comm.rank, signature
         record[HEADER : HEADER + payload.size] = payload
         # One element of a type of the record's length: a record is merged as a whole.
         buffer = [record, 1, _record_type(self._length)]
-        self._comm.Allreduce(mpi().IN_PLACE, buffer, _operation())
+        self.comm.Allreduce(mpi().IN_PLACE, buffer, _operation())
         if record[STATUS] == AGREED:
             return record, None
         rank = int(record[RANK])
         verb = "failed with" if record[STATUS] == FAILED else "has"
-        return record, f"rank {rank} {verb} {self._comm.bcast(text, rank)}"
+        return record, f"rank {rank} {verb} {self.comm.bcast(text, rank)}"
 
 
 @functools.cache

@@ -148,13 +148,19 @@ class SyncBatchNorm(BatchNorm):
         if isinstance(self._saved, SavedForBackward) and self._saved.frozen:
             return super().backward(dy, out=out, residual_out=residual_out)
         backward = super().backward
-        return self._all_ranks().together(lambda: backward(dy, out=out, residual_out=residual_out))
+        return self._ranks_of_forward().together(
+            lambda: backward(dy, out=out, residual_out=residual_out)
+        )
 
     def _all_ranks(self) -> Ranks:
-        """The ranks, which meet at their first collective call."""
-        if self._group is None:
+        """The ranks of the communicator, which meet at their first collective call."""
+        if self._group is None or self._group.comm is not self.comm:
             self._group = Ranks(self.comm, self.num_features)
         return self._group
+
+    def _ranks_of_forward(self) -> Ranks:
+        """The ranks that have made the last forward in training mode."""
+        return self._all_ranks() if self._group is None else self._group
 
     def _keep_input(self, call: normalize.Forward) -> KeptChannels | None:
         # The other layers recover the input from the output, channel by channel. Here its copy
@@ -171,6 +177,11 @@ class SyncBatchNorm(BatchNorm):
         """The checked arguments; how many values there are, the other ranks decide."""
         if not self.training:
             return super()._training_call(x, out, mask, residual)
+        if self.ghost_batch_size is not None:
+            raise ValueError(
+                f"a SyncBatchNorm normalizes the batch of all ranks together: ghost_batch_size "
+                f"must stay None, got {self.ghost_batch_size!r}"
+            )
         running_mean, running_var, counter = self._moving_statistics()
         running, moves = (running_mean, running_var), running_mean is not None
         arrays = self.weight, self.bias, self.eps, out, mask, *running
@@ -247,7 +258,9 @@ class SyncBatchNorm(BatchNorm):
         dy, out = call.dy, backend.empty_like(x) if call.out is None else call.out
         dbias, dweight = backend.backward_reduce(dy, x, mean, invstd, mask)
         own = backend.to_host(dbias), backend.to_host(dweight)
-        sum_dy, sum_dy_xhat = map(self._beside, (x, x), self._all_ranks().total_sums(x, *own))
+        sum_dy, sum_dy_xhat = map(
+            self._beside, (x, x), self._ranks_of_forward().total_sums(x, *own)
+        )
         count = max(self._total.count, 1)
         dx = backend.backward_elemt(
             dy, x, mean, invstd, weight, sum_dy, sum_dy_xhat, count, out, mask

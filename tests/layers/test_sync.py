@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from internals import core
+from internals import alone_on_its_rank, core
+from kinds import OneRank, synchronized
 from support import (
     channels_last,
     contiguous,
@@ -136,6 +137,40 @@ except ImportError as error:
 def test_what_cannot_be_converted_is_refused(layer, error):
     with pytest.raises(error):
         fastbn.convert_sync_batchnorm(layer)
+
+
+@pytest.mark.parametrize("size", [2, 0])
+def test_ghost_batches_that_are_set_later_are_refused(rng, monkeypatch, size):
+    alone_on_its_rank(monkeypatch, OneRank())
+    sync, x = synchronized(), some(rng, (4, 3, 5, 2))
+    sync.ghost_batch_size = size
+    with refused(ValueError, "ghost_batch_size", "None", intact=[sync, x]):
+        sync(x, out=x)
+    y = sync.freeze()(x)  # by running statistics it has no effect, as for every layer
+    assert same_bits(sync.eval()(x), y)
+
+
+class Counted(OneRank):
+    """A rank that counts its reductions."""
+
+    def __init__(self):
+        self.reductions = 0
+
+    def Allreduce(self, *_):
+        self.reductions += 1
+
+
+def test_a_communicator_that_is_set_later_is_that_of_the_next_forward(rng, monkeypatch):
+    first, second = Counted(), Counted()
+    alone_on_its_rank(monkeypatch, first)
+    sync, x = fastbn.SyncBatchNorm(3, comm=first), some(rng, (4, 3, 5, 2))
+    sync(x)
+    sync.comm = second
+    sync.backward(x)
+    assert (first.reductions, second.reductions) == (2, 0)
+    sync(x)
+    sync.backward(x)
+    assert (first.reductions, second.reductions) == (2, 2)
 
 
 def test_a_converted_layer_shares_the_arrays_and_keeps_the_mode(rng):
