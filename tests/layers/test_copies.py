@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from internals import alone_on_its_rank
 from kinds import KINDS, SHAPES, TRACKING, OneRank
-from support import output_of, same_bits, some, untouched
+from support import LAYER_ARRAYS, output_of, same_bits, some, untouched
 
 import fastbn
 
@@ -151,24 +151,33 @@ def test_two_blocks_for_one_array_are_refused(rng):
             pass
 
 
+LAZY = {name: kind for name, kind in KINDS.items() if "lazy" in name}
+
+
+@pytest.mark.parametrize(("make", "shape"), LAZY.values(), ids=LAZY)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_copy_of_a_lazy_layer_shares_nothing_with_it(rng, momentum):
-    first = fastbn.LazyBatchNorm1d(momentum=momentum, dtype=np.float64)
-    second = copy.copy(first)
-    x = some(rng, (6, 3), np.float64)
+@pytest.mark.parametrize("copied", [copy.copy, *DEEP], ids=["copy", *DEEP_NAMES])
+def test_a_copy_of_a_lazy_layer_shares_nothing_with_it(rng, make, shape, momentum, copied):
+    first = make(momentum=momentum, dtype=np.float64)
+    second, alone = copied(first), make(momentum=momentum, dtype=np.float64)
+    x = some(rng, shape, np.float64)
+    alone(x)
+    for layer in (first, second):
+        layer(x)
+        assert_same_statistics(layer, alone)
+    for name in LAYER_ARRAYS[:5]:
+        assert not np.shares_memory(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
+def test_a_copy_of_an_initialized_layer_shares_its_arrays_but_new_gradients(rng, make, shape):
+    first, x = make(), some(rng, shape)
     first(x)
-    second(x)
-    assert same_bits(first.running_mean, second.running_mean)
-    assert first.num_batches_tracked == second.num_batches_tracked == 1
-
-
-def test_a_copy_of_an_initialized_layer_shares_its_arrays_but_new_gradients(rng):
-    first = fastbn.BatchNorm1d(3)
     second = copy.copy(first)
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+    for name in LAYER_ARRAYS[:5]:
         assert getattr(first, name) is getattr(second, name)
-    x = some(rng, (6, 3))
-    first(x)
+    with pytest.raises(RuntimeError, match="needs a forward"):
+        second.backward(x)
     first.backward(x)
     assert second.weight_grad is None
     third = copy.copy(first)

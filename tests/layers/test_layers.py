@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import reference
 import support
+from internals import alone_on_its_rank
+from kinds import TRACKING, OneRank
 from support import parameters, same_bits, some
 
 import fastbn
@@ -586,31 +588,34 @@ def test_a_counter_that_has_become_a_number_is_refused_with_the_mend(rng):
     assert layer.num_batches_tracked == 2
 
 
-TRACKING = {
-    "batch": fastbn.BatchNorm2d,
-    "ghost": lambda c, **options: fastbn.BatchNorm2d(c, ghost_batch_size=2, **options),
-    "instance": lambda c, **options: fastbn.InstanceNorm2d(c, track_running_stats=True, **options),
-}
-
-
-@pytest.mark.parametrize("make", TRACKING.values(), ids=TRACKING)
+@pytest.mark.parametrize(("make", "shape"), TRACKING.values(), ids=TRACKING)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_first", [False, True])  # of a lazy layer, it makes the arrays
 def test_a_forward_that_tracks_nothing_for_a_while_leaves_the_statistics_alone(
-    rng, make, momentum, in_place
+    rng, make, shape, momentum, in_place, masked, is_first, monkeypatch
 ):
-    layer, other, x, dy = make(3, momentum=momentum), make(3), *some(rng, (2, 6, 3, 4, 5))
-    layer(x[::-1].copy())
-    before = layer.state_dict()
+    alone_on_its_rank(monkeypatch, OneRank())
+    layer, other, x, dy = make(momentum=momentum), make(), *some(rng, (2, *shape))
+    mask = support.some_mask(rng, shape) if masked else None
+    before = {"running_mean": np.zeros(3, "f"), "running_var": np.ones(3, "f")}
+    before["num_batches_tracked"] = np.array(0)
+    if not is_first:
+        layer(7 * x)
+        before = layer.state_dict()
     layer.track_running_stats = False
     y, z = x.copy(), x.copy()
-    assert same_bits(layer(y, out=y if in_place else None), other(z, out=z if in_place else None))
+    results = [
+        each(a, out=a if in_place else None, mask=mask) for each, a in ((layer, y), (other, z))
+    ]
+    assert same_bits(*results)
     layer.track_running_stats = True
     assert same_bits(layer.backward(dy), other.backward(dy))
-    for name, array in layer.state_dict().items():
-        assert same_bits(array, before[name])
+    for name, array in before.items():
+        assert same_bits(getattr(layer, name), array)
     layer(x)
-    if momentum is not None:
+    if momentum is not None or layer.num_batches_tracked:
         assert not same_bits(layer.running_mean, before["running_mean"])
 
 
