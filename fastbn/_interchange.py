@@ -60,11 +60,15 @@ def memory_hint(value: Any, name: str) -> str:
         return "; it is on torch's meta device and has no memory"
     if is_negative_view(value):
         return "; its memory holds the negatives of its elements"
+    if not hasattr(value, "__dlpack__"):
+        return ""
+    if getattr(value, "requires_grad", False):
+        name += ".detach()"
+    if value.__dlpack_device__()[0] in CUDA_DEVICES:
+        return f"; on a GPU, cupy.from_dlpack({name}) shares its memory"
     if is_bfloat16_of_torch(value):
         return f"; {name}.view(torch.int16).numpy().view(ml_dtypes.bfloat16) shares its memory"
-    if hasattr(value, "__dlpack__"):
-        return f"; np.from_dlpack({name}) shares its memory"
-    return ""
+    return f"; np.from_dlpack({name}) shares its memory"
 
 
 def is_bfloat16_of_torch(value: Any) -> bool:

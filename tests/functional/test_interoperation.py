@@ -1,6 +1,7 @@
 """Arrays of others go in and out without a copy, and checkpoints of others load."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,11 +126,19 @@ def test_tensors_that_cannot_be_read_are_refused_with_the_mend(rng, monkeypatch)
         bn(x, residual=meta)
     with support.refused(TypeError, "out must be", "no memory", intact=[bn]):
         bn(x, out=meta)
+    with support.refused(TypeError, "np.from_dlpack(out.detach()) shares", intact=[bn]):
+        bn(x, out=torch.zeros(SHAPE, requires_grad=True))
     with support.refused(TypeError, "strided", intact=[bn]):
         bn(half.to_sparse())
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with support.refused(TypeError, "pip install ml_dtypes", intact=[bn]):
         bn(half)
+
+
+def test_memory_of_a_gpu_is_not_said_to_be_numpys():
+    out = SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (2, 0))
+    with support.refused(TypeError, "cupy.from_dlpack(out) shares its memory"):
+        fastbn.BatchNorm2d(3)(np.zeros(SHAPE, np.float32), out=out)
 
 
 @pytest.mark.torch
