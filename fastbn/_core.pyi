@@ -130,6 +130,7 @@ def group_backward(
     sum_dy_xhat: Array,
     dy_sums: Array,
     dy_xhat_sums: Array,
+    gate: tuple[Any, ...] | None = None,
 ) -> None: ...
 def unrecoverable_channels(
     dtype: np.dtype[Any], count: float, weight: Array, bias: Array | None

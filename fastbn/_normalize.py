@@ -141,7 +141,8 @@ def running_statistics(
 
 def backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_batch` and `by_instance`: of input, weight and bias."""
-    asked, call = call.gate, _with_known_derivatives(call)
+    asked = call.gate
+    call = _with_known_derivatives(call, computes=backend_of(call.x).gates(call.mask))
     gradients = _backward(call)
     if call.gate is None:
         hand_over(asked, call.dy)
@@ -178,14 +179,20 @@ def group_backward(
     call: Backward, num_groups: int, weight: Array | None
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_group`; the weight of the call is the factor of dy."""
-    dy, x, factor, mean, invstd, out, mask, _, _ = through_activation(call)
+    asked, backend = call.gate, backend_of(call.x)
+    takes_gate = backend.group_gates(call.x, weight)
+    call = _with_known_derivatives(call, computes=takes_gate and backend.gates(call.mask))
+    if not takes_gate:
+        call = through_activation(call)
+    dy, x, factor, mean, invstd, out, mask, _, gate = call
     if not x.size:
         zeros = np.zeros_like(mean, shape=x.shape[1])
-        return backend_of(x).empty_like(x) if out is None else out, zeros, zeros.copy()
-    dx, dbias, dweight = backend_of(x).group_backward(
-        dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask
+        return backend.empty_like(x) if out is None else out, zeros, zeros.copy()
+    dx, dbias, dweight = backend.group_backward(
+        dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask, gate=gate
     )
-    hand_over(call.gate, dy)
+    if gate is None:
+        hand_over(asked, dy)
     return dx, dweight, dbias
 
 
@@ -226,12 +233,12 @@ def _with_derived(call: Backward, dy: Array) -> Backward:
     return call._replace(dy=dy, out=out, gate=None)
 
 
-def _with_known_derivatives(call: Backward) -> Backward:
+def _with_known_derivatives(call: Backward, *, computes: bool) -> Backward:
     """The call with derivatives that are known, if the backend does not compute them."""
     gate, backend = call.gate, backend_of(call.x)
     if gate is None or gate.is_known:
         return call
-    if gate.residual is None and gate.derived is None and backend.gates(call.mask):
+    if gate.residual is None and gate.derived is None and computes:
         return call
     dy = own_memory(backend, gate, call.x)
     for batch in _batches_of_call(call._replace(gate=gate._replace(derived=dy))):

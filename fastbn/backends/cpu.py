@@ -162,17 +162,15 @@ def backward(
     target, out = output(x, source, out)
     sum_dy, sum_dy_xhat = vectors(x, 2, batch_size)
     mask = packed_mask(mask)
-    written = dy if gate is None else memory_for_derived(gate, source, target, dy)
-    follows = None if gate is None else packed_gate(gate, source, dy)
+    dy, passed = behind_gate(gate, dy, source, target)
     sums = sum_dy, sum_dy_xhat
-    _core.backward(written, source, mask, batch_size, weight, mean, invstd, target, *sums, follows)
-    if gate is not None and gate.derived is not None:
-        unpacked(written, gate.derived)
+    _core.backward(dy, source, mask, batch_size, weight, mean, invstd, target, *sums, passed)
+    unpack_derived(gate, dy)
     return unpacked(target, out), sum_dy, sum_dy_xhat
 
 
 def gates(mask: Array | None) -> bool:
-    """Tell whether `backward` computes the derivatives of a gate from x, with such a mask."""
+    """Tell whether the derivatives of a gate are computed from x, with such a mask."""
     return mask is None
 
 
@@ -201,6 +199,21 @@ def memory_for_derived(gate: Gate, source: Array, target: Array, dy: Array) -> A
     memory = target if gate.derived is None else gate.derived
     fits = _core.layout(memory) == _core.layout(source)
     return memory if fits and not np.may_share_memory(memory, source) else _core.empty_like(source)
+
+
+def behind_gate(
+    gate: Gate | None, dy: Array, source: Array, target: Array
+) -> tuple[Array, tuple[Any, ...] | None]:
+    """The dy that the core reads, or writes first, and the gate as its argument."""
+    if gate is None:
+        return dy, None
+    return memory_for_derived(gate, source, target, dy), packed_gate(gate, source, dy)
+
+
+def unpack_derived(gate: Gate | None, dy: Array) -> None:
+    """Write dy times the derivatives, which the core has written, where a gate wants it."""
+    if gate is not None and gate.derived is not None:
+        unpacked(dy, gate.derived)
 
 
 def packed_gate(gate: Gate, source: Array, raw_dy: Array) -> tuple[Any, ...]:
@@ -264,13 +277,14 @@ def group_backward(
     out: Array | None,
     *,
     mask: Array | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradient of x, and the sums of dy and of dy * xhat for each channel.
 
     xhat is (x - mean) * invstd. dy reaches dx times factor * invstd: the factor is the weight but
     where x is the output of a forward in place.
     """
-    if factor is weight and vanishing(x, weight):
+    if factor is weight and not group_gates(x, weight):
         backend = sys.modules[__name__]
         return composed.group_backward(backend, dy, x, num_groups, weight, mean, invstd, out, mask)
     source = packed(x)
@@ -278,19 +292,24 @@ def group_backward(
     target, out = output(x, source, out)
     sums = vectors(x, 4, 1)
     totals = np.empty((2, x.shape[1]))
-    vectors_read = weight, factor, mean, invstd
-    _core.group_backward(dy, source, packed_mask(mask), num_groups, *vectors_read, target, *sums)
+    dy, passed = behind_gate(gate, dy, source, target)
+    arguments = dy, source, packed_mask(mask), num_groups, weight, factor, mean, invstd, target
+    _core.group_backward(*arguments, sums[0], sums[1], sums[2], sums[3], passed)
+    unpack_derived(gate, dy)
     sums[:2].sum(axis=1, out=totals)
     return unpacked(target, out), totals[0], totals[1]
 
 
-def vanishing(x: Array, weight: Array | None) -> bool:
-    """Tell whether a weight is too small, beside the largest one, for sums to be divided by it."""
+def group_gates(x: Array, weight: Array | None) -> bool:
+    """Tell whether `group_backward` takes a gate: it divides sums by the weight of each channel.
+
+    So no weight may be too small beside the largest one.
+    """
     if weight is None or not weight.size:
-        return False
+        return True
     size = np.abs(weight.astype(np.float64))
     least = size.min()
-    return bool(least == 0.0 or least < size.max() * (1e-200 if x.itemsize == 8 else 1e-25))
+    return bool(least > 0.0 and least >= size.max() * (1e-200 if x.itemsize == 8 else 1e-25))
 
 
 def packed_mask(mask: Array | None) -> Array | None:
@@ -365,7 +384,7 @@ def unrecoverable(
 
     With a number of groups the forward is `group_forward`.
     """
-    if num_groups and vanishing(x, weight):
+    if num_groups and not group_gates(x, weight):
         return np.arange(x.shape[1])
     count = float(x.size // max(len(x) * num_groups or x.shape[1], 1))
     return np.array(_core.unrecoverable_channels(x.dtype, count, weight, bias), np.intp)

@@ -101,7 +101,10 @@ class Backend(Protocol):
         """
 
     def gates(self, mask: Array | None) -> bool:
-        """Tell whether `backward` computes the derivatives of a gate from x, with such a mask."""
+        """Tell whether the derivatives of a gate are computed from x, with such a mask."""
+
+    def group_gates(self, x: Array, weight: Array | None) -> bool:
+        """Tell whether `group_backward` takes a gate, with such a weight."""
 
     def new_alive(self, x: Array) -> Array:
         """Memory in which a forward of x notes where the derivative of its activation is 1."""
@@ -141,6 +144,7 @@ class Backend(Protocol):
         out: Array | None,
         *,
         mask: Array | None = None,
+        gate: Gate | None = None,
     ) -> tuple[Array, Statistics, Statistics]:
         """The gradient of x, and the sums of dy and of dy * xhat for each channel.
 

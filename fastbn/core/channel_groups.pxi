@@ -149,6 +149,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     job.nontemporal = gains_by_nontemporal(job)
     if job.valid != NULL:
         find_valid(job)
+    find_gate_bounds(job, threads)
     groups = groups_of(job)
     spans = groups // norm.span
     if threads == 1 or spans >= 4 * threads or groups * job.cut.blocks == spans:
@@ -190,7 +191,7 @@ def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
                    cnp.ndarray mean not None, cnp.ndarray invstd not None,
                    cnp.ndarray out not None, cnp.ndarray sum_dy not None,
                    cnp.ndarray sum_dy_xhat not None, cnp.ndarray dy_sums not None,
-                   cnp.ndarray dy_xhat_sums not None):
+                   cnp.ndarray dy_xhat_sums not None, gate=None):
     """Write the gradient of x into out, and the sums of dy and of dy * xhat of every channel.
 
     xhat is (x - mean) * invstd, and dy reaches dx times factor * invstd. No weight is 0.
@@ -207,4 +208,5 @@ def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
     norm.dy_xhat_sums = output_vector(dy_xhat_sums, &norm.job.sum_dy_xhat)
     norm.combine = combine_products
     apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
+    set_gate(&norm.job, gate)
     execute(&norm.job)

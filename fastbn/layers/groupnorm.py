@@ -65,7 +65,6 @@ class GroupNorm(Norm):
 
     _family = "GroupNorm"
     _zero_eps = True
-    _computes_gates = False
     _state_names = ("weight", "bias")
 
     def __init__(

@@ -218,7 +218,7 @@ def group_gradients(
     elif saved.in_place:
         operands = _operands(saved, weight, bias)
     x, mean, invstd, factor, _ = operands
-    call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask, gate=gate)
+    call = normalize.Backward(dy, x, factor, mean, invstd, out, saved.mask, 1, gate)
     return normalize.group_backward(call, saved.num_groups, weight)
 
 

@@ -179,6 +179,19 @@ def test_an_array_is_read_as_it_lies(rng, layout):
     assert peak < x.nbytes / 4
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_an_activation_needs_neither_bits_nor_a_further_array(rng, layout, activation):
+    x, dy, out = (layout(some(rng, (4, 4, 250, 80))) for _ in range(3))
+    norm = fastbn.GroupNorm(2, 4, activation=activation)
+    tracemalloc.start()
+    norm(x, out=out)
+    norm.backward(dy, out=out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < x.nbytes / 40  # bits would take a thirty-second
+
+
 def test_the_state_loads_and_copies_work(rng):
     norm, x = norm_of(2, 6), some(rng, (4, 6, 5, 2))
     norm(x)

@@ -262,6 +262,11 @@ def gates(mask: Array | None) -> bool:
     return False
 
 
+def group_gates(x: Array, weight: Array | None) -> bool:
+    """`group_backward` is composed of other calls, and takes no gate."""
+    return False
+
+
 def new_alive(x: Array) -> Array:
     """Memory in which a forward of x notes where the derivative of its activation is 1."""
     return cupy.empty(x.shape, bool)
@@ -312,10 +317,12 @@ def group_backward(
     out: Array | None,
     *,
     mask: Array | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Array, Array, Array]:
     """The gradient of x, and the sums of dy and of dy * xhat for each channel.
 
-    xhat is (x - mean) * invstd. The factor is the weight, since no x is the output.
+    xhat is (x - mean) * invstd. The factor is the weight, since no x is the output, and the gate is
+    None.
     """
     backend = sys.modules[__name__]
     return composed.group_backward(backend, dy, x, num_groups, weight, mean, invstd, out, mask)
