@@ -4,6 +4,8 @@
 cdef enum:
     MAX_NDIM = 64                 # of an array of NumPy's
     SAMPLES = 64                  # elements by which a change of what was saved is noticed
+    MASK_PARTS = 512              # whose valid positions are counted
+    SHORTEST_MASK_PART = 1024     # positions
 
 
 @cython.final
@@ -19,6 +21,7 @@ cdef class SavedForBackward:
     in_place, frozen : bool
     kept : KeptChannels or None
     mask : ndarray or None
+        C-contiguous, if x is an array of NumPy's.
     shape : tuple of int
         That of x at the time of the forward.
     batch_size : int
@@ -110,18 +113,21 @@ cdef class SavedForBackward:
 # Where the samples lie: one in each of so many equal parts, at no regular distance, since a regular
 # one may be a multiple of a row's length, and borders of images are often alike.
 
-cdef double sample_places[SAMPLES]    # as fractions of the elements, or positions, of an array
-cdef double sample_channels[SAMPLES]  # as fractions of the channels, beside positions
+cdef double sample_places[SAMPLES]    # as fractions of the elements of an array
 
 
 cdef void choose_sample_places() noexcept:
     cdef int i
     for i in range(SAMPLES):
         sample_places[i] = (i + fmod(i * 0.6180339887498949, 1.0)) / SAMPLES
-        sample_channels[i] = fmod(i * 0.4142135623730950, 1.0)
 
 
 choose_sample_places()
+
+
+cdef Py_ssize_t element_of_sample(int i, Py_ssize_t size) noexcept:
+    """The number of the element, of so many, that is the i-th sample; each, if there are few."""
+    return i if size <= SAMPLES else <Py_ssize_t>(sample_places[i] * <double>size)
 
 
 cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
@@ -130,43 +136,77 @@ cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
     cdef bint is_dense = layout_of(x) != UNFIT
     cdef int i, samples = <int>min(size, SAMPLES)
     for i in range(samples):
-        element = i
-        if size > SAMPLES:
-            element = <Py_ssize_t>(sample_places[i] * <double>size)
+        element = element_of_sample(i, size)
         offsets[i] = element * itemsize if is_dense else offset_of_element(x, element)
     return samples
 
 
+cdef struct ValidPositions:
+    const unsigned char *mask
+    Py_ssize_t size
+    Py_ssize_t part_size          # positions of a part, of which the last one may have fewer
+    Py_ssize_t counts[MASK_PARTS]
+    # Where the search is: in which part, how many are valid up to its end, from which position on,
+    # and how many are valid before that.
+    Py_ssize_t part, up_to_end, position, before
+
+
+cdef Py_ssize_t count_in_parts(ValidPositions *valid, cnp.ndarray mask) noexcept:
+    """Count the valid positions of a C-contiguous mask; begin a search."""
+    cdef Py_ssize_t start, part = 0, total = 0
+    valid.mask, valid.size = <const unsigned char *>cnp.PyArray_BYTES(mask), cnp.PyArray_SIZE(mask)
+    valid.part_size = max((valid.size + MASK_PARTS - 1) // MASK_PARTS, SHORTEST_MASK_PART)
+    for start in range(0, valid.size, valid.part_size):
+        valid.counts[part] = isa_in_use.float32.count_valid(
+            valid.mask + start, min(valid.part_size, valid.size - start))
+        total += valid.counts[part]
+        part += 1
+    valid.part, valid.up_to_end = -1, 0
+    return total
+
+
+cdef Py_ssize_t find_valid_position(ValidPositions *valid, Py_ssize_t n) noexcept:
+    """The position that n valid ones come before; n is at least that of the last search."""
+    cdef Py_ssize_t position, count
+    while n >= valid.up_to_end:
+        valid.part += 1
+        valid.position, valid.before = valid.part * valid.part_size, valid.up_to_end
+        valid.up_to_end += valid.counts[valid.part]
+    while valid.position + 8 <= valid.size:
+        count = valid_of_eight(valid.mask + valid.position)
+        if n < valid.before + count:
+            break
+        valid.position += 8
+        valid.before += count
+    position, count = valid.position, valid.before
+    while count < n or valid.mask[position] == 0:
+        count += valid.mask[position]
+        position += 1
+    return position
+
+
+cdef Py_ssize_t valid_of_eight(const unsigned char *mask) noexcept:
+    """How many of eight positions are valid: a sum of bytes that are 0 or 1."""
+    cdef cnp.npy_uint64 bytes
+    memcpy(&bytes, mask, 8)
+    return <Py_ssize_t>((bytes * <cnp.npy_uint64>0x0101010101010101) >> 56)
+
+
 cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets) noexcept:
-    """Choose elements of x at valid positions: nobody reads the others."""
-    cdef Py_ssize_t positions = cnp.PyArray_SIZE(mask), channels = cnp.PyArray_DIMS(x)[1]
-    cdef Py_ssize_t position, channel
-    cdef int i, samples = 0
-    if channels == 0:
-        return 0
-    for i in range(SAMPLES):
-        position = valid_position(mask, positions, i)
-        if position >= 0:
-            channel = <Py_ssize_t>(sample_channels[i] * <double>channels)
-            offsets[samples] = (offset_of_element(x, position, skip_channels=True)
-                                + channel * cnp.PyArray_STRIDES(x)[1])
-            samples += 1
+    """Choose elements of x at valid positions: nobody reads the others.
+
+    They are counted with the channels last, so that neighbouring samples are of several channels.
+    """
+    cdef ValidPositions valid
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], element, position
+    cdef Py_ssize_t size = count_in_parts(&valid, mask) * channels
+    cdef int i, samples = <int>min(size, SAMPLES)
+    for i in range(samples):
+        element = element_of_sample(i, size)
+        position = find_valid_position(&valid, element // channels)
+        offsets[i] = (offset_of_element(x, position, skip_channels=True)
+                      + element % channels * cnp.PyArray_STRIDES(x)[1])
     return samples
-
-
-cdef Py_ssize_t valid_position(cnp.ndarray mask, Py_ssize_t positions, int i) noexcept:
-    """The first valid position from the i-th place on, around its part of the mask; or -1."""
-    cdef Py_ssize_t first = i * positions // SAMPLES, end = (i + 1) * positions // SAMPLES
-    cdef Py_ssize_t k, position, start = <Py_ssize_t>(sample_places[i] * <double>positions)
-    if positions == 0:
-        return -1
-    end = max(end, first + 1)
-    start = min(max(start, first), end - 1)
-    for k in range(end - first):
-        position = start + k if start + k < end else start + k - (end - first)
-        if cnp.PyArray_BYTES(mask)[offset_of_element(mask, position)] != 0:
-            return position
-    return -1
 
 
 cdef Py_ssize_t offset_of_element(cnp.ndarray array, Py_ssize_t element,

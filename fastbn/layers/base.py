@@ -220,6 +220,8 @@ class Norm(LayerState):
         call = with_alive(
             call_of(x, out, mask, residual), computes_gates=self._computes_gates and not self.frozen
         )
+        if isinstance(call.mask, np.ndarray):  # A C-contiguous one is saved.
+            call = call._replace(mask=np.ascontiguousarray(call.mask))
         kept = self._keep_input(call) if call.in_place else None
         weight, bias = used_parameters(call)
         y, mean, invstd = forward(call)

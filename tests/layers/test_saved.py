@@ -115,6 +115,61 @@ def test_it_is_noticed_with_a_mask(rng, make, shape, in_place):
     assert_refused(layer, dy)
 
 
+def corner(shape):
+    """A mask with valid positions in a corner of the last sample."""
+    mask = np.zeros((shape[0], 1, *shape[2:]), bool)
+    mask[-1, :, :8, :3] = True
+    return mask
+
+
+def one_sample(shape):
+    mask = np.zeros((shape[0], 1, 1, 1), bool)
+    mask[3] = True
+    return mask
+
+
+def scattered(shape):
+    """A mask with ten valid positions, so many as Fortran's order has them."""
+    mask = np.zeros((shape[0], 1, *shape[2:]), bool, order="F")
+    mask[::2, 0, 7, ::20] = True
+    return mask
+
+
+@pytest.mark.parametrize("valid", [corner, one_sample, scattered])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["2d", "instance", "group"])
+def test_it_is_noticed_where_valid_positions_lie_close_together_or_are_few(
+    rng, kind, in_place, valid
+):
+    make, _ = LAYERS[kind]
+    for _ in range(8):  # A single sample would notice it in half of them.
+        layer, x = make(6), some(rng, (10, 6, 20, 30))
+        layer(x, mask=valid(x.shape), out=x if in_place else None)
+        relu_in_place(x)
+        assert_refused(layer, x)
+
+
+@pytest.mark.parametrize("memory", [np.ascontiguousarray, np.asfortranarray])
+def test_a_change_of_any_element_is_noticed_where_few_positions_are_valid(rng, memory):
+    mask = np.zeros((4, 1, 500, 3), bool)
+    mask[1, :, 20:36] = mask[3, 0, 499, 2] = mask[0, 0, 0, 0] = True
+    mask[1, :, 21] = False
+    bn, x = fastbn.BatchNorm2d(1), some(rng, mask.shape)
+    for position in np.argwhere(mask):
+        bn(x, mask=memory(mask))
+        x[tuple(position)] += 1
+        assert_refused(bn, x)
+
+
+def test_a_change_of_an_eighth_of_the_valid_elements_is_noticed(rng):
+    bn, x = fastbn.BatchNorm1d(64), some(rng, (16, 64, 300))
+    mask = np.arange(300) < rng.integers(5, 100, 16)[:, None, None]
+    for part in (np.s_[:, ::8], np.s_[3:5], np.s_[..., :6]):
+        bn(x, mask=mask)
+        x[part] += 1
+        assert_refused(bn, x)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_invalid_positions_may_be_written_to(rng, layout):
     bn, dy, mask = fastbn.BatchNorm2d(3), some(rng, (8, 3, 5, 4)), some_mask(rng, (8, 3, 5, 4))
