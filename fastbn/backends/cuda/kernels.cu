@@ -1200,6 +1200,8 @@ __device__ void put_columns(const Job &job, const Strip &strip, const Sums (&sum
     }
 }
 
+/* The moments of a thread's columns; scaled, of those that have overflown: the squares of others would
+ * vanish. */
 template <bool SCALED> __device__ void moments_of_strip(const Job &job, const Strip &strip,
                                                         Moments (&moments)[V])
 {
@@ -1225,7 +1227,8 @@ template <bool SCALED> __device__ void moments_of_strip(const Job &job, const St
     }
 #pragma unroll
     for (int i = 0; i < V; i++)
-        moments[i] = sums[i].moments<SCALED>();
+        if (!SCALED || overflown(moments[i]))
+            moments[i] = sums[i].moments<SCALED>();
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) moments_of_columns(LAUNCHED_JOB)
@@ -1479,7 +1482,8 @@ forward_of_strip(LAUNCHED_JOB)
     finish(moments);
     if (again) { /* in all blocks of the cluster, which have the same bits */
         leave_cluster();
-        moments = moments_of_resident<true>(job, strip, resident, start);
+        const Moments scaled = moments_of_resident<true>(job, strip, resident, start);
+        moments = overflown(moments) ? scaled : moments; /* the squares of others would vanish */
         finish(moments);
     }
     if (job.out != nullptr) {
