@@ -150,7 +150,7 @@ def backward_call(
 ) -> Backward:
     """The arguments of a backward of `batch_norm_forward`."""
     dy = as_gradient(dy, x)
-    name, slope = scalars.as_activation(activation, negative_slope)
+    name, slope = scalars.as_activation(activation, negative_slope, x.dtype)
     if name is not None and y is None and bias is NOT_GIVEN:
         raise TypeError(
             f"bias is needed with activation={name!r} and without y: pass the forward's, "
@@ -355,7 +355,7 @@ def as_residual(residual: Any, x: Array) -> Array:
 def as_epilogue(epilogue: tuple[Any, Any, Any], x: Array) -> Epilogue | None:
     """What follows a normalization of x, or None."""
     activation, negative_slope, residual = epilogue
-    name, slope = scalars.as_activation(activation, negative_slope)
+    name, slope = scalars.as_activation(activation, negative_slope, x.dtype)
     if residual is not None:
         residual = as_residual(residual, x)
     return None if name is None and residual is None else Epilogue(name, slope, residual)

@@ -82,10 +82,13 @@ def as_eps(eps: Any, *, zero: bool = False) -> float:
 
 
 ACTIVATIONS = "relu", "relu6", "leaky_relu"
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def as_activation(activation: Any, negative_slope: Any) -> tuple[str | None, float]:
-    """The name of an activation, or None, and the slope of leaky_relu."""
+def as_activation(
+    activation: Any, negative_slope: Any, dtype: np.dtype[Any] | None = None
+) -> tuple[str | None, float]:
+    """The name of an activation, or None, and the slope of leaky_relu, for an x of a dtype."""
     legal = "activation must be None, 'relu', 'relu6' or 'leaky_relu', got"
     if activation is not None and not isinstance(activation, str):
         raise TypeError(f"{legal} {type(activation).__name__}")
@@ -94,4 +97,10 @@ def as_activation(activation: Any, negative_slope: Any) -> tuple[str | None, flo
     slope = as_real(negative_slope, "negative_slope")
     if not math.isfinite(slope):
         raise ValueError(f"negative_slope must be finite, got {slope}")
+    is_float32 = dtype is not None and dtype.itemsize < 8  # so is the arithmetic of 16 bits
+    if is_float32 and activation == "leaky_relu" and abs(slope) > FLOAT32_MAX:
+        raise ValueError(
+            f"negative_slope must be in float32's range where x is {dtype}, got {slope}; where x "
+            f"is float64 it may be any finite number"
+        )
     return activation, slope

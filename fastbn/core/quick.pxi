@@ -173,9 +173,10 @@ cdef bint is_plain_eps(object eps) noexcept:
 
 # The names of activations are interned strings, and so are those that programs write down.
 
-cdef bint is_plain_activation(object activation, object slope) except -1:
-    """Tell whether it is None or the name of an activation, with a finite slope."""
-    if not PyFloat_CheckExact(slope) or not isfinite(PyFloat_AS_DOUBLE(slope)):
+cdef bint is_plain_activation(object activation, object slope, cnp.ndarray x) except -1:
+    """Tell whether it is None or the name of an activation, with a slope that x can take."""
+    cdef double greatest = DBL_MAX if cnp.PyArray_ITEMSIZE(x) == 8 else FLT_MAX
+    if not PyFloat_CheckExact(slope) or not fabs(PyFloat_AS_DOUBLE(slope)) <= greatest:
         return False
     return (activation is None or activation is RELU_NAME or activation is RELU6_NAME
             or activation is LEAKY_RELU_NAME)
@@ -246,7 +247,7 @@ def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, activatio
             or not is_plain_vector(running_var, array, out)
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(bias, array, out)
-            or not is_plain_activation(activation, slope)
+            or not is_plain_activation(activation, slope, array)
             or not is_plain_residual(residual, array, out)):
         return None
     target = result_like(array, out)
@@ -317,7 +318,7 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
                 and not is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var))
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(bias, array, out)
-            or not is_plain_activation(activation, slope)
+            or not is_plain_activation(activation, slope, array)
             or not is_plain_residual(residual, array, out)):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
@@ -409,7 +410,7 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(mean, array, out)
             or not is_plain_vector(invstd, array, out)
-            or not is_plain_activation(activation, slope)
+            or not is_plain_activation(activation, slope, array)
             or (activation is not None and not is_plain_vector(bias, array, out))):
         return None
     channels = cnp.PyArray_DIMS(array)[1]

@@ -188,6 +188,7 @@ ACTIVATIONS = [
     {"activation": "".join(["re", "lu"])},  # which is not interned
     {"activation": "leaky_relu", "negative_slope": np.float64(0.2)},
     {"activation": "leaky_relu", "negative_slope": 1},
+    {"activation": "leaky_relu", "negative_slope": 1e39},
     {},
 ]
 

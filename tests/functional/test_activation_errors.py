@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import support
 from internals import core
-from support import failures_without_a_trace, refused, some
+from support import dtype_of, failures_without_a_trace, refused, some
 
 import fastbn
 from fastbn import functional as F
@@ -105,6 +105,35 @@ def test_a_layer_says_which_options_are_legal(arrays, make, options, exception, 
         setattr(layer, name, value)
     for added in (None, residual):
         with refused(exception, message, intact=[layer, x, residual]):
+            layer(x, out=x, residual=added)
+
+
+def beyond_float32(x_dtype, slope):
+    """What is said of a slope that the arithmetic of x does not hold."""
+    return f"negative_slope must be in float32's range where x is {x_dtype}, got {slope}"
+
+
+@pytest.mark.parametrize("x_dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("slope", [1e39, -1e39])
+@functions
+def test_a_slope_beyond_the_arithmetic_of_the_input(rng, call, x_dtype, slope):
+    x = some(rng, SHAPE, dtype_of(x_dtype))
+    options = {"activation": "leaky_relu", "negative_slope": slope}
+    call(x, **options | {"activation": "relu"})
+    if x_dtype == "float64":
+        call(x, **options)
+        return
+    with refused(ValueError, beyond_float32(x_dtype, slope), intact=[x]):
+        call(x, **options)
+
+
+def test_a_layer_refuses_a_slope_beyond_the_arithmetic_of_its_input(arrays, make):
+    x, dy, residual = arrays
+    layer = make(4, activation="leaky_relu", negative_slope=1e39)
+    layer(x.astype(float))
+    layer.backward(dy)
+    for added in (None, residual):
+        with refused(ValueError, beyond_float32("float32", 1e39), intact=[layer, x, residual]):
             layer(x, out=x, residual=added)
 
 
