@@ -217,7 +217,7 @@ class SavedForBackward:
         invstd: Statistics,
         in_place: bool = False,
         frozen: bool = False,
-        kept: Any = None,
+        kept: tuple[NDArray[np.intp] | None, Array] | None = None,
         mask: Array | None = None,
         batch_size: int = 0,
         weight: Statistics | None = None,
@@ -238,7 +238,9 @@ class SavedForBackward:
     @property
     def frozen(self) -> bool: ...
     @property
-    def kept(self) -> Any: ...
+    def kept(self) -> Array | None: ...
+    @property
+    def kept_channels(self) -> NDArray[np.intp] | None: ...
     @property
     def mask(self) -> Array | None: ...
     @property

@@ -281,8 +281,8 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
                     unbiased, activation, slope, residual, tuple ranks, num_features, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
-    Returns y and what the backward needs. A forward in place is plain only if its backward can
-    recover all channels, and nothing follows the normalization.
+    Returns y and what the backward needs. A forward in place is plain if its backward can recover
+    all channels, or none: then it keeps a copy of x.
     """
     cdef SavedForBackward saved
     cdef cnp.ndarray y
@@ -327,9 +327,11 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     saved.in_place = out is not None and is_same(<cnp.ndarray>out, array)
     if count < 2.0:
         return None
-    if saved.in_place and is_layer and (follows.kind != LINEAR or residual is not None
-                                        or not all_recoverable(array, weight, bias, count)):
-        return None
+    if saved.in_place and is_layer:
+        if residual is not None or not is_invertible(&follows, array):
+            saved.kept = copy_of(array)
+        elif not all_recoverable(array, weight, bias, &follows, count):
+            return None
     if momentum is not None:
         factor = PyFloat_AS_DOUBLE(momentum)
     elif counter is not None:
@@ -361,15 +363,26 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     return target
 
 
+cdef bint is_invertible(const Activation *activation, cnp.ndarray x) noexcept:
+    """Tell whether an activation's result, in x's arithmetic, tells what was before it."""
+    cdef double least = DBL_MIN if cnp.PyArray_ITEMSIZE(x) == 8 else FLT_MIN
+    if activation.kind != LEAKY_RELU:
+        return activation.kind == LINEAR
+    return least <= activation.slope <= 1.0 / least
+
+
 cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
-                          double count) noexcept:
+                          const Activation *activation, double count) noexcept:
     """Tell whether the output of a forward in place determines all channels."""
     cdef Limits limits = limits_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x))
     cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
-    if weight is None:
+    if weight is None and activation.kind == LINEAR:
         return True
-    return next_unrecoverable(&limits, count, &weights, &biases, 0, channels) == channels
+    if next_unrecoverable(&limits, count, 1.0, &weights, &biases, 0, channels) < channels:
+        return False
+    return activation.kind == LINEAR or next_unrecoverable(
+        &limits, count, activation.slope, &weights, &biases, 0, channels) == channels
 
 
 cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
@@ -435,8 +448,8 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     cdef cnp.ndarray array, target, derived = None
     cdef Py_ssize_t channels
     cdef double *doubles
-    if (saved.frozen or saved.kept is not None or saved.mask is not None or saved.batch_size != 0
-            or (saved.in_place and saved.activation is not None)
+    if (saved.frozen or saved.kept_channels is not None or saved.mask is not None
+            or saved.batch_size != 0
             or (residual_out is not None and not saved.has_residual)
             or not is_plain_input(saved.x, None, None) or not saved.has_its_shape()):
         return None
@@ -452,7 +465,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
             or not is_plain_vector(bias, array, residual_out)
             or not is_plain_gradient(weight_grad, weight, array, residual_out)
             or not is_plain_gradient(bias_grad, bias, array, residual_out)
-            or not saved.is_unchanged()):
+            or not (saved.kept is not None or saved.is_unchanged())):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
@@ -476,19 +489,22 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weig
 
     The gradient of the residual, if there was one, is written to `derived`.
     """
-    cdef cnp.ndarray x = saved.x
+    cdef cnp.ndarray x = saved.x if saved.kept is None else saved.kept
     cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
     cdef Vector invstds = vector_of(saved.invstd, 1), biases
     cdef GateOfJob gate
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    gate = gate_with(activation_of(saved.activation, saved.negative_slope), None, None, None)
+    gate.weight, gate.bias = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
     if saved.in_place:
-        weights, biases = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
+        weights, biases = gate.weight, gate.bias
+    if saved.in_place and saved.kept is None:
+        if gate.activation.kind == LEAKY_RELU:
+            gate.activation.kind = LEAKY_RELU_INVERTED
         recovered_operands(channels, &invstds, &weights, &biases, doubles + 2 * channels)
         means = vector_of_doubles(doubles + 2 * channels)
         invstds = vector_of_doubles(doubles + 3 * channels)
         weights = vector_of_doubles(doubles + 4 * channels)
-    gate = gate_with(activation_of(saved.activation, saved.negative_slope), None, None, None)
-    gate.weight, gate.bias = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
     if derived is not None:  # without an activation the residual gets dy
         gate = gate_with(gate.activation, dy, dy if saved.alive is None else None, saved.alive)
         dy = derived

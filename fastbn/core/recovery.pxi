@@ -25,10 +25,13 @@ cdef bint is_recoverable(const Limits *limits, double reach, double weight,
             and fabs(bias) <= limits.ratio * fabs(weight))
 
 
-cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, const Vector *weight,
-                                   const Vector *bias, Py_ssize_t c,
+cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double factor,
+                                   const Vector *weight, const Vector *bias, Py_ssize_t c,
                                    Py_ssize_t channels) noexcept nogil:
-    """The first channel from c on that cannot be recovered; the number of channels if all can."""
+    """The first channel from c on that cannot be recovered; the number of channels if all can.
+
+    The factor is that of the output.
+    """
     cdef double weights[COLUMNS]
     cdef double biases[COLUMNS]
     cdef double reach = pow(count, 0.5) + limits.ratio  # no normalized value of n exceeds sqrt(n)
@@ -40,7 +43,7 @@ cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, const Vec
         read_vector(weight, &block, weights)
         read_vector(bias, &block, biases)
         for i in range(block.c1 - block.c0):
-            if not is_recoverable(limits, reach, weights[i], biases[i]):
+            if not is_recoverable(limits, reach, factor * weights[i], factor * biases[i]):
                 return c + i
         c = block.c1
     return channels
@@ -53,8 +56,8 @@ def unrecoverable_channels(cnp.dtype dtype not None, double count, cnp.ndarray w
     cdef Vector weights = vector_of(weight, 1.0), biases = vector_of(bias, 0.0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(weight)[0], c
     found = []
-    c = next_unrecoverable(&limits, count, &weights, &biases, 0, channels)
+    c = next_unrecoverable(&limits, count, 1.0, &weights, &biases, 0, channels)
     while c < channels:
         found.append(c)
-        c = next_unrecoverable(&limits, count, &weights, &biases, c + 1, channels)
+        c = next_unrecoverable(&limits, count, 1.0, &weights, &biases, c + 1, channels)
     return found

@@ -19,7 +19,9 @@ cdef class SavedForBackward:
         The input or, where the output took its place, the output.
     mean, invstd : ndarray of float64
     in_place, frozen : bool
-    kept : KeptChannels or None
+    kept : ndarray or None
+        A copy of the input, of all channels or of `kept_channels`, that the output does not tell.
+    kept_channels : ndarray of int or None
     mask : ndarray or None
         C-contiguous, if x is an array of NumPy's.
     shape : tuple of int
@@ -37,7 +39,7 @@ cdef class SavedForBackward:
         What the forward has noted about the derivatives of its activation.
     """
 
-    cdef readonly object x, mean, invstd, kept, mask, weight, bias, activation, alive
+    cdef readonly object x, mean, invstd, kept, kept_channels, mask, weight, bias, activation, alive
     cdef readonly double negative_slope
     cdef readonly bint has_residual
     cdef int ndim
@@ -53,7 +55,9 @@ cdef class SavedForBackward:
                  Py_ssize_t num_groups=0):
         self.x, self.mean, self.invstd = x, mean, invstd
         self.in_place, self.frozen = in_place, frozen
-        self.kept, self.mask, self.batch_size = kept, mask, batch_size
+        if kept is not None:
+            self.kept_channels, self.kept = kept
+        self.mask, self.batch_size = mask, batch_size
         self.weight, self.bias, self.num_groups = weight, bias, num_groups
         if epilogue is not None:
             self.activation, self.negative_slope = epilogue.activation, epilogue.negative_slope

@@ -57,7 +57,7 @@ NO_SECOND_BACKWARD = "backward() has run for the last forward, and each serves o
 class KeptChannels(NamedTuple):
     """The input of the channels that cannot be recovered from the output."""
 
-    channels: NDArray[np.intp] | slice
+    channels: NDArray[np.intp] | None  # all of them
     x: Array
 
 
@@ -125,7 +125,7 @@ def keep_in_groups(call: normalize.Forward) -> KeptChannels | None:
 def keep_all(x: Array) -> KeptChannels:
     """A copy of all channels, of which notes about x's elements are true."""
     is_dense = not isinstance(x, np.ndarray) or _core.layout(x)
-    return KeptChannels(slice(None), x.copy(order="K" if is_dense else "C"))
+    return KeptChannels(None, x.copy(order="K" if is_dense else "C"))
 
 
 def used_parameters(call: normalize.Forward) -> tuple[Statistics | None, Statistics | None]:
@@ -175,7 +175,7 @@ def gate_of(
 
 def reads_array(saved: SavedForBackward, weight: Array | None) -> bool:
     """Tell whether the backward depends on the array that the forward saved."""
-    keeps_all = saved.kept is not None and isinstance(saved.kept.channels, slice)
+    keeps_all = saved.kept is not None and saved.kept_channels is None
     is_constant_factor = saved.frozen and weight is None
     return not keeps_all and not is_constant_factor
 
@@ -191,13 +191,13 @@ def gradients(
     """The gradients of input, weight and bias."""
     if saved.kept is None:
         return _gradients(saved, _operands(saved, weight, bias), dy, out, gate)
-    channels, x = saved.kept
-    kept_operands = _kept_operands(saved.kept, saved, weight)
-    if isinstance(channels, slice):
+    channels, kept = saved.kept_channels, saved.kept
+    kept_operands = _kept_operands(saved, kept, weight)
+    if channels is None:
         return _gradients(saved, kept_operands, dy, out, gate)
     # Before dy may be overwritten, and in the memory of its copy.
-    copy = backend_of(x).channels_of(dy, channels)
-    of_kept = _gradients(saved, kept_operands, copy, copy if copy.dtype == x.dtype else None)
+    copy = backend_of(kept).channels_of(dy, channels)
+    of_kept = _gradients(saved, kept_operands, copy, copy if copy.dtype == kept.dtype else None)
     dx, dweight, dbias = _gradients(saved, _operands(saved, weight, bias), dy, out)
     dx[:, channels], dweight[channels], dbias[channels] = of_kept
     return dx, dweight, dbias
@@ -214,7 +214,7 @@ def group_gradients(
     """The gradients of input, weight and bias where groups of channels were normalized."""
     operands = Operands(saved.x, saved.mean, saved.invstd, weight, None)
     if saved.kept is not None:
-        operands = operands._replace(x=saved.kept.x)
+        operands = operands._replace(x=saved.kept)
     elif saved.in_place:
         operands = _operands(saved, weight, bias)
     x, mean, invstd, factor, _ = operands
@@ -248,15 +248,15 @@ def _operands(saved: SavedForBackward, weight: Array | None, bias: Array | None)
         return Operands(x, mean, invstd, weight, scale)
     bias = _as_float64(bias, 0.0, x)
     if saved.kept is not None:  # These get their gradients from what was kept.
-        weight[saved.kept.channels], bias[saved.kept.channels] = 1.0, 0.0
+        weight[saved.kept_channels], bias[saved.kept_channels] = 1.0, 0.0
     # xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
     with np.errstate(all="ignore"):  # A weight may have been set to 0 since.
         return Operands(x, bias, 1.0 / weight, scale * weight, scale)
 
 
-def _kept_operands(kept: KeptChannels, saved: SavedForBackward, weight: Array | None) -> Operands:
-    """What the backward of the kept channels computes with."""
-    channels, x = kept
+def _kept_operands(saved: SavedForBackward, x: Array, weight: Array | None) -> Operands:
+    """What the backward of the kept channels, and their input, computes with."""
+    channels = slice(None) if saved.kept_channels is None else saved.kept_channels
     mean, invstd = saved.mean[..., channels], saved.invstd[..., channels]
     factor = _as_float64(weight, 1.0, saved.x)[channels]
     return Operands(x, mean, invstd, factor, invstd * factor)

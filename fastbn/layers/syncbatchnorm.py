@@ -249,7 +249,7 @@ class SyncBatchNorm(BatchNorm):
         if saved.frozen:
             return super()._backward(saved, dy, out, residual_out)
         dy, parameters, out, gate, buffers = self._backward_arguments(saved, dy, out, residual_out)
-        x = saved.x if saved.kept is None else saved.kept.x
+        x = saved.x if saved.kept is None else saved.kept
         weight, backend = parameters["weight"], backend_of(x)
         mean, invstd, mask = saved.mean, saved.invstd, saved.mask
         invalid = normalize.invalid_positions(mask)
