@@ -175,6 +175,28 @@ def bounds_of(case, p, dy):
     return Step(steepest * p.z_bound + rounding(y, dtype), dx, dweight, dbias, lost)
 
 
+# Values near the largest of a dtype: its arithmetic may not hold how far they are from their mean.
+# Squares of that must be numbers in float64.
+
+NEAR_THE_LARGEST = {"float16": 6e4, "bfloat16": 3e38, "float32": 3e38, "float64": 1e150}
+
+
+def near_the_largest(rng, shape, dtype, **options):
+    """A case of such values in every other channel, whose results are of usual sizes, and a dy."""
+    size, huge = NEAR_THE_LARGEST[dtype.name], np.arange(shape[1]) % 2 == 0
+    over = reference.over_channels(huge, len(shape)) != 0
+    values = np.where(rng.random(shape) < 0.25, -size, size)
+    x = np.where(over, values, support.some(rng, shape)).astype(dtype)
+    weight, bias = (np.where(huge, size / 1000, 1.0) * v for v in support.parameters(shape[1]))
+    return Case(x, weight, bias, **options), support.some(rng, shape, dtype)
+
+
+def statistics_near_the_largest(channels, dtype):
+    """A mean, negative where it is huge, and a variance for such a case."""
+    size, huge = NEAR_THE_LARGEST[dtype.name], np.arange(channels) % 2 == 0
+    return np.where(huge, -size, 0.5), np.where(huge, size, 1.0) ** 2
+
+
 # What hypothesis draws.
 
 # Runs of all lengths beside a register, several blocks of columns, strips.

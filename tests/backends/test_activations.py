@@ -90,6 +90,39 @@ def test_a_step_of_a_layer(
     activated.assert_step([y, *hosts(backend, gradients)], expected, bounds)
 
 
+@by_kind
+@by_layout
+@masked_or_not
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("added", "activation"), [(False, None), (True, "relu")])
+def test_a_step_of_a_layer_near_the_largest_values(
+    rng, backend, dtype, make, parts, activation, layout, added, masked, in_place
+):
+    case, dy = activated.near_the_largest(rng, SHAPE, dtype, activation=activation, **parts)
+    if case.running:
+        case = case._replace(running=activated.statistics_near_the_largest(4, dtype))
+    case = case._replace(
+        x=layout(case.x),
+        residual=layout((case.x / 500).astype(dtype)) if added else None,
+        mask=rng.random((6, 1, 5, 7)) < 0.8 if masked else None,
+    )
+    dy = activated.decided(case, layout(dy))
+    expected, bounds = activated.expected(case, dy)
+    layer = make(4, activation=activation, device=backend.device, dtype=np.float64)
+    layer.weight[...], layer.bias[...] = on(backend, case.weight), on(backend, case.bias)
+    if case.running:
+        layer.running_mean[...], layer.running_var[...] = (on(backend, v) for v in case.running)
+    x, gradient = on(backend, case.x), on(backend, dy)
+    residual, mask = on(backend, case.residual), on(backend, case.mask)
+    y = backend.host(layer(x, out=x if in_place else None, mask=mask, residual=residual))
+    results = layer.backward(gradient)
+    dx, dresidual = results if added else (results, None)
+    if in_place:
+        bounds = activated.inverted(bounds, dtype)
+    gradients = dx, layer.weight_grad, layer.bias_grad, dresidual
+    activated.assert_step([y, *hosts(backend, gradients)], expected, bounds)
+
+
 @by_activation
 @by_layout
 @added_or_not

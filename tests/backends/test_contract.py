@@ -7,6 +7,7 @@ clusters of blocks and one without.
 import copy
 import pickle
 
+import activated
 import numpy as np
 import pytest
 import reference
@@ -245,6 +246,30 @@ def test_a_constant_has_no_variance(backend, dtype, shape, layout):
     assert (backend.host(mean) == x.flat[0].astype(np.float64)).all()
     y = backend.host(F.batch_norm_forward(layout(backend, x), None, backend.array(bias))[0])
     assert same_bits(y, np.broadcast_to(bias[:, None, None], shape).astype(dtype))
+
+
+@by_dense_layout
+@by_shape((8, 5, 7, 7), (40, 70, 1, 1), (5, 33, 3, 3), pieces=[(9, 2, 81, 79)])
+def test_values_near_the_largest_are_normalized(rng, backend, dtype, shape, layout):
+    case, dy = activated.near_the_largest(rng, shape, dtype)
+    expected, bounds = activated.expected(case, dy)
+    x, dy = layout(backend, case.x), layout(backend, dy)
+    weight, bias = backend.array(case.weight), backend.array(case.bias)
+    y, mean, invstd = F.batch_norm_forward(x, weight, bias)
+    gradients = F.batch_norm_backward(dy, x, weight, mean, invstd)
+    activated.assert_step(map(backend.host, (y, *gradients)), expected, bounds)
+    # By the primitives.
+    count, mean, m2 = F.batch_norm_stats(x)
+    invstd = 1.0 / backend.xp.sqrt(m2 / count + 1e-5)
+    y = F.batch_norm_elemt(x, mean, invstd, weight, bias)
+    sums = F.batch_norm_backward_reduce(dy, x, mean, invstd)
+    dx = F.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *sums, count)
+    activated.assert_step(map(backend.host, (y, dx, *sums[::-1])), expected, bounds)
+    # By running statistics.
+    case = case._replace(running=activated.statistics_near_the_largest(shape[1], dtype))
+    expected, bounds = activated.expected(case, backend.host(dy))
+    y = F.batch_norm(x, *map(backend.array, case.running), weight, bias)
+    activated.assert_step([backend.host(y)], expected, bounds)
 
 
 @by_dense_layout

@@ -728,20 +728,34 @@ __device__ void add(Deviations &sums, const Chunk (&tile)[LENGTH], const unsigne
     sums.count += count;
 }
 
-/* What xhat is made of: the mean as two numbers, and invstd. */
-struct Centre {
-    Real high, low, invstd;
-};
+/* (x - mean) * factor, where the mean is two numbers: high + low.
+ *
+ * From a mean of 2^103, half a unit in the last place of the greatest float, or more, an x of a
+ * float's range may deviate by more than a float holds. Then deviations are scaled down by a power of
+ * two, which loses nothing that counts beside such a mean, and the factor up. Others are scaled by 1:
+ * with the subtraction that is one instruction, and it gives the bits that it gives alone. */
+struct FromMean {
+    static constexpr bool SCALES = FORMAT == FLOAT32 || FORMAT == BFLOAT16;
+    Real high, low, scale, factor;
 
-__device__ Centre centre_of(double mean, double invstd)
-{
-    const Real high = Real(mean);
-    return {high, Real(mean - double(high)), Real(invstd)};
-}
+    __device__ Real operator()(Storage x) const
+    {
+        return (((SCALES ? decode(x) * scale : decode(x)) - high) - low) * factor;
+    }
+
+    __device__ static FromMean of(double mean, double factor)
+    {
+        const bool huge = SCALES && fabs(mean) >= 0x1p103;
+        const double scaled = huge ? mean * 0x1p-24 : mean;
+        const Real high = Real(scaled);
+        return {high, Real(scaled - double(high)), huge ? Real(0x1p-24) : Real(1),
+                Real(huge ? factor * 0x1p24 : factor)};
+    }
+};
 
 template <bool MASKED>
 __device__ Products products_of(const Chunk (&dy)[TILE], const Chunk (&x)[TILE],
-                                const unsigned (&masks)[TILE], const Centre &centre)
+                                const unsigned (&masks)[TILE], const FromMean &xhat)
 {
     Products sums = {};
 #pragma unroll
@@ -751,10 +765,8 @@ __device__ Products products_of(const Chunk (&dy)[TILE], const Chunk (&x)[TILE],
         for (int i = 0; i < V; i++)
             if (!MASKED || masks[u] >> i & 1) {
                 const Real gradient = decode(dy[u].of[i]);
-                const Real xhat =
-                    ((decode(x[u].of[i]) - centre.high) - centre.low) * centre.invstd;
                 first += gradient;
-                second += gradient * xhat;
+                second += gradient * xhat(x[u].of[i]);
             }
         sums = merge(sums, {double(first), double(second)});
     }
@@ -763,20 +775,20 @@ __device__ Products products_of(const Chunk (&dy)[TILE], const Chunk (&x)[TILE],
 
 /* ------------------------------------------------------------------ results for an element */
 
-/* y = ((x - high) - low) * scale + shift */
+/* y = (x - mean) * (invstd * weight) + shift */
 struct Affine {
     static constexpr int INPUTS = 1;
-    Real high, low, scale, shift;
+    FromMean scaled;
+    Real shift;
 
     __device__ Real operator()(Storage x, Storage = Storage()) const
     {
-        return ((decode(x) - high) - low) * scale + shift;
+        return scaled(x) + shift;
     }
 
     __device__ static Affine of(double mean, double invstd, double weight, double bias)
     {
-        const Centre centre = centre_of(mean, invstd);
-        return {centre.high, centre.low, Real(invstd * weight), Real(bias)};
+        return {FromMean::of(mean, invstd * weight), Real(bias)};
     }
 
     __device__ static Affine of(const Job &job, i64 channel)
@@ -789,22 +801,22 @@ struct Affine {
     }
 };
 
-/* dx = ((dy - dy_mean) - ((x - high) - low) * slope) * scale */
+/* dx = ((dy - dy_mean) - (x - mean) * slope) * scale */
 struct Gradient {
     static constexpr int INPUTS = 2;
-    Real high, low, dy_mean, slope, scale;
+    FromMean sloped;
+    Real dy_mean, scale;
 
     __device__ Real operator()(Storage x, Storage dy) const
     {
-        return ((decode(dy) - dy_mean) - ((decode(x) - high) - low) * slope) * scale;
+        return ((decode(dy) - dy_mean) - sloped(x)) * scale;
     }
 
     __device__ static Gradient of(const Job &job, i64 channel, const Products &sums)
     {
         const double invstd = at(job.invstd, channel);
-        const Centre centre = centre_of(at(job.mean, channel), invstd);
-        return {centre.high, centre.low, Real(sums.dy / count_of(job)),
-                Real(invstd * (sums.dy_xhat / count_of(job))),
+        const double slope = invstd * (sums.dy_xhat / count_of(job));
+        return {FromMean::of(at(job.mean, channel), slope), Real(sums.dy / count_of(job)),
                 Real(invstd * at(job.weight, channel, 1.0))};
     }
 
@@ -955,7 +967,7 @@ __device__ Moments moments_of_walk(const Job &job, const Walk &walk, Read read)
 }
 
 template <typename Read>
-__device__ Products products_of_walk(const Job &job, Walk walk, const Centre &centre, Read read)
+__device__ Products products_of_walk(const Job &job, Walk walk, const FromMean &xhat, Read read)
 {
     Products sums = {};
     for (int slot = threadIdx.x; walk.more();) {
@@ -972,8 +984,8 @@ __device__ Products products_of_walk(const Job &job, Walk walk, const Centre &ce
             }
             common &= masks[u];
         }
-        sums = merge(sums, whole(common) ? products_of<false>(dy, x, masks, centre)
-                                         : products_of<true>(dy, x, masks, centre));
+        sums = merge(sums, whole(common) ? products_of<false>(dy, x, masks, xhat)
+                                         : products_of<true>(dy, x, masks, xhat));
     }
     return sums;
 }
@@ -1041,12 +1053,12 @@ backward_resident(LAUNCHED_JOB)
         fetch(job, resident + slots + slot, job.x, index);
     }
     /* Read while the elements are on their way. */
-    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
+    const FromMean xhat = FromMean::of(at(job.mean, channel), at(job.invstd, channel));
     arrived();
     const auto read = [&](const Storage *array, const Walk &, int slot) {
         return resident[array == job.x ? slots + slot : slot];
     };
-    const Products sums = merge_cluster(merge_block(products_of_walk(job, start, centre, read)));
+    const Products sums = merge_cluster(merge_block(products_of_walk(job, start, xhat, read)));
     __shared__ Gradient coefficients;
     if (threadIdx.x == 0 && job.out != nullptr)
         coefficients = Gradient::of(job, channel, sums);
@@ -1098,9 +1110,9 @@ extern "C" __global__ void __launch_bounds__(256, 4) products_of_runs(LAUNCHED_J
     const auto read = [&](const Storage *array, const Walk &walk, int) {
         return load(job, array, walk.index());
     };
-    const Centre centre = centre_of(at(job.mean, channel), at(job.invstd, channel));
+    const FromMean xhat = FromMean::of(at(job.mean, channel), at(job.invstd, channel));
     const Walk walk(job, channel, piece, job.splits);
-    const Products sums = merge_block(products_of_walk(job, walk, centre, read));
+    const Products sums = merge_block(products_of_walk(job, walk, xhat, read));
     if (threadIdx.x == 0)
         put_partial(job, piece * job.c + channel, sums);
 }
@@ -1254,11 +1266,11 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_of_columns(LAUNCHE
     const Strip strip(job);
     Products sums[V] = {};
     if (strip.inside) {
-        Centre centre[V];
+        FromMean xhat[V];
 #pragma unroll
         for (int i = 0; i < V; i++) {
             const i64 channel = channel_of(job, strip.column * V + i);
-            centre[i] = centre_of(at(job.mean, channel), at(job.invstd, channel));
+            xhat[i] = FromMean::of(at(job.mean, channel), at(job.invstd, channel));
         }
         for (i64 row = strip.row; row < strip.end; row += TILE * strip.lanes) {
             Chunk dy[TILE], x[TILE];
@@ -1278,10 +1290,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) products_of_columns(LAUNCHE
                 for (int u = 0; u < TILE; u++)
                     if (masks[u] >> i & 1) {
                         const Real gradient = decode(dy[u].of[i]);
-                        const Real deviation =
-                            (decode(x[u].of[i]) - centre[i].high) - centre[i].low;
                         first += gradient;
-                        second += gradient * (deviation * centre[i].invstd);
+                        second += gradient * xhat[i](x[u].of[i]);
                     }
                 sums[i] = merge(sums[i], {double(first), double(second)});
             }
@@ -1516,12 +1526,12 @@ backward_of_strip(LAUNCHED_JOB)
         fetch(job, resident + slot, job.dy, index);
         fetch(job, of_x + slot, job.x, index);
     }
-    Centre centre[V] = {};
+    FromMean xhat[V] = {};
     if (strip.inside)
 #pragma unroll
         for (int i = 0; i < V; i++) {
             const i64 channel = strip.column * V + i;
-            centre[i] = centre_of(at(job.mean, channel), at(job.invstd, channel));
+            xhat[i] = FromMean::of(at(job.mean, channel), at(job.invstd, channel));
         }
     arrived();
     Real first[V] = {}, second[V] = {};
@@ -1533,9 +1543,8 @@ backward_of_strip(LAUNCHED_JOB)
 #pragma unroll
             for (int i = 0; i < V; i++) {
                 const Real gradient = decode(dy.of[i]);
-                const Real deviation = (decode(x.of[i]) - centre[i].high) - centre[i].low;
                 first[i] += gradient;
-                second[i] += gradient * (deviation * centre[i].invstd);
+                second[i] += gradient * xhat[i](x.of[i]);
             }
         },
         [&] {
