@@ -1,8 +1,9 @@
 """`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew.
 
 `python -m bench --calls` measures what a call costs, in half a minute, and `--activations` batch
-normalization with an addition and a ReLU after it; `--device cuda --steps` training steps with
-masks, ghost batches and activations, and those of other layers.
+normalization with an addition and a ReLU after it; `--groups` measures group normalization, and
+`--device cuda --steps` training steps with masks, ghost batches and activations, and those of other
+layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bench.cases import (
     ACTIVATED,
     CALL,
     CALL_SHAPE,
+    GROUPED,
     ITEMSIZES,
     OPERATIONS,
     PRODUCTS,
@@ -55,6 +57,7 @@ OPERATIONS_OF_SIZES = ("eval", "train", "backward")
 # What a ReLU, and an addition before it, are measured with: by default of those that fuse them.
 LIBRARIES_OF_ACTIVATIONS = (*LIBRARIES_OF_SIZES, FASTBN_UNFUSED, TORCH_COMPILE)
 OPERATIONS_OF_ACTIVATIONS = (*OPERATIONS_OF_SIZES, *ACTIVATED)
+LIBRARIES_OF_GROUPS = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, TORCH_COMPILE)
 # What is not measured unless it is asked for: what has no goal, and what is in a run of its own.
 NOT_BY_DEFAULT = ("eval_inplace", "backward_inplace", *ACTIVATED)
 ROUNDS, QUICK_ROUNDS = 5, 3
@@ -69,8 +72,8 @@ def main(arguments: list[str]) -> None:
         return
     command_line = parser()
     options = command_line.parse_args(arguments)
-    if (options.calls or options.activations) and options.device != "cpu":
-        command_line.error("--calls and --activations are for arrays on the CPU")
+    if (options.calls or options.activations or options.groups) and options.device != "cpu":
+        command_line.error("--calls, --activations and --groups are for arrays on the CPU")
     if options.steps and options.device != "cuda":
         command_line.error("--steps is for arrays on a GPU: --device cuda")
     result = measure(options)
@@ -91,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", type=names, default=["float32"], help=f"of {', '.join(ITEMSIZES)}")
     add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
     add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
-    operations = ", ".join([*OPERATIONS, *STEPS, *PRODUCTS, CALL])
+    operations = ", ".join([*OPERATIONS, *GROUPED, *STEPS, *PRODUCTS, CALL])
     add("--operations", type=names, help=f"of {operations} (default: those with goals)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
@@ -107,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument(
         "--activations", **flag, help="a ReLU, and an addition before it; fewer libraries"
     )
+    mode.add_argument("--groups", **flag, help="GroupNorm of 32 groups; its libraries and shapes")
     mode.add_argument(
         "--steps", **flag, help="training steps, with masks and ghost batches and of other layers"
     )
@@ -199,7 +203,7 @@ def default_threads(device: str) -> int:
 
 def kind_of(options: argparse.Namespace) -> str:
     """What the results are called."""
-    names = "quick", "calls", "activations", "steps"
+    names = "quick", "calls", "activations", "groups", "steps"
     kinds = {name: name for name in names} | {"size_sweep": "sizes"}
     kind = next((kind for option, kind in kinds.items() if getattr(options, option)), "full")
     return kind if options.device == "cpu" else f"{options.device}-{kind}"
@@ -208,17 +212,18 @@ def kind_of(options: argparse.Namespace) -> str:
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases, all operations of a shape one after the other."""
     operations = operations_of(options)
-    known = {CALL, *OPERATIONS, *STEPS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
+    known = {CALL, *OPERATIONS, *GROUPED, *STEPS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
     refuse_unknown({*operations, *options.dtypes, *options.layouts} - known)
     shapes = growing_shapes() if options.size_sweep else []
     if options.shapes or not shapes:
-        shapes += shapes_of(options.shapes or ("quick" if options.quick else "gate"))
+        names = {"quick": options.quick, "groups": options.groups, "gate": True}
+        shapes += shapes_of(options.shapes or next(name for name in names if names[name]))
     cases = [
         Case(operation, shape, dtype)
         for shape in shapes
         for dtype in options.dtypes
         for operation in operations
-        if operation in OPERATIONS or operation in STEPS
+        if operation in {**OPERATIONS, **GROUPED, **STEPS}
     ]
     products = [operation for operation in operations if operation in PRODUCTS]
     if products:  # They are held against the training forward by itself.
@@ -235,6 +240,8 @@ def operations_of(options: argparse.Namespace) -> list[str]:
         chosen = OPERATIONS_OF_SIZES
     if chosen is None and options.activations:
         chosen = OPERATIONS_OF_ACTIVATIONS
+    if chosen is None and options.groups:
+        chosen = tuple(GROUPED)
     if chosen is None and options.steps:
         chosen = tuple(STEPS)
     if chosen is None:
@@ -252,6 +259,8 @@ def libraries_of(options: argparse.Namespace) -> list[str]:
         chosen = LIBRARIES_OF_SIZES
     if chosen is None and options.activations:
         chosen = LIBRARIES_OF_ACTIVATIONS
+    if chosen is None and options.groups:
+        chosen = LIBRARIES_OF_GROUPS
     if chosen is None:
         needless = SLOW_TO_START if options.quick else ()
         if not {*operations_of(options)} & {*ACTIVATED}:

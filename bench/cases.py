@@ -34,6 +34,12 @@ STEPS = {
     "step_relu": "training step + ReLU",
     "step_add_relu": "training step + addition + ReLU",
 }
+# The same of a GroupNorm, whose evaluation normalizes as its training does.
+GROUPED = {
+    "eval_group": "evaluation forward of a GroupNorm of 32 groups",
+    "train_group": "training forward of a GroupNorm of 32 groups",
+    "backward_group": "backward of a GroupNorm of 32 groups",
+}
 GHOST_BATCH, GROUPS = 8, 32
 OPERATIONS = {
     "eval": "evaluation forward",
@@ -85,15 +91,20 @@ class Case(NamedTuple):
         return self.operation == "step_masked"
 
     @property
+    def grouped(self) -> bool:
+        """Whether a GroupNorm is measured, by a call at a time."""
+        return self.operation in GROUPED
+
+    @property
     def batch(self) -> int:
         """The samples that are normalized together."""
         sizes = {"step_ghosts": GHOST_BATCH, "step_instance": 1, "step_group": 1}
-        return sizes.get(self.operation, self.shape[0])
+        return 1 if self.grouped else sizes.get(self.operation, self.shape[0])
 
     @property
     def group(self) -> int:
         """The channels that are normalized together."""
-        return self.shape[1] // GROUPS if self.operation == "step_group" else 1
+        return self.shape[1] // GROUPS if self.operation.endswith("_group") else 1
 
     @property
     def bytes(self) -> int:
@@ -222,7 +233,8 @@ def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
     if not arrays:
         return
     channels = sorted({0, case.shape[1] // 2, case.shape[1] - 1})
-    wanted, value = (_expected_of_step if case.step else _expected)(case, data, channels)
+    by_parts = case.step or case.grouped
+    wanted, value = (_expected_of_parts if by_parts else _expected)(case, data, channels)
     tolerance = TOLERANCES[case.dtype]
     # So near to 0, rounding decides what the derivative of a ReLU is.
     backward = case.step or not case.forward
@@ -267,10 +279,10 @@ def _expected(case: Case, data: Data, channels: list[int]) -> tuple[dict[str, Ar
     return gradients | ({"dresidual": dy} if case.has_residual else {}), value
 
 
-def _expected_of_step(
+def _expected_of_parts(
     case: Case, data: Data, channels: list[int]
 ) -> tuple[dict[str, Array], Array]:
-    """The same of a step, for what is normalized together by a mask, in batches or in groups."""
+    """The same of a step, or of what is normalized together by a mask, in batches or in groups."""
     n, _, height, width = case.shape
     members = [c // case.group * case.group + k for c in channels for k in range(case.group)]
     chosen = [i * case.group + c % case.group for i, c in enumerate(channels)]
@@ -302,12 +314,13 @@ def _expected_of_step(
     dy = in_cells(data.dy) * valid * (value > 0.0 if case.activated else 1.0)
     gradient = dy * weight
     dx = (gradient - mean(gradient) - xhat * mean(gradient * xhat)) * invstd * valid
-    wanted = {
-        "y": of_channels(np.maximum(value, 0.0) if case.activated else value),
+    y = {"y": of_channels(np.maximum(value, 0.0) if case.activated else value)}
+    gradients = {
         "dx": of_channels(dx),
         "dweight": (dy * xhat).sum((0, 1, 4, 5)).reshape(-1)[chosen],
         "dbias": dy.sum((0, 1, 4, 5)).reshape(-1)[chosen],
     }
+    wanted = y | gradients if case.step else y if case.forward else gradients
     return wanted, of_channels(value)
 
 

@@ -43,6 +43,8 @@ class Library(ABC):
     buffers: ClassVar[str]
     # Whether it is measured with a ReLU after the batch normalization.
     activates: ClassVar[bool] = False
+    # Whether it is measured with a GroupNorm in place of the batch normalization.
+    groups: ClassVar[bool] = False
 
     def __init__(self, threads: int) -> None:
         self.threads = threads

@@ -13,7 +13,7 @@ from typing import Any
 from _selfbench.sampling import DISTURBED
 
 from bench.calls import ADD, ROUNDS, SHAPE
-from bench.cases import ACTIVATED, CALL, OPERATIONS, PRODUCTS, STEPS
+from bench.cases import ACTIVATED, CALL, GROUPED, OPERATIONS, PRODUCTS, STEPS
 from bench.figures import (
     Figures,
     Key,
@@ -47,7 +47,7 @@ from bench.picture import draw, draw_peers
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
-NAMES = {**OPERATIONS, **STEPS}
+NAMES = {**OPERATIONS, **GROUPED, **STEPS}
 # What a call with an activation is held against beside floor and peers.
 BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
@@ -125,7 +125,7 @@ def _report(result: dict[str, Any], figures: Figures, images: list[str]) -> str:
     ]
     for threads in figures.values("threads"):
         for dtype in figures.values("dtype"):
-            paragraphs.append(_activations(figures, threads, dtype))
+            paragraphs += [of(figures, threads, dtype) for of in (_activations, _groups)]
             for layout in LAYOUT_NAMES:
                 paragraphs += [
                     section
@@ -265,7 +265,10 @@ def _standing(figures: Figures, keys: list[Key]) -> list[str]:
 
 
 def _goals(result: dict[str, Any], figures: Figures) -> str:
-    """Every goal that was measured, with its verdict, and every figure that misses its limit."""
+    """Every goal that was measured, with its verdict, and every figure that misses its limit.
+
+    Empty if there is none.
+    """
     threads = max(figures.values("threads"), default=1)
     ratios = {goal: ratios_of(goal, figures, threads) for goal in goals_on(figures.device)}
     body = [_goal_line(goal, found) for goal, found in ratios.items() if found]
@@ -275,6 +278,8 @@ def _goals(result: dict[str, Any], figures: Figures) -> str:
         "geometric mean. A copy is streaming where streaming stores are faster than ordinary ones."
     )
     every = verdicts(figures, threads) + call_verdicts(result.get("calls", ()))
+    if not every:
+        return ""
     return f"{text}\n\n{_table(header, body)}\n\n{_misses(every, figures.device)}"
 
 
@@ -307,20 +312,6 @@ def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
 
 def _activations(figures: Figures, threads: int, dtype: str) -> str:
     """What a ReLU, and an addition before it, take in the pass of the normalization."""
-    keys = {
-        operation: figures.keys(threads=threads, dtype=dtype, operation=operation)
-        for operation in ACTIVATED
-    }
-    measured = [time.library for of in keys.values() for key in of for time in figures.times[key]]
-    others = [name for name in dict.fromkeys(measured) if name not in (FLOOR, FASTBN)]
-    if not measured:
-        return ""
-    body = []
-    for operation, own in keys.items():
-        to_floor = _mean_of(over_floor, figures, own, "nchw")
-        to_without = _mean_of(over_without, figures, own, "nchw")
-        means = [_mean_over_fastbn(figures, own, name) for name in others]
-        body.append([OPERATIONS[operation], *map(_number, [to_floor, to_without, *means])])
     text = (
         "A ReLU, or an addition and a ReLU, in the pass of the normalization. fastbn's time is "
         "held against the floor, which reads and writes as many arrays (a copy; with a third array "
@@ -330,9 +321,39 @@ def _activations(figures: Figures, threads: int, dtype: str) -> str:
         "is fastbn's batch normalization with NumPy's `add` and `maximum` after it. Geometric "
         "means over the shapes."
     )
-    header = ["", "fastbn / floor", "fastbn / without", *(f"{name} / fastbn" for name in others)]
+    ratios = {"fastbn / floor": over_floor, "fastbn / without": over_without}
+    keys = figures.keys(threads=threads, dtype=dtype)
+    table = _against_all(figures, [key for key in keys if key.case.operation in ACTIVATED], ratios)
     title = f"## Activations and residuals, {dtype}, {threads} threads"
-    return f"{title}\n\n{text}\n\n{_table(header, body)}"
+    return f"{title}\n\n{text}\n\n{table}" if table else ""
+
+
+def _groups(figures: Figures, threads: int, dtype: str) -> str:
+    """What group normalization takes."""
+    text = (
+        "fastbn's time for the groups of each sample is held against the floor, a copy or, for the "
+        "backward, an addition. The other columns tell how many times as long as fastbn the others "
+        "take, each in its best memory layout. Geometric means over the shapes."
+    )
+    keys = figures.keys(threads=threads, dtype=dtype)
+    ratios = {"fastbn / floor": over_floor}
+    table = _against_all(figures, [key for key in keys if key.case.operation in GROUPED], ratios)
+    title = f"## Group normalization, {dtype}, {threads} threads"
+    return f"{title}\n\n{text}\n\n{table}" if table else ""
+
+
+def _against_all(figures: Figures, keys: list[Key], ratios: dict[str, Ratio]) -> str:
+    """A line for each operation: ratios of fastbn's, and all others over fastbn; or nothing."""
+    measured = [time.library for key in keys for time in figures.times[key]]
+    others = [name for name in dict.fromkeys(measured) if name not in (FLOOR, FASTBN)]
+    body = []
+    for operation in [name for name in NAMES if any(k.case.operation == name for k in keys)]:
+        own = [key for key in keys if key.case.operation == operation]
+        means = [_mean_of(ratio_of, figures, own, "nchw") for ratio_of in ratios.values()]
+        means += [_mean_over_fastbn(figures, own, name) for name in others]
+        body.append([NAMES[operation], *map(_number, means)])
+    header = ["", *ratios, *(f"{name} / fastbn" for name in others)]
+    return _table(header, body) if body else ""
 
 
 def _section(figures: Figures, threads: int, dtype: str, operation: str, layout: str) -> str:

@@ -22,7 +22,7 @@ from _selfbench.sampling import SAMPLE_S, Clock, Sample, Sampler, repeated, wall
 from _selfbench.serving import reason
 
 from bench import calls
-from bench.cases import PRODUCTS, Case, Data, check
+from bench.cases import GROUPS, PRODUCTS, Case, Data, check
 from bench.library import Library, PreparedCall, require
 
 # Calls in place that are repeated let the values grow or shrink, down to subnormal numbers, which
@@ -80,6 +80,11 @@ class Worker:
         answer: dict[str, Any] = {"prepared": {}, "failed": {}}
         try:
             require(self.library.activates or not case.activated, "not measured with a ReLU")
+            require(self.library.groups or not case.grouped, "not measured with a GroupNorm")
+            require(
+                not case.grouped or case.shape[1] % GROUPS == 0,
+                f"{GROUPS} groups do not divide the channels",
+            )
             known = self.library.variants(case)
         except Exception as error:
             return {"prepared": {}, "failed": {"": reason(error)}}

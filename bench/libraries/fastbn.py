@@ -11,7 +11,7 @@ import fastbn
 from bench import library
 from bench.arrays import Array, in_layout, new_array, overwrite
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import EPS, MOMENTUM, PRODUCTS, Case, Data
+from bench.cases import EPS, GROUPS, MOMENTUM, PRODUCTS, Case, Data
 from bench.library import PreparedCall
 from fastbn import functional
 
@@ -46,11 +46,12 @@ class Library(library.Library):
     """fastbn in both memory layouts."""
 
     api = (
-        "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward); with a "
-        "residual BatchNorm2d.backward, before which what the forward saved is put back"
+        "fastbn.BatchNorm2d (forward), fastbn.functional.batch_norm_backward (backward), "
+        "fastbn.GroupNorm; its backward, and that of a BatchNorm2d with a residual, are those of "
+        "the layers, before which what the forward saved is put back"
     )
     buffers = "preallocated: out= another array, or the input; a new array where it is said"
-    activates = True
+    activates = groups = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -74,7 +75,7 @@ class Library(library.Library):
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
         if case.forward:
             return self._forward(case, variant, data)
-        prepare = backward_of_layer if case.has_residual else backward
+        prepare = backward_of_layer if case.has_residual or case.grouped else backward
         return prepare(case, variant, data)
 
     def calls(self) -> dict[str, dict[str, Repeat]]:
@@ -113,12 +114,16 @@ def activation_of(case: Case) -> dict[str, str]:
     return {"activation": "relu"} if case.activated else {}
 
 
-def layer_of(case: Case, data: Data, **options: str) -> fastbn.BatchNorm2d:
+def layer_of(case: Case, data: Data, **options: str) -> fastbn.BatchNorm2d | fastbn.GroupNorm:
     """A layer with the parameters and statistics of the data."""
-    dtype = data.weight.dtype
-    layer = fastbn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM, dtype=dtype, **options)
+    channels, dtype = case.shape[1], data.weight.dtype
+    if case.grouped:
+        layer = fastbn.GroupNorm(GROUPS, channels, eps=EPS, dtype=dtype)
+    else:
+        layer = fastbn.BatchNorm2d(channels, eps=EPS, momentum=MOMENTUM, dtype=dtype, **options)
     for name in PARAMETERS:
-        getattr(layer, name)[...] = getattr(data, name)
+        if getattr(layer, name) is not None:
+            getattr(layer, name)[...] = getattr(data, name)
     return layer.train(not case.evaluation)
 
 
@@ -139,20 +144,23 @@ def backward(case: Case, variant: str, data: Data) -> PreparedCall:
 
 
 def backward_of_layer(case: Case, variant: str, data: Data) -> PreparedCall:
-    """The layer's own, which has a bit of every element from the forward; a function has not."""
+    """The layer's own, where there is no function, or none that has a bit of every element."""
     layer = layer_of(case, data, **activation_of(case))
     x, dy = in_layout(data.x, variant), in_layout(data.dy, variant)
-    out, residual_out = (new_array(case.shape, dy.dtype, variant) for _ in range(2))
+    outs = {"out": new_array(case.shape, dy.dtype, variant)}
+    if case.has_residual:
+        outs["residual_out"] = new_array(case.shape, dy.dtype, variant)
     layer(x, **added(case, variant, data))
     saved = layer._saved
 
     def call() -> None:
         layer._saved = saved  # which serves once
-        layer.zero_grad().backward(dy, out=out, residual_out=residual_out)
+        layer.zero_grad().backward(dy, **outs)
 
     def result(_: None) -> dict[str, Array]:
+        names = {"out": "dx", "residual_out": "dresidual"}
         gradients = {"dweight": layer.weight_grad, "dbias": layer.bias_grad}
-        return {"dx": out, "dresidual": residual_out, **gradients}
+        return {**{names[name]: out for name, out in outs.items()}, **gradients}
 
     return PreparedCall(call, result, True)
 

@@ -21,7 +21,7 @@ class Library(library.Library):
 
     api = "floor.c: a copy, a sum of two arrays, a sum and a difference, a change in place"
     buffers = "preallocated"
-    activates = True
+    activates = groups = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

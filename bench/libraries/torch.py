@@ -13,7 +13,7 @@ from _selfbench.sampling import Repeat
 from bench import library
 from bench.arrays import Array, in_layout
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import CALL, EPS, MOMENTUM, Case, Data
+from bench.cases import CALL, EPS, GROUPS, MOMENTUM, Case, Data
 from bench.library import PreparedCall, require
 
 
@@ -32,13 +32,14 @@ class Activated(torch.nn.Module):
 
 
 class Library(library.Library):
-    """torch.nn.BatchNorm2d in both memory formats."""
+    """torch.nn.BatchNorm2d and GroupNorm in both memory formats."""
 
     api = (
-        "torch.nn.BatchNorm2d, += and torch.relu_; backward: torch.autograd.grad with retain_graph"
+        "torch.nn.BatchNorm2d, += and torch.relu_, or torch.nn.GroupNorm; backward: "
+        "torch.autograd.grad with retain_graph"
     )
     buffers = "allocates its output: torch's batch norm takes no out"
-    activates = True
+    activates = groups = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -57,10 +58,10 @@ class Library(library.Library):
         return module
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
-        module = torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
-        module = module.to(as_tensor(data.weight).dtype).train(not case.evaluation)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
+        module = normalization(case).to(as_tensor(data.weight).dtype).train(not case.evaluation)
+        for name, tensor in module.state_dict().items():
+            if name != "num_batches_tracked":
+                tensor.copy_(as_tensor(getattr(data, name)))
         layer = self.layer(Activated(module) if case.activated else module)
         arrays = [data.x, data.residual] if case.has_residual else [data.x]
         inputs = [as_tensor(in_layout(array, variant)) for array in arrays]
@@ -102,6 +103,13 @@ class Library(library.Library):
 
     def release(self) -> None:
         self.mode.close()
+
+
+def normalization(case: Case) -> torch.nn.Module:
+    """The module of a case."""
+    if case.grouped:
+        return torch.nn.GroupNorm(GROUPS, case.shape[1], eps=EPS)
+    return torch.nn.BatchNorm2d(case.shape[1], eps=EPS, momentum=MOMENTUM)
 
 
 def as_tensor(array: Array) -> torch.Tensor:

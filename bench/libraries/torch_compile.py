@@ -11,11 +11,11 @@ from bench.library import require
 
 
 class Library(Compiled, eager.Library):
-    """torch.nn.BatchNorm2d, compiled anew for every shape."""
+    """torch.nn.BatchNorm2d and GroupNorm, compiled anew for every shape."""
 
     api = (
-        "torch.compile(dynamic=False) of torch.nn.BatchNorm2d, or of a module with += and "
-        "torch.relu_ after it; backward: torch.autograd.grad"
+        "torch.compile(dynamic=False) of torch.nn.BatchNorm2d, of a module with += and "
+        "torch.relu_ after it, or of torch.nn.GroupNorm; backward: torch.autograd.grad"
     )
 
     def __init__(self, threads: int) -> None:

@@ -18,6 +18,7 @@ ACTIVATED = {
     *("eval_relu", "train_relu", "backward_relu"),
     *("eval_add_relu", "train_add_relu", "backward_add_relu"),
 }
+GROUPED = {"eval_group", "train_group", "backward_group"}
 # The suite may be taken from the repository, to test an installed package.
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").exists(), reason="no benchmark here")
 
@@ -148,6 +149,49 @@ def test_a_library_is_right_or_says_why_it_cannot(bench, library, cannot):
                 assert not (about["preallocated"] and case.fresh)
             worker.request("release", keep_data=True)
     assert failed == cannot
+
+
+@pytest.mark.parametrize(
+    ("library", "measured"),
+    [
+        ("floor", True),
+        ("fastbn", True),
+        pytest.param("torch", True, marks=pytest.mark.torch),
+        ("numpy", False),
+        ("fastbn-unfused", False),
+    ],
+)
+@pytest.mark.parametrize("operation", sorted(GROUPED))
+def test_a_group_normalization_is_right_or_not_measured(bench, library, measured, operation):
+    case = bench("cases").Case(operation, (4, 64, 7, 5), "float32")
+    with bench("runner").Worker(library, bench("libraries").LIBRARIES[library], 1) as worker:
+        if "unavailable" in worker.about():
+            pytest.skip(f"no {library}")
+        answer = worker.request("prepare", **case._asdict(), variants=None)
+        assert not measured or not answer["failed"]
+        assert bool(answer["prepared"]) == measured
+        undivided = case._replace(shape=(4, 48, 7, 5))
+        answer = worker.request("prepare", **undivided._asdict(), variants=None)
+        assert not answer["prepared"]
+        assert not measured or "32 groups" in answer["failed"][""]
+
+
+@pytest.mark.parametrize("operation", ["train_group", "backward_group"])
+def test_a_result_of_other_groups_is_wrong(bench, operation):
+    cases = bench("cases")
+    case = cases.Case(operation, (4, 64, 7, 5), "float32")
+    data = cases.Data(case)
+    for groups in (32, 16, 64):
+        layer = fastbn.GroupNorm(groups, 64)
+        layer.weight[...], layer.bias[...] = data.weight, data.bias
+        results = {"y": layer(data.x), "dx": layer.backward(data.dy)}
+        if not case.forward:
+            results = {**results, "dweight": layer.weight_grad, "dbias": layer.bias_grad}
+        if groups == 32:
+            cases.check(case, data, results)
+            continue
+        with pytest.raises(ArithmeticError, match="wrong result"):
+            cases.check(case, data, results)
 
 
 def results_of(operation, data):
@@ -347,6 +391,16 @@ def test_activations_are_measured_where_they_are_asked_for(bench):
     assert "fastbn-unfused" in libraries
 
 
+def test_group_normalizations_are_measured_where_they_are_asked_for(bench):
+    operations, libraries, name = chosen(bench)
+    assert not operations & GROUPED
+    operations, libraries, name = chosen(bench, "--groups")
+    assert operations == GROUPED
+    assert libraries == {"floor", "fastbn", "torch", "torch-malloc", "torch-compile"}
+    assert name == "groups"
+    assert chosen(bench, "--operations", "train_group")[0] == {"train_group"}
+
+
 @pytest.mark.parametrize("operation", ["train", "train_relu"])
 def test_fastbn_with_numpys_passes_is_asked_about_activations_alone(bench, operation):
     runner, case = bench("runner"), bench("cases").Case(operation, (1, 2, 3, 4), "float32")
@@ -523,6 +577,24 @@ def test_the_table_of_activations_holds_fastbn_against_all_others(bench):
     assert "| 3 | 2 | 1.5 | 0.5 | torch nhwc | 9 | 0.333 | miss: without |" in row
     plain = figures_of(bench, {("train", "fastbn", "nchw"): 2.0})
     assert report._activations(plain, 2, "float32") == ""
+
+
+def test_the_table_of_group_normalizations_holds_fastbn_against_all_others(bench):
+    pytest.importorskip("matplotlib")
+    times = {
+        ("train_group", "floor", "copy_plain/2"): 1.5,
+        ("train_group", "fastbn", "nchw"): 3.0,
+        ("train_group", "torch", "nchw"): 9.0,
+        ("train_group", "torch", "nhwc"): 6.0,
+    }
+    report, figures = bench("report"), figures_of(bench, times)
+    text = report._groups(figures, 2, "float32")
+    assert "| fastbn / floor | torch / fastbn |" in text
+    assert "| training forward of a GroupNorm of 32 groups | 2 | 2 |" in text
+    row = report._section(figures, 2, "float32", "train_group", "nchw")
+    assert "| 3 | 2 | torch nhwc | 6 | 0.5 |  |" in row
+    plain = figures_of(bench, {("train", "fastbn", "nchw"): 2.0})
+    assert report._groups(plain, 2, "float32") == ""
 
 
 def test_a_new_array_and_a_matrix_product_are_held_against_the_call_by_itself(bench):
