@@ -597,40 +597,49 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
 
 /* ------------------------------------------------------------------ activations by themselves */
 
-/* For each channel the first of the numbers, in their order, at which the value before the
- * activation is greater than a limit, or a NaN if `nans` says so; one behind infinity if it is
+/* For LANES channels from c0 on, the first of the numbers, in their order, at which the value before
+ * the activation is greater than a limit, or a NaN if `nans` says so; one behind infinity if it is
  * nowhere. In this order, or for a negative scale in the opposite one, the values do not decrease:
  * each operation of Y keeps the order, rounding included. An infinite scale makes a NaN of the mean
  * alone, and infinities of what is on its two sides. */
-ALWAYS_INLINE void NAME(find_crossings)(const NAME(affine) *k, ptrdiff_t count, A limit, int nans,
+ALWAYS_INLINE void NAME(find_crossings)(const NAME(affine) *k, ptrdiff_t c0, A limit, int nans,
                                         ORDER_A *crossing)
 {
     /* What the rounding of the operations of Y may move it by, relative to their operands. */
-    const A near = sizeof(A) == sizeof(float) ? (A)0x1p-20 : (A)0x1p-49;
-    ORDER_A end[COLUMNS], open = 1;
-#define VALUE(u) Y(k->scale[c] < 0 ? -(u) : (u), k->centre[c], k->scale[c], k->shift[c])
+    const A near = sizeof(A) == sizeof(float) ? (A)0x1p-22 : (A)0x1p-51;
+    const ORDER_A first = NAME(order_of)(-(A)INFINITY), behind = NAME(order_of)((A)INFINITY) + 1;
+    A low[LANES], high[LANES];
+    ORDER_A begin[LANES], end[LANES], open = 1;
+#define VALUE(u) Y(k->scale[c0 + i] < 0 ? -(u) : (u), k->centre[c0 + i], k->scale[c0 + i], \
+                   k->shift[c0 + i])
 #define ABOVE(u) (-(ORDER_A)(nans ? !(VALUE(u) <= limit) : VALUE(u) > limit))
-    for (ptrdiff_t c = 0; c < count; c++) {
-        const A centre = k->centre[c], x = centre + (limit - k->shift[c]) / k->scale[c];
-        const A u = k->scale[c] < 0 ? -x : x;
+    for (int i = 0; i < LANES; i++) {
+        const A centre = k->centre[c0 + i];
+        const A x = centre + (limit - k->shift[c0 + i]) / k->scale[c0 + i];
+        const A u = k->scale[c0 + i] < 0 ? -x : x;
         const A reach = (centre < 0 ? -centre : centre) * near + (u < 0 ? -u : u) * near;
-        const ORDER_A is_near = ~ABOVE(u - reach) & ABOVE(u + reach);
-        const ORDER_A first = NAME(order_of)(-(A)INFINITY), behind = NAME(order_of)((A)INFINITY) + 1;
-        crossing[c] = (NAME(order_of)(u - reach) & is_near) | (first & ~is_near);
-        end[c] = (NAME(order_of)(u + reach) & is_near) | (behind & ~is_near);
+        low[i] = u - reach, high[i] = u + reach;
+    }
+    for (int i = 0; i < LANES; i++) /* by itself: gcc would make a branch of `~a & b` */
+        begin[i] = ABOVE(low[i]);
+    for (int i = 0; i < LANES; i++) {
+        const ORDER_A is_near = ~begin[i] & ABOVE(high[i]);
+        begin[i] = (NAME(order_of)(low[i]) & is_near) | (first & ~is_near);
+        end[i] = (NAME(order_of)(high[i]) & is_near) | (behind & ~is_near);
     }
     /* All bits of a choice are set, or none: compilers make masked stores, which take long, of `?:`. */
     while (open) {
         open = 0;
-        for (ptrdiff_t c = 0; c < count; c++) {
-            const ORDER_A from = crossing[c], to = end[c];
+        for (int i = 0; i < LANES; i++) {
+            const ORDER_A from = begin[i], to = end[i];
             const ORDER_A middle = (from & to) + ((from ^ to) >> 1);
             const ORDER_A is_open = -(ORDER_A)(from < to), is_above = ABOVE(NAME(value_of)(middle));
-            end[c] = (middle & is_above & is_open) | (to & ~(is_above & is_open));
-            crossing[c] = ((middle + 1) & ~is_above & is_open) | (from & ~(~is_above & is_open));
+            end[i] = (middle & is_above & is_open) | (to & ~(is_above & is_open));
+            begin[i] = ((middle + 1) & ~is_above & is_open) | (from & ~(~is_above & is_open));
             open |= is_open;
         }
     }
+    memcpy(crossing + c0, begin, sizeof begin);
 #undef ABOVE
 #undef VALUE
 }
@@ -645,10 +654,14 @@ static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activati
     NAME(affine) k;
     ORDER_A begin[COLUMNS], behind[COLUMNS];
     NAME(narrow_affine)(affine, count, &k);
-    if (is_relu)
-        NAME(find_crossings)(&k, count, 0, 1, begin);
-    if (!is_relu || is_capped)
-        NAME(find_crossings)(&k, count, activation.high, 0, behind);
+    for (ptrdiff_t c = count; c % LANES != 0; c++) /* channels whose bounds are found at once */
+        k.centre[c] = k.shift[c] = 0, k.scale[c] = 1;
+    for (ptrdiff_t c = 0; c < count; c += LANES) {
+        if (is_relu)
+            NAME(find_crossings)(&k, c, 0, 1, begin);
+        if (!is_relu || is_capped)
+            NAME(find_crossings)(&k, c, activation.high, 0, behind);
+    }
     for (ptrdiff_t c = 0; c < count; c++) {
         const A first = !is_relu          ? -(A)INFINITY
                         : begin[c] > last ? (A)INFINITY
