@@ -94,6 +94,8 @@ def as_activation(
         raise TypeError(f"{legal} {type(activation).__name__}")
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"{legal} {activation!r}")
+    if activation is not None:
+        activation = sys.intern(str(activation))  # The quick path knows names by identity.
     slope = as_real(negative_slope, "negative_slope")
     if not math.isfinite(slope):
         raise ValueError(f"negative_slope must be finite, got {slope}")
