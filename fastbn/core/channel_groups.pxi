@@ -93,7 +93,8 @@ cdef Py_ssize_t read_weight(const GroupNormJob *norm, Py_ssize_t c0, Py_ssize_t 
 cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
     """Choose how many channels are walked together: whole GroupNorm's groups, or a part of one."""
     cdef Cut *cut = &norm.job.cut
-    cdef Py_ssize_t channels = norm.channels, most, run = max(cut.s * norm.job.itemsize, 1)
+    cdef Py_ssize_t channels = norm.channels, most, tasks
+    cdef Py_ssize_t run = max(cut.s * norm.job.itemsize, 1)
     if cut.column_layout:
         most = COLUMNS // (max(cut.s, 1) * cut.fold)
     elif cut.blocks_along_s > 1:  # a block of a channel does not end where the next one begins
@@ -104,7 +105,9 @@ cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
     if cut.fold > 1:  # a folded row is one strip
         norm.span, cut.group = 1, cut.c
     elif channels <= most:
-        most = min(most, max(cut.batches * cut.c // (4 * threads), 1))  # enough for all threads
+        # Enough for all threads; strips of columns are read faster where they are wide.
+        tasks = threads if cut.column_layout else 4 * threads
+        most = min(most, max(cut.batches * cut.c // tasks, 1))
         norm.span, cut.group = 1, channels * max(most // channels, 1)
     else:
         while channels % most != 0:
@@ -181,6 +184,7 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
     norm.invstd_out, norm.combine = output_vector(invstd, &norm.job.invstd), combine_moments
     norm.job.weight, norm.job.bias = vector_of(weight, 1), vector_of(bias, 0)
     norm.job.eps = eps
+    sum_in_float32(&norm.job)
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
     set_epilogue(&norm.job, activation_of(activation, slope), residual, alive)
     execute(&norm.job)
@@ -207,6 +211,7 @@ def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
     norm.dy_sums = output_vector(dy_sums, &norm.job.sum_dy)
     norm.dy_xhat_sums = output_vector(dy_xhat_sums, &norm.job.sum_dy_xhat)
     norm.combine = combine_products
+    sum_in_float32(&norm.job)
     apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
     set_gate(&norm.job, gate)
     execute(&norm.job)

@@ -165,7 +165,7 @@ cdef Py_ssize_t count_in_parts(ValidPositions *valid, cnp.ndarray mask) noexcept
             valid.mask + start, min(valid.part_size, valid.size - start))
         total += valid.counts[part]
         part += 1
-    valid.part, valid.up_to_end = -1, 0
+    valid.part, valid.up_to_end, valid.position, valid.before = -1, 0, 0, 0
     return total
 
 
