@@ -1,9 +1,9 @@
 """`python -m bench` measures; `python -m bench report RESULT.json` writes the report anew.
 
-`python -m bench --calls` measures what a call costs, in half a minute, and `--activations` batch
-normalization with an addition and a ReLU after it; `--groups` measures group normalization, and
-`--device cuda --steps` training steps with masks, ghost batches and activations, and those of other
-layers.
+`python -m bench --calls` measures what a call costs, in a minute, and `--activations` batch
+normalization with an activation, or an addition and a ReLU, after it; `--groups` measures group
+normalization, and `--device cuda --steps` training steps with masks, ghost batches and activations,
+and those of other layers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from bench.cases import (
     CALL_SHAPE,
     GROUPED,
     ITEMSIZES,
+    NAMES,
     OPERATIONS,
     PRODUCTS,
     PRODUCTS_SHAPE,
     STEPS,
+    STEPS_IN_PLACE,
     Case,
     growing_shapes,
     shapes_of,
@@ -54,9 +56,9 @@ SLOW_TO_START = (TORCH_COMPILE,)
 # The sizes up to 400 MB would take the others minutes each.
 LIBRARIES_OF_SIZES = (FLOOR, FASTBN, NUMBA_FASTMATH, TORCH, TORCH_MALLOC, ONEDNN)
 OPERATIONS_OF_SIZES = ("eval", "train", "backward")
-# What a ReLU, and an addition before it, are measured with: by default of those that fuse them.
+# What activations, and an addition before them, are measured with: of those that fuse them.
 LIBRARIES_OF_ACTIVATIONS = (*LIBRARIES_OF_SIZES, FASTBN_UNFUSED, TORCH_COMPILE)
-OPERATIONS_OF_ACTIVATIONS = (*OPERATIONS_OF_SIZES, *ACTIVATED)
+OPERATIONS_OF_ACTIVATIONS = (*OPERATIONS_OF_SIZES, *ACTIVATED, *STEPS_IN_PLACE)
 LIBRARIES_OF_GROUPS = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, TORCH_COMPILE)
 # What is not measured unless it is asked for: what has no goal, and what is in a run of its own.
 NOT_BY_DEFAULT = ("eval_inplace", "backward_inplace", *ACTIVATED)
@@ -94,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", type=names, default=["float32"], help=f"of {', '.join(ITEMSIZES)}")
     add("--layouts", type=names, default=list(LAYOUTS), help="those of fastbn: nchw, nhwc")
     add("--threads", type=commas(int), help="thread counts (default: the number of CPUs)")
-    operations = ", ".join([*OPERATIONS, *GROUPED, *STEPS, *PRODUCTS, CALL])
+    operations = ", ".join([*NAMES, *PRODUCTS, CALL])
     add("--operations", type=names, help=f"of {operations} (default: those with goals)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
@@ -108,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     mode.add_argument("--size-sweep", **flag, help="arrays from 1 KB to 400 MB; fewer libraries")
     mode.add_argument("--calls", **flag, help="only what calls cost, in multiples of np.add")
     mode.add_argument(
-        "--activations", **flag, help="a ReLU, and an addition before it; fewer libraries"
+        "--activations", **flag, help="activations, and an addition before one; fewer libraries"
     )
     mode.add_argument("--groups", **flag, help="GroupNorm of 32 groups; its libraries and shapes")
     mode.add_argument(
@@ -212,7 +214,7 @@ def kind_of(options: argparse.Namespace) -> str:
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """The cases, all operations of a shape one after the other."""
     operations = operations_of(options)
-    known = {CALL, *OPERATIONS, *GROUPED, *STEPS, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
+    known = {CALL, *NAMES, *PRODUCTS, *ITEMSIZES, *LAYOUTS}
     refuse_unknown({*operations, *options.dtypes, *options.layouts} - known)
     shapes = growing_shapes() if options.size_sweep else []
     if options.shapes or not shapes:
@@ -223,7 +225,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         for shape in shapes
         for dtype in options.dtypes
         for operation in operations
-        if operation in {**OPERATIONS, **GROUPED, **STEPS}
+        if operation in NAMES
     ]
     products = [operation for operation in operations if operation in PRODUCTS]
     if products:  # They are held against the training forward by itself.

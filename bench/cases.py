@@ -14,11 +14,18 @@ import numpy as np
 
 from bench.arrays import Array, new_array
 
-# Batch normalization with a ReLU after it, or with an addition and a ReLU.
+# Batch normalization with an activation after it, or with an addition and a ReLU.
+ACTIVATIONS = {"leaky_relu": "leaky ReLU", "relu6": "ReLU6", "relu": "ReLU"}
 ACTIVATED = {
     "eval_relu": "evaluation forward + ReLU",
     "train_relu": "training forward + ReLU",
     "backward_relu": "backward + ReLU",
+    "eval_relu6": "evaluation forward + ReLU6",
+    "train_relu6": "training forward + ReLU6",
+    "backward_relu6": "backward + ReLU6",
+    "eval_leaky_relu": "evaluation forward + leaky ReLU",
+    "train_leaky_relu": "training forward + leaky ReLU",
+    "backward_leaky_relu": "backward + leaky ReLU",
     "eval_add_relu": "evaluation forward + addition + ReLU",
     "train_add_relu": "training forward + addition + ReLU",
     "backward_add_relu": "backward + addition + ReLU",
@@ -41,6 +48,12 @@ GROUPED = {
     "backward_group": "backward of a GroupNorm of 32 groups",
 }
 GHOST_BATCH, GROUPS = 8, 32
+# A training forward in place with its backward in place, of a layer of fastbn's.
+STEPS_IN_PLACE = {
+    "step_inplace": "training step in place",
+    "step_relu_inplace": "training step in place + ReLU",
+    "step_leaky_relu_inplace": "training step in place + leaky ReLU",
+}
 OPERATIONS = {
     "eval": "evaluation forward",
     "eval_inplace": "evaluation forward in place",
@@ -53,6 +66,7 @@ OPERATIONS = {
     "backward_fresh": "backward, new array",
     **ACTIVATED,
 }
+NAMES = OPERATIONS | GROUPED | STEPS | STEPS_IN_PLACE
 # A training forward right after NumPy has multiplied two square matrices, by the number of rows:
 # the threads of OpenBLAS, which waits by spinning, then still have the CPUs.
 PRODUCTS = {"train_after_256": 256, "train_after_768": 768}
@@ -68,6 +82,8 @@ TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-
 
 EPS = 1e-5
 MOMENTUM = 0.1
+NEGATIVE_SLOPE = 0.01
+CAPS = {"relu6": 6.0}
 BATCH_OF_NETWORKS = 32
 ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -84,7 +100,7 @@ class Case(NamedTuple):
     @property
     def step(self) -> bool:
         """Whether a forward and a backward are measured together."""
-        return self.operation in STEPS
+        return self.operation in STEPS or self.operation in STEPS_IN_PLACE
 
     @property
     def masked(self) -> bool:
@@ -133,13 +149,19 @@ class Case(NamedTuple):
         return self.operation.endswith("_fresh") or self.operation == CALL
 
     @property
+    def activation(self) -> str | None:
+        """The activation that follows."""
+        operation = self.operation.removesuffix("_inplace")
+        return next((name for name in ACTIVATIONS if operation.endswith(f"_{name}")), None)
+
+    @property
     def activated(self) -> bool:
-        """Whether a ReLU follows."""
-        return self.operation in ACTIVATED or self.operation.endswith("_relu")
+        """Whether an activation follows."""
+        return self.activation is not None
 
     @property
     def has_residual(self) -> bool:
-        """Whether something is added before the ReLU."""
+        """Whether something is added before the activation."""
         return self.operation.endswith("_add_relu")
 
     @property
@@ -236,9 +258,10 @@ def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
     by_parts = case.step or case.grouped
     wanted, value = (_expected_of_parts if by_parts else _expected)(case, data, channels)
     tolerance = TOLERANCES[case.dtype]
-    # So near to 0, rounding decides what the derivative of a ReLU is.
+    # So near to a kink, rounding decides what the derivative of an activation is.
     backward = case.step or not case.forward
-    decided = np.abs(value) > tolerance if case.activated and backward else True
+    is_decided = (np.abs(value) > tolerance) & (np.abs(value - 6.0) > tolerance)
+    decided = is_decided if case.activated and backward else True
     count = math.prod(case.shape) // max(case.shape[1], 1)
     for name, want in wanted.items():
         array = arrays[name]
@@ -253,7 +276,7 @@ def check(case: Case, data: Data, arrays: Mapping[str, Array]) -> None:
 
 
 def _expected(case: Case, data: Data, channels: list[int]) -> tuple[dict[str, Array], Array]:
-    """The result on some channels, in float64, and the value before a ReLU."""
+    """The result on some channels, in float64, and the value before an activation."""
     x = data.x[:, channels].astype(np.float64)
     column = (1, -1, 1, 1)
     weight, bias = (v[channels].reshape(column) for v in (data.weight, data.bias))
@@ -266,10 +289,8 @@ def _expected(case: Case, data: Data, channels: list[int]) -> tuple[dict[str, Ar
     if case.has_residual:
         value += data.residual[:, channels].astype(np.float64)
     if case.forward:
-        return {"y": np.maximum(value, 0.0) if case.activated else value}, value
-    dy = data.dy[:, channels].astype(np.float64)
-    if case.activated:
-        dy *= value > 0.0
+        return {"y": activated(case, value)}, value
+    dy = data.dy[:, channels].astype(np.float64) * derivative(case, value)
     dbias, dweight = dy.sum((0, 2, 3)), (dy * xhat).sum((0, 2, 3))
     mean_dy, mean_dy_xhat = (
         v.reshape(column) / (x.size // len(channels)) for v in (dbias, dweight)
@@ -311,10 +332,10 @@ def _expected_of_parts(
     value = (xhat * weight + bias) * valid
     if case.has_residual:
         value += in_cells(data.residual)
-    dy = in_cells(data.dy) * valid * (value > 0.0 if case.activated else 1.0)
+    dy = in_cells(data.dy) * valid * derivative(case, value)
     gradient = dy * weight
     dx = (gradient - mean(gradient) - xhat * mean(gradient * xhat)) * invstd * valid
-    y = {"y": of_channels(np.maximum(value, 0.0) if case.activated else value)}
+    y = {"y": of_channels(activated(case, value))}
     gradients = {
         "dx": of_channels(dx),
         "dweight": (dy * xhat).sum((0, 1, 4, 5)).reshape(-1)[chosen],
@@ -322,6 +343,22 @@ def _expected_of_parts(
     }
     wanted = y | gradients if case.step else y if case.forward else gradients
     return wanted, of_channels(value)
+
+
+def activated(case: Case, value: Array) -> Array:
+    """A value through the activation of a case."""
+    if case.activation is None:
+        return value
+    flat = NEGATIVE_SLOPE * value if case.activation == "leaky_relu" else 0.0
+    return np.minimum(np.where(value > 0.0, value, flat), CAPS.get(case.activation, np.inf))
+
+
+def derivative(case: Case, value: Array) -> Array | float:
+    """The derivative of the activation of a case at a value."""
+    if case.activation is None:
+        return 1.0
+    is_alive = (value > 0.0) & (value < CAPS.get(case.activation, np.inf))
+    return np.where(is_alive, 1.0, NEGATIVE_SLOPE if case.activation == "leaky_relu" else 0.0)
 
 
 # The shapes.

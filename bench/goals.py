@@ -23,6 +23,8 @@ NOISE = 1.05
 MAY_MISS = 0.1
 # The cost of a call, in multiples of np.add.
 CALL_LIMITS = {"eval": 3.0, "train": 5.0, "train_inplace": 6.0, "backward": 5.0}
+# What may follow the normalization adds to that, in a call "with" something.
+FOLLOWED_ALLOWANCE = 1.0
 # Arrays of 16-bit elements may be so much further above a copy of their bytes than others are.
 HALF_ALLOWANCE = 0.3
 HALF = ("float16", "bfloat16")
@@ -92,7 +94,8 @@ def over_out(figures: Figures, key: Key, layout: str) -> float | None:
 
 def over_without(figures: Figures, key: Key, layout: str) -> float | None:
     """With what follows the normalization, over the normalization by itself."""
-    without = with_operation(key, key.case.operation.split("_")[0])
+    suffix = "_inplace" if key.case.in_place else ""
+    without = with_operation(key, key.case.operation.split("_")[0] + suffix)
     return ratio(figures.fastbn(key, layout), figures.fastbn(without, layout))
 
 
@@ -187,9 +190,11 @@ PEER_LIMITS: list[tuple[str, str, float, float]] = [
     ("train", "nhwc", 1.0, 1.05),
     ("backward", "nhwc", 1.0, 1.05),
 ]
-# The operations with a ReLU alone, and how far above the floor those with a residual may be: above
-# an addition, the backward above two results of two arrays.
-RELU = tuple(operation for operation in ACTIVATED if "add" not in operation)
+# The operations with an activation alone, and how far above the floor those with a residual may be:
+# above an addition, the backward above two results of two arrays.
+ALONE = tuple(operation for operation in ACTIVATED if "add" not in operation)
+# A step in place reads and writes 5 arrays; a copy of x is 2 more. The limits over one without.
+IN_PLACE_LIMITS = {"step_relu_inplace": 1.1 * 7 / 5, "step_leaky_relu_inplace": 1.05}
 RESIDUAL_LIMITS = {"eval_add_relu": 1.25, "train_add_relu": 1.4, "backward_add_relu": 1.4}
 
 
@@ -227,9 +232,12 @@ def _half_goals(dtype: str) -> list[Goal]:
 
 
 def _activation_goals() -> list[Goal]:
-    """What a ReLU, and an addition before it, may take in the pass of the normalization."""
-    relu = RELU, "nchw", ("float32",), False, "without", from_1_mib
-    goals = [Goal("float32 with / without a ReLU", over_without, 1.05, *relu)]
+    """What activations, and an addition before one, may take in the pass of the normalization."""
+    options = "nchw", ("float32",), False, "without", from_1_mib
+    goals = [Goal("float32 with / without an activation", over_without, 1.05, ALONE, *options)]
+    for operation, limit in IN_PLACE_LIMITS.items():
+        name = f"float32 {operation} / without"
+        goals.append(Goal(name, over_without, round(limit, 2), (operation,), *options))
     for operation, limit in RESIDUAL_LIMITS.items():
         floor = "pair" if operation.startswith("backward") else "add"
         about = (operation,), "nchw", ("float32",), False, "floor", from_1_mib
@@ -368,12 +376,19 @@ def verdicts(figures: Figures, threads: int) -> list[Verdict]:
     return result
 
 
+def call_limit(call: str, operation: str) -> float:
+    """What a call may cost."""
+    return CALL_LIMITS[operation] + FOLLOWED_ALLOWANCE * (" with " in call)
+
+
 def call_verdicts(costs: Iterable[Mapping[str, Any]]) -> list[Verdict]:
     """On what fastbn's calls cost."""
     return [
-        Verdict(f"{cost['call']} / np.add", operation, cost["times_add"], CALL_LIMITS[operation])
+        Verdict(f"{call} / np.add", operation, cost["times_add"], call_limit(call, operation))
         for cost in costs
-        if cost["library"] == FASTBN and (operation := cost["operation"]) in CALL_LIMITS
+        if cost["library"] == FASTBN
+        and (call := cost["call"])
+        and (operation := cost["operation"]) in CALL_LIMITS
     ]
 
 

@@ -41,8 +41,8 @@ class Library(ABC):
     # What is called, and where its results go.
     api: ClassVar[str]
     buffers: ClassVar[str]
-    # Whether it is measured with a ReLU after the batch normalization.
-    activates: ClassVar[bool] = False
+    # The activations that it is measured with after the batch normalization.
+    activations: ClassVar[tuple[str, ...]] = ()
     # Whether it is measured with a GroupNorm in place of the batch normalization.
     groups: ClassVar[bool] = False
 

@@ -13,7 +13,7 @@ from typing import Any
 from _selfbench.sampling import DISTURBED
 
 from bench.calls import ADD, ROUNDS, SHAPE
-from bench.cases import ACTIVATED, CALL, GROUPED, OPERATIONS, PRODUCTS, STEPS
+from bench.cases import ACTIVATED, CALL, GROUPED, NAMES, OPERATIONS, PRODUCTS, STEPS_IN_PLACE
 from bench.figures import (
     Figures,
     Key,
@@ -25,10 +25,12 @@ from bench.figures import (
 )
 from bench.goals import (
     CALL_LIMITS,
+    FOLLOWED_ALLOWANCE,
     MAY_MISS,
     Goal,
     Ratio,
     Verdict,
+    call_limit,
     call_verdicts,
     goals_on,
     met,
@@ -47,7 +49,6 @@ from bench.picture import draw, draw_peers
 
 LAYOUT_NAMES = {"nchw": "", "nhwc": ", channels-last"}
 COMPARED = ("eval", "train", "backward")
-NAMES = {**OPERATIONS, **GROUPED, **STEPS}
 # What a call with an activation is held against beside floor and peers.
 BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
@@ -313,17 +314,22 @@ def _goal_line(goal: Goal, found: list[Any]) -> list[str]:
 def _activations(figures: Figures, threads: int, dtype: str) -> str:
     """What a ReLU, and an addition before it, take in the pass of the normalization."""
     text = (
-        "A ReLU, or an addition and a ReLU, in the pass of the normalization. fastbn's time is "
+        "An activation, or an addition and a ReLU, in the pass of the normalization; a step in "
+        "place copies its input for a ReLU, but not for a leaky one. fastbn's time is "
         "held against the floor, which reads and writes as many arrays (a copy; with a third array "
         "an addition; in the backward of the addition the sum and the difference of two arrays, "
-        "called a pair), and against the call without the two. The other columns tell how many "
-        "times as long as fastbn the others take, each in its best memory layout. fastbn-unfused "
-        "is fastbn's batch normalization with NumPy's `add` and `maximum` after it. Geometric "
-        "means over the shapes."
+        "called a pair), and against the call without what follows. The other columns tell how "
+        "many times as long as fastbn the others take, each in its best memory layout. "
+        "fastbn-unfused is fastbn's batch normalization with NumPy's `add` and `maximum` after it. "
+        "Geometric means over the shapes."
     )
     ratios = {"fastbn / floor": over_floor, "fastbn / without": over_without}
     keys = figures.keys(threads=threads, dtype=dtype)
-    table = _against_all(figures, [key for key in keys if key.case.operation in ACTIVATED], ratios)
+    table = _against_all(
+        figures,
+        [key for key in keys if key.case.operation in (*ACTIVATED, *STEPS_IN_PLACE)],
+        ratios,
+    )
     title = f"## Activations and residuals, {dtype}, {threads} threads"
     return f"{title}\n\n{text}\n\n{table}" if table else ""
 
@@ -380,7 +386,7 @@ def _section(figures: Figures, threads: int, dtype: str, operation: str, layout:
     if keys[0].case.fresh:
         header.insert(4, "fastbn / out=")
         last.insert(4, "")
-    if keys[0].case.operation in ACTIVATED:
+    if keys[0].case.activated:
         header[5:5] = ["fastbn / without", "fastbn / unfused"]
         last[5:5] = beside
     name = NAMES[operation]
@@ -400,7 +406,7 @@ def _row(figures: Figures, key: Key, layout: str) -> list[str]:
     if key.case.fresh:
         cells.append(_number(over_out(figures, key, layout)))
     cells.append(_number(ratio(ours, floor)))
-    if key.case.operation in ACTIVATED:
+    if key.case.activated:
         cells += [_number(ratio_of(figures, key, layout)) for ratio_of in BESIDE]
     return [
         *cells,
@@ -455,7 +461,7 @@ def _call_costs(result: dict[str, Any]) -> str:
     calls = list(dict.fromkeys(call for call, operation in costs if operation))
     body = [
         [OPERATIONS[operation], f"≤ {limit:g}"]
-        + [_call_cost(costs.get((call, operation)), limit) for call in calls]
+        + [_call_cost(costs.get((call, operation)), call_limit(call, operation)) for call in calls]
         for operation, limit in CALL_LIMITS.items()
     ]
     add = ", ".join(
@@ -467,7 +473,8 @@ def _call_costs(result: dict[str, Any]) -> str:
         f"In multiples of `{ADD}` on float32 arrays of {'x'.join(map(str, SHAPE))}, on one "
         "thread, with `out=` (torch has none); a backward is a training forward with it, less the "
         f"forward alone. Medians of {ROUNDS} rounds, in each of which np.add and the calls take "
-        "turns; where another process had the CPU, a round does not count. "
+        "turns; where another process had the CPU, a round does not count. The limit of a call "
+        f"with an activation is {FOLLOWED_ALLOWANCE:g} higher. "
         f"np.add took {add}. {result['machine']['cpu']}, {result['date'][:10]} "
         f"(checkout {result['commit']})."
     )

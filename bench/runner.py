@@ -14,7 +14,7 @@ from _selfbench.process import Process, ProcessEnded
 from _selfbench.sampling import Round, counted, median_ms, pooled_ms
 
 from bench import machine
-from bench.cases import CALL, PRODUCTS, Case
+from bench.cases import CALL, PRODUCTS, STEPS_IN_PLACE, Case
 from bench.figures import shape_name
 from bench.libraries import (
     FASTBN,
@@ -158,6 +158,8 @@ class Runner:
         ]
 
     def _is_asked(self, worker: Worker, case: Case) -> bool:
+        if case.operation in STEPS_IN_PLACE:
+            return worker.name == FASTBN
         if case.operation == CALL:
             return worker.name in LIBRARIES_WITH_LAYERS
         if worker.name in WAYS:

@@ -79,7 +79,8 @@ class Worker:
             self.data = Data(case)
         answer: dict[str, Any] = {"prepared": {}, "failed": {}}
         try:
-            require(self.library.activates or not case.activated, "not measured with a ReLU")
+            measured = case.activation in (None, *self.library.activations)
+            require(measured, f"not measured with {case.activation}")
             require(self.library.groups or not case.grouped, "not measured with a GroupNorm")
             require(
                 not case.grouped or case.shape[1] % GROUPS == 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import fastbn
 from bench import library
 from bench.arrays import Array, in_layout, new_array, overwrite
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import EPS, GROUPS, MOMENTUM, PRODUCTS, Case, Data
+from bench.cases import ACTIVATIONS, EPS, GROUPS, MOMENTUM, PRODUCTS, Case, Data
 from bench.library import PreparedCall
 from fastbn import functional
 
@@ -23,6 +24,21 @@ STATEMENTS = {
         "train": "layer(x, out=y)",
         "train_inplace": "layer(inout, out=inout)",
         STEP: "layer(x, out=y); layer.backward(dy, out=dx)",
+    },
+    **{
+        f"BatchNorm2d with {activation}": {
+            "eval": f"{activation}_eval(x, out=y)",
+            "train": f"{activation}(x, out=y)",
+            "train_inplace": f"{activation}(inout, out=inout)",
+            STEP: f"{activation}(x, out=y); {activation}.backward(dy, out=dx)",
+        }
+        for activation in ACTIVATIONS
+    },
+    "BatchNorm2d with a residual and relu": {
+        "eval": "relu_eval(x, out=y, residual=r)",
+        "train": "relu(x, out=y, residual=r)",
+        "train_inplace": "relu(inout, out=inout, residual=r)",
+        STEP: "relu(x, out=y, residual=r); relu.backward(dy, out=dx, residual_out=dr)",
     },
     "F.batch_norm": {
         "eval": "F.batch_norm(x, running_mean, running_var, weight, bias, out=y)",
@@ -51,7 +67,7 @@ class Library(library.Library):
         "the layers, before which what the forward saved is put back"
     )
     buffers = "preallocated: out= another array, or the input; a new array where it is said"
-    activates = groups = True
+    activations, groups = tuple(ACTIVATIONS), True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -73,6 +89,8 @@ class Library(library.Library):
         return ["nchw"] if only else ["nchw", "nhwc"]
 
     def prepare(self, case: Case, variant: str, data: Data) -> PreparedCall:
+        if case.step:
+            return step_in_place(case, data)
         if case.forward:
             return self._forward(case, variant, data)
         prepare = backward_of_layer if case.has_residual or case.grouped else backward
@@ -80,8 +98,11 @@ class Library(library.Library):
 
     def calls(self) -> dict[str, dict[str, Repeat]]:
         layer = fastbn.BatchNorm2d(SHAPE[1])
+        activated = {name: fastbn.BatchNorm2d(SHAPE[1], activation=name) for name in ACTIVATIONS}
         names = {
-            **arrays("x", "y", "dy", "dx", "inout"),
+            **arrays("x", "y", "r", "dy", "dx", "dr", "inout"),
+            **activated,
+            **{f"{name}_eval": copy.copy(of).eval() for name, of in activated.items()},
             **{name: getattr(layer, name).copy() for name in PARAMETERS},
             "layer": layer,
             "evaluating": fastbn.BatchNorm2d(SHAPE[1]).eval(),
@@ -111,7 +132,7 @@ class Library(library.Library):
 
 def activation_of(case: Case) -> dict[str, str]:
     """The options of a layer or function, of which there are none without an activation."""
-    return {"activation": "relu"} if case.activated else {}
+    return {"activation": case.activation} if case.activated else {}
 
 
 def layer_of(case: Case, data: Data, **options: str) -> fastbn.BatchNorm2d | fastbn.GroupNorm:
@@ -125,6 +146,25 @@ def layer_of(case: Case, data: Data, **options: str) -> fastbn.BatchNorm2d | fas
         if getattr(layer, name) is not None:
             getattr(layer, name)[...] = getattr(data, name)
     return layer.train(not case.evaluation)
+
+
+def step_in_place(case: Case, data: Data) -> PreparedCall:
+    """A forward that overwrites its input, and a backward that overwrites dy."""
+    layer = layer_of(case, data, **activation_of(case))
+    x, dy = in_layout(data.x, "nchw"), in_layout(data.dy, "nchw")
+
+    def call() -> None:
+        layer(x, out=x)
+        layer.zero_grad().backward(dy, out=dy)
+
+    def restore() -> None:
+        overwrite(x, data.x)
+        overwrite(dy, data.dy)
+
+    def result(_: None) -> dict[str, Array]:
+        return {"y": x, "dx": dy, "dweight": layer.weight_grad, "dbias": layer.bias_grad}
+
+    return PreparedCall(call, result, True, restore=restore)
 
 
 def backward(case: Case, variant: str, data: Data) -> PreparedCall:

@@ -24,7 +24,7 @@ class Library(library.Library):
         "steps: the layer and its backward"
     )
     buffers = "preallocated: out= another array"
-    activates = True
+    activations = ("relu",)
 
     def versions(self) -> dict[str, str]:
         return {"fastbn": fastbn.__version__, "cupy": cupy.__version__}

@@ -21,6 +21,7 @@ class Library(fastbn.Library):
         "fastbn.functional.batch_norm_backward"
     )
     buffers = "preallocated: out= another array; y > 0 is a new one"
+    activations = ("relu",)
 
     def variants(self, case: Case) -> list[str]:
         require(case.activated, "nothing follows that could be fused")

@@ -9,7 +9,7 @@ import numpy as np
 
 from bench import library, native
 from bench.arrays import Array, new_array
-from bench.cases import Case, Data
+from bench.cases import ACTIVATIONS, Case, Data
 from bench.library import PreparedCall
 
 # Below this size of x, one thread may be faster than starting others.
@@ -21,7 +21,7 @@ class Library(library.Library):
 
     api = "floor.c: a copy, a sum of two arrays, a sum and a difference, a change in place"
     buffers = "preallocated"
-    activates = groups = True
+    activations, groups = tuple(ACTIVATIONS), True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

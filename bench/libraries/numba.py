@@ -22,7 +22,7 @@ class Library(library.Library):
     fastmath = False
     api = "@njit(parallel=True) loops over channels, sums in float64"
     buffers = "preallocated: another array, or the input; a new array where it is said"
-    activates = True
+    activations = ("relu",)
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

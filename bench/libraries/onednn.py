@@ -42,7 +42,7 @@ class Library(library.Library):
 
     api = "dnnl_primitive_execute, called from C; running statistics are not updated"
     buffers = "preallocated: another array, or the input"
-    activates = True
+    activations = ("relu",)
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)

@@ -13,33 +13,40 @@ from _selfbench.sampling import Repeat
 from bench import library
 from bench.arrays import Array, in_layout
 from bench.calls import SHAPE, STEP, arrays, statement
-from bench.cases import CALL, EPS, GROUPS, MOMENTUM, Case, Data
+from bench.cases import ACTIVATIONS, CALL, EPS, GROUPS, MOMENTUM, NEGATIVE_SLOPE, Case, Data
 from bench.library import PreparedCall, require
+
+# All in place, as in torchvision's networks.
+IN_PLACE = {
+    "relu": torch.relu_,
+    "relu6": partial(torch.nn.functional.relu6, inplace=True),
+    "leaky_relu": partial(torch.nn.functional.leaky_relu_, negative_slope=NEGATIVE_SLOPE),
+}
 
 
 class Activated(torch.nn.Module):
-    """An addition and a ReLU after a batch norm, in place as in torchvision's ResNet."""
+    """An addition and an activation after a batch norm."""
 
-    def __init__(self, norm: torch.nn.Module) -> None:
+    def __init__(self, norm: torch.nn.Module, activation: str) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.activate = norm, IN_PLACE[activation]
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         y = self.norm(x)
         if residual is not None:
             y += residual
-        return torch.relu_(y)
+        return self.activate(y)
 
 
 class Library(library.Library):
     """torch.nn.BatchNorm2d and GroupNorm in both memory formats."""
 
     api = (
-        "torch.nn.BatchNorm2d, += and torch.relu_, or torch.nn.GroupNorm; backward: "
+        "torch.nn.BatchNorm2d, +=, torch.relu_ and the like, or torch.nn.GroupNorm; backward: "
         "torch.autograd.grad with retain_graph"
     )
     buffers = "allocates its output: torch's batch norm takes no out"
-    activates = groups = True
+    activations, groups = tuple(ACTIVATIONS), True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -62,7 +69,7 @@ class Library(library.Library):
         for name, tensor in module.state_dict().items():
             if name != "num_batches_tracked":
                 tensor.copy_(as_tensor(getattr(data, name)))
-        layer = self.layer(Activated(module) if case.activated else module)
+        layer = self.layer(Activated(module, case.activation) if case.activated else module)
         arrays = [data.x, data.residual] if case.has_residual else [data.x]
         inputs = [as_tensor(in_layout(array, variant)) for array in arrays]
         if case.evaluation:

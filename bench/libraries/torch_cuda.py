@@ -26,7 +26,7 @@ class Library(library.Library):
         "steps: the module, += and torch.relu_, and torch.autograd.grad"
     )
     buffers = "allocates its output: torch's batch norm takes no out"
-    activates = True
+    activations = ("relu",)
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -51,7 +51,7 @@ class Library(library.Library):
             if getattr(module, name, None) is not None:
                 getattr(module, name).data.copy_(as_tensor(getattr(data, name)))
         module = module.to("cuda", as_tensor(data.weight).dtype).train(not case.evaluation)
-        layer = self.layer(Activated(module) if case.activated else module)
+        layer = self.layer(Activated(module, case.activation) if case.activated else module)
         x = on_device(data.x, variant)
         if case.step:
             return self.step(case, variant, data, layer, [x, module.weight, module.bias])
