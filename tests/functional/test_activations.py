@@ -186,6 +186,26 @@ def test_threads_and_places_change_no_bit(
             assert all(map(same_bits, results, expected)), (threads, in_place)
 
 
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.01), ("leaky_relu", 0.3)])
+def test_dy_is_rounded_after_its_derivative_where_that_is_told(rng, dtype, activation, slope):
+    x, dy = some(rng, (6, 5, 7, 8), dtype, mean=0.0), some(rng, (6, 5, 7, 8), dtype)
+    vectors = support.parameters(5)
+    options = {"activation": activation, "negative_slope": slope}
+    y, mean, invstd = F.batch_norm_forward(x, *vectors, **options)
+    wide = dy.astype(np.float64 if dtype.itemsize == 8 else np.float32)
+    dz = np.where(y > 0, wide, wide * wide.dtype.type(slope if activation == "leaky_relu" else 0))
+    arguments = x, vectors[0], mean, invstd
+    separate = F.batch_norm_backward(dz.astype(dtype), *arguments)
+    mask = np.ones((6, 1, 7, 8), bool)
+    for told in ({"y": y}, {"bias": vectors[1], "mask": mask}):
+        results = F.batch_norm_backward(dy, *arguments, **told, **options)
+        assert all(map(same_bits, results, separate))
+    computed = F.batch_norm_backward(dy, *arguments, bias=vectors[1], **options)
+    support.assert_close(computed[2], dz.astype(np.float64).sum(axis=(0, 2, 3)), 1e-6)
+    exact = dtype.itemsize > 2 or activation == "relu"
+    assert all(map(same_bits, computed, separate)) == exact
+
+
 # At the kinks.
 
 AT_KINKS = [np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0, 3.0, -3.0, 9.0]
