@@ -73,43 +73,38 @@ class Operands(NamedTuple):
 
 def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptChannels | None:
     """A copy of what a forward in place makes unrecoverable of x."""
-    if call.epilogue is None:
-        return keep_channels(call, frozen=frozen)
-    _, slope, residual, alive = call.epilogue
-    is_leaky_relu = call.epilogue.activation == "leaky_relu" and residual is None
+    x, epilogue = call.x, call.epilogue
+    if epilogue is None:
+        if frozen and x.itemsize == 2:
+            # Running statistics bound no normalized value; 16 bits would not hold every one.
+            return keep_all(x)
+        return None if call.weight is None else keep_channels(call, [1.0])
+    _, slope, residual, alive = epilogue
+    is_leaky_relu = epilogue.activation == "leaky_relu" and residual is None
     if not is_leaky_relu or not inverts or frozen or alive is not None:
-        return keep_all(call.x)
-    least = np.finfo(np.float64 if call.x.itemsize == 8 else np.float32).tiny
+        return keep_all(x)
+    least = np.finfo(np.float64 if x.itemsize == 8 else np.float32).tiny
     if not least <= slope <= 1.0 / least:  # in the arithmetic of x, it or its inverse is 0
-        return keep_all(call.x)
-    if not backend_of(call.x).readable():
-        return keep_all(call.x)
+        return keep_all(x)
     # Channels that leave x's range on the side of the slope are as lost as those that leave it on
     # the other one.
-    weight = _as_float64(call.weight, 1.0, call.x)
-    for factor in (1.0, slope):
-        bias = None if call.bias is None else call.bias.astype(np.float64) * factor
-        if len(backend_of(call.x).unrecoverable(call.x, weight * factor, bias)):
-            return keep_all(call.x)
-    return None
+    return keep_channels(call, [1.0, slope])
 
 
-def keep_channels(call: normalize.Forward, *, frozen: bool) -> KeptChannels | None:
-    """A copy of the channels of x that a forward in place makes unrecoverable."""
-    x = call.x
-    if frozen and x.itemsize == 2:
-        # Running statistics bound no normalized value; 16 bits would not hold every one.
+def keep_channels(call: normalize.Forward, factors: list[float]) -> KeptChannels | None:
+    """A copy of the channels of x that an output with one of the factors does not determine."""
+    x, backend = call.x, backend_of(call.x)
+    if not backend.readable():
         return keep_all(x)
-    if call.weight is None:
-        return None
-    if not backend_of(x).readable():
-        return keep_all(x)
-    channels = backend_of(x).unrecoverable(x, call.weight, call.bias)
+    weight, bias = _as_float64(call.weight, 1.0, x), _as_float64(call.bias, 0.0, x)
+    with np.errstate(all="ignore"):  # What float64 does not hold is lost.
+        of_factors = [backend.unrecoverable(x, weight * by, bias * by) for by in factors]
+    channels = of_factors[0] if len(factors) == 1 else np.union1d(*of_factors)
     if not len(channels):
         return None
     if len(channels) == x.shape[1]:
         return keep_all(x)
-    return KeptChannels(channels, backend_of(x).channels_of(x, channels))
+    return KeptChannels(channels, backend.channels_of(x, channels))
 
 
 def keep_in_groups(call: normalize.Forward) -> KeptChannels | None:
@@ -167,7 +162,7 @@ def gate_of(
         saved.weight,
         saved.bias,
         alive=saved.alive,
-        inverted=saved.in_place and saved.kept is None,
+        inverted=saved.in_place and (saved.kept is None or saved.kept_channels is not None),
         derived=derived,
         derived_is_new=is_new,
     )
@@ -197,10 +192,19 @@ def gradients(
         return _gradients(saved, kept_operands, dy, out, gate)
     # Before dy may be overwritten, and in the memory of its copy.
     copy = backend_of(kept).channels_of(dy, channels)
-    of_kept = _gradients(saved, kept_operands, copy, copy if copy.dtype == kept.dtype else None)
-    dx, dweight, dbias = _gradients(saved, _operands(saved, weight, bias), dy, out)
+    place = copy if copy.dtype == kept.dtype else None
+    of_kept = _gradients(saved, kept_operands, copy, place, _gate_of_channels(gate, channels))
+    dx, dweight, dbias = _gradients(saved, _operands(saved, weight, bias), dy, out, gate)
     dx[:, channels], dweight[channels], dbias[channels] = of_kept
     return dx, dweight, dbias
+
+
+def _gate_of_channels(gate: Gate | None, channels: NDArray[np.intp]) -> Gate | None:
+    """What dy of channels passes whose input was kept; there was no residual."""
+    if gate is None:
+        return None
+    weight, bias = (None if v is None else v[channels] for v in (gate.weight, gate.bias))
+    return gate._replace(weight=weight, bias=bias, inverted=False)
 
 
 def group_gradients(
