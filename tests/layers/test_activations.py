@@ -12,10 +12,11 @@ import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internals import core
-from support import same_bits, some
+from support import same_bits, some, some_mask
 
 import fastbn
 
+ACTIVATED = ["relu", "relu6", "leaky_relu"]
 BATCH_NORMS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 BATCH_NORMS[5] = fastbn.BatchNorm3d
 INSTANCE_NORMS = {3: fastbn.InstanceNorm1d, 4: fastbn.InstanceNorm2d, 5: fastbn.InstanceNorm3d}
@@ -391,7 +392,167 @@ def test_a_converted_layer_keeps_its_activation(rng):
         support.assert_close(one, other, 1e-6)
 
 
+# Calls that are seldom made.
+
+
+def step_of(layer, x, dy, mask=None, residual=None, out=None):
+    """Copies of the results of a step."""
+    y = layer(x, mask=mask, residual=residual, out=out).copy(order="K")
+    gradients = layer.backward(dy)
+    gradients = [gradients] if residual is None else list(gradients)
+    return [y, *gradients, layer.weight_grad.copy(), layer.bias_grad.copy()]
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_cumulative_average_is_of_what_comes_before_the_activation(rng, activation, added):
+    plain, layer = (
+        fastbn.BatchNorm2d(5, momentum=None, activation=of) for of in (None, activation)
+    )
+    for _ in range(3):
+        x, residual = some(rng, (6, 5, 7, 8)), some(rng, (6, 5, 7, 8)) if added else None
+        z, y = plain(x, residual=residual), layer(x, residual=residual)
+        exact = {"relu": z.clip(0), "relu6": z.clip(0, 6)}
+        exact["leaky_relu"] = np.where(z > 0, z, z * np.float32(0.01))
+        np.testing.assert_array_equal(y, exact[activation])
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert same_bits(getattr(layer, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+def test_a_mask_of_nothing_but_true_changes_nothing(rng, activation, added, layout):
+    x, dy, residual = (layout(some(rng, (6, 5, 7, 8))) for _ in range(3))
+    mask = np.ones((6, 1, 7, 8), bool)
+    plain, masked = (
+        step_of(batch_norm(activation, 0.01), x, dy, of, residual if added else None)
+        for of in (None, mask)
+    )
+    assert all(map(same_bits, plain, masked))
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATED])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+def test_a_residual_may_be_the_input(rng, activation, in_place, layout):
+    x, dy = (layout(some(rng, (6, 5, 7, 8))) for _ in range(2))
+    expected = step_of(batch_norm(activation, 0.01), x, dy, residual=x.copy())
+    actual = step_of(batch_norm(activation, 0.01), x, dy, residual=x, out=x if in_place else None)
+    assert all(map(same_bits, actual, expected))
+
+
+KINDS = {
+    "batch": fastbn.BatchNorm2d,
+    "ghost": lambda c, **options: fastbn.BatchNorm2d(c, ghost_batch_size=2, **options),
+    "frozen": lambda c, **options: fastbn.BatchNorm2d(c, **options).freeze(),
+    "instance": lambda c, **options: fastbn.InstanceNorm2d(c, affine=True, **options),
+    "group": lambda c, **options: fastbn.GroupNorm(2, c, **options),
+}
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATED])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (3, 4, 0, 3)], ids=str)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_empty_batch_has_an_empty_step(activation, kind, shape, in_place):
+    layer = KINDS[kind](4, activation=activation)
+    x, dy, residual = (np.zeros(shape, np.float32) for _ in range(3))
+    state = copy.deepcopy(layer.state_dict())
+    y, *gradients, dweight, dbias = step_of(layer, x, dy, None, residual, x if in_place else None)
+    assert [a.shape for a in (y, *gradients)] == [shape] * 3
+    assert not dweight.any()
+    assert not dbias.any()
+    for name, value in layer.state_dict().items():
+        assert same_bits(value, state[name])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+def test_the_backward_is_that_of_the_options_of_its_forward(rng, activation, kind, added, in_place):
+    results = []
+    for changes in (False, True):
+        x, dy, residual = (some(np.random.default_rng(1), (6, 4, 5, 7)) for _ in range(3))
+        layer = KINDS[kind](4, activation=activation, negative_slope=0.3)
+        y = layer(x, residual=residual if added else None, out=x if in_place else None)
+        if changes:
+            layer.activation, layer.negative_slope = "relu6", 0.7
+            layer.eval()
+        dx = layer.backward(dy)
+        results.append([y, *(dx if added else [dx]), layer.weight_grad, layer.bias_grad])
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+def test_one_process_is_a_layer_of_its_own(rng, activation, added, in_place, layout):
+    comm = pytest.importorskip("mpi4py.MPI").COMM_SELF
+    plain = fastbn.BatchNorm2d(4, activation=activation)
+    plain.weight[:], plain.bias[:] = support.parameters(4)
+    sync = fastbn.convert_sync_batchnorm(copy.deepcopy(plain), comm)
+    x, dy, residual = (layout(some(rng, (6, 4, 5, 6))) for _ in range(3))
+    added = {"residual": residual} if added else {}
+    expected = step_of(plain, x, dy, **added)
+    actual = step_of(sync, x, dy, **added, out=x if in_place else None)
+    for one, other in zip(actual, expected, strict=True):
+        support.assert_close(one, other, 1e-5)
+
+
 # Against torch.
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("activation", [None, *ACTIVATED])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_step_of_valid_positions_is_that_of_torch(
+    rng, activation, masked, size, layout, in_place
+):
+    torch = pytest.importorskip("torch")
+    x, dy, residual = (layout(some(rng, (6, 4, 5, 7), std=1.0)) for _ in range(3))
+    mask = some_mask(rng, x.shape) if masked else np.ones((6, 1, 5, 7), bool)
+    ours = fastbn.BatchNorm2d(4, activation=activation, ghost_batch_size=size)
+    ours.weight[:], ours.bias[:] = support.parameters(4)
+    leaves = [support.tensor(a.copy(order="K")) for a in (x, residual, ours.weight, ours.bias)]
+    theirs_x, theirs_residual, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    valid, follow = torch.from_numpy(mask), torch.nn.functional
+    parts = []
+    for part in range(0, 6, size or 6):
+        of = slice(part, part + (size or 6))
+        # Channels first, and of each the valid positions.
+        where = valid[of].movedim(1, 0)[0]
+        values = theirs_x[of].movedim(1, 0)[:, where].T
+        z = follow.batch_norm(values, None, None, weight, bias, training=True)
+        placed = torch.zeros_like(theirs_x[of]).movedim(1, 0).clone()
+        placed[:, where] = z.T
+        parts.append(placed.movedim(0, 1))
+    y = (torch.cat(parts) + theirs_residual) * valid
+    if activation is not None:
+        y = getattr(follow, activation)(y)
+    y.backward(support.tensor(dy))
+    actual = step_of(ours, x, dy, mask if masked else None, residual, x if in_place else None)
+    exact = [y.detach(), *(leaf.grad for leaf in leaves)]
+    for one, other in zip(actual, exact, strict=True):
+        support.assert_close(one, other.numpy(), 2e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("activation", [None, *ACTIVATED])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_residual_may_be_a_tensor_on_the_memory_of_the_output(rng, activation, kind):
+    torch = pytest.importorskip("torch")
+    x, dy, residual = (some(rng, (6, 4, 5, 7)) for _ in range(3))
+    expected = step_of(KINDS[kind](4, activation=activation), x, dy, residual=residual)
+    added = torch.from_numpy(residual)
+    actual = step_of(KINDS[kind](4, activation=activation), x, dy, residual=added, out=residual)
+    assert same_bits(added.numpy(), actual[0])
+    assert all(map(same_bits, actual, expected))
 
 
 @pytest.mark.torch
