@@ -171,7 +171,7 @@ def backward_call(
         )
     out = check_out(out, x, dy, y=y, residual=residual, **vectors, **given)
     derived = check_residual_out(
-        residual_out, x, dy, out=out, y=y, residual=residual, **vectors, **given
+        residual_out, x, dy, x, out=out, y=y, residual=residual, **vectors, **given
     )
     gate = None
     if name is not None or residual is not None or derived is not None:
@@ -361,12 +361,14 @@ def as_epilogue(epilogue: tuple[Any, Any, Any], x: Array) -> Epilogue | None:
     return None if name is None and residual is None else Epilogue(name, slope, residual)
 
 
-def check_residual_out(residual_out: Any, x: Array, dy: Array, **read: Any) -> Array | None:
+def check_residual_out(
+    residual_out: Any, like: Array, dy: Array, x: Array | None, **read: Any
+) -> Array | None:
     """Refuse a `residual_out` that cannot hold the gradient, or overlaps what is read."""
     if residual_out is None:
         return None
-    target = check_target(residual_out, x, "residual_out")
-    if share_memory(target, x):
+    target = check_target(residual_out, like, "residual_out")
+    if x is not None and share_memory(target, x):
         raise ValueError("residual_out must not overlap x, which is read after it is written")
     check_same_or_apart(target, "residual_out", dy=dy)
     _check_apart(target, "residual_out", read)
@@ -434,10 +436,11 @@ def as_mask(mask: Any, x: Array) -> Array | None:
         mask = as_ndarray(mask, "mask")
     check_beside(x, mask, "mask")
     if mask.dtype != bool:
-        raise TypeError(
-            f"mask must be boolean, True where x counts, got {mask.dtype}; compare it, for example "
-            f"mask != 0"
-        )
+        hint = "compare it, for example mask != 0"
+        if mask.dtype.kind in "iu" and x.ndim == 3 and mask.shape == x.shape[:1]:
+            positions = f"np.arange({x.shape[2]})"
+            hint = f"if these are lengths, pass {positions} < mask[:, np.newaxis, np.newaxis]"
+        raise TypeError(f"mask must be boolean, True where x counts, got {mask.dtype}; {hint}")
     shape = (x.shape[0], 1, *x.shape[2:])
     mask = mask.view(np.uint8) != 0  # True may be any byte but 0 in another array's view
     if mask.shape == shape:

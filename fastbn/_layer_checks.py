@@ -77,7 +77,11 @@ def check_channels(
     channels = x.shape[axis]
     if channels != num_features:
         hint = f"; use {other_layers(channels)}"
-        if x.shape[-1] == num_features:
+        if axis == 0 and x.ndim > 1 and x.shape[1] == num_features:
+            hint = f"; without an axis of samples, axis 0 has them: a batch is {x.ndim + 1}D here"
+            if x.ndim > 2:
+                hint += f", and {x.ndim}D for a {SPATIAL_AXES[x.ndim]}d layer"
+        elif x.shape[-1] == num_features:
             hint = f"; if they come last, pass np.moveaxis(x, -1, {axis})"
         raise ValueError(
             f"x has {channels} channels (axis {axis} of the shape {x.shape}), "

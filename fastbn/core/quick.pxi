@@ -340,9 +340,10 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
     saved.save(target if saved.in_place else array)
     saved.mean = new_vector(channels, cnp.NPY_FLOAT64)
     saved.invstd = new_vector(channels, cnp.NPY_FLOAT64)
+    if is_layer:  # now: running statistics may share memory with them
+        saved.weight = doubles_of(weight)
     if is_layer and (saved.in_place or follows.kind != LINEAR):
-        # Now: running statistics may share memory with them.
-        saved.weight, saved.bias = doubles_of(weight), doubles_of(bias)
+        saved.bias = doubles_of(bias)
     if is_layer:
         saved.activation, saved.negative_slope = activation, follows.slope
         saved.has_residual = residual is not None
@@ -475,7 +476,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     of_bias = new_gradient(bias_grad, bias)
     doubles = new_doubles(5 * channels)  # two sums, three vectors
     try:
-        layer_backward(<cnp.ndarray>dy, saved, weight, target, derived, doubles)
+        layer_backward(<cnp.ndarray>dy, saved, target, derived, doubles)
         add_gradient(of_weight, doubles + channels, weight_grad is None)
         add_gradient(of_bias, doubles, bias_grad is None)
     finally:
@@ -483,21 +484,19 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     return target, derived, of_weight, of_bias
 
 
-cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray weight,
-                        cnp.ndarray out, cnp.ndarray derived, double *doubles) except -1:
+cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
+                        cnp.ndarray derived, double *doubles) except -1:
     """The gradient of the input, and the two sums in the first of five doubles per channel.
 
     The gradient of the residual, if there was one, is written to `derived`.
     """
     cdef cnp.ndarray x = saved.x if saved.kept is None else saved.kept
-    cdef Vector weights = vector_of(weight, 1), means = vector_of(saved.mean, 0)
-    cdef Vector invstds = vector_of(saved.invstd, 1), biases
+    cdef Vector weights = vector_of(saved.weight, 1), biases = vector_of(saved.bias, 0)
+    cdef Vector means = vector_of(saved.mean, 0), invstds = vector_of(saved.invstd, 1)
     cdef GateOfJob gate
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     gate = gate_with(activation_of(saved.activation, saved.negative_slope), None, None, None)
-    gate.weight, gate.bias = vector_of(saved.weight, 1), vector_of(saved.bias, 0)
-    if saved.in_place:
-        weights, biases = gate.weight, gate.bias
+    gate.weight, gate.bias = weights, biases
     if saved.in_place and saved.kept is None:
         if gate.activation.kind == LEAKY_RELU:
             gate.activation.kind = LEAKY_RELU_INVERTED

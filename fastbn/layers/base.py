@@ -416,7 +416,7 @@ class Norm(LayerState):
         out = checks.check_out(out, saved.x, dy, **read)
         derived = self._derived(saved, dy, residual_out, out=out, **read)
         buffers = self._grad_buffers(saved.mean)
-        if saved.in_place:
+        if saved.in_place or isinstance(saved.x, np.ndarray):
             parameters = {"weight": saved.weight, "bias": saved.bias}
         gate = gate_of(saved, dy, derived, is_new=residual_out is None)
         return dy, parameters, out, gate, buffers
@@ -431,7 +431,8 @@ class Norm(LayerState):
         """Where to write the gradient of the residual, if there was one."""
         if not saved.has_residual:
             return None
-        derived = checks.check_residual_out(residual_out, saved.x, dy, **read)
+        x = saved.x if reads_array(saved, self.weight) else None
+        derived = checks.check_residual_out(residual_out, saved.x, dy, x=x, **read)
         return backend_of(saved.x).empty_like(saved.x) if derived is None else derived
 
     def _gradients(

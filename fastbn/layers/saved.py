@@ -124,13 +124,16 @@ def keep_all(x: Array) -> KeptChannels:
 
 
 def used_parameters(call: normalize.Forward) -> tuple[Statistics | None, Statistics | None]:
-    """Copies of weight and bias of a forward, if its backward recovers or derives with them."""
+    """Copies of the weight and bias of a forward with which its backward computes.
+
+    On a GPU, where a copy is a launch, a weight is copied only to recover or to derive with it.
+    """
     has_activation = call.epilogue is not None and call.epilogue.activation is not None
-    if not call.in_place and not has_activation:
-        return None, None
-    weight, bias = (
-        None if value is None else value.astype(np.float64) for value in (call.weight, call.bias)
-    )
+    if call.in_place or has_activation:
+        used = call.weight, call.bias
+    else:
+        used = call.weight if isinstance(call.x, np.ndarray) else None, None
+    weight, bias = (None if value is None else value.astype(np.float64) for value in used)
     return weight, bias
 
 

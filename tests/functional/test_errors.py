@@ -706,6 +706,16 @@ def test_channels_that_come_last_in_a_single_sample_are_recognized():
 
 
 @pytest.mark.parametrize(
+    ("dimensions", "shape", "hint"),
+    [(1, (4, 8), "3D here$"), (2, (4, 8, 6), "4D here, and 3D for a 1d layer$")],
+)
+def test_a_batch_without_its_axis_of_positions_is_recognized(dimensions, shape, hint):
+    norm = getattr(fastbn, f"InstanceNorm{dimensions}d")(8)
+    with pytest.raises(ValueError, match=f"x has 4 channels .* axis 0 has them: a batch is {hint}"):
+        norm(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize(
     ("layer", "shape", "words"),
     [
         (fastbn.BatchNorm1d, (4, 2), "; use BatchNorm1d(2), or LazyBatchNorm1d"),

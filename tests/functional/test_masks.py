@@ -290,6 +290,13 @@ def test_a_mask_that_cannot_serve_is_refused_and_nothing_changes(rng, mask, erro
         bn(x, mask=mask, out=out)
 
 
+def test_lengths_in_place_of_a_mask_are_recognized(rng):
+    bn, x, lengths = fastbn.BatchNorm1d(3), some(rng, (4, 3, 5)), np.array([5, 2, 4, 1])
+    with refused(TypeError, "np.arange(5) < mask[:, np.newaxis, np.newaxis]", intact=(bn, x)):
+        bn(x, mask=lengths)
+    bn(x, mask=np.arange(5) < lengths[:, np.newaxis, np.newaxis])
+
+
 @pytest.mark.parametrize("byte", [2, 3, 128, 255])
 def test_true_may_be_any_byte(rng, byte):
     x, mask = some(rng, (4, 3, 5, 6)), some_mask(rng, (4, 3, 5, 6))

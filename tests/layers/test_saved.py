@@ -246,10 +246,11 @@ def test_a_copy_of_all_channels_makes_the_output_free(rng):
     bn.backward(dy)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 @layers
-def test_parameters_may_be_updated_between_a_forward_in_place_and_its_backward(
-    rng, quick, make, shape, kept
+def test_parameters_may_be_updated_between_a_forward_and_its_backward(
+    rng, quick, make, shape, kept, in_place
 ):
     layers = make(6), make(6)
     x, dy = some(rng, shape), some(rng, shape)
@@ -261,7 +262,7 @@ def test_parameters_may_be_updated_between_a_forward_in_place_and_its_backward(
             if kept:
                 layer.weight[2] = 0
         y = x.copy()
-        layer(y, out=y)
+        layer(y, out=y if in_place else None)
     if second.weight is not None:
         second.weight *= -3
         second.weight[4] = 0
@@ -273,14 +274,17 @@ def test_parameters_may_be_updated_between_a_forward_in_place_and_its_backward(
         assert same_bits(first.bias_grad, second.bias_grad)
 
 
-def test_parameters_that_share_memory_with_running_statistics_are_those_of_the_forward(rng, quick):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parameters_that_share_memory_with_running_statistics_are_those_of_the_forward(
+    rng, quick, in_place
+):
     alike, shared = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
     shared.weight, shared.bias = shared.running_var, shared.running_mean
     x, dy = some(rng, (8, 3)), some(rng, (8, 3))
     gradients = []
     for bn in (alike, shared):
         y = x.copy()
-        bn(y, out=y)
+        bn(y, out=y if in_place else None)
         gradients.append(bn.backward(dy))
     assert same_bits(*gradients)
 
