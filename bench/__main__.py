@@ -60,6 +60,12 @@ OPERATIONS_OF_SIZES = ("eval", "train", "backward")
 LIBRARIES_OF_ACTIVATIONS = (*LIBRARIES_OF_SIZES, FASTBN_UNFUSED, TORCH_COMPILE)
 OPERATIONS_OF_ACTIVATIONS = (*OPERATIONS_OF_SIZES, *ACTIVATED, *STEPS_IN_PLACE)
 LIBRARIES_OF_GROUPS = (FLOOR, FASTBN, TORCH, TORCH_MALLOC, TORCH_COMPILE)
+# Of these, what is measured on few shapes unless others are asked for: what no peer does, and what
+# differs from a ReLU in registers alone.
+OPERATIONS_ON_FEW_SHAPES = (
+    *STEPS_IN_PLACE,
+    *(of for of in ACTIVATED if of.endswith(("_relu6", "_leaky_relu"))),
+)
 # What is not measured unless it is asked for: what has no goal, and what is in a run of its own.
 NOT_BY_DEFAULT = ("eval_inplace", "backward_inplace", *ACTIVATED)
 ROUNDS, QUICK_ROUNDS = 5, 3
@@ -220,12 +226,14 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     if options.shapes or not shapes:
         names = {"quick": options.quick, "groups": options.groups, "gate": True}
         shapes += shapes_of(options.shapes or next(name for name in names if names[name]))
+    is_short = options.activations and not options.shapes and not options.operations
+    few = shapes_of("quick") if is_short else shapes
     cases = [
         Case(operation, shape, dtype)
         for shape in shapes
         for dtype in options.dtypes
         for operation in operations
-        if operation in NAMES
+        if operation in NAMES and (shape in few or operation not in OPERATIONS_ON_FEW_SHAPES)
     ]
     products = [operation for operation in operations if operation in PRODUCTS]
     if products:  # They are held against the training forward by itself.

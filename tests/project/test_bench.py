@@ -437,6 +437,12 @@ def test_activations_are_measured_where_they_are_asked_for(bench):
     assert operations == {"eval", "train", "backward", *ACTIVATED, *STEPS_IN_PLACE}
     assert {"floor", "fastbn", "fastbn-unfused", "torch", "torch-compile"} < libraries
     assert name == "activations"
+    main = bench("__main__")
+    for shapes, some in (([], True), (["--shapes", "gate"], False)):
+        cases = main.cases_of(main.parser().parse_args(["--activations", *shapes]))
+        of = {name: {case.shape for case in cases if case.operation == name} for name in operations}
+        assert of["train_leaky_relu"] == of["step_inplace"]
+        assert (of["train_leaky_relu"] < of["train_relu"] == of["train"]) == some
     operations, libraries, _ = chosen(bench, "--operations", "train_relu")
     assert operations == {"train_relu"}
     assert "fastbn-unfused" in libraries
