@@ -249,7 +249,7 @@ def test_a_result_with_another_activation_is_wrong(bench, direction, activation,
         cases.check(case, data, arrays)
 
 
-@pytest.mark.parametrize("operation", STEPS_IN_PLACE)
+@pytest.mark.parametrize("operation", sorted(STEPS_IN_PLACE))
 def test_a_step_in_place_is_right_in_every_call(bench, operation):
     runner, cases = bench("runner"), bench("cases")
     case = cases.Case(operation, (4, 6, 7, 5), "float32")
