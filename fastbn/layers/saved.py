@@ -98,8 +98,8 @@ def keep_channels(call: normalize.Forward, factors: list[float]) -> KeptChannels
         return keep_all(x)
     weight, bias = _as_float64(call.weight, 1.0, x), _as_float64(call.bias, 0.0, x)
     with np.errstate(all="ignore"):  # What float64 does not hold is lost.
-        of_factors = [backend.unrecoverable(x, weight * by, bias * by) for by in factors]
-    channels = of_factors[0] if len(factors) == 1 else np.union1d(*of_factors)
+        lost = {c for by in factors for c in backend.unrecoverable(x, weight * by, bias * by)}
+    channels = np.array(sorted(lost), np.intp)
     if not len(channels):
         return None
     if len(channels) == x.shape[1]:

@@ -96,7 +96,7 @@ def test_training_in_place_allocates_what_it_sets_aside(
     lines = output_of(code, tmp_path).splitlines()
     forward, backward = (max(map(int, line.split())) for line in lines)
     channel = 16 * 56 * 56 * (2 if dtype == "float16" else 4)
-    inverts = activation == "leaky_relu" and not (aside or frozen)
+    inverts = activation == "leaky_relu" and not frozen
     if (frozen and dtype == "float16") or (activation and not inverts) or added:
         aside = 64  # all of it is kept then
     assert forward < aside * channel + MEGABYTE
