@@ -31,7 +31,8 @@ cdef class SavedForBackward:
     num_groups : int
         Into which the channels were divided; 0 if they were not.
     weight, bias : ndarray of float64 or None
-        Those of the forward, if it was in place or had an activation.
+        Those of the forward; the bias, and on a GPU the weight too, if it was in place or had an
+        activation.
     activation, negative_slope
         Those of the forward.
     has_residual : bool
