@@ -378,16 +378,17 @@ def vectors(x: Array, count: int, batch_size: int = 0) -> NDArray[np.float64]:
 
 
 def unrecoverable(
-    x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0
+    x: Array, weight: Array, bias: Array | None, *, slope: float = 1.0, num_groups: int = 0
 ) -> NDArray[np.intp]:
     """The channels of x that a forward in place does not determine.
 
-    With a number of groups the forward is `group_forward`.
+    Negative values of the output are multiplied by the slope. With a number of groups the forward
+    is `group_forward`.
     """
     if num_groups and not group_gates(x, weight):
         return np.arange(x.shape[1])
     count = float(x.size // max(len(x) * num_groups or x.shape[1], 1))
-    return np.array(_core.unrecoverable_channels(x.dtype, count, weight, bias), np.intp)
+    return np.array(_core.unrecoverable_channels(x.dtype, count, weight, bias, slope), np.intp)
 
 
 def channels_of(x: Array, channels: NDArray[np.intp]) -> Array:

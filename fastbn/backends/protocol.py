@@ -153,11 +153,18 @@ class Backend(Protocol):
         """
 
     def unrecoverable(
-        self, x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        *,
+        slope: float = 1.0,
+        num_groups: int = 0,
     ) -> Array:
         """The channels of x that the output of a forward in place does not determine.
 
-        With a number of groups the forward is `group_forward`.
+        Negative values of the output are multiplied by the slope. With a number of groups the
+        forward is `group_forward`.
         """
 
     def channels_of(self, x: Array, channels: Array) -> Array:

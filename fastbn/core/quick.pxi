@@ -378,12 +378,10 @@ cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
     cdef Limits limits = limits_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x))
     cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    cdef double slope = 1.0 if activation.kind == LINEAR else activation.slope
     if weight is None and activation.kind == LINEAR:
         return True
-    if next_unrecoverable(&limits, count, 1.0, &weights, &biases, 0, channels) < channels:
-        return False
-    return activation.kind == LINEAR or next_unrecoverable(
-        &limits, count, activation.slope, &weights, &biases, 0, channels) == channels
+    return next_unrecoverable(&limits, count, slope, &weights, &biases, 0, channels) == channels
 
 
 cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,

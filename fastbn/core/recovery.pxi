@@ -25,12 +25,12 @@ cdef bint is_recoverable(const Limits *limits, double reach, double weight,
             and fabs(bias) <= limits.ratio * fabs(weight))
 
 
-cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double factor,
+cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double slope,
                                    const Vector *weight, const Vector *bias, Py_ssize_t c,
                                    Py_ssize_t channels) noexcept nogil:
     """The first channel from c on that cannot be recovered; the number of channels if all can.
 
-    The factor is that of the output.
+    Negative values of the output are multiplied by the slope.
     """
     cdef double weights[COLUMNS]
     cdef double biases[COLUMNS]
@@ -43,21 +43,27 @@ cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double fa
         read_vector(weight, &block, weights)
         read_vector(bias, &block, biases)
         for i in range(block.c1 - block.c0):
-            if not is_recoverable(limits, reach, factor * weights[i], factor * biases[i]):
+            # A channel that leaves the range on the side of the slope is as lost as one that
+            # leaves it on the other side.
+            if (not is_recoverable(limits, reach, weights[i], biases[i])
+                    or not is_recoverable(limits, reach, slope * weights[i], slope * biases[i])):
                 return c + i
         c = block.c1
     return channels
 
 
 def unrecoverable_channels(cnp.dtype dtype not None, double count, cnp.ndarray weight not None,
-                           cnp.ndarray bias):
-    """The channels, of so many values each, that the output does not determine, as a list."""
+                           cnp.ndarray bias, double slope):
+    """The channels, of so many values each, that the output does not determine, as a list.
+
+    Negative values of the output are multiplied by the slope.
+    """
     cdef Limits limits = limits_of(dtype.itemsize, dtype.type_num)
     cdef Vector weights = vector_of(weight, 1.0), biases = vector_of(bias, 0.0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(weight)[0], c
     found = []
-    c = next_unrecoverable(&limits, count, 1.0, &weights, &biases, 0, channels)
+    c = next_unrecoverable(&limits, count, slope, &weights, &biases, 0, channels)
     while c < channels:
         found.append(c)
-        c = next_unrecoverable(&limits, count, 1.0, &weights, &biases, c + 1, channels)
+        c = next_unrecoverable(&limits, count, slope, &weights, &biases, c + 1, channels)
     return found

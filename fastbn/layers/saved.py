@@ -78,7 +78,7 @@ def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptC
         if frozen and x.itemsize == 2:
             # Running statistics bound no normalized value; 16 bits would not hold every one.
             return keep_all(x)
-        return None if call.weight is None else keep_channels(call, [1.0])
+        return None if call.weight is None else keep_channels(call)
     _, slope, residual, alive = epilogue
     is_leaky_relu = epilogue.activation == "leaky_relu" and residual is None
     if not is_leaky_relu or not inverts or frozen or alive is not None:
@@ -86,20 +86,19 @@ def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptC
     least = np.finfo(np.float64 if x.itemsize == 8 else np.float32).tiny
     if not least <= slope <= 1.0 / least:  # in the arithmetic of x, it or its inverse is 0
         return keep_all(x)
-    # Channels that leave x's range on the side of the slope are as lost as those that leave it on
-    # the other one.
-    return keep_channels(call, [1.0, slope])
+    return keep_channels(call, slope)
 
 
-def keep_channels(call: normalize.Forward, factors: list[float]) -> KeptChannels | None:
-    """A copy of the channels of x that an output with one of the factors does not determine."""
+def keep_channels(call: normalize.Forward, slope: float = 1.0) -> KeptChannels | None:
+    """A copy of the channels of x that the output does not determine.
+
+    Negative values of the output are multiplied by the slope.
+    """
     x, backend = call.x, backend_of(call.x)
     if not backend.readable():
         return keep_all(x)
-    weight, bias = _as_float64(call.weight, 1.0, x), _as_float64(call.bias, 0.0, x)
-    with np.errstate(all="ignore"):  # What float64 does not hold is lost.
-        lost = {c for by in factors for c in backend.unrecoverable(x, weight * by, bias * by)}
-    channels = np.array(sorted(lost), np.intp)
+    weight = _as_float64(call.weight, 1.0, x)
+    channels = backend.unrecoverable(x, weight, call.bias, slope=slope)
     if not len(channels):
         return None
     if len(channels) == x.shape[1]:

@@ -364,16 +364,19 @@ def empty_like(x: Array) -> Array:
     return cupy.empty_like(x)
 
 
-def unrecoverable(x: Array, weight: Array, bias: Array | None, *, num_groups: int = 0) -> Array:
+def unrecoverable(
+    x: Array, weight: Array, bias: Array | None, *, slope: float = 1.0, num_groups: int = 0
+) -> Array:
     """The channels of x that the output of a forward in place does not determine.
 
-    None of `group_forward` is recovered.
+    Negative values of the output are multiplied by the slope. None of `group_forward` is
+    recovered.
     """
     if num_groups:
         return cupy.array(range(x.shape[1]), np.intp)
     count = float(x.size // max(x.shape[1], 1))
     bias = None if bias is None else to_host(bias)
-    channels = _core.unrecoverable_channels(x.dtype, count, to_host(weight), bias)
+    channels = _core.unrecoverable_channels(x.dtype, count, to_host(weight), bias, slope)
     return cupy.array(channels, np.intp)
 
 
