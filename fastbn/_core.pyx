@@ -250,6 +250,7 @@ cdef struct Job:
     const char *dy
     const char *x
     char *out
+    char *kept                    # or NULL; a copy of x is written there before out, which is x
     Activation activation
     bint has_epilogue             # whether a residual or the activation follows a normalization
     const char *residual
@@ -408,6 +409,7 @@ include "core/valid.pxi"
 include "core/activation.pxi"
 include "core/sums.pxi"
 include "core/row_layout.pxi"
+include "core/pieces.pxi"
 include "core/column_layout.pxi"
 include "core/schedule.pxi"
 include "core/arrays.pxi"

@@ -153,21 +153,11 @@ cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups
 
 cdef void derive_block(const Job *job, const Block *block) noexcept nogil:
     """Write the dy of a block."""
-    cdef Matrix folded, leftover
-    cdef Py_ssize_t n
-    if not job.cut.column_layout:
-        for n in range(block.n0, block.n1):
-            derive_piece(job, offset_of(job, block, n), (block.c1 - block.c0) * block.length)
-        return
-    folded, leftover = folded_matrix(job, block), leftover_matrix(job, block)
-    for n in range(block.n0, block.n1):
-        derive_piece(job, offset_of(job, block, n), folded.len)
-    if leftover.rows > 0:
-        derive_piece(job, offset_of(job, block, block.n1), leftover.len)
+    walk_pieces(job, block, derive_piece)
 
 
 cdef void derive_piece(const Job *job, Py_ssize_t at, Py_ssize_t count) noexcept nogil:
-    """Write so many neighbouring elements of dy, from so many bytes on."""
+    """Write the dy of a piece."""
     cdef const char *y = job.y
     if y != NULL:
         y += at

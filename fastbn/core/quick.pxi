@@ -329,7 +329,7 @@ cdef cnp.ndarray train(cnp.ndarray array, object out, object running_mean, objec
         return None
     if saved.in_place and is_layer:
         if residual is not None or not is_invertible(&follows, array):
-            saved.kept = copy_of(array)
+            saved.kept = new_like(array, None)
         elif not all_recoverable(array, weight, bias, &follows, count):
             return None
     if momentum is not None:
@@ -396,6 +396,8 @@ cdef int normalize_batch(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, do
     sum_in_float32(&job)
     apply_normalize(&job, cnp.PyArray_BYTES(out))
     set_epilogue(&job, activation, residual, saved.alive)
+    if saved.kept is not None:
+        job.kept = cnp.PyArray_BYTES(saved.kept)
     return execute(&job)
 
 

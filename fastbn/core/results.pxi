@@ -56,17 +56,6 @@ cdef cnp.ndarray result_like(cnp.ndarray x, object out):
     return new_like(x, None) if out is None else <cnp.ndarray>out
 
 
-cdef cnp.ndarray copy_of(cnp.ndarray x):
-    """A copy of an array, which the core can take, in its layout."""
-    cdef cnp.ndarray copy = new_like(x, None)
-    cdef char *to = cnp.PyArray_BYTES(copy)
-    cdef const char *source = cnp.PyArray_BYTES(x)
-    cdef Py_ssize_t size = cnp.PyArray_NBYTES(x)
-    with nogil:
-        memcpy(to, source, size)
-    return copy
-
-
 cdef cnp.ndarray new_like(cnp.ndarray x, cnp.dtype dtype):
     """A new array of x's layout; a program's own allocator goes on allocating all arrays."""
     cdef object handler

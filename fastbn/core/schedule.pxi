@@ -50,7 +50,7 @@ cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
 cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
     """The bytes that all steps of a job read and write."""
     cdef int walks = (job.reduce != NULL) + (job.apply != NULL)
-    cdef int further = (job.residual != NULL) + 2 * (job.raw_dy != NULL)
+    cdef int further = (job.residual != NULL) + 2 * (job.raw_dy != NULL) + (job.kept != NULL)
     return array_bytes(job) * (inputs_of(job) * walks + (job.apply != NULL) + further)
 
 
@@ -183,6 +183,8 @@ cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
 
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     cdef Block block = block_of(&job.cut, g, b)
+    if job.kept != NULL:
+        walk_pieces(job, &block, keep_piece)
     job.apply(job, &block)
     if job.nontemporal:
         job.kernels.fence_nontemporal()
@@ -256,6 +258,7 @@ cdef Job leftover_job(const Job *job) noexcept nogil:
     leftover.y += 0 if job.y == NULL else done
     leftover.residual += 0 if job.residual == NULL else done
     leftover.out += 0 if job.out == NULL else done
+    leftover.kept += 0 if job.kept == NULL else done
     leftover.mask += 0 if job.mask == NULL else batches * elements
     vectors[:] = [&leftover.weight, &leftover.mean, &leftover.invstd, &leftover.bias,
                   &leftover.sum_dy, &leftover.sum_dy_xhat, &leftover.gate_weight,
