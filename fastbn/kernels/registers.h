@@ -285,6 +285,12 @@ typedef struct {
     long long skip;
 } valid_lanes;
 
+/* Whether all lanes of the j-th register of a step have been added before; it has `count` lanes. */
+ALWAYS_INLINE int is_skipped(valid_lanes lanes, int j, int count)
+{
+    return lanes.skip >= (j + 1) * count;
+}
+
 /* Zeros the lanes below `skip` in the j-th register of a step. */
 #if defined(__GNUC__)
 #  define ZERO_BELOW(name, v_type, int_type, count) \

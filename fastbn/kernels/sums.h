@@ -13,6 +13,8 @@ ALWAYS_INLINE step_sums NAME(add_moments)(step_sums sums, const T *dy, const T *
     (void)dy, (void)gate;
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
+        if (is_skipped(lanes, j, VD))
+            continue;
         const vd d = only_valid(lanes, j, NAME(widen)(x + j * VD) - pivot.at[j]);
         sums.first[j] += d;
         sums.second[j] += d * d;
@@ -28,6 +30,8 @@ ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T 
     PREFETCH(dy + ahead);
     PREFETCH(x + ahead);
     UNROLL for (int j = 0; j < STEPS; j++) {
+        if (is_skipped(lanes, j, VD))
+            continue;
         const vd g = only_valid(lanes, j, NAME(widen)(dy + j * VD));
         const vd d = only_valid(lanes, j, NAME(widen)(x + j * VD) - mean.at[j]);
         sums.first[j] += g;
@@ -50,6 +54,8 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(step_sums sums, const T *dy, co
                        &gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
+            if (is_skipped(lanes, j, VD))
+                continue;
             const vd g = only_valid(lanes, j, WIDEN_A(passed.dy, i));
             const vd wide = gate->activation.kind == FASTBN_LEAKY_RELU_INVERTED
                                 ? WIDEN_A(passed.x, i)

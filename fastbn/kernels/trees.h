@@ -93,7 +93,8 @@ ALWAYS_INLINE tree_sums NAME(add_in_turn)(NAME(term) *term, tree_sums tree,
 {
     for (ptrdiff_t t = 0; t < count; t++)
         UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
-            tree.of[j] = add_tree_sums(tree.of[j], term(terms, t, j, centre));
+            if (!is_skipped(terms->lanes, j, VF))
+                tree.of[j] = add_tree_sums(tree.of[j], term(terms, t, j, centre));
     return tree;
 }
 
