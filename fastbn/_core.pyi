@@ -167,6 +167,21 @@ def try_train(
     residual: object,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
+def try_layer_frozen(
+    x: object,
+    out: object,
+    running_mean: object,
+    running_var: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    activation: object,
+    slope: object,
+    residual: object,
+    ranks: tuple[int, ...],
+    num_features: int,
+    /,
+) -> tuple[Array, SavedForBackward] | None: ...
 def try_layer_train(
     x: object,
     out: object,
@@ -181,8 +196,25 @@ def try_layer_train(
     activation: object,
     slope: object,
     residual: object,
-    ranks: tuple[int, ...],
-    num_features: int,
+    ranks: tuple[int, ...] | None,
+    num_features: int | None,
+    batch_size: object,
+    by_instance: bool,
+    keeps: bool,
+    /,
+) -> tuple[Array, SavedForBackward] | None: ...
+def try_groups(
+    x: object,
+    out: object,
+    num_groups: object,
+    weight: object,
+    bias: object,
+    eps: object,
+    activation: object,
+    slope: object,
+    residual: object,
+    num_features: int | None,
+    keeps: bool,
     /,
 ) -> tuple[Array, SavedForBackward] | None: ...
 def try_backward(

@@ -279,9 +279,13 @@ def instance_norm(
     >>> mean, var
     (array([15.5]), array([51.]))
     """
-    x = checks.as_input(input)
     parameters = running_mean, running_var, weight, bias
     epilogue = activation, negative_slope, residual
+    if mask is None and use_input_stats:
+        y = _quick_instance_norm(input, out, *parameters, momentum, eps, unbiased, *epilogue)
+        if y is not None:
+            return y
+    x = checks.as_input(input)
     momentum = scalars.as_real(momentum, "momentum")
     unbiased = scalars.as_bool(unbiased, "unbiased")
     if not use_input_stats:
@@ -308,6 +312,31 @@ def instance_norm(
         epilogue=epilogue,
     )
     return normalize.by_instance(call)[0]
+
+
+def _quick_instance_norm(
+    x: ArrayLike,
+    out: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    momentum: float,
+    eps: float,
+    unbiased: bool,
+    activation: str | None,
+    negative_slope: float,
+    residual: ArrayLike | None,
+) -> Array | None:
+    """`instance_norm` of a plain call by its own statistics; None for any other."""
+    if running_mean is not None or running_var is not None or momentum is None:
+        return None
+    parameters, options = (None, None, None, weight, bias), (momentum, eps, unbiased)
+    epilogue = activation, negative_slope, residual
+    result = _core.try_layer_train(
+        x, out, *parameters, *options, *epilogue, None, None, 1, True, False
+    )
+    return None if result is None else result[0]
 
 
 def group_norm(
@@ -376,9 +405,13 @@ def group_norm(
     >>> group_norm(x, 2, bias=[0.0, 0.0, 5.0, 5.0], eps=1e-12).round(6)
     array([[-1.,  1.,  4.,  6.]])
     """
-    x = checks.as_input(input)
     epilogue = activation, negative_slope, residual
     parameters = num_groups, weight, bias, eps
+    if mask is None:
+        result = _core.try_groups(input, out, *parameters, *epilogue, None, False)
+        if result is not None:
+            return result[0]
+    x = checks.as_input(input)
     call = checks.group_call(x, *parameters, out=out, mask=mask, epilogue=epilogue)
     return normalize.by_group(call)[0]
 

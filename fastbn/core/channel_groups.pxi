@@ -176,6 +176,14 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
                   activation=None, double slope=0.0, cnp.ndarray residual=None,
                   cnp.ndarray alive=None):
     """Write x, normalized in groups of channels, into out, and the statistics of the groups."""
+    normalize_groups(x, mask, groups, weight, bias, eps, out, mean, m2, invstd,
+                     activation_of(activation, slope), residual, alive, None)
+
+
+cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cnp.ndarray weight,
+                          cnp.ndarray bias, double eps, cnp.ndarray out, cnp.ndarray mean,
+                          cnp.ndarray m2, cnp.ndarray invstd, Activation activation,
+                          cnp.ndarray residual, cnp.ndarray alive, cnp.ndarray kept) except -1:
     cdef GroupNormJob norm
     cdef Vector unread
     init_group_norm(&norm, x, mask, groups)
@@ -186,8 +194,9 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
     norm.job.eps = eps
     sum_in_float32(&norm.job)
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
-    set_epilogue(&norm.job, activation_of(activation, slope), residual, alive)
-    execute(&norm.job)
+    set_epilogue(&norm.job, activation, residual, alive)
+    keep(&norm.job, kept)
+    return execute(&norm.job)
 
 
 def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray mask,
@@ -201,17 +210,48 @@ def group_backward(cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray 
     xhat is (x - mean) * invstd, and dy reaches dx times factor * invstd. No weight is 0.
     """
     cdef GroupNormJob norm
-    cdef Vector unread
-    init_group_norm(&norm, x, mask, groups)
+    cdef Vector sums[4]
+    cdef Vector weights = vector_of(weight, 1), factors = vector_of(factor, 1)
+    cdef Vector means = vector_of(mean, 0), invstds = vector_of(invstd, 1)
+    sums[:] = [vector_of(sum_dy, 0), vector_of(sum_dy_xhat, 0), vector_of(dy_sums, 0),
+               vector_of(dy_xhat_sums, 0)]
+    init_group_backward(&norm, dy, x, mask, groups, &weights, &factors, &means, &invstds, out, sums)
+    set_gate(&norm.job, gate)
+    execute(&norm.job)
+
+
+cdef void init_group_backward(GroupNormJob *norm, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mask,
+                              Py_ssize_t groups, const Vector *weight, const Vector *factor,
+                              const Vector *mean, const Vector *invstd, cnp.ndarray out,
+                              const Vector *sums) noexcept:
+    """Make the job of `group_backward`, without a gate; the sums are those four that it writes."""
+    init_group_norm(norm, x, mask, groups)
     norm.job.dy = cnp.PyArray_BYTES(dy)
-    norm.job.mean, norm.job.invstd = vector_of(mean, 0), vector_of(invstd, 1)
-    norm.job.weight, norm.weight = vector_of(factor, 1), vector_of(weight, 1)
-    reduce_to_products(&norm.job, output_vector(sum_dy, &unread),
-                       output_vector(sum_dy_xhat, &unread))
-    norm.dy_sums = output_vector(dy_sums, &norm.job.sum_dy)
-    norm.dy_xhat_sums = output_vector(dy_xhat_sums, &norm.job.sum_dy_xhat)
+    norm.job.mean, norm.job.invstd = mean[0], invstd[0]
+    norm.job.weight, norm.weight = factor[0], weight[0]
+    reduce_to_products(&norm.job, <double *>sums[0].data, <double *>sums[1].data)
+    norm.job.sum_dy, norm.dy_sums = sums[2], <double *>sums[2].data
+    norm.job.sum_dy_xhat, norm.dy_xhat_sums = sums[3], <double *>sums[3].data
     norm.combine = combine_products
     sum_in_float32(&norm.job)
     apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
-    set_gate(&norm.job, gate)
-    execute(&norm.job)
+
+
+cdef bint has_group_gates(cnp.ndarray x, cnp.ndarray weight) noexcept:
+    """Tell whether no weight is too small, beside the largest, to divide the sums of a group by."""
+    cdef Vector vector = vector_of(weight, 1)
+    cdef double values[COLUMNS]
+    cdef double least = INFINITY, greatest = 0.0
+    cdef double ratio = 1e-200 if cnp.PyArray_ITEMSIZE(x) == 8 else 1e-25
+    cdef Block block
+    cdef Py_ssize_t i, c
+    if weight is None:
+        return True
+    for i in range(ceil_div(cnp.PyArray_DIMS(weight)[0], COLUMNS)):
+        block = some_channels(i, cnp.PyArray_DIMS(weight)[0])
+        read_vector(&vector, &block, values)
+        for c in range(block.c1 - block.c0):
+            if not fabs(values[c]) > 0.0:
+                return False
+            least, greatest = min(least, fabs(values[c])), max(greatest, fabs(values[c]))
+    return least >= greatest * ratio

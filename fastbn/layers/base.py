@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Never, Self
 
@@ -174,9 +175,32 @@ class Norm(LayerState):
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
     ) -> Array | None:
         """`forward` of a plain call; None for any other."""
-        if self.training:
-            return self._quick_train(x, out, residual)
-        y = _core.try_evaluate(
+        y: Array | None
+        has_none = self.running_mean is None and self.running_var is None
+        if not self.training and not has_none:
+            y = self._quick_by_running(_core.try_evaluate, x, out, residual)
+            if y is not None:
+                self._saved = self._no_backward_in_eval()
+            return y
+        if self.training and self.frozen:
+            result = self._quick_by_running(_core.try_layer_frozen, x, out, residual)
+        else:
+            result = self._quick_train(x, out, residual)
+        if result is None:
+            return None
+        y, saved = result
+        self._saved = saved if self.training else self._no_backward_in_eval()
+        return y
+
+    def _quick_by_running(
+        self,
+        function: Callable[..., Any],
+        x: ArrayLike,
+        out: Array | None,
+        residual: ArrayLike | None,
+    ) -> Any:
+        """What a function of the core makes of a plain call and the running statistics."""
+        return function(
             x,
             out,
             self.running_mean,
@@ -190,14 +214,14 @@ class Norm(LayerState):
             self._batch_ranks,
             self.num_features,
         )
-        if y is not None:
-            self._saved = self._no_backward_in_eval()
-        return y
 
     def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
-    ) -> Array | None:
-        """`forward` in training mode of a plain call; None for any other."""
+    ) -> tuple[Array, SavedForBackward] | None:
+        """`forward` of a plain call by the input's own statistics; None for any other.
+
+        Returns the result and, in training mode, what the backward needs.
+        """
         return None
 
     def _forward(
@@ -375,7 +399,15 @@ class Norm(LayerState):
         residual_out: Array | None,
     ) -> tuple[Array, Array | None] | None:
         """`backward` of a plain call; None for any other."""
-        return None
+        gradients = self.weight_grad, self.bias_grad
+        result = _core.try_layer_backward(
+            dy, saved, self.weight, self.bias, *gradients, out, residual_out
+        )
+        if result is None:
+            return None
+        dx, derived, self.weight_grad, self.bias_grad = result
+        self._saved = NO_SECOND_BACKWARD
+        return dx, derived
 
     def _backward(
         self,

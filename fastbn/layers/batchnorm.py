@@ -9,7 +9,7 @@ from fastbn import _scalars as scalars
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm
 from fastbn.layers.recording import recorders
-from fastbn.layers.saved import NO_SECOND_BACKWARD, SavedForBackward
+from fastbn.layers.saved import SavedForBackward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -41,11 +41,11 @@ class BatchNorm(Norm):
 
     def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
-    ) -> Array | None:
-        if self.frozen or recorders or self.ghost_batch_size is not None:
+    ) -> tuple[Array, SavedForBackward] | None:
+        if recorders and self.training:
             return None
-        tracks = self.track_running_stats
-        result = _core.try_layer_train(
+        tracks = self.training and self.track_running_stats
+        return _core.try_layer_train(
             x,
             out,
             self.running_mean if tracks else None,
@@ -61,28 +61,11 @@ class BatchNorm(Norm):
             residual,
             self._batch_ranks,
             self.num_features,
+            # Evaluation without running statistics normalizes the batch as a whole.
+            self.ghost_batch_size if self.training else None,
+            False,
+            self.training,
         )
-        if result is None:
-            return None
-        y, self._saved = result
-        return y
-
-    def _quick_backward(
-        self,
-        saved: SavedForBackward,
-        dy: ArrayLike,
-        out: Array | None,
-        residual_out: Array | None,
-    ) -> tuple[Array, Array | None] | None:
-        gradients = self.weight_grad, self.bias_grad
-        result = _core.try_layer_backward(
-            dy, saved, self.weight, self.bias, *gradients, out, residual_out
-        )
-        if result is None:
-            return None
-        dx, derived, self.weight_grad, self.bias_grad = result
-        self._saved = NO_SECOND_BACKWARD
-        return dx, derived
 
     def _training_call(
         self,
@@ -92,7 +75,6 @@ class BatchNorm(Norm):
         residual: ArrayLike | None,
     ) -> normalize.Forward:
         running_mean, running_var, counter = self._moving_statistics()
-        # Evaluation without running statistics normalizes the batch as a whole.
         batch_size = scalars.as_batch_size(self.ghost_batch_size) if self.training else 0
         return checks.training_call(
             x,

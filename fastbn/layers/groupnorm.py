@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Never
 
 from fastbn import _checks as checks
+from fastbn import _core
 from fastbn import _layer_checks as layer_checks
 from fastbn import _normalize as normalize
 from fastbn import _scalars as scalars
@@ -138,10 +139,22 @@ class GroupNorm(Norm):
             "sample by its own"
         )
 
-    def _quick_forward(
+    def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
-    ) -> Array | None:
-        return None
+    ) -> tuple[Array, SavedForBackward] | None:
+        return _core.try_groups(
+            x,
+            out,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual,
+            self.num_features,
+            self.training,
+        )
 
     def _as_input(self, x: ArrayLike) -> Array:
         array = checks.as_input(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn import _checks as checks
+from fastbn import _core
 from fastbn import _normalize as normalize
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.layers.base import Norm
@@ -99,6 +100,51 @@ class InstanceNorm(Norm):
             y = super()._forward(x, out, mask, residual)
         self._input_shape = x.shape
         return y
+
+    def _quick_forward(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array | None:
+        y = super()._quick_forward(x, out, residual)
+        if y is not None:
+            self._input_shape = y.shape
+        return y
+
+    def _quick_train(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> tuple[Array, SavedForBackward] | None:
+        if self.training and self.track_running_stats:
+            return None
+        return _core.try_layer_train(
+            x,
+            out,
+            None,
+            None,
+            None,
+            self.weight,
+            self.bias,
+            0.0,
+            self.eps,
+            self.unbiased,
+            self.activation,
+            self.negative_slope,
+            residual,
+            self._batch_ranks,
+            self.num_features,
+            1,
+            True,
+            self.training,
+        )
+
+    def _quick_backward(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None] | None:
+        if len(self._input_shape) not in self._batch_ranks:
+            return None
+        return super()._quick_backward(saved, dy, out, residual_out)
 
     def _is_sample(self, x: Array) -> bool:
         """Tell whether an array of a rank that fits is without the axis of samples."""

@@ -117,7 +117,15 @@ class SyncBatchNorm(BatchNorm):
 
     # In training, what the core does is one part of what the ranks do.
     _quick_train = Norm._quick_train
-    _quick_backward = Norm._quick_backward
+
+    def _quick_backward(
+        self,
+        saved: SavedForBackward,
+        dy: ArrayLike,
+        out: Array | None,
+        residual_out: Array | None,
+    ) -> tuple[Array, Array | None] | None:
+        return super()._quick_backward(saved, dy, out, residual_out) if saved.frozen else None
 
     def forward(
         self,

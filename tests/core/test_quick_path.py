@@ -33,6 +33,22 @@ OPTIONS = [
     {"dtype": np.float16},
 ]
 
+ACTIVATIONS = [
+    {"activation": "relu"},
+    {"activation": "relu6"},
+    {"activation": "leaky_relu"},
+    {"activation": "leaky_relu", "negative_slope": -0.3},
+    {"activation": "leaky_relu", "negative_slope": 0.0},
+    {"activation": "".join(["re", "lu"])},  # which is not interned
+    {"activation": "leaky_relu", "negative_slope": np.float64(0.2)},
+    {"activation": "leaky_relu", "negative_slope": 1},
+    {"activation": "leaky_relu", "negative_slope": 1e39},
+    {"activation": "leaky_relu", "negative_slope": 1e-39},  # its inverse is not a float32
+    {"activation": "relu", "affine": False},
+    {"activation": "leaky_relu", "affine": False},
+    {},
+]
+
 
 @pytest.fixture
 def both_paths():
@@ -63,8 +79,8 @@ def described(value):
     """An array or a layer, to the bit."""
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.strides, value.tobytes()
-    if isinstance(value, fastbn.BatchNorm2d | fastbn.InstanceNorm2d):
-        arrays = {name: described(getattr(value, name)) for name in LAYER_ARRAYS}
+    if isinstance(value, fastbn.BatchNorm2d | fastbn.InstanceNorm2d | fastbn.GroupNorm):
+        arrays = {name: described(getattr(value, name, None)) for name in LAYER_ARRAYS}
         return arrays, saved_by(value)
     return repr(value)
 
@@ -78,7 +94,8 @@ def saved_by(layer):
     follows = saved.activation, saved.has_residual
     if saved.activation is not None:
         follows += (saved.negative_slope,)
-    return arrays, saved.in_place, saved.frozen, saved.batch_size, follows
+    batches = saved.batch_size, saved.num_groups
+    return arrays, saved.in_place, saved.frozen, batches, follows
 
 
 @pytest.mark.parametrize("x_layout", [contiguous, channels_last])
@@ -119,8 +136,8 @@ def test_a_weight_of_zero_after_a_forward_in_place(rng, both_paths):
     both_paths(call, layer_of(3), some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7)))
 
 
-def layer_of(channels, mode="train", **options):
-    bn = fastbn.BatchNorm2d(channels, **options)
+def layer_of(channels, mode="train", family=fastbn.BatchNorm2d, **options):
+    bn = family(channels, **options)
     for name, values in zip(("weight", "bias"), parameters(channels), strict=True):
         if getattr(bn, name) is not None:
             getattr(bn, name)[...] = values
@@ -155,6 +172,193 @@ def test_a_step_of_a_layer(rng, both_paths, shape, layout, options, mode, where)
     both_paths(step, bn, x, dy)
 
 
+def groups_of(num_groups):
+    def family(channels, **options):
+        return fastbn.GroupNorm(num_groups, channels, **options)
+
+    return family
+
+
+def instances(channels, **options):
+    return fastbn.InstanceNorm2d(channels, **{"affine": True} | options)
+
+
+def ghosts_of(batch_size):
+    def family(channels, **options):
+        return fastbn.BatchNorm2d(channels, ghost_batch_size=batch_size, **options)
+
+    return family
+
+
+# Families of layers whose samples, or parts of a batch, are normalized by themselves.
+BY_SAMPLE = {
+    "instances": instances,
+    "one group": groups_of(1),
+    "groups of 2": groups_of(3),
+    "groups of 1": groups_of(6),
+    "ghosts of 1": ghosts_of(1),
+    "ghosts of 2": ghosts_of(2),
+    "ghosts of 3": ghosts_of(3),
+    "ghosts of all": ghosts_of(7),
+}
+by_sample = pytest.mark.parametrize("family", BY_SAMPLE.values(), ids=BY_SAMPLE)
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((7, 6, 5, 8), contiguous),
+        ((7, 6, 5, 8), channels_last),
+        ((40, 6, 1, 2), contiguous),
+        ((1, 6, 3, 3), channels_last),
+        ((3, 600, 7, 7), contiguous),
+    ],
+)
+@by_sample
+def test_a_step_by_sample(rng, both_paths, family, shape, layout, where):
+    x, dy = layout(some(rng, shape)), layout(some(rng, shape))
+
+    def step(layer, x, dy):
+        for _ in range(2):
+            yield layer(x, out=list(outputs(x))[where])
+            yield layer.backward(dy, out=list(outputs(dy))[where])
+        yield layer.eval()(x, out=list(outputs(x))[where])
+
+    for options in ({}, {"affine": False}, {"bias": False}):
+        both_paths(step, layer_of(shape[1], family=family, **options), x, dy)
+
+
+@by_sample
+def test_a_step_by_sample_of_any_dtype(rng, both_paths, family):
+    def step(layer, x, dy):
+        yield from (layer(x), layer.backward(dy), layer(x, out=x), layer.backward(dy))
+
+    for name in ("float16", "bfloat16", "float64"):
+        x, dy = (some(rng, (7, 6, 5, 8), dtype_of(name)) for _ in range(2))
+        both_paths(step, layer_of(6, family=family), x, dy)
+        both_paths(step, layer_of(6, family=family, dtype=np.float64), x, dy)
+
+
+@pytest.mark.parametrize("number", range(3))
+@by_sample
+def test_parameters_that_a_step_by_sample_cannot_recover_with(rng, both_paths, family, number):
+    def step(layer, x, dy):
+        yield from (layer(x, out=x), layer.backward(dy), layer(x), layer.backward(dy))
+
+    x, dy = (some(rng, (7, 6, 5, 8)) for _ in range(2))
+    weight, bias = [(0.0, 1.0), (1e-30, 0.0), (1.0, 100.0)][number]
+    for channels in (slice(1), slice(None)):
+        layer = layer_of(6, family=family)
+        layer.weight[channels], layer.bias[channels] = weight, bias
+        both_paths(step, layer, x, dy)
+
+
+@pytest.mark.parametrize("where", ["none", "x", "residual"])
+@pytest.mark.parametrize("options", [*ACTIVATIONS[:4], {}], ids=str)
+@by_sample
+def test_a_step_by_sample_with_an_activation(rng, both_paths, family, options, where):
+    def step(layer, x, dy, residual, added):
+        for _ in range(2):
+            out = {"none": None, "x": x, "residual": residual}[where]
+            yield layer(x, out=out, residual=residual if added else None)
+            gradients = layer.backward(dy)
+            yield from gradients if added else [gradients]
+
+    for added in (True, False) if where != "residual" else (True,):
+        for layout in (contiguous, channels_last):
+            x, dy, residual = (layout(some(rng, (7, 6, 5, 8))) for _ in range(3))
+            layer = layer_of(6, family=family, **options)
+            both_paths(lambda *a, added=added: step(*a, added), layer, x, dy, residual)
+
+
+@by_sample
+def test_unusual_steps_by_sample_do_and_say_the_same(rng, both_paths, family):
+    def step(layer, x, dy):
+        yield layer(x)
+        yield layer.backward(dy)
+
+    x = some(rng, (7, 6, 5, 8))
+    others = [x[:, :5].copy(), x[:, :, 0, 0].copy(), x[0], x[..., ::2], x[:0], x.astype(int)]
+    for other in others:
+        both_paths(step, layer_of(6, family=family), x, other)
+        both_paths(step, layer_of(6, family=family), other, other)
+    single = some(rng, (7, 6, 1, 1))
+    both_paths(step, layer_of(6, family=family), single, single)
+    both_paths(step, layer_of(6, family=family), single[:1], single[:1])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_running_statistics_of_ghost_batches(rng, both_paths, momentum, unbiased):
+    layer = layer_of(6, family=ghosts_of(3), momentum=momentum, unbiased=unbiased)
+    x = some(rng, (7, 6, 5, 8))
+    both_paths(lambda layer, x: (layer(x), layer(x[:6].copy())), layer, x)
+    for count in (2**63 - 4, 2**63 - 3):
+        layer.num_batches_tracked[...] = count
+        both_paths(lambda layer, x: [layer(x)], layer, x)
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("options", [*ACTIVATIONS[:4], {}], ids=str)
+def test_functions_by_sample(rng, both_paths, options, layout, where):
+    def call(x, residual, weight, bias):
+        for added in (None, residual):
+            follows = options | {"out": list(outputs(x))[where], "residual": added}
+            yield F.instance_norm(x, None, None, weight, bias, **follows)
+            yield F.group_norm(x, 3, weight, bias, **follows)
+            yield F.instance_norm(x, **follows)
+            yield F.group_norm(x, 2, **follows)
+
+    both_paths(call, *(layout(some(rng, (4, 6, 5, 8))) for _ in range(2)), *parameters(6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_groups": 4},
+        {"num_groups": 0},
+        {"num_groups": 3.0},
+        {"num_groups": True},
+        {"num_groups": np.int64(3)},
+        {"num_groups": 3, "eps": 0.0},
+        {"num_groups": 3, "eps": -1.0},
+        {"num_groups": 3, "weight": np.ones(5)},
+        {"num_groups": 3, "activation": "tanh"},
+        {"momentum": None},
+        {"momentum": "0.1"},
+        {"momentum": 1},
+        {"unbiased": 1},
+        {"eps": 0.0},
+        {"bias": [0.0] * 6},
+        {"running_mean": np.zeros(6)},
+    ],
+    ids=str,
+)
+def test_unusual_calls_by_sample_do_and_say_the_same(rng, both_paths, options):
+    function = F.group_norm if "num_groups" in options else F.instance_norm
+    both_paths(lambda x: [function(x, **options)], some(rng, (4, 6, 5, 8)))
+    both_paths(lambda x: [function(x, **options)], some(rng, (1, 6, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, 2.0, True, "2", np.int64(2), 2**63 - 1, 2**63, 2**70, None]
+)
+def test_sizes_of_ghost_batches_that_were_set_later(rng, both_paths, size):
+    layer = layer_of(6, family=ghosts_of(3))
+    layer.ghost_batch_size = size
+    both_paths(lambda layer, x: [layer(x), layer.backward(x)], layer, some(rng, (7, 6, 5, 8)))
+
+
+def test_a_single_sample_beside_a_batch(rng, both_paths):
+    def step(layer, x):
+        layer(x[0].copy())
+        yield layer.backward(x[:1].copy())
+
+    both_paths(step, layer_of(6, family=instances), some(rng, (7, 6, 5, 8)))
+
+
 @pytest.mark.parametrize("layout", [*WRITEABLE_LAYOUTS, read_only, byte_swapped])
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_any_dtype_and_layout(rng, both_paths, x_dtype, layout):
@@ -176,23 +380,6 @@ def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ra
     x, dy = (some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(2))
     with np.errstate(all="ignore"):
         both_paths(lambda bn, x, dy: (bn(x, out=x), bn.backward(dy, out=dy)), bn, x, dy)
-
-
-ACTIVATIONS = [
-    {"activation": "relu"},
-    {"activation": "relu6"},
-    {"activation": "leaky_relu"},
-    {"activation": "leaky_relu", "negative_slope": -0.3},
-    {"activation": "leaky_relu", "negative_slope": 0.0},
-    {"activation": "".join(["re", "lu"])},  # which is not interned
-    {"activation": "leaky_relu", "negative_slope": np.float64(0.2)},
-    {"activation": "leaky_relu", "negative_slope": 1},
-    {"activation": "leaky_relu", "negative_slope": 1e39},
-    {"activation": "leaky_relu", "negative_slope": 1e-39},  # its inverse is not a float32
-    {"activation": "relu", "affine": False},
-    {"activation": "leaky_relu", "affine": False},
-    {},
-]
 
 
 @pytest.mark.parametrize("where", ["none", "new", "x", "residual"])
@@ -396,6 +583,28 @@ def test_a_plain_call_takes_the_quick_path(rng, monkeypatch):
     F.batch_norm_backward(y, x, None, mean, invstd)
     F.batch_norm(x, bn.running_mean, bn.running_var, training=True)
     F.batch_norm(x, bn.running_mean, bn.running_var)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}], ids=str)
+@pytest.mark.parametrize(
+    "family", [*BY_SAMPLE.values(), fastbn.BatchNorm2d], ids=[*BY_SAMPLE, "frozen"]
+)
+def test_a_plain_step_of_any_family_takes_the_quick_path(rng, monkeypatch, family, options):
+    layer, x = layer_of(6, family=family, **options), some(rng, (7, 6, 5, 8))
+    layer.weight[...] = 2.0  # so that a step in place recovers all channels
+    if family is fastbn.BatchNorm2d:
+        layer.freeze()
+
+    def checked(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(f"{CHECKS}.as_array", checked)
+    layer(x)
+    if not (layer.frozen and options):  # a backward of several passes
+        layer.backward(x)
+        layer(x, out=x)
+        layer.backward(x, out=x)
+    layer.eval()(x)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "".join(["leaky", "_relu"])])

@@ -198,6 +198,21 @@ EXHAUSTING = {
         "slice(0, 0)",
         ["try_layer_train", "try_layer_backward"],
     ),
+    "quick, frozen": (
+        "fastbn.BatchNorm1d(channels).freeze()",
+        "slice(0, 0)",
+        ["try_layer_frozen", "try_layer_backward"],
+    ),
+    "quick, instances": (
+        "fastbn.InstanceNorm1d(channels, affine=True)",
+        "slice(0, 0)",
+        ["try_layer_train", "try_layer_backward"],
+    ),
+    "quick, groups": (
+        "fastbn.GroupNorm(2**16, channels)",
+        "slice(0, 0)",
+        ["try_groups", "try_layer_backward"],
+    ),
     "batch": ("fastbn.BatchNorm1d(channels)", "slice(0, 0)", ["forward", "backward"]),
     "some channels kept": ("fastbn.BatchNorm1d(channels)", "slice(9)", ["forward", "backward"]),
     "all channels kept": ("fastbn.BatchNorm1d(channels)", "slice(None)", ["forward", "backward"]),
@@ -235,7 +250,7 @@ def test_what_comes_after_the_result_needs_no_memory(tmp_path, name):
     code = EXHAUSTED.format(core=CORE, layer=layer, kept=kept, kernels=kernels)
     # Of the C library's own memory there is some for small things.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "4194304"}
-    environment["FASTBN_QUICK_PATH"] = "1" if name == "quick" else "0"
+    environment["FASTBN_QUICK_PATH"] = "1" if name.startswith("quick") else "0"
     assert output_of(code, tmp_path, **environment).split() == ["done"] * 4
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from internals import core
 from support import (
     THREADS,
     channels_last,
@@ -316,7 +317,9 @@ def test_a_refused_call_changes_nothing(rng):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("zero", [False, True])
-def test_no_memory(rng, in_place, zero):
+def test_no_memory(rng, monkeypatch, in_place, zero):
+    monkeypatch.setattr(core, "try_groups", lambda *_: None)
+    monkeypatch.setattr(core, "try_layer_backward", lambda *_: None)
     norm, x, dy = norm_of(2, 6), some(rng, (4, 6, 5, 2)), some(rng, (4, 6, 5, 2))
     norm.weight[0] *= not zero
     assert failures_without_a_trace(lambda: norm(x, out=x if in_place else None), norm, x)

@@ -1,0 +1,232 @@
+# The backwards of the quick path.
+
+def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
+    """The gradients of `batch_norm_forward`; None if the call is not plain."""
+    cdef cnp.ndarray array, target, dweight, dbias
+    cdef Vector weights, means, invstds
+    cdef GateOfJob gate
+    cdef Job job
+    cdef Py_ssize_t channels
+    if not is_plain_input(x, None, None):
+        return None
+    array = <cnp.ndarray>x
+    if (mean is None or invstd is None or not is_plain_beside(dy, array)
+            or not is_plain_output(out, array, <cnp.ndarray>dy)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(mean, array, out)
+            or not is_plain_vector(invstd, array, out)
+            or not is_plain_activation(activation, slope, array)
+            or (activation is not None and not is_plain_vector(bias, array, out))):
+        return None
+    channels = cnp.PyArray_DIMS(array)[1]
+    target = result_like(array, out)
+    dweight = new_vector(channels, cnp.NPY_FLOAT64)
+    dbias = new_vector(channels, cnp.NPY_FLOAT64)
+    weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
+    gate = gate_with(activation_of(activation, PyFloat_AS_DOUBLE(slope)), None, None, None)
+    if activation is not None:
+        gate.weight, gate.bias = weights, vector_of(bias, 0)
+    init_job_on(&job, array, None, 0)
+    differentiate(&job, <cnp.ndarray>dy, &weights, &means, &invstds, &gate, target, channels,
+                  <double *>cnp.PyArray_BYTES(dbias), <double *>cnp.PyArray_BYTES(dweight))
+    return target, dweight, dbias
+
+
+def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight_grad, bias_grad,
+                       out, residual_out, /):
+    """The gradients of a layer's input and residual, and the sums of those of weight and bias.
+
+    None if it is not plain, or where a residual_out is without a residual.
+    """
+    cdef cnp.ndarray array, target, derived = None
+    cdef Py_ssize_t channels, batches
+    cdef double *doubles
+    if (saved.kept_channels is not None or saved.mask is not None
+            or (residual_out is not None and not saved.has_residual)
+            or not is_plain_input(saved.x, None, None) or not saved.has_its_shape()):
+        return None
+    array = <cnp.ndarray>saved.x
+    if (not is_plain_beside(dy, array)
+            or not is_plain_output(out, array, <cnp.ndarray>dy)
+            or not is_plain_vector(weight, array, out)
+            or not is_plain_vector(bias, array, out)
+            or not is_plain_gradient(weight_grad, weight, array, out)
+            or not is_plain_gradient(bias_grad, bias, array, out)
+            or not is_plain_residual_out(residual_out, array, dy, out)
+            or not is_plain_vector(weight, array, residual_out)
+            or not is_plain_vector(bias, array, residual_out)
+            or not is_plain_gradient(weight_grad, weight, array, residual_out)
+            or not is_plain_gradient(bias_grad, bias, array, residual_out)
+            or not (saved.kept is not None or saved.is_unchanged())):
+        return None
+    channels = cnp.PyArray_DIMS(array)[1]
+    batches = batches_of(array, 1 if saved.num_groups > 0 else saved.batch_size)
+    # NumPy adds many batches of one channel in another order.
+    if (batches > 1 and channels == 1
+            or saved.frozen and (saved.activation is not None or saved.has_residual)
+            or saved.num_groups > 0 and not has_group_gates(array, saved.weight)):
+        return None
+    target = result_like(array, out)
+    if saved.has_residual:
+        derived = result_like(array, residual_out)
+    of_weight = new_gradient(weight_grad, weight)
+    of_bias = new_gradient(bias_grad, bias)
+    doubles = new_doubles(VECTORS_OF_BACKWARD * batches * channels)
+    try:
+        layer_backward(<cnp.ndarray>dy, saved, target, derived, batches, doubles)
+        add_gradient(of_weight, doubles + batches * channels, weight_grad is None)
+        add_gradient(of_bias, doubles, bias_grad is None)
+    finally:
+        free(doubles)
+    return target, derived, of_weight, of_bias
+
+
+cdef enum:
+    # Of one double per batch and channel, which a backward needs: first the sums of dy and of
+    # dy * xhat, then those that groups need in their place, what takes the place of mean, invstd
+    # and weight after a forward in place, and the weight and bias for each batch.
+    VECTORS_OF_BACKWARD = 9
+
+
+cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
+                        cnp.ndarray derived, Py_ssize_t batches, double *doubles) except -1:
+    """The gradient of the input and, in the first two of the vectors, the sums over all batches.
+
+    The gradient of the residual, if there was one, is written to `derived`.
+    """
+    cdef cnp.ndarray x = saved.x if saved.kept is None else saved.kept
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], size = batches * channels
+    cdef Vector weights = vector_of(saved.weight, 1), biases = vector_of(saved.bias, 0)
+    cdef Vector means = vector_of(saved.mean, 0), invstds = vector_of(saved.invstd, 1)
+    cdef Vector sums[4]
+    cdef Vector of_groups
+    cdef GateOfJob gate
+    cdef GroupNormJob norm
+    cdef Job job
+    cdef int i
+    if batches > 1:
+        weights = repeated(&weights, channels, batches, doubles + 7 * size)
+        biases = repeated(&biases, channels, batches, doubles + 8 * size)
+    of_groups = weights
+    gate = gate_with(activation_of(saved.activation, saved.negative_slope), None, None, None)
+    gate.weight, gate.bias = weights, biases
+    if saved.in_place and saved.kept is None:
+        if gate.activation.kind == LEAKY_RELU:
+            gate.activation.kind = LEAKY_RELU_INVERTED
+        recovered_operands(size, &invstds, &weights, &biases, doubles + 4 * size)
+        means = vector_of_batches(doubles + 4 * size, channels)
+        invstds = vector_of_batches(doubles + 5 * size, channels)
+        weights = vector_of_batches(doubles + 6 * size, channels)
+    if derived is not None:  # without an activation the residual gets dy
+        gate = gate_with(gate.activation, dy, dy if saved.alive is None else None, saved.alive)
+        dy = derived
+    if saved.frozen:
+        return differentiate_frozen(dy, x, saved, &means, &invstds, out, doubles)
+    if saved.num_groups > 0:
+        for i in range(4):
+            sums[i] = vector_of_batches(doubles + i * size, channels)
+        init_group_backward(&norm, dy, x, None, saved.num_groups, &of_groups, &weights, &means,
+                            &invstds, out, sums)
+        pass_gate(&norm.job, &gate)
+        execute(&norm.job)
+    else:
+        init_job_of_batches(&job, x, saved.batch_size, saved.batch_size == 1)
+        differentiate(&job, dy, &weights, &means, &invstds, &gate, out, channels, doubles,
+                      doubles + size)
+    add_batches(doubles, channels, batches)
+    add_batches(doubles + size, channels, batches)
+    return 0
+
+
+cdef void recovered_operands(Py_ssize_t channels, const Vector *invstd, const Vector *weight,
+                             const Vector *bias, double *to) noexcept nogil:
+    """What takes the place of mean, invstd and weight where x is the output.
+
+    xhat = (y - bias) / weight: the output, normalized by bias and 1 / weight.
+    """
+    cdef double *means = to
+    cdef double *invstds = to + channels
+    cdef double *weights = to + 2 * channels
+    cdef Block block
+    cdef Py_ssize_t c, i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        read_vector(bias, &block, means + block.c0)
+        read_vector(weight, &block, weights + block.c0)
+        read_vector(invstd, &block, invstds + block.c0)
+    for c in range(channels):
+        invstds[c], weights[c] = 1.0 / weights[c], invstds[c] * weights[c] * weights[c]
+
+
+cdef int differentiate(Job *job, cnp.ndarray dy, const Vector *weight, const Vector *mean,
+                       const Vector *invstd, const GateOfJob *gate, cnp.ndarray out,
+                       Py_ssize_t channels, double *sum_dy, double *sum_dy_xhat) except -1:
+    """Execute a job on x, which has no steps yet; the sums are of (batches, channels)."""
+    job.dy = cnp.PyArray_BYTES(dy)
+    job.mean, job.invstd, job.weight = mean[0], invstd[0], weight[0]
+    reduce_to_products(job, sum_dy, sum_dy_xhat)
+    job.sum_dy = vector_of_batches(sum_dy, channels)
+    job.sum_dy_xhat = vector_of_batches(sum_dy_xhat, channels)
+    sum_in_float32(job)
+    apply_gradient(job, cnp.PyArray_BYTES(out))
+    pass_gate(job, gate)
+    return execute(job)
+
+
+cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward saved,
+                              const Vector *mean, const Vector *invstd, cnp.ndarray out,
+                              double *doubles) except -1:
+    """The gradient of x where the statistics are constants, and the sums before it."""
+    cdef Job sums, results
+    cdef Py_ssize_t c, channels = cnp.PyArray_DIMS(x)[1]
+    cdef double *scale = doubles + 2 * channels
+    init_job_on(&sums, x, None, 0)
+    sums.dy = cnp.PyArray_BYTES(dy)
+    sums.mean, sums.invstd = mean[0], invstd[0]
+    reduce_to_products(&sums, doubles, doubles + channels)
+    execute(&sums)
+    for c in range(channels):
+        scale[c] = (<double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.invstd))[c]
+        if saved.weight is not None:
+            scale[c] *= (<double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.weight))[c]
+    init_job_on(&results, dy, None, 0)
+    results.mean, results.invstd = constant(0.0), vector_of_doubles(scale)
+    apply_normalize(&results, cnp.PyArray_BYTES(out))
+    return execute(&results)
+
+
+cdef void add_batches(double *values, Py_ssize_t channels, Py_ssize_t batches) noexcept nogil:
+    """Add the values of all other batches to those of the first one."""
+    cdef Py_ssize_t b, c
+    for b in range(1, batches):
+        for c in range(channels):
+            values[c] += values[b * channels + c]
+
+
+cdef object new_gradient(object gradient, object parameter):
+    """The sum of gradients that is there, or a new one of the parameter's dtype."""
+    if gradient is not None or parameter is None:
+        return gradient
+    return new_vector(cnp.PyArray_DIMS(<cnp.ndarray>parameter)[0],
+                      cnp.PyArray_TYPE(<cnp.ndarray>parameter))
+
+
+cdef void add_gradient(cnp.ndarray gradient, const double *added, bint is_new) noexcept:
+    """Add to a sum of gradients, or begin it."""
+    cdef Vector total
+    cdef double sums[COLUMNS]
+    cdef Block block
+    cdef Py_ssize_t c, i, channels
+    if gradient is None:
+        return
+    total, channels = vector_of(gradient, 0), cnp.PyArray_DIMS(gradient)[0]
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        if is_new:
+            memcpy(sums, added + block.c0, (block.c1 - block.c0) * sizeof(double))
+        else:
+            read_vector(&total, &block, sums)
+            for c in range(block.c1 - block.c0):
+                sums[c] += added[block.c0 + c]
+        total.kernels.store_from_double(sums, total.stride, block.c1 - block.c0,
+                                        <char *>start_of_vector(&total, &block))

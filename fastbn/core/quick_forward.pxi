@@ -1,0 +1,339 @@
+# The forwards of the quick path.
+
+def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
+                 residual, tuple ranks, num_features, /):
+    """Normalize by running statistics; None if the call is not plain."""
+    if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
+            x, out, weight, bias, eps, activation, slope, residual):
+        return None
+    if (running_mean is None or not is_plain_vector(running_mean, x, out)
+            or running_var is None or not is_plain_vector(running_var, x, out)):
+        return None
+    return by_running(x, out, running_mean, running_var, weight, bias, eps,
+                      activation_of(activation, PyFloat_AS_DOUBLE(slope)), residual, None)
+
+
+def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
+                     residual, tuple ranks, num_features, /):
+    """Normalize by running statistics, which are constants; None if the call is not plain.
+
+    Returns y and what the backward needs. See `try_layer_train` about forwards in place.
+    """
+    cdef SavedForBackward saved
+    cdef cnp.ndarray y
+    if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
+            x, out, weight, bias, eps, activation, slope, residual):
+        return None
+    if (running_mean is None or not is_plain_vector(running_mean, x, out)
+            or running_var is None or not is_plain_vector(running_var, x, out)):
+        return None
+    follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
+    saved = SavedForBackward.__new__(SavedForBackward)
+    saved.frozen, saved.in_place = True, is_in_place(x, out)
+    if saved.in_place:
+        # Running statistics bound no normalized value; 16 bits would not hold every one.
+        if (follows.kind != LINEAR or residual is not None
+                or cnp.PyArray_ITEMSIZE(<cnp.ndarray>x) == 2):
+            saved.kept = new_like(x, None)
+        elif not all_recoverable(x, weight, bias, &follows, values_per_channel(x)):
+            return None
+    save_options(saved, x, weight, bias, activation, &follows, residual)
+    if follows.kind != LINEAR:
+        saved.alive = new_bits(cnp.PyArray_SIZE(<cnp.ndarray>x))
+    saved.mean, saved.invstd = doubles_of(running_mean), invstd_of(running_var, eps)
+    y = by_running(x, out, running_mean, running_var, weight, bias, eps, follows, residual, saved)
+    save(saved, x, y)
+    return y, saved
+
+
+def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, unbiased,
+              activation, slope, residual, /):
+    """Normalize by the batch and move the running statistics; None if the call is not plain.
+
+    Returns y, mean and invstd.
+    """
+    cdef SavedForBackward saved = SavedForBackward.__new__(SavedForBackward)
+    cdef cnp.ndarray y
+    if not is_plain_input(x, None, None) or not is_plain_forward(
+            x, out, weight, bias, eps, activation, slope, residual):
+        return None
+    y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
+              activation, slope, residual, saved, False, False)
+    return None if y is None else (y, saved.mean, saved.invstd)
+
+
+def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
+                    unbiased, activation, slope, residual, tuple ranks, num_features,
+                    batch_size, bint by_instance, bint keeps, /):
+    """Normalize by the batch and move the running statistics; None if the call is not plain.
+
+    Returns y and, if it keeps that, what the backward needs. A forward in place is plain if its
+    backward can recover all channels, or none: then it keeps a copy of x. Instances are batches of
+    one sample, without running statistics.
+    """
+    cdef SavedForBackward saved = SavedForBackward.__new__(SavedForBackward)
+    cdef cnp.ndarray y
+    if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
+            x, out, weight, bias, eps, activation, slope, residual):
+        return None
+    if not is_plain_batch_size(batch_size):
+        return None
+    saved.batch_size = 0 if batch_size is None else batch_size
+    y = train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, unbiased,
+              activation, slope, residual, saved, by_instance, keeps)
+    if y is None:
+        return None
+    if keeps:
+        save(saved, x, y)
+    return y, saved
+
+
+def try_groups(x, out, num_groups, weight, bias, eps, activation, slope, residual, num_features,
+               bint keeps, /):
+    """Normalize groups of channels of each sample; None if the call is not plain.
+
+    Returns y and, if it keeps that, what the backward needs.
+    """
+    cdef SavedForBackward saved
+    cdef cnp.ndarray array, y, m2
+    cdef Py_ssize_t groups, channels
+    if not is_plain_input(x, None, num_features) or not is_plain_forward(
+            x, out, weight, bias, eps, activation, slope, residual):
+        return None
+    array = <cnp.ndarray>x
+    channels = cnp.PyArray_DIMS(array)[1]
+    if not PyLong_CheckExact(num_groups) or not 1 <= num_groups <= channels:
+        return None
+    groups = num_groups
+    if channels % groups != 0 or cnp.PyArray_SIZE(array) == groups:
+        return None
+    follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
+    saved = SavedForBackward.__new__(SavedForBackward)
+    saved.num_groups = groups
+    if keeps:
+        saved.in_place = is_in_place(x, out)
+        if saved.in_place and (
+                follows.kind != LINEAR or residual is not None
+                or not has_group_gates(array, weight)
+                or not all_recoverable(array, weight, bias, &follows,
+                                       values_per_group(array, groups))):
+            saved.kept = new_like(array, None)
+        save_options(saved, array, weight, bias, activation, &follows, residual)
+    saved.mean, saved.invstd = new_statistics(array, 1), new_statistics(array, 1)
+    m2, y = new_statistics(array, 1), result_like(array, out)
+    normalize_groups(array, None, groups, weight, bias, PyFloat_AS_DOUBLE(eps), y, saved.mean, m2,
+                     saved.invstd, follows, residual, saved.alive, saved.kept)
+    if keeps:
+        save(saved, array, y)
+    return y, saved
+
+
+# ------------------------------------------------------------------ what is saved
+
+cdef bint is_in_place(cnp.ndarray x, object out) noexcept:
+    return out is not None and is_same(<cnp.ndarray>out, x)
+
+
+cdef Py_ssize_t values_per_channel(cnp.ndarray x) noexcept:
+    return cnp.PyArray_SIZE(x) // cnp.PyArray_DIMS(x)[1]
+
+
+cdef Py_ssize_t values_per_group(cnp.ndarray x, Py_ssize_t groups) noexcept:
+    return cnp.PyArray_SIZE(x) // (cnp.PyArray_DIMS(x)[0] * groups)
+
+
+cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
+                      object activation, const Activation *follows, object residual) except -1:
+    """Save the parameters and what follows the normalization.
+
+    Before the forward: running statistics may share memory with the parameters.
+    """
+    saved.weight = doubles_of(weight)
+    if saved.in_place or follows.kind != LINEAR:
+        saved.bias = doubles_of(bias)
+    saved.activation, saved.negative_slope = activation, follows.slope
+    saved.has_residual = residual is not None
+    if saved.has_residual and follows.kind != LINEAR:
+        saved.alive = new_bits(cnp.PyArray_SIZE(x))
+    return 0
+
+
+cdef void save(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexcept:
+    """Save the input or the output, by reference, after the forward."""
+    saved.save(y if saved.in_place else x)
+    saved.sample()
+
+
+cdef bint is_invertible(const Activation *activation, cnp.ndarray x) noexcept:
+    """Tell whether an activation's result, in x's arithmetic, tells what was before it."""
+    cdef double least = DBL_MIN if cnp.PyArray_ITEMSIZE(x) == 8 else FLT_MIN
+    if activation.kind != LEAKY_RELU:
+        return activation.kind == LINEAR
+    return least <= activation.slope <= 1.0 / least
+
+
+cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
+                          const Activation *activation, Py_ssize_t count) noexcept:
+    """Tell whether the output of a forward in place determines all channels."""
+    cdef Limits limits = limits_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x))
+    cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    cdef double slope = 1.0 if activation.kind == LINEAR else activation.slope
+    if weight is None and activation.kind == LINEAR:
+        return True
+    return next_unrecoverable(&limits, <double>count, slope, &weights, &biases, 0,
+                              channels) == channels
+
+
+# ------------------------------------------------------------------ by running statistics
+
+cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
+                            cnp.ndarray running_var, cnp.ndarray weight, cnp.ndarray bias,
+                            object eps, Activation activation, cnp.ndarray residual,
+                            SavedForBackward saved):
+    """A plain x, normalized by running statistics."""
+    cdef Job job
+    cdef cnp.ndarray target = result_like(x, out)
+    init_job_on(&job, x, None, 0)
+    job.mean, job.var = vector_of(running_mean, 0), vector_of(running_var, 1)
+    job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
+    job.eps = PyFloat_AS_DOUBLE(eps)
+    apply_normalize(&job, cnp.PyArray_BYTES(target))
+    set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
+    keep(&job, None if saved is None else saved.kept)
+    execute(&job)
+    return target
+
+
+cdef cnp.ndarray invstd_of(cnp.ndarray running_var, object eps):
+    """invstd, in float64, of running statistics."""
+    cdef cnp.ndarray invstd = doubles_of(running_var)
+    cdef double *values = <double *>cnp.PyArray_BYTES(invstd)
+    isa_in_use.float64.invstd(values, 1.0, PyFloat_AS_DOUBLE(eps), cnp.PyArray_DIMS(invstd)[0],
+                              values)
+    return invstd
+
+
+cdef void keep(Job *job, cnp.ndarray kept) noexcept:
+    """Let the job copy x there, if it is an array."""
+    if kept is not None:
+        job.kept = cnp.PyArray_BYTES(kept)
+
+
+# ------------------------------------------------------------------ by the batch's own statistics
+
+cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object running_var,
+                       object counter, object weight, object bias, object momentum, object eps,
+                       object unbiased, object activation, object slope, object residual,
+                       SavedForBackward saved, bint by_instance, bint keeps):
+    """The forward of a plain input in training; None if anything else is not plain.
+
+    The batch size is what is saved of it.
+    """
+    cdef Activation follows
+    cdef cnp.ndarray target
+    cdef Py_ssize_t size = saved.batch_size, batches, leftover, samples = cnp.PyArray_DIMS(x)[0]
+    cdef Py_ssize_t positions = values_per_channel(x) // samples
+    cdef double *m2
+    if ((running_mean is None) != (running_var is None)
+            or not (momentum is None or PyFloat_CheckExact(momentum))
+            or not (unbiased is True or unbiased is False)
+            or not is_plain_target(running_mean, x, out)
+            or not is_plain_target(running_var, x, out)
+            or (running_mean is not None
+                and not is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var))):
+        return None
+    batches, leftover = batches_of(x, size), 0 if size == 0 else samples % size
+    if (not is_plain_counter(counter, batches)
+            or positions * (samples if size == 0 else min(size, samples)) < 2
+            or 0 < positions * leftover < 2):
+        return None
+    follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
+    if keeps:
+        saved.in_place = is_in_place(x, out)
+        if saved.in_place:
+            if residual is not None or not is_invertible(&follows, x):
+                saved.kept = new_like(x, None)
+            elif not all_recoverable(x, weight, bias, &follows, values_per_channel(x)):
+                return None
+        save_options(saved, x, weight, bias, activation, &follows, residual)
+    target = result_like(x, out)
+    saved.mean, saved.invstd = new_statistics(x, size), new_statistics(x, size)
+    m2 = new_doubles(batches * cnp.PyArray_DIMS(x)[1])
+    try:
+        normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, saved,
+                          by_instance, m2)
+        if running_mean is not None:  # not before: they may share memory with weight and bias
+            move_to_batches(running_mean, running_var, counter, momentum, unbiased, saved, x, m2)
+        if counter is not None:
+            counter_of(counter)[0] += batches
+    finally:
+        free(m2)
+    return target
+
+
+cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
+                           cnp.ndarray out, Activation activation, cnp.ndarray residual,
+                           SavedForBackward saved, bint by_instance, double *m2) except -1:
+    """Normalize batches of a plain x by their statistics, which are written."""
+    cdef Job job
+    cdef double *memory = NULL
+    cdef Py_ssize_t batches = batches_of(x, saved.batch_size), channels = cnp.PyArray_DIMS(x)[1]
+    cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
+    if by_instance and is_flat(x):
+        memory = new_doubles(2 * batches * channels)
+        weights = repeated(&weights, channels, batches, memory)
+        biases = repeated(&biases, channels, batches, memory + batches * channels)
+    try:
+        init_job_of_batches(&job, x, saved.batch_size, by_instance)
+        reduce_to_moments(&job, output_vector(saved.mean, &job.mean), m2,
+                          output_vector(saved.invstd, &job.invstd))
+        job.weight, job.bias = weights, biases
+        job.eps = eps
+        sum_in_float32(&job)
+        apply_normalize(&job, cnp.PyArray_BYTES(out))
+        set_epilogue(&job, activation, residual, saved.alive)
+        keep(&job, saved.kept)
+        return execute(&job)
+    finally:
+        free(memory)
+
+
+cdef bint is_flat(cnp.ndarray x) noexcept:
+    """Tell whether x can be seen as one sample, each channel of which is one of a sample of x.
+
+    The core walks many of them together where they are short.
+    """
+    return cnp.PyArray_CHKFLAGS(x, cnp.NPY_ARRAY_C_CONTIGUOUS)
+
+
+cdef void init_job_of_batches(Job *job, cnp.ndarray x, Py_ssize_t batch_size,
+                              bint by_instance) noexcept:
+    """Make a job on batches of a plain x, or on its instances, that has no steps yet."""
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[0] * cnp.PyArray_DIMS(x)[1]
+    if not by_instance or not is_flat(x):
+        init_job_on(job, x, None, batch_size)
+        return
+    init_job(job, cnp.PyArray_BYTES(x), 1, channels, cnp.PyArray_SIZE(x) // channels,
+             cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x), False, 0)
+
+
+cdef void move_to_batches(cnp.ndarray running_mean, cnp.ndarray running_var, object counter,
+                          object momentum, bint unbiased, SavedForBackward saved, cnp.ndarray x,
+                          const double *m2) noexcept:
+    """Move running statistics towards those of one batch after the other."""
+    cdef Vector mean = vector_of(running_mean, 0), var = vector_of(running_var, 0)
+    cdef Vector means = vector_of(saved.mean, 0), m2s
+    cdef Py_ssize_t b, samples = cnp.PyArray_DIMS(x)[0], channels = cnp.PyArray_DIMS(x)[1]
+    cdef Py_ssize_t size = samples if saved.batch_size == 0 else saved.batch_size
+    cdef Py_ssize_t positions = values_per_channel(x) // samples
+    cdef double count, factor = 0.0
+    m2s = vector_of_batches(m2, channels)
+    for b in range(batches_of(x, saved.batch_size)):
+        if momentum is not None:
+            factor = PyFloat_AS_DOUBLE(momentum)
+        elif counter is not None:
+            factor = 1.0 / <double>(counter_of(counter)[0] + b + 1)
+        count = <double>(min(size, samples - b * size) * positions)
+        move_once(&mean, &means, b, channels, 1.0, factor)
+        move_once(&var, &m2s, b, channels, count - 1.0 if unbiased else count, factor)
