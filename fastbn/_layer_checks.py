@@ -27,6 +27,15 @@ def as_num_features(value: Any) -> int:
     return scalars.as_count(value, "num_features")
 
 
+def refuse_channels(eps: Any, layer: str) -> None:
+    """Refuse a number of channels in the place of eps, which comes first in a lazy layer."""
+    if isinstance(eps, int | np.integer) and not isinstance(eps, bool) and eps > 0:
+        raise TypeError(
+            f"{layer} takes no num_features, which the first input decides: what comes first is "
+            f"eps, got {eps}; if that is meant, write it as {float(eps)}"
+        )
+
+
 def as_dtype(value: Any) -> np.dtype[Any]:
     """One of the four dtypes; float32 for None."""
     try:

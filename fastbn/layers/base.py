@@ -115,6 +115,9 @@ class Norm(LayerState):
             )
         return self.forward(input, out=out, mask=mask, residual=residual)
 
+    # What Python's errors of arguments call it: users know no Norm.
+    __call__.__qualname__ = "layer"
+
     def forward(
         self,
         input: ArrayLike,

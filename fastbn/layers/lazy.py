@@ -119,6 +119,7 @@ class LazyBatchNorm(Lazy, BatchNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
+        layer_checks.refuse_channels(eps, type(self).__name__)
         BatchNorm.__init__(
             self,
             UNKNOWN,
@@ -149,6 +150,7 @@ class LazyInstanceNorm(Lazy, InstanceNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
+        layer_checks.refuse_channels(eps, type(self).__name__)
         InstanceNorm.__init__(
             self,
             UNKNOWN,
@@ -166,7 +168,8 @@ class LazyBatchNorm2d(LazyBatchNorm):
 
     Its other parameters are those of `BatchNorm2d`. It becomes a `BatchNorm2d`, class and all, at
     the first forward, or at the first `load_state_dict` that tells the number of channels. Until
-    then its arrays are not there: reading one raises AttributeError.
+    then its arrays are not there: reading one raises AttributeError. What comes first is eps: an
+    integer above 0, a number of channels as a rule, is refused there with a TypeError.
 
     Examples
     --------

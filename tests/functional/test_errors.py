@@ -885,6 +885,22 @@ def test_who_passes_a_mask_or_an_output_by_position_is_told_their_names(x, layer
     assert type(norm).__name__ == name
 
 
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x: layer(x, training=True),
+        lambda layer, x: layer(x=x),
+        lambda layer, x: layer(x, input=x),
+        lambda layer, _: layer(),
+    ],
+    ids=["unknown", "renamed", "twice", "missing"],
+)
+def test_who_calls_a_layer_wrongly_reads_of_no_internal_class(x, layer, call):
+    with refused(TypeError, "layer() ", intact=[x]):
+        call(layer(), x)
+
+
 @pytest.mark.parametrize(
     "call",
     [
