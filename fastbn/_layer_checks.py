@@ -117,11 +117,29 @@ def check_saved(saved: SavedForBackward, *, is_read: bool) -> None:
 # State dicts.
 
 
+FROM_TORCH = (
+    "; only torch reads its files: pass torch.load(path) or, to load them without torch, what "
+    "np.savez has saved of {k: v.numpy() for k, v in torch.load(path).items()}"
+)
+
+
+def is_file_of_torch(state: Any) -> bool:
+    """Tell whether it is a file of torch.save's, by its name or its parts, which np.load lists."""
+    if isinstance(state, bytes | bytearray):
+        return state.startswith(b"PK") and b"/data.pkl" in state
+    if isinstance(state, Mapping):
+        return any(key.endswith("/data.pkl") for key in state)
+    name = state if isinstance(state, str | os.PathLike) else getattr(state, "name", "")
+    return str(name).endswith((".pt", ".pth"))
+
+
 def check_state(state: Any) -> None:
     """Refuse what is not a mapping from names."""
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         hint = ""
-        if isinstance(state, str | os.PathLike):
+        if not isinstance(state, Mapping) and is_file_of_torch(state):
+            hint = FROM_TORCH
+        elif isinstance(state, str | os.PathLike):
             hint = "; np.load and safetensors.numpy.load_file read files"
         elif isinstance(state, bytes | bytearray):
             hint = "; np.load(io.BytesIO(state)) and safetensors.numpy.load(state) read it"
@@ -171,8 +189,10 @@ def state_hint(
     state: Mapping[str, Any], prefix: str, expected: list[str], lacking: list[str]
 ) -> str:
     """Suggest the prefix or the names under which a state has a layer, the options with which the
-    layer would have what it lacks, or not to be strict.
+    layer would have what it lacks, another way to read a file, or not to be strict.
     """
+    if is_file_of_torch(state):
+        return FROM_TORCH
     prefixes = _other_prefixes(state, prefix, expected)
     if prefixes:
         return f"; perhaps with prefix={' or '.join(map(repr, prefixes))}"

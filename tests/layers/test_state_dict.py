@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -191,6 +192,36 @@ def test_a_state_in_another_form_is_refused_with_the_mend(trained, form, words, 
         bn.load_state_dict(state)
     bn.load_state_dict(mend(state))
     assert_loaded(bn, expected)
+
+
+def saved_by_torch(folder):
+    """A file as torch.save writes it, as far as NumPy reads it: a zip of no arrays."""
+    path = folder / "model.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("data.pkl", "byteorder", "data/0", "version"):
+            file.writestr(f"model/{name}", b"")
+    return path
+
+
+OF_TORCH = {
+    "path": lambda path: path,
+    "name": lambda path: str(path.with_suffix(".pth")),
+    "open file": lambda path: path.open("rb"),
+    "bytes": lambda path: path.read_bytes(),
+    "np.load": np.load,
+    "dict": lambda path: dict(np.load(path)),
+}
+
+
+@pytest.mark.parametrize("form", OF_TORCH.values(), ids=OF_TORCH)
+@pytest.mark.parametrize("make", [lambda: fastbn.BatchNorm2d(3), fastbn.LazyBatchNorm2d])
+@pytest.mark.parametrize("prefix", ["", "bn."])
+def test_what_reads_a_file_of_torch_is_told(tmp_path, form, make, prefix):
+    state = form(saved_by_torch(tmp_path))
+    with refused((TypeError, RuntimeError), "torch.load(path)", "v.numpy()", "np.savez"):
+        make().load_state_dict(state, prefix=prefix)
+    if hasattr(state, "close"):
+        state.close()
 
 
 def test_a_state_without_a_counter_is_accepted(trained):
