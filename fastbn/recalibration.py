@@ -51,7 +51,8 @@ def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
     Parameters
     ----------
     *layers : BatchNorm1d, BatchNorm2d, BatchNorm3d, InstanceNorm1d to 3d, lazy or SyncBatchNorm
-        In training mode during the block, and not frozen.
+        In training mode, and not frozen. After ``eval()`` inside the block their forwards add
+        nothing, until ``train()``.
 
     Raises
     ------
@@ -60,9 +61,10 @@ def recalibrate(*layers: BatchNorm | InstanceNorm) -> Iterator[None]:
     ValueError
         If there are none.
     RuntimeError
-        If a layer has no running statistics, is frozen, or is being recalibrated, or has a part of
-        them in common with another layer, one that is passed or makes a forward in the block; or,
-        at the end, if one has seen no batch in training mode. Nothing has been changed then.
+        If a layer has no running statistics, is frozen, is in evaluation mode, or is being
+        recalibrated, or has a part of them in common with another layer, one that is passed or
+        makes a forward in the block; or, at the end, if one has seen no batch in training mode.
+        Nothing has been changed then.
 
     Examples
     --------
@@ -112,6 +114,11 @@ def _checked(layers: tuple[Any, ...]) -> dict[BatchNorm | InstanceNorm, str]:
             raise RuntimeError(
                 f"recalibrate() needs the statistics of batches, {name} is frozen: "
                 f"unfreeze() it first"
+            )
+        if not layer.training:
+            raise RuntimeError(
+                f"recalibrate() needs forwards in training mode, {name} is in evaluation mode: "
+                f"train() it first"
             )
         if layer._recorder is not None:
             raise RuntimeError(f"{name} is being recalibrated already")

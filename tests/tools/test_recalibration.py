@@ -155,6 +155,8 @@ def test_all_layers_or_none(rng):
         ([fastbn.GroupNorm(1, 3)], TypeError, "GroupNorm"),
         ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none: "),
         ([fastbn.BatchNorm2d(3).freeze()], RuntimeError, "argument 1 of 2, is frozen: unfreeze()"),
+        ([fastbn.BatchNorm2d(3).eval()], RuntimeError, "argument 1 of 2, is in evaluation mode: "),
+        ([fastbn.LazyBatchNorm2d().eval()], RuntimeError, "evaluation mode: train() it first"),
     ],
 )
 def test_what_cannot_be_recalibrated_is_refused(layers, error, words):
