@@ -92,14 +92,14 @@ def run(
     call: Call, tensors: tuple[Vector, ...], vectors: Vectors | None, fallbacks: Fallbacks
 ) -> torch.Tensor:
     """Let fastbn or torch normalize; the vectors are those of the tensors, if these are plain."""
-    residual = call.residual
-    if residual is not None and not is_beside(residual, call.x):
+    residual, reason = call.residual, unfit(call)
+    if not reason and vectors is None and eager.is_transformed():
+        reason = "forward AD, torch.func, a trace or a dispatch mode"
+    # Not before: a trace warns of shapes that are compared.
+    if not reason and residual is not None and not is_beside(residual, call.x):
         fallbacks.note("a residual of another shape or kind, which torch adds")
         alone = call._replace(activation=None, residual=None)
         return composed.finished(run(alone, tensors, vectors, fallbacks), call)
-    reason = unfit(call)
-    if not reason and vectors is None and eager.is_transformed():
-        reason = "forward AD, torch.func, a trace or a dispatch mode"
     if not reason:
         try:
             vectors = vectors or Vectors(*tensors)

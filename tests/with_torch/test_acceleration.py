@@ -530,12 +530,11 @@ def test_tools_that_know_torchs_classes_alone_take_a_restored_model(tool):
     torch.testing.assert_close(result(x), original(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_trace_of_a_fused_addition_warns_and_has_its_values():
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_a_fused_addition_has_its_values():
     model = accelerate(model_with(ADDED["left"]).eval())
     x = torch.randn(4, 3, 5, 5)
-    with pytest.warns(torch.jit.TracerWarning):
-        traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x + 1), model(x + 1), atol=1e-5, rtol=1e-5)
     assert "fastbn::" not in str(traced.inlined_graph)
 
