@@ -15,6 +15,7 @@ import fastbn
 pytestmark = pytest.mark.torch
 
 torch = pytest.importorskip("torch")
+of_tensors = pytest.importorskip("fastbn.torch.functional")
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 DTYPES = list(TOLERANCE)
@@ -208,16 +209,27 @@ def test_instance_norm_agrees(rng, shape, parameters, by_input):
         support.assert_close(mine, other.numpy(), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
-def test_the_functions_have_torchs_arguments_and_defaults(name):
-    ours, theirs = (
-        inspect.signature(getattr(functional, name)).parameters
-        for functional in (fastbn.functional, torch.nn.functional)
+def same_names(ours, theirs, but=()):
+    """The pairs of what is public in both modules under one name."""
+    names = [name for name in ours.__all__ if name not in but and hasattr(theirs, name)]
+    return {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+
+
+# torch's SyncBatchNorm takes a process_group in the midst of them, ours a communicator by name.
+NOT_ALIKE = "functional", "SyncBatchNorm"
+NAMESAKES = same_names(fastbn, torch.nn, NOT_ALIKE)
+NAMESAKES |= same_names(fastbn.functional, torch.nn.functional)
+NAMESAKES["of tensors"] = of_tensors.batch_norm, torch.nn.functional.batch_norm
+
+
+@pytest.mark.parametrize(("ours", "theirs"), NAMESAKES.values(), ids=NAMESAKES)
+def test_layers_and_functions_take_torchs_arguments_and_more_by_name(ours, theirs):
+    mine, others = (
+        [p.replace(annotation=p.empty) for p in inspect.signature(f).parameters.values()]
+        for f in (ours, theirs)
     )
-    assert list(ours)[: len(theirs)] == list(theirs)
-    for key, parameter in theirs.items():
-        assert ours[key].default == parameter.default
-        assert ours[key].kind == parameter.kind
+    assert mine[: len(others)] == others
+    assert {p.kind for p in mine[len(others) :]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_the_same_inputs_are_refused_with_the_same_message(rng):
