@@ -100,6 +100,8 @@ def _checked(layers: tuple[Any, ...]) -> dict[BatchNorm | InstanceNorm, str]:
     for i, layer in enumerate(layers):
         if not isinstance(layer, BatchNorm | InstanceNorm):
             hint = ": recalibrate(*layers)" if isinstance(layer, Iterable) else ""
+            if checks.is_array(layer):
+                hint = ": call the layers with it in the block"
             raise TypeError(
                 f"recalibrate() takes batch normalization layers, and instance normalization "
                 f"layers with running statistics, got {type(layer).__name__}{hint}"

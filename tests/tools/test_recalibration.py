@@ -151,6 +151,7 @@ def test_all_layers_or_none(rng):
         ([], ValueError, "at least one"),
         ([None], TypeError, "NoneType"),
         ([[fastbn.BatchNorm2d(3)]], TypeError, "got list: recalibrate(*layers)"),
+        ([np.ones((4, 3, 5, 2))], TypeError, "got ndarray: call the layers with it in the block"),
         ([fastbn.InstanceNorm2d(3)], RuntimeError, "argument 1 of 2, tracks none: "),
         ([fastbn.GroupNorm(1, 3)], TypeError, "GroupNorm"),
         ([fastbn.BatchNorm2d(3, track_running_stats=False)], RuntimeError, "tracks none: "),
