@@ -38,12 +38,17 @@ def as_num_groups(value: Any, channels: int) -> int:
     if groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {groups}")
     if channels % groups:
-        divisors = [d for d in range(1, min(groups, channels + 1)) if channels % d == 0]
         raise ValueError(
             f"the number of channels must be divisible by num_groups, got {channels} channels and "
-            f"num_groups={groups}; {divisors[-1]} would do"
+            f"num_groups={groups}; {groups_of(channels, groups)} would do"
         )
     return groups
+
+
+def groups_of(channels: int, most: int) -> int:
+    """The largest number of groups, at most a given one, into which channels can be divided."""
+    largest = min(most, channels) or most  # Any number divides no channels.
+    return next((groups for groups in range(largest, 1, -1) if channels % groups == 0), 1)
 
 
 def as_count(value: Any, name: str = "count") -> int:

@@ -197,4 +197,4 @@ class GroupNorm(Norm):
 
     def _other_layers(self, num_features: int) -> str:
         """Suggest a layer that takes another number of channels."""
-        return f"GroupNorm({self.num_groups}, {num_features})"
+        return f"GroupNorm({scalars.groups_of(num_features, self.num_groups)}, {num_features})"

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 import tracemalloc
 
 import numpy as np
@@ -205,7 +206,7 @@ def test_the_state_loads_and_copies_work(rng):
         assert same_bits(twin(x), norm(x))
         assert same_bits(twin.backward(x), norm.backward(x))
     assert copy.copy(norm).weight is norm.weight
-    with refused(RuntimeError, "GroupNorm(2, 5)", intact=[]):
+    with refused(RuntimeError, "GroupNorm(1, 5)", intact=[]):
         norm.load_state_dict({"weight": np.ones(5), "bias": np.ones(5)})
 
 
@@ -274,6 +275,16 @@ def test_num_groups_divides_the_channels(groups, exception, words):
         F.group_norm(np.ones((2, 6, 3)), groups)
 
 
+@pytest.mark.parametrize("channels", range(8))
+@pytest.mark.parametrize("groups", [1, 4, 6])
+def test_the_layer_that_is_suggested_takes_the_input(groups, channels):
+    x = np.arange(14.0 * channels).reshape(2, channels, 7)
+    with pytest.raises(ValueError, match="use GroupNorm") as caught:
+        norm_of(groups, 12)(x)
+    suggested = re.search(r"GroupNorm\((\d+), (\d+)\)", str(caught.value))
+    assert fastbn.GroupNorm(*map(int, suggested.groups()))(x).shape == x.shape
+
+
 @pytest.mark.parametrize(("value", "exception"), [(-1, ValueError), (6.0, TypeError)])
 def test_num_channels_is_a_non_negative_int(value, exception):
     with refused(exception, "num_channels"):
@@ -284,7 +295,7 @@ def test_num_channels_is_a_non_negative_int(value, exception):
     ("shape", "words"),
     [
         ((6,), ["(N, C, ...)"]),
-        ((2, 4, 5), ["4 channels", "GroupNorm(6, 4)"]),
+        ((2, 4, 5), ["4 channels", "GroupNorm(4, 4)"]),
         ((2, 5, 6), ["5 channels", "moveaxis"]),
         ((1, 6), ["more than 1 value", "(1, 6)"]),
         ((1, 6, 1, 1), ["more than 1 value"]),
