@@ -133,8 +133,9 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
         init_job_of_batches(&job, x, saved.batch_size, saved.batch_size == 1)
         differentiate(&job, dy, &weights, &means, &invstds, &gate, out, channels, doubles,
                       doubles + size)
-    add_batches(doubles, channels, batches)
-    add_batches(doubles + size, channels, batches)
+    if saved.num_groups > 0 or saved.batch_size > 0:
+        add_batches(doubles, channels, batches)
+        add_batches(doubles + size, channels, batches)
     return 0
 
 
@@ -196,8 +197,10 @@ cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward sa
 
 
 cdef void add_batches(double *values, Py_ssize_t channels, Py_ssize_t batches) noexcept nogil:
-    """Add the values of all other batches to those of the first one."""
+    """Replace the values of the first batch by the sums over all batches, as NumPy adds them."""
     cdef Py_ssize_t b, c
+    for c in range(channels):
+        values[c] += 0.0  # -0 becomes 0
     for b in range(1, batches):
         for c in range(channels):
             values[c] += values[b * channels + c]

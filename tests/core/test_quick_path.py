@@ -351,6 +351,17 @@ def test_sizes_of_ghost_batches_that_were_set_later(rng, both_paths, size):
     both_paths(lambda layer, x: [layer(x), layer.backward(x)], layer, some(rng, (7, 6, 5, 8)))
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@by_sample
+def test_sums_of_negative_zeros(rng, both_paths, family, samples):
+    x = some(rng, (samples, 6, 5, 8))
+    both_paths(
+        lambda layer, x: [layer(x), layer.backward(np.full_like(x, -0.0))],
+        layer_of(6, family=family),
+        x,
+    )
+
+
 def test_a_single_sample_beside_a_batch(rng, both_paths):
     def step(layer, x):
         layer(x[0].copy())
