@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cases import each
 from internals import CHECKS, core
 from support import (
     LAYER_ARRAYS,
@@ -98,8 +99,8 @@ def saved_by(layer):
     return arrays, saved.in_place, saved.frozen, batches, follows
 
 
-@pytest.mark.parametrize("x_layout", [contiguous, channels_last])
-@pytest.mark.parametrize("where", range(3))
+@each("x_layout", [contiguous, channels_last])
+@each("where", range(3))
 def test_evaluation_of_instance_normalization(rng, both_paths, x_layout, where):
     layer = fastbn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     layer(some(rng, (4, 3, 5, 7)))
@@ -112,8 +113,8 @@ def test_evaluation_of_instance_normalization(rng, both_paths, x_layout, where):
 
 
 @pytest.mark.parametrize("shape", [(4, 105, 1, 1), (1, 12, 5, 7), (2, 3, 10, 7)])
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@each("affine", [False, True])
+@each("in_place", [False, True])
 def test_a_backward_of_an_array_that_was_given_another_shape(
     rng, both_paths, in_place, affine, shape
 ):
@@ -151,10 +152,10 @@ def outputs(x):
     yield x
 
 
-@pytest.mark.parametrize("where", range(3))
-@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+@each("where", range(3))
+@each("mode", ["train", "eval", "freeze"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@each("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_of_a_layer(rng, both_paths, shape, layout, options, mode, where):
     if "track_running_stats" in options and mode == "freeze":
@@ -204,9 +205,9 @@ BY_SAMPLE = {
 by_sample = pytest.mark.parametrize("family", BY_SAMPLE.values(), ids=BY_SAMPLE)
 
 
-@pytest.mark.parametrize("where", range(3))
-@pytest.mark.parametrize(
-    ("shape", "layout"),
+@each("where", range(3))
+@each(
+    "shape, layout",
     [
         ((7, 6, 5, 8), contiguous),
         ((7, 6, 5, 8), channels_last),
@@ -240,7 +241,7 @@ def test_a_step_by_sample_of_any_dtype(rng, both_paths, family):
         both_paths(step, layer_of(6, family=family, dtype=np.float64), x, dy)
 
 
-@pytest.mark.parametrize("number", range(3))
+@each("number", range(3))
 @by_sample
 def test_parameters_that_a_step_by_sample_cannot_recover_with(rng, both_paths, family, number):
     def step(layer, x, dy):
@@ -254,8 +255,8 @@ def test_parameters_that_a_step_by_sample_cannot_recover_with(rng, both_paths, f
         both_paths(step, layer, x, dy)
 
 
-@pytest.mark.parametrize("where", ["none", "x", "residual"])
-@pytest.mark.parametrize("options", [*ACTIVATIONS[:4], {}], ids=str)
+@each("where", ["none", "x", "residual"])
+@each("options", [*ACTIVATIONS[:4], {}])
 @by_sample
 def test_a_step_by_sample_with_an_activation(rng, both_paths, family, options, where):
     def step(layer, x, dy, residual, added):
@@ -288,8 +289,8 @@ def test_unusual_steps_by_sample_do_and_say_the_same(rng, both_paths, family):
     both_paths(step, layer_of(6, family=family), single[:1], single[:1])
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("unbiased", [False, True])
+@each("momentum", [0.1, None])
+@each("unbiased", [False, True])
 def test_running_statistics_of_ghost_batches(rng, both_paths, momentum, unbiased):
     layer = layer_of(6, family=ghosts_of(3), momentum=momentum, unbiased=unbiased)
     x = some(rng, (7, 6, 5, 8))
@@ -299,8 +300,8 @@ def test_running_statistics_of_ghost_batches(rng, both_paths, momentum, unbiased
         both_paths(lambda layer, x: [layer(x)], layer, x)
 
 
-@pytest.mark.parametrize("where", range(3))
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@each("where", range(3))
+@each("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("options", [*ACTIVATIONS[:4], {}], ids=str)
 def test_functions_by_sample(rng, both_paths, options, layout, where):
     def call(x, residual, weight, bias):
@@ -351,7 +352,7 @@ def test_sizes_of_ghost_batches_that_were_set_later(rng, both_paths, size):
     both_paths(lambda layer, x: [layer(x), layer.backward(x)], layer, some(rng, (7, 6, 5, 8)))
 
 
-@pytest.mark.parametrize("samples", [1, 3])
+@each("samples", [1, 3])
 @by_sample
 def test_sums_of_negative_zeros(rng, both_paths, family, samples):
     x = some(rng, (samples, 6, 5, 8))
@@ -370,7 +371,7 @@ def test_a_single_sample_beside_a_batch(rng, both_paths):
     both_paths(step, layer_of(6, family=instances), some(rng, (7, 6, 5, 8)))
 
 
-@pytest.mark.parametrize("layout", [*WRITEABLE_LAYOUTS, read_only, byte_swapped])
+@each("layout", [*WRITEABLE_LAYOUTS, read_only, byte_swapped])
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_any_dtype_and_layout(rng, both_paths, x_dtype, layout):
     x, dy = (some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(2))
@@ -383,8 +384,8 @@ def test_any_dtype_and_layout(rng, both_paths, x_dtype, layout):
 
 
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.9, 4.0, 4.1, 15.9, 16.0, 16.1, np.nan, np.inf])
-@pytest.mark.parametrize("size", [1e-300, 1e-40, 1e-5, 1.0, 1e4, 1e38, 1e300])
+@each("ratio", [0.0, 1.0, 3.9, 4.0, 4.1, 15.9, 16.0, 16.1, np.nan, np.inf])
+@each("size", [1e-300, 1e-40, 1e-5, 1.0, 1e4, 1e38, 1e300])
 def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ratio, size):
     bn = layer_of(3, dtype=np.float64)
     bn.weight[1], bn.bias[1] = size, size * ratio
@@ -393,11 +394,11 @@ def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ra
         both_paths(lambda bn, x, dy: (bn(x, out=x), bn.backward(dy, out=dy)), bn, x, dy)
 
 
-@pytest.mark.parametrize("where", ["none", "new", "x", "residual"])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+@each("where", ["none", "new", "x", "residual"])
+@each("added", [False, True])
+@each("mode", ["train", "eval", "freeze"])
 @pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@each("layout", [contiguous, channels_last])
 def test_a_step_of_a_layer_with_an_activation(rng, both_paths, layout, options, mode, added, where):
     x, dy, residual = (layout(some(rng, (4, 3, 5, 7))) for _ in range(3))
     if not added and where == "residual":
@@ -414,10 +415,10 @@ def test_a_step_of_a_layer_with_an_activation(rng, both_paths, layout, options, 
     both_paths(step, layer_of(3, mode, **options), x, dy, residual)
 
 
-@pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
+@each("options", ACTIVATIONS)
 @pytest.mark.parametrize("x_dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@each("added", [False, True])
+@each("in_place", [False, True])
 def test_functions_with_an_activation(rng, both_paths, options, x_dtype, added, in_place):
     arrays = [some(rng, (4, 3, 5, 7), dtype_of(x_dtype)) for _ in range(3)]
 
@@ -504,7 +505,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@each("mode", ["train", "eval"])
 def test_unusual_calls_do_and_say_the_same(rng, both_paths, mode, name):
     bn, x = layer_of(3, mode), some(rng, (4, 3, 5, 7))
 
@@ -534,9 +535,9 @@ UNUSUAL_BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 @pytest.mark.parametrize("name", UNUSUAL_BACKWARDS)
-@pytest.mark.parametrize("activation", [None, "relu"])
+@each("activation", [None, "relu"])
 def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place, activation):
     bn = layer_of(3, activation=activation)
     x, dy = some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7))
@@ -549,7 +550,7 @@ def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place, 
     both_paths(call, bn, x, dy)
 
 
-@pytest.mark.parametrize("offset", range(-4, 5))
+@each("offset", range(-4, 5))
 def test_a_bias_beside_and_in_the_output(rng, both_paths, offset):
     x = some(rng, (4, 3, 3, 3))
 
@@ -561,7 +562,7 @@ def test_a_bias_beside_and_in_the_output(rng, both_paths, offset):
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize(("training", "out"), list(itertools.product([False, True], range(3))))
+@each("training, out", list(itertools.product([False, True], range(3))))
 def test_functions(rng, both_paths, layout, training, out):
     x, dy = layout(some(rng, (4, 3, 5, 7))), layout(some(rng, (4, 3, 5, 7)))
     running = np.zeros(3, np.float32), np.ones(3, np.float32)

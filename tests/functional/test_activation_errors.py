@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import support
+from cases import each, in_pairs
 from internals import core
 from support import dtype_of, failures_without_a_trace, refused, some
 
@@ -58,8 +59,8 @@ FUNCTIONS = FORWARDS | {
         x, x, None, *STATISTICS, bias=None, **options
     )
 }
-forwards = pytest.mark.parametrize("call", FORWARDS.values(), ids=FORWARDS)
-functions = pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
+forwards = each("call", FORWARDS)
+functions = each("call", FUNCTIONS)
 
 
 # Options.
@@ -80,7 +81,7 @@ BAD_OPTIONS = [
     ({"negative_slope": None}, TypeError, "negative_slope must be a real number, got NoneType"),
     ({"negative_slope": [0.1]}, TypeError, "negative_slope must be a real number, got list"),
 ]
-bad_options = pytest.mark.parametrize(("options", "exception", "message"), BAD_OPTIONS, ids=str)
+bad_options = each("options, exception, message", BAD_OPTIONS)
 
 
 @bad_options
@@ -114,7 +115,7 @@ def beyond_float32(x_dtype, slope):
 
 
 @pytest.mark.parametrize("x_dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("slope", [1e39, -1e39])
+@each("slope", [1e39, -1e39])
 @functions
 def test_a_slope_beyond_the_arithmetic_of_the_input(rng, call, x_dtype, slope):
     x = some(rng, SHAPE, dtype_of(x_dtype))
@@ -137,7 +138,7 @@ def test_a_layer_refuses_a_slope_beyond_the_arithmetic_of_its_input(arrays, make
             layer(x, out=x, residual=added)
 
 
-@pytest.mark.parametrize("slope", [np.float32(0.25), np.float64(0.25), 1, np.int64(1), -0.5, 0.0])
+@each("slope", [np.float32(0.25), np.float64(0.25), 1, np.int64(1), -0.5, 0.0])
 def test_any_real_number_serves_as_a_slope(arrays, make, slope):
     layer = make(4, activation="leaky_relu", negative_slope=slope)
     assert type(layer.negative_slope) is float
@@ -168,9 +169,7 @@ BAD_RESIDUALS = {
     "masked": (np.ma.asarray, TypeError, ["residual", "mask"]),
     "string": (lambda x: "x", TypeError, ["residual", "str"]),
 }
-bad_residuals = pytest.mark.parametrize(
-    ("bad", "exception", "names"), BAD_RESIDUALS.values(), ids=BAD_RESIDUALS
-)
+bad_residuals = each("bad, exception, names", BAD_RESIDUALS)
 
 
 @bad_residuals
@@ -182,7 +181,7 @@ def test_a_function_refuses_a_bad_residual(arrays, call, bad, exception, names):
 
 
 @bad_residuals
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@each("mode", ["train", "eval"])
 def test_a_layer_refuses_a_bad_residual(arrays, make, mode, bad, exception, names):
     x, _, _ = arrays
     layer = make(4)
@@ -192,7 +191,7 @@ def test_a_layer_refuses_a_bad_residual(arrays, make, mode, bad, exception, name
         getattr(layer, mode)()(x, residual=bad(x), out=x)
 
 
-@pytest.mark.parametrize("elements", [1, 30, 120])
+@each("elements", [1, 30, 120])
 @forwards
 def test_an_out_that_overlaps_the_residual_in_part_is_refused(arrays, call, elements):
     residual, out = overlapping(arrays[2], elements)
@@ -216,7 +215,7 @@ BAD_OUTS = {
         ["residual_out must have elements of its own"],
     ),
 }
-bad_outs = pytest.mark.parametrize(("bad", "exception", "names"), BAD_OUTS.values(), ids=BAD_OUTS)
+bad_outs = each("bad, exception, names", BAD_OUTS)
 
 
 def after_a_forward(make, arrays, in_place=False, **options):
@@ -331,14 +330,14 @@ PLACES = [(False, "out"), (True, "out"), (True, "residual_out")]
 LAYOUTS = [support.contiguous, support.channels_last, support.sliced]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("added", "place"), PLACES)
-@pytest.mark.parametrize("in_place", [False, True])
+STEPS = in_pairs(LAYOUTS, ACTIVATIONS, [False, True], PLACES, [False, True])
+
+
+@each("layout, activation, masked, added_and_place, in_place", STEPS)
 def test_no_memory_in_a_step_of_a_layer(
-    rng, make, layout, activation, masked, added, place, in_place
+    rng, make, layout, activation, masked, added_and_place, in_place
 ):
+    added, place = added_and_place
     layer = make(4, activation=activation)
     layer.eval()(some(rng, SHAPE))  # A lazy layer has its arrays from now on.
     layer.train()
@@ -349,11 +348,11 @@ def test_no_memory_in_a_step_of_a_layer(
     failures_without_a_trace(lambda: layer.backward(dy, **{place: dy}), layer, x, dy)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tells", ["bias", "y"])
-@pytest.mark.parametrize("place", ["out", "residual_out"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [None, 2])
+@each("layout", LAYOUTS)
+@each("tells", ["bias", "y"])
+@each("place", ["out", "residual_out"])
+@each("masked", [False, True])
+@each("size", [None, 2])
 def test_no_memory_in_a_backward_of_a_function(rng, layout, tells, place, masked, size):
     x, dy, residual = (layout(some(rng, SHAPE)) for _ in range(3))
     parts = {"mask": np.ones((4, 1, 6, 5), bool) if masked else None, "ghost_batch_size": size}
@@ -388,8 +387,8 @@ def interrupted(monkeypatch, kernel, call, *things):
     return False
 
 
-@pytest.mark.parametrize(("added", "place"), PLACES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@each("added, place", PLACES)
+@each("kernel", KERNELS)
 def test_an_interrupted_step_of_a_layer_changes_nothing(
     arrays, make, monkeypatch, added, place, kernel
 ):

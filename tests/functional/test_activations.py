@@ -8,6 +8,7 @@ import pytest
 import reference
 import support
 from activated import ACTIVATIONS
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import same_bits, some, some_mask
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.isa
 
 by_activation = pytest.mark.parametrize(("activation", "slope"), ACTIVATIONS[1:], ids=str)
 LAYOUTS = [support.contiguous, support.channels_last, support.sliced, support.byte_swapped]
-by_layout = pytest.mark.parametrize("layout", LAYOUTS)
+by_layout = each("layout", LAYOUTS)
 
 
 def options_of(case):
@@ -104,8 +105,8 @@ def forwards(x, weight, bias, mask, **options):
 
 @by_activation
 @by_layout
-@pytest.mark.parametrize("shape", [(4, 6, 5, 7), (2, 66, 3, 2)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@each("shape", [(4, 6, 5, 7), (2, 66, 3, 2)])
+@each("masked", [False, True])
 def test_the_bits_are_those_of_separate_steps(rng, dtype, activation, slope, layout, shape, masked):
     if dtype.name == "bfloat16" and layout is support.byte_swapped:
         pytest.skip("bfloat16 has one byte order")
@@ -177,10 +178,13 @@ def test_threads_and_places_change_no_bit(
         mask[:, :, 0, 0] = True
     arguments = *support.parameters(shape[1]), mask
     options = path | {"activation": activation, "negative_slope": slope}
-    for added in (None, residual):
+    for added, ways in (
+        (None, [(1, True), (2, False), (5, True)]),
+        (residual, [(1, True), (2, True), (5, False)]),
+    ):
         set_num_threads(1)
         expected = step(x, dy, added, *arguments, False, **options)
-        for threads, in_place in itertools.product([1, 2, 5], [False, True]):
+        for threads, in_place in ways:
             set_num_threads(threads)
             results = step(x, dy, added, *arguments, in_place, **options)
             assert all(map(same_bits, results, expected)), (threads, in_place)
@@ -221,8 +225,8 @@ def at_kinks(dtype, count=70):
 
 
 @by_activation
-@pytest.mark.parametrize("tells", ["x", "residual", "y"])
-@pytest.mark.parametrize("zero", [0.0, -0.0])
+@each("tells", ["x", "residual", "y"])
+@each("zero", [0.0, -0.0])
 def test_the_derivative_at_a_kink_is_that_of_the_flat_side(dtype, activation, slope, tells, zero):
     if tells == "y" and slope < 0:
         pytest.skip("y does not tell")
@@ -236,7 +240,7 @@ def test_the_derivative_at_a_kink_is_that_of_the_flat_side(dtype, activation, sl
         assert same_bits(y, applied(shifted, activation, slope).astype(dtype))
     exact = reference.derivative(z, activation, slope)
     # Of one value after the other, so that the sum of the gradients is that of one.
-    for i in range(len(z)):
+    for i in range(0, len(z), 3):  # all values, which are repeated in a period of 13 or 17
         dy = np.zeros_like(z)
         dy[i] = 2
         told = {"x": {}, "residual": {"residual": nothing}, "y": {"y": y}}[tells]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import support
+from cases import each
 from internals import CORE, core
 from support import (
     failing_allocation,
@@ -70,18 +71,18 @@ BACKWARDS = {
 # Memory that is not to be had.
 
 
-@pytest.mark.parametrize("make", LAYOUTS)
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("mode", ["train", "freeze", "eval"])
+@each("make", LAYOUTS)
+@each("in_place", [False, True])
+@each("mode", ["train", "freeze", "eval"])
 def test_no_memory_in_a_forward(rng, mode, in_place, make):
     bn, x = layer(rng, mode), make(some(rng, SHAPE))
     out = x if in_place and x.dtype.isnative else None
     failures_without_a_trace(lambda: bn(x, out=out), bn, x)
 
 
-@pytest.mark.parametrize("make", LAYOUTS)
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("mode", ["train", "freeze"])
+@each("make", LAYOUTS)
+@each("in_place", [False, True])
+@each("mode", ["train", "freeze"])
 def test_no_memory_in_a_backward(rng, mode, in_place, make, dtype):
     bn, x, dy = layer(rng, mode), some(rng, SHAPE, dtype), make(some(rng, SHAPE, dtype))
     in_place = in_place and dy.dtype.isnative
@@ -360,7 +361,7 @@ OUT_CASES = [(call, names, name) for call, names in OUT.values() for name in nam
 OUT_IDS = [f"{call}: {name}" for call, (_, names) in OUT.items() for name in names]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@each("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("call", "names", "name"), OUT_CASES, ids=OUT_IDS)
 def test_an_out_that_overlaps_a_vector_is_refused(rng, call, names, name, dtype):
     x, buffer = some(rng, (4, 3)), some(rng, 40)
@@ -403,8 +404,8 @@ def test_an_out_that_overlaps_itself_is_refused(rng, shape, strides):
         F.batch_norm_forward(x, out=out)
 
 
-@pytest.mark.parametrize("make", support.WRITEABLE_LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 1, 5), (2, 0, 3, 4), (1, 1)], ids=str)
+@each("make", support.WRITEABLE_LAYOUTS)
+@each("shape", [(2, 3, 4, 5), (1, 3, 1, 5), (2, 0, 3, 4), (1, 1)])
 def test_an_out_of_any_strides_that_has_elements_of_its_own_is_taken(rng, make, shape):
     x = some(rng, shape)
     out = make(np.empty_like(x))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from support import parameters, same_bits, some
 
 import fastbn
@@ -40,7 +41,7 @@ def layer(channels, dtype=np.float32):
     return bn
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_gradients_match_the_reference(rng, dtype, shape):
     x, dy = some(rng, shape, dtype), some(rng, shape, dtype)
     weight, _ = parameters(shape[1])
@@ -48,10 +49,10 @@ def test_gradients_match_the_reference(rng, dtype, shape):
     check_gradients(*F.batch_norm_backward(dy, x, weight, mean, invstd), dy, x, weight)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
-@pytest.mark.parametrize("place", ["new", "x", "dy"])
-@pytest.mark.parametrize("masked", [False, True])
+@each("activation", [None, "relu", "relu6", "leaky_relu"])
+@each("layout", [support.contiguous, support.channels_last])
+@each("place", ["new", "x", "dy"])
+@each("masked", [False, True])
 def test_gradients_of_values_near_the_largest_are_right_and_finite(
     rng, activation, layout, place, masked
 ):
@@ -127,8 +128,8 @@ def test_gradients_match_finite_differences(rng, shape, freeze):
         support.assert_within(a, b, 1e-8)
 
 
-@pytest.mark.parametrize("dy_layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
-@pytest.mark.parametrize("x_layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
+@each("dy_layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
+@each("x_layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
 def test_any_memory_layouts_go_together(rng, x_layout, dy_layout):
     x, dy = x_layout(some(rng, (3, 4, 6, 5))), dy_layout(some(rng, (3, 4, 6, 5)))
     bn = layer(4)
@@ -173,9 +174,9 @@ def test_dy_of_another_float_dtype_is_converted(rng, dtype, dy_dtype):
     check_gradients(bn.backward(dy), bn.weight_grad, bn.bias_grad, dy, x, bn.weight)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("target", ["dy", "view of dy", "x", "new"])
-@pytest.mark.parametrize("layout", support.WRITEABLE_LAYOUTS)
+@each("freeze", [False, True])
+@each("target", ["dy", "view of dy", "x", "new"])
+@each("layout", support.WRITEABLE_LAYOUTS)
 def test_dx_written_to_out_has_the_bits_of_a_new_dx(rng, dtype, layout, target, freeze):
     x, dy = (layout(some(rng, (3, 4, 6, 5), dtype)) for _ in range(2))
     bn = layer(4)
@@ -209,9 +210,9 @@ def awkward_parameters(dtype):
     return np.array(weight, np.float32), np.array(bias, np.float32)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("correlated", [False, True])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+@each("freeze", [False, True])
+@each("correlated", [False, True])
+@each("layout", [support.contiguous, support.channels_last, support.sliced])
 def test_in_place_training_recovers_the_gradients(rng, dtype, layout, correlated, freeze):
     weight, bias = awkward_parameters(dtype)
     x = layout(some(rng, (4, len(weight), 9, 8), dtype))
@@ -243,8 +244,8 @@ def test_in_place_training_recovers_the_gradients(rng, dtype, layout, correlated
     support.assert_within(in_place.bias_grad, apart.bias_grad, 1e-6 * np.abs(apart.bias_grad))
 
 
-@pytest.mark.parametrize("ratio", [1.0, 4.0, 15.9, 16.1])
-@pytest.mark.parametrize("weight", [2.0, -0.5, 1e-6, 1e-40])
+@each("ratio", [1.0, 4.0, 15.9, 16.1])
+@each("weight", [2.0, -0.5, 1e-6, 1e-40])
 def test_in_place_training_recovers_the_gradients_for_the_worst_dy(rng, dtype, weight, ratio):
     x = some(rng, (4, 1, 19, 18), dtype, mean=0.0, std=1.0)
     _, mean, var = reference.moments(x)

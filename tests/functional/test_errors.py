@@ -8,6 +8,7 @@ import internals
 import numpy as np
 import pytest
 import support
+from cases import each
 from support import parameters, refused, some
 
 import fastbn
@@ -213,7 +214,7 @@ MODES = ["train", "eval", "freeze"]
 
 
 @pytest.mark.parametrize("value", NOT_FLOATING.values(), ids=NOT_FLOATING)
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_an_input_that_is_not_floating_is_refused(bn, value, mode):
     getattr(bn, mode)()
     with refused(TypeError, intact=[bn]):
@@ -396,8 +397,8 @@ def test_an_out_that_overlaps_dy_or_the_input_is_refused(bn, call, overlaps_dy, 
 # The backward of a layer. A refused call leaves what was remembered usable.
 
 
-@pytest.mark.parametrize("mode", ["train", "freeze"])
-@pytest.mark.parametrize("in_place", [True, False])
+@each("mode", ["train", "freeze"])
+@each("in_place", [True, False])
 @pytest.mark.parametrize(
     ("make", "exception", "names"),
     [
@@ -520,7 +521,7 @@ BAD_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@each("name", PARAMETERS)
 @norms
 @pytest.mark.parametrize(
     ("value", "exception", "names"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS
@@ -532,7 +533,7 @@ def test_a_bad_parameter_is_refused(x, name, norm, value, exception, names):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 @pytest.mark.parametrize(
     ("value", "exception", "names"), BAD_PARAMETERS.values(), ids=BAD_PARAMETERS
 )
@@ -636,7 +637,7 @@ def test_a_function_refuses_an_input_without_channels(call, shape):
 
 
 @pytest.mark.parametrize("call", PAIRED.values(), ids=PAIRED)
-@pytest.mark.parametrize("which", ["dy", "x"])
+@each("which", ["dy", "x"])
 @pytest.mark.parametrize("value", NOT_FLOATING.values(), ids=NOT_FLOATING)
 def test_a_function_of_two_refuses_what_is_not_floating(x, call, which, value):
     with refused(TypeError):

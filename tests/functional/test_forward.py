@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from support import parameters, same_bits, some
 
 import fastbn
@@ -28,7 +29,7 @@ def check_training(x, y, weight=None, bias=None, eps=1e-5):
     support.assert_within(y, exact, bound)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_training_forward_normalizes_with_the_statistics_of_the_batch(rng, dtype, shape):
     x = some(rng, shape, dtype)
     weight, bias = parameters(shape[1])
@@ -48,7 +49,7 @@ def test_training_forward_of_values_near_the_largest_is_right_and_finite(rng, la
     assert same_bits(y[:, 1::2], usual)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_eval_forward_normalizes_with_the_running_statistics(rng, dtype, shape):
     x = some(rng, shape, dtype)
     weight, bias = parameters(shape[1])
@@ -111,8 +112,8 @@ def test_weight_and_bias_may_differ_in_dtype(rng, dtype):
     check_training(x, F.batch_norm(x, None, None, weight, bias, training=True), weight, bias)
 
 
-@pytest.mark.parametrize("layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
-@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (4, 3), (2, 3, 7)], ids=str)
+@each("layout", [*support.WRITEABLE_LAYOUTS, support.read_only])
+@each("shape", [(3, 4, 6, 5), (4, 3), (2, 3, 7)])
 def test_any_memory_layout_is_normalized(rng, dtype, layout, shape):
     x = layout(some(rng, shape, dtype))
     kept = x.copy()
@@ -134,8 +135,8 @@ def test_a_broadcast_input_is_normalized(rng, dtype):
     check_training(x, F.batch_norm(x, None, None, training=True))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(3, 4, 6, 5), (4, 3, 2, 2), (2, 17, 3, 3)], ids=str)
+@each("training", [True, False])
+@each("shape", [(3, 4, 6, 5), (4, 3, 2, 2), (2, 17, 3, 3)])
 def test_a_channels_last_input_gives_a_channels_last_output(rng, dtype, shape, training):
     x = support.channels_last(some(rng, shape, dtype))
     bn = fastbn.BatchNorm2d(shape[1]).train(training)
@@ -150,10 +151,8 @@ def test_channels_last_equals_nchw(rng, dtype, shape):
     check_training(x, y, weight, bias)
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 4, 6, 5), (2, 70, 7, 7), (1, 1, 1, 2), (2, 3, 33, 31)], ids=str
-)
-@pytest.mark.parametrize("layout", support.WRITEABLE_LAYOUTS)
+@each("shape", [(3, 4, 6, 5), (2, 70, 7, 7), (1, 1, 1, 2), (2, 3, 33, 31)])
+@each("layout", support.WRITEABLE_LAYOUTS)
 def test_in_place_gives_the_bits_of_out_of_place(rng, dtype, layout, shape):
     x = layout(some(rng, shape, dtype))
     weight, bias = parameters(shape[1])
@@ -195,8 +194,8 @@ def test_writing_in_place_leaves_the_memory_between_the_elements_alone(rng):
     assert same_bits(buffer[around], kept[around])
 
 
-@pytest.mark.parametrize("out_layout", support.WRITEABLE_LAYOUTS)
-@pytest.mark.parametrize("x_layout", [support.contiguous, support.channels_last, support.sliced])
+@each("out_layout", support.WRITEABLE_LAYOUTS)
+@each("x_layout", [support.contiguous, support.channels_last, support.sliced])
 def test_out_may_have_any_memory_layout(rng, dtype, x_layout, out_layout):
     x = x_layout(some(rng, (3, 4, 6, 5), dtype))
     out = out_layout(np.zeros(x.shape, dtype))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from support import parameters, same_bits, some
 
 import fastbn
@@ -34,8 +35,8 @@ def test_torchs_functions_have_its_signatures_and_more_by_keyword():
             assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("shape", SHAPES)
+@each("layout", LAYOUTS)
 def test_the_primitives_compose_to_the_fused_forward(rng, dtype, layout, shape):
     x = layout(some(rng, shape, dtype))
     weight, bias = parameters(shape[1])
@@ -49,9 +50,9 @@ def test_the_primitives_compose_to_the_fused_forward(rng, dtype, layout, shape):
     assert same_bits(fused_y, F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("has_weight", [True, False])
+@each("shape", SHAPES)
+@each("layout", LAYOUTS)
+@each("has_weight", [True, False])
 def test_the_primitives_compose_to_the_fused_backward(rng, dtype, layout, shape, has_weight):
     x, dy = (layout(some(rng, shape, dtype)) for _ in range(2))
     weight = parameters(shape[1])[0] if has_weight else None
@@ -242,9 +243,9 @@ def test_integer_like_floats_of_python_serve_as_momentum_and_eps(rng):
 INSTANCES = [(3, 2, 5), (3, 4, 6, 5), (2, 33, 7, 7), (2, 3, 2, 3, 4), (2, 1, 300, 300)]
 
 
-@pytest.mark.parametrize("shape", INSTANCES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("in_place", [False, True])
+@each("shape", INSTANCES)
+@each("layout", LAYOUTS)
+@each("in_place", [False, True])
 def test_instance_norm_normalizes_each_sample_by_itself(rng, dtype, layout, shape, in_place):
     x, (weight, bias) = layout(some(rng, shape, dtype)), parameters(shape[1])
     samples = np.split(x.copy(), len(x))
@@ -254,8 +255,8 @@ def test_instance_norm_normalizes_each_sample_by_itself(rng, dtype, layout, shap
     support.assert_within(y, exact, reference.forward_bound(exact, dtype, weight, bias))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("momentum", [0.1, 1.0, 0])
+@each("layout", LAYOUTS)
+@each("momentum", [0.1, 1.0, 0])
 def test_instance_norm_moves_the_running_statistics_to_the_mean_of_the_samples(
     rng, dtype, layout, momentum
 ):

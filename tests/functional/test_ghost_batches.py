@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import support
+from cases import each
 from support import (
     LAYER_ARRAYS,
     THREADS,
@@ -21,7 +22,7 @@ from fastbn import functional as F
 pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
 
 SHAPES = [(12, 3), (12, 3, 5), (12, 40, 5, 7), (12, 3, 40, 41), (12, 70, 3, 2), (13, 2, 9, 9)]
-BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
+BOTH = each("layout", [contiguous, channels_last])
 LAYERS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 
 
@@ -41,8 +42,8 @@ def parts(size, *arrays):
 
 
 @BOTH
-@pytest.mark.parametrize("size", [2, 4, 5, 12, 20])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("size", [2, 4, 5, 12, 20])
+@each("shape", SHAPES)
 def test_a_step_has_the_bits_of_calls_on_one_part_after_the_other(rng, dtype, shape, size, layout):
     if shape[0] % size == 1 and len(shape) == 2:
         shape = (shape[0] + 1, shape[1])  # a last batch of a single value is an error

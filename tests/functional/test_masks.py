@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from support import (
     THREADS,
     WRITEABLE_LAYOUTS,
@@ -43,13 +44,13 @@ SHAPES = [
     (700, 6, 2),
     (2, 3, 2, 3, 4),
 ]
-BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
+BOTH = each("layout", [contiguous, channels_last])
 LAYERS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 INSTANCES = {3: fastbn.InstanceNorm1d, 4: fastbn.InstanceNorm2d}
 
 
 @BOTH
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_statistics_are_those_of_what_counts(rng, dtype, shape, layout):
     x, mask = layout(some(rng, shape, dtype, mean=30)), some_mask(rng, shape)
     count, mean, m2 = F.batch_norm_stats(spoilt(x, mask), mask)
@@ -60,8 +61,8 @@ def test_statistics_are_those_of_what_counts(rng, dtype, shape, layout):
 
 
 @BOTH
-@pytest.mark.parametrize("garbage", [np.nan, 1e30])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("garbage", [np.nan, 1e30])
+@each("shape", SHAPES)
 def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(rng, shape, layout, garbage):
     x, mask = layout(some(rng, shape, mean=1e6, std=1)), some_mask(rng, shape)
     mask[0].flat[0] = mask[-1].flat[0] = False
@@ -70,8 +71,8 @@ def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(rng, shape, la
 
 
 @BOTH
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("in_place", [False, True])
+@each("shape", SHAPES)
 def test_a_training_step_is_that_of_what_counts(rng, dtype, shape, layout, in_place):
     x, dy = layout(some(rng, shape, dtype)), layout(some(rng, shape, dtype, mean=0))
     mask, (weight, bias) = some_mask(rng, shape), parameters(shape[1])
@@ -100,7 +101,7 @@ def test_a_training_step_is_that_of_what_counts(rng, dtype, shape, layout, in_pl
 
 
 @BOTH
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_the_primitives_compose_to_the_fused_functions(rng, dtype, shape, layout):
     x, dy = layout(some(rng, shape, dtype)), layout(some(rng, shape, dtype))
     mask, (weight, bias) = some_mask(rng, shape), parameters(shape[1])
@@ -135,7 +136,7 @@ def test_a_mask_broadcasts(rng, shape):
 
 
 @BOTH
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_a_mask_of_nothing_but_true_changes_no_bit(rng, dtype, shape, layout):
     x, dy = layout(some(rng, shape, dtype)), layout(some(rng, shape, dtype))
     for mask in (None, np.ones((shape[0], *[1] * (len(shape) - 1)), bool)):
@@ -172,9 +173,9 @@ def trained(layer, x, dy, mask=None, in_place=False):
     return y, dx, layer
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 9), (4, 3, 5, 6)], ids=str)
+@each("in_place", [False, True])
+@each("freeze", [False, True])
+@each("shape", [(6, 3), (4, 3, 9), (4, 3, 5, 6)])
 def test_a_layer_trains_as_on_what_counts(rng, shape, freeze, in_place):
     x, dy, mask = some(rng, shape), some(rng, shape), some_mask(rng, shape)
     layer, other = LAYERS[len(shape)](3), fastbn.BatchNorm1d(3)
@@ -342,7 +343,7 @@ def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
     assert moved["without masks"] > 0.1
 
 
-@pytest.mark.parametrize("run", range(1, 18))
+@each("run", range(1, 18))
 def test_every_run_and_number_of_channels_has_its_own_part_of_the_mask(rng, run):
     for channels in (*range(1, 20), 31, 40, 57, 170):
         shape = (9, channels, run)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from internals import core
 from support import same_bits, some
 
@@ -33,7 +34,7 @@ SHAPES = [
 DENSE = support.contiguous, support.channels_last
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("shape", SHAPES)
 def test_forward_and_backward_are_right(rng, shape, dtype):
     check(rng, shape, dtype, *DENSE)
 
@@ -45,14 +46,14 @@ def test_arrays_larger_than_caches_are_right(rng, name):
 
 
 # How channels are grouped depends on the number of threads; what comes out does not.
-@pytest.mark.parametrize("shape", [(1, 16, 200, 200), (32, 64, 7, 7)], ids=str)
+@each("shape", [(1, 16, 200, 200), (32, 64, 7, 7)])
 def test_one_thread_is_right(rng, shape, dtype, set_num_threads):
     set_num_threads(1)
     check(rng, shape, dtype, support.contiguous)
 
 
-@pytest.mark.parametrize("layout", support.WRITEABLE_LAYOUTS)
-@pytest.mark.parametrize("shape", [(6, 1), (6, 1, 5), (6, 1, 4, 5), (2, 3, 1, 1), (1, 1, 7, 3)])
+@each("layout", support.WRITEABLE_LAYOUTS)
+@each("shape", [(6, 1), (6, 1, 5), (6, 1, 4, 5), (2, 3, 1, 1), (1, 1, 7, 3)])
 def test_axes_of_length_one_are_right(rng, shape, layout, dtype):
     check(rng, shape, dtype, layout)
 
@@ -104,7 +105,7 @@ def check(rng, shape, dtype, *layouts):
         check_layout(layout(x), layout(dy))
 
 
-@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+@each("shape", SHAPES[::3])
 def test_layouts_agree(rng, shape):
     x, dy = some(rng, shape), some(rng, shape)
     results = []

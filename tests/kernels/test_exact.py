@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import support
+from cases import each
 from support import same_bits
 
 from fastbn import functional as F
@@ -49,8 +50,8 @@ def in_pairs(rng, shape, dtype):
     return x.astype(dtype), mean * scale, m2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("layout", LAYOUTS)
+@each("shape", SHAPES)
 def test_pairs_around_the_mean_have_exact_statistics(rng, dtype, shape, layout, set_num_threads):
     x, exact_mean, exact_m2 = in_pairs(rng, shape, dtype)
     x = layout(x)
@@ -62,8 +63,8 @@ def test_pairs_around_the_mean_have_exact_statistics(rng, dtype, shape, layout, 
         assert same_bits(m2, exact_m2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [*SHAPES, (33, 50, 7, 7), (1031, 3), (3, 5, 7, 11)], ids=str)
+@each("layout", LAYOUTS)
+@each("shape", [*SHAPES, (33, 50, 7, 7), (1031, 3), (3, 5, 7, 11)])
 def test_small_integers_have_exact_running_statistics(rng, dtype, shape, layout):
     # In any order: here means of parts are not exact, only the outcome in float32 is.
     integers = rng.integers(-100, 101, shape)
@@ -78,8 +79,8 @@ def test_small_integers_have_exact_running_statistics(rng, dtype, shape, layout)
         assert var[c] == np.float32(float(exact_var))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("layout", LAYOUTS)
+@each("shape", SHAPES)
 def test_pairs_around_the_mean_have_exact_gradient_sums(rng, dtype, shape, layout):
     # With an exact mean and an invstd of one, the sums of small integers are exact as well.
     x, exact_mean, _ = in_pairs(rng, shape, dtype)
@@ -93,8 +94,8 @@ def test_pairs_around_the_mean_have_exact_gradient_sums(rng, dtype, shape, layou
     assert (sum_dy_xhat == (dy * deviation).sum(axis=axes)).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each("layout", LAYOUTS)
+@each("shape", SHAPES)
 def test_outputs_without_rounding_are_exact(rng, dtype, shape, layout):
     # Half of the elements at mean - 1/2, half at mean + 1/2: the variance is 1/4, and 1 with eps.
     n, c, *rest = shape

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import support
+from cases import each
 from support import same_bits
 
 from fastbn import functional as F
@@ -24,8 +25,8 @@ def scaled(x, factor):
 
 
 # One column is folded, many are strips, a long run of one channel is a row: three kernels.
-@pytest.mark.parametrize("shape", [(2**16, 1), (2**8, 2**8), (2**4, 2**4, 2**8), (2**13, 8)])
-@pytest.mark.parametrize("factor", [1.0, 0.3, 3.7e-4, 1e-30, 700.0, 1e30])
+@each("shape", [(2**16, 1), (2**8, 2**8), (2**4, 2**4, 2**8), (2**13, 8)])
+@each("factor", [1.0, 0.3, 3.7e-4, 1e-30, 700.0, 1e30])
 def test_every_code_is_read_and_every_result_rounded_right(half, shape, factor):
     x = CODES.view(half).reshape(shape)
     with np.errstate(all="ignore"):

@@ -1,16 +1,19 @@
 """Accuracy and reproducibility: what distance from the exact result is allowed, and what is not."""
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
 import support
 from accuracy import sample
+from cases import each
 from support import parameters, same_bits, some
 
 import fastbn
 from fastbn import functional as F
 
-pytestmark = [pytest.mark.isa, pytest.mark.wheel]
+pytestmark = pytest.mark.isa
 
 DISTRIBUTIONS = ["N(0,1)", "N(1e3,1)", "N(1e4,0.1²)", "N(1e6,1)", "N(1,1e-4²)", "one outlier"]
 # Small, odd and large channels; the last splits one channel over many blocks.
@@ -26,14 +29,9 @@ LAYOUTS = [support.contiguous, support.channels_last]
 
 
 def every_distribution(test):
-    for arguments in [
-        ("distribution", DISTRIBUTIONS),
-        ("shape", SHAPES),
-        ("layout", LAYOUTS),
-    ]:
-        ids = str if arguments[0] == "shape" else None
-        test = pytest.mark.parametrize(*arguments, ids=ids)(test)
-    return test
+    """Parametrizes by distribution; each of these has all shapes and layouts."""
+    test = each("shape, layout", itertools.product(SHAPES, LAYOUTS))(test)
+    return pytest.mark.parametrize("distribution", DISTRIBUTIONS)(test)
 
 
 @every_distribution
@@ -59,7 +57,7 @@ def test_float32_running_statistics_are_within_two_ulp(rng, distribution, shape,
     support.assert_within(var, exact_var, 2 * reference.ulp(exact_var, np.float32))
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-14])
+@each("eps", [1e-5, 1e-14])
 @every_distribution
 def test_float32_outputs_are_within_four_ulp(rng, distribution, shape, layout, eps):
     x = sample(rng, distribution, shape, np.float32, layout)
@@ -127,9 +125,9 @@ def test_terms_that_are_rounded_to_one_side_add_up_within_1e_14(value, shape, la
     support.assert_within(sum_dy_x, np.full(c, exact * value), 1e-14 * exact * value)
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("running_dtype", ["float32", "float64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("distribution", DISTRIBUTIONS)
+@each("running_dtype", ["float32", "float64"])
+@each("layout", LAYOUTS)
 def test_eval_outputs_are_within_four_ulp(rng, distribution, running_dtype, layout):
     x = sample(rng, distribution, (8, 3, 9, 11), np.float32, layout)
     weight, bias = parameters(3)
@@ -140,9 +138,9 @@ def test_eval_outputs_are_within_four_ulp(rng, distribution, running_dtype, layo
     support.assert_within(y, exact, reference.forward_bound(exact, x.dtype, weight, bias))
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.14159, 1e4 / 7, 6e4 / 7, 1e-20])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("value", [0.0, 0.1, -3.14159, 1e4 / 7, 6e4 / 7, 1e-20])
+@each("shape", SHAPES)
+@each("layout", LAYOUTS)
 def test_a_constant_channel_has_no_variance_and_gives_its_bias(dtype, value, shape, layout):
     x = layout(np.full(shape, value, dtype))
     weight, bias = np.full(shape[1], 3.0), np.linspace(-2, 5, shape[1]).astype(dtype)
@@ -187,8 +185,8 @@ def test_a_subnormal_factor_costs_what_it_has_lost_and_no_more(rng, std, weight)
     support.assert_within(y, exact, reference.forward_bound(exact, x.dtype, weight) + lost)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("bad", [np.nan, np.inf, -np.inf])
+@each("layout", LAYOUTS)
 def test_a_nan_or_an_infinity_stays_in_its_channel(rng, dtype, bad, layout):
     x = some(rng, (4, 5, 6, 7), dtype)
     dy = layout(some(rng, x.shape, dtype))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from internals import core
@@ -97,12 +98,12 @@ def test_a_sample_without_an_axis_of_samples_is_a_batch_of_one(rng, shape, maske
 # On which side of a kink a value lies is decided before it is rounded.
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("kink", [0.0, 6.0])
+@each("activation", ["relu", "relu6", "leaky_relu"])
+@each("added", [False, True])
+@each("masked", [False, True])
+@each("frozen", [False, True])
+@each("in_place", [False, True])
+@each("kink", [0.0, 6.0])
 def test_a_layer_decides_before_it_rounds(
     rng, half, activation, added, masked, frozen, in_place, kink
 ):
@@ -151,9 +152,9 @@ def batch_norm(activation, slope, weight=1.0, bias=0.0, dtype=np.float64):
 INVERTIBLE = [1e-3, 0.01, 0.2, 1.0, 1.5, 30.0]
 
 
-@pytest.mark.parametrize("slope", INVERTIBLE)
-@pytest.mark.parametrize("weight", [1.0, 1e-3, 1e3])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+@each("slope", INVERTIBLE)
+@each("weight", [1.0, 1e-3, 1e3])
+@each("layout", [support.contiguous, support.channels_last, support.sliced])
 def test_in_place_leaky_relu_is_inverted(rng, dtype, slope, weight, layout):
     if dtype.name == "float16" and weight != 1.0:
         pytest.skip("outputs are beyond the normal numbers of float16")
@@ -180,8 +181,8 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize(("activation", "slope", "weight", "bias"), LOST)
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+@each("activation, slope, weight, bias", LOST)
+@each("layout", [support.contiguous, support.channels_last, support.sliced])
 def test_what_in_place_activations_lose_is_kept(rng, activation, slope, weight, bias, layout):
     x, dy = (layout(some(rng, (6, 5, 7, 8))) for _ in range(2))
     with np.errstate(all="ignore"):
@@ -190,10 +191,10 @@ def test_what_in_place_activations_lose_is_kept(rng, activation, slope, weight, 
     assert all(map(same_bits, actual, expected))
 
 
-@pytest.mark.parametrize("lost", [[1], [0, 3]])
-@pytest.mark.parametrize("by", ["weight", "slope", "bias"])
+@each("lost", [[1], [0, 3]])
+@each("by", ["weight", "slope", "bias"])
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+@each("layout", [support.contiguous, support.channels_last, support.sliced])
 def test_of_leaky_relu_in_place_the_lost_channels_alone_are_kept(rng, layout, quick, by, lost):
     def make():
         layer = batch_norm("leaky_relu", 0.01)
@@ -434,9 +435,9 @@ def test_a_mask_of_nothing_but_true_changes_nothing(rng, activation, added, layo
     assert all(map(same_bits, plain, masked))
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATED])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last, support.sliced])
+@each("activation", [None, *ACTIVATED])
+@each("in_place", [False, True])
+@each("layout", [support.contiguous, support.channels_last, support.sliced])
 def test_a_residual_may_be_the_input(rng, activation, in_place, layout):
     x, dy = (layout(some(rng, (6, 5, 7, 8))) for _ in range(2))
     expected = step_of(batch_norm(activation, 0.01), x, dy, residual=x.copy())
@@ -453,10 +454,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATED])
+@each("activation", [None, *ACTIVATED])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (3, 4, 0, 3)], ids=str)
-@pytest.mark.parametrize("in_place", [False, True])
+@each("shape", [(0, 4, 3, 3), (3, 4, 0, 3)])
+@each("in_place", [False, True])
 def test_an_empty_batch_has_an_empty_step(activation, kind, shape, in_place):
     layer = KINDS[kind](4, activation=activation)
     x, dy, residual = (np.zeros(shape, np.float32) for _ in range(3))
@@ -469,10 +470,10 @@ def test_an_empty_batch_has_an_empty_step(activation, kind, shape, in_place):
         assert same_bits(value, state[name])
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("added", [False, True])
+@each("in_place", [False, True])
+@each("added", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@each("activation", [None, "relu", "leaky_relu"])
 def test_the_backward_is_that_of_the_options_of_its_forward(rng, activation, kind, added, in_place):
     results = []
     for changes in (False, True):
@@ -488,9 +489,9 @@ def test_the_backward_is_that_of_the_options_of_its_forward(rng, activation, kin
 
 
 @pytest.mark.parametrize("activation", ACTIVATED)
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+@each("added", [False, True])
+@each("in_place", [False, True])
+@each("layout", [support.contiguous, support.channels_last])
 def test_one_process_is_a_layer_of_its_own(rng, activation, added, in_place, layout):
     comm = pytest.importorskip("mpi4py.MPI").COMM_SELF
     plain = fastbn.BatchNorm2d(4, activation=activation)
@@ -509,10 +510,10 @@ def test_one_process_is_a_layer_of_its_own(rng, activation, added, in_place, lay
 
 @pytest.mark.torch
 @pytest.mark.parametrize("activation", [None, *ACTIVATED])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [None, 3])
-@pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
-@pytest.mark.parametrize("in_place", [False, True])
+@each("masked", [False, True])
+@each("size", [None, 3])
+@each("layout", [support.contiguous, support.channels_last])
+@each("in_place", [False, True])
 def test_a_step_of_valid_positions_is_that_of_torch(
     rng, activation, masked, size, layout, in_place
 ):
@@ -558,10 +559,10 @@ def test_a_residual_may_be_a_tensor_on_the_memory_of_the_output(rng, activation,
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("activation", "slope"), activated.ACTIVATIONS)
-@pytest.mark.parametrize("added", [False, True])
+@each("activation, slope", activated.ACTIVATIONS)
+@each("added", [False, True])
 @pytest.mark.parametrize("kind", ["BatchNorm2d", "frozen", "InstanceNorm2d", "GroupNorm"])
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 def test_a_step_is_that_of_torch(rng, activation, slope, added, kind, in_place):
     torch = pytest.importorskip("torch")
     name = kind if kind != "frozen" else "BatchNorm2d"

@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 import pytest
+from cases import each
 from internals import alone_on_its_rank
 from kinds import KINDS, SHAPES, TRACKING, OneRank
 from support import LAYER_ARRAYS, output_of, same_bits, some, untouched
@@ -31,7 +32,7 @@ def assert_same_statistics(first, second):
 
 @tracking
 @pytest.mark.parametrize("copied", DEEP, ids=DEEP_NAMES)
-@pytest.mark.parametrize("before_the_first_batch", [False, True])
+@each("before_the_first_batch", [False, True])
 def test_a_copy_made_inside_recalibrate_tracks(rng, make, shape, copied, before_the_first_batch):
     layer = make()
     with fastbn.recalibrate(layer):
@@ -104,8 +105,8 @@ TWINS = {
 
 
 @tracking
-@pytest.mark.parametrize("twin_of", TWINS.values(), ids=TWINS)
-@pytest.mark.parametrize("passed", ["first", "second", "both"])
+@each("twin_of", TWINS.values())
+@each("passed", ["first", "second", "both"])
 def test_twins_are_recalibrated_by_all_that_they_see(rng, make, shape, passed, twin_of):
     first, alone, x = make(), make(), some(rng, shape, mean=5.0)
     first(some(rng, shape))
@@ -123,7 +124,7 @@ def test_twins_are_recalibrated_by_all_that_they_see(rng, make, shape, passed, t
 
 
 @tracking
-@pytest.mark.parametrize("loads", [False, True])
+@each("loads", [False, True])
 def test_a_twin_made_inside_recalibrate_is_recorded_too(rng, make, shape, loads):
     first, alone, x = make(), make(), some(rng, shape)
     state = make()
@@ -155,8 +156,8 @@ LAZY = {name: kind for name, kind in KINDS.items() if "lazy" in name}
 
 
 @pytest.mark.parametrize(("make", "shape"), LAZY.values(), ids=LAZY)
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("copied", [copy.copy, *DEEP], ids=["copy", *DEEP_NAMES])
+@each("momentum", [0.1, None])
+@each("copied", [copy.copy, *DEEP])
 def test_a_copy_of_a_lazy_layer_shares_nothing_with_it(rng, make, shape, momentum, copied):
     first = make(momentum=momentum, dtype=np.float64)
     second, alone = copied(first), make(momentum=momentum, dtype=np.float64)
@@ -203,7 +204,7 @@ PLANE = {name: make for name, (make, shape) in KINDS.items() if shape == SHAPES[
 planes = pytest.mark.parametrize("make", PLANE.values(), ids=PLANE)
 TRACKED = {name: make for name, make in PLANE.items() if name in TRACKING}
 tracked_planes = pytest.mark.parametrize("make", TRACKED.values(), ids=TRACKED)
-uses = pytest.mark.parametrize(("options", "arguments"), USES.values(), ids=USES)
+uses = each("options, arguments", USES)
 
 
 @planes
@@ -220,7 +221,7 @@ def test_release_lets_go_of_the_batch(rng, make, options, arguments):
 
 @tracked_planes
 @uses
-@pytest.mark.parametrize("fails", [False, True])
+@each("fails", [False, True])
 def test_recalibrate_lets_go_of_the_last_batches(rng, make, options, arguments, fails):
     layer, twin, idle, other = make(**options), None, make(**options), make(**options)
     before = saved_array(idle, some(rng, SHAPES["2d"]), **arguments)

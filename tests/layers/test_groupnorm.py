@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from internals import core
 from support import (
     THREADS,
@@ -41,8 +42,8 @@ SHAPES = [
     ((40, 20, 4, 4), 4),
     ((2, 6, 2, 3, 2, 1, 2), 3),
 ]
-LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last])
-shapes = pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+LAYOUTS = each("layout", [contiguous, channels_last])
+shapes = each("shape, groups", SHAPES)
 
 
 def norm_of(groups, channels, **options):
@@ -65,7 +66,7 @@ def test_attributes_repr_and_state():
 
 @shapes
 @LAYOUTS
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 def test_a_step_has_the_same_bits_for_every_number_of_threads(
     rng, set_num_threads, shape, groups, layout, in_place
 ):
@@ -83,7 +84,7 @@ def test_a_step_has_the_same_bits_for_every_number_of_threads(
 
 @shapes
 @LAYOUTS
-@pytest.mark.parametrize("affine", [True, False])
+@each("affine", [True, False])
 def test_in_place_gives_the_same(rng, dtype, shape, groups, layout, affine):
     x, dy = layout(some(rng, shape, dtype)), layout(some(rng, shape, dtype, mean=0))
     ours, other = (norm_of(groups, shape[1], affine=affine) for _ in range(2))
@@ -107,9 +108,9 @@ def test_any_layout_gives_the_same(rng, layout):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("zeros", ["some", "all", "nearly"])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@each("zeros", ["some", "all", "nearly"])
+@each("in_place", [False, True])
+@each("masked", [False, True])
 def test_weights_of_zero_leave_their_channels_a_gradient(
     rng, dtype, layout, zeros, in_place, masked
 ):
@@ -215,7 +216,7 @@ def test_the_state_loads_and_copies_work(rng):
 
 @LAYOUTS
 @shapes
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 def test_a_masked_step_is_that_of_the_valid_positions(rng, dtype, shape, groups, layout, in_place):
     mask = rng.random((shape[0], 1, *shape[2:])) < 0.6
     mask.reshape(len(mask), -1)[:, 0] = True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from support import channels_last, contiguous, parameters, same_bits, some
 
 import fastbn
@@ -25,7 +26,7 @@ LAYERS = {
 RELATIVE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}
 
 layers = pytest.mark.parametrize(("layer", "batch", "shape"), LAYERS.values(), ids=LAYERS)
-layouts = pytest.mark.parametrize("layout", support.WRITEABLE_LAYOUTS)
+layouts = each("layout", support.WRITEABLE_LAYOUTS)
 
 
 def trained_pair(layer, batch, **kwargs):
@@ -67,7 +68,7 @@ def test_each_sample_is_normalized_as_a_batch_of_its_own(rng, dtype, layer, batc
 
 @layers
 @layouts
-@pytest.mark.parametrize("affine", [True, False])
+@each("affine", [True, False])
 def test_in_place_gives_the_same(rng, layer, batch, shape, layout, affine):
     ours, other = layer(3, affine=affine), layer(3, affine=affine)
     x, dy = layout(some(rng, shape)), layout(some(rng, shape, mean=0))
@@ -137,10 +138,10 @@ def starved_mask(shape):
 
 
 @layers
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@each("layout", [contiguous, channels_last])
+@each("mode", ["train", "eval"])
+@each("in_place", [False, True])
+@each("eps", [1e-5, 0.0])
 def test_samples_without_or_with_one_valid_position(
     rng, dtype, layer, batch, shape, layout, mode, in_place, eps
 ):

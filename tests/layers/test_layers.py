@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import support
+from cases import each
 from internals import alone_on_its_rank
 from kinds import TRACKING, OneRank
 from support import parameters, same_bits, some
@@ -589,10 +590,10 @@ def test_a_counter_that_has_become_a_number_is_refused_with_the_mend(rng):
 
 
 @pytest.mark.parametrize(("make", "shape"), TRACKING.values(), ids=TRACKING)
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("is_first", [False, True])  # of a lazy layer, it makes the arrays
+@each("momentum", [0.1, None])
+@each("in_place", [False, True])
+@each("masked", [False, True])
+@each("is_first", [False, True])  # of a lazy layer, it makes the arrays
 def test_a_forward_that_tracks_nothing_for_a_while_leaves_the_statistics_alone(
     rng, make, shape, momentum, in_place, masked, is_first, monkeypatch
 ):

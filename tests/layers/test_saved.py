@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import each
 from internals import alone_on_its_rank, core
 from kinds import KINDS, OneRank
 from support import (
@@ -89,8 +90,8 @@ def test_an_activation_in_place_on_the_output_that_took_its_place_is_noticed(
         assert_refused(layer, dy)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("in_place", [False, True])
+@each("layout", LAYOUTS)
+@each("in_place", [False, True])
 def test_it_is_noticed_in_every_layout(rng, dtype, quick, layout, in_place):
     bn, dy = fastbn.BatchNorm2d(5), some(rng, (6, 5, 4, 7), dtype)
     x = layout(some(rng, dy.shape, dtype))
@@ -246,8 +247,8 @@ def test_a_copy_of_all_channels_makes_the_output_free(rng):
     bn.backward(dy)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("kept", [False, True])
+@each("in_place", [False, True])
+@each("kept", [False, True])
 @layers
 def test_parameters_may_be_updated_between_a_forward_and_its_backward(
     rng, quick, make, shape, kept, in_place
@@ -307,16 +308,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("make", "shape"), KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("options", [{}, {"activation": "leaky_relu", "negative_slope": 0.3}])
+@each("in_place", [False, True])
+@each("options", [{}, {"activation": "leaky_relu", "negative_slope": 0.3}])
 def test_a_backward_depends_on_the_forward_alone(rng, make, shape, in_place, options, monkeypatch):
     alone_on_its_rank(monkeypatch, OneRank())
     x, dy, mask = some(rng, shape), some(rng, shape), some_mask(rng, shape)
-    for each in (None, mask):
+    for valid in (None, mask):
         layer, other = make(**options), make(**options)
         for one in (layer, other):
             a = x.copy()
-            one(a, out=a if in_place else None, mask=each)
+            one(a, out=a if in_place else None, mask=valid)
         for name, value in OTHERS.items():
             if hasattr(other, name):
                 setattr(other, name, value)

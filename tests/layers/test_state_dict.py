@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import support
+from cases import each
 from internals import alone_on_its_rank
 from kinds import KINDS, TRACKING, OneRank
 from support import parameters, refused, same_bits, some
@@ -289,8 +290,8 @@ def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
 
 
 @tracking
-@pytest.mark.parametrize(
-    ("value", "counter"),
+@each(
+    "value, counter",
     [
         (np.float64(3.9), 3),
         (np.array(7.0, np.float16), 7),
@@ -305,7 +306,6 @@ def test_a_state_that_shares_memory_with_the_layer_is_loaded_right(trained):
         (np.array(6.0, ">f4"), 6),
         (np.array(6, ">u2"), 6),
     ],
-    ids=str,
 )
 def test_a_counter_is_a_real_number_of_any_dtype(trained, make, value, counter):
     layer = make()
@@ -362,7 +362,7 @@ def test_a_counter_that_is_no_real_number_is_refused(trained, value):
 
 
 @every
-@pytest.mark.parametrize("prefix", ["", "bn."])
+@each("prefix", ["", "bn."])
 def test_the_result_has_names(make, shape, prefix):
     layer = make()
     names = [key for key in KEYS[1:4] if key in names_of(layer)]
@@ -415,7 +415,7 @@ FOREIGN |= {
 
 
 @every
-@pytest.mark.parametrize("library", FOREIGN)
+@each("library", list(FOREIGN))
 def test_names_of_other_libraries_are_told_what_they_are_here(make, shape, library):
     layer, state = make(), {key: np.ones(3) for key in FOREIGN[library]}
     with pytest.raises(RuntimeError) as caught:
@@ -441,7 +441,7 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize(("state", "name", "params", "stats"), NESTED.values(), ids=NESTED)
+@each("state, name, params, stats", NESTED)
 @every
 def test_entries_of_nested_mappings_are_told(make, shape, state, name, params, stats):
     layer, state = make(), copy.deepcopy(state)
