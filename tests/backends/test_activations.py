@@ -6,6 +6,7 @@ import pytest
 import reference
 import support
 from activated import ACTIVATIONS
+from cases import each, in_pairs
 from support import channels_last, contiguous, parameters, refused, same_bits, some, some_mask
 
 import fastbn
@@ -28,11 +29,11 @@ KINDS = {
         {"running": (np.zeros(4), np.ones(4))},
     ),
 }
-by_activation = pytest.mark.parametrize(("activation", "slope"), ACTIVATIONS[1:], ids=str)
-by_layout = pytest.mark.parametrize("layout", [contiguous, channels_last])
+LAYOUTS, BOTH = [contiguous, channels_last], [False, True]
+by_activation = each("activation, slope", ACTIVATIONS[1:])
+by_layout = each("layout", LAYOUTS)
 by_kind = pytest.mark.parametrize(("make", "parts"), KINDS.values(), ids=KINDS)
-masked_or_not = pytest.mark.parametrize("masked", [False, True])
-added_or_not = pytest.mark.parametrize("added", [False, True])
+added_or_not = each("added", BOTH)
 
 
 def case_of(rng, dtype, activation, slope, added, masked, layout, **parts):
@@ -61,13 +62,14 @@ def hosts(backend, arrays):
 
 
 @by_kind
-@by_activation
-@pytest.mark.parametrize(("layout", "in_place"), [(contiguous, True), (channels_last, False)])
-@added_or_not
-@masked_or_not
+@each(
+    "activation, layout, in_place, added, masked",
+    in_pairs(ACTIVATIONS[1:], LAYOUTS, BOTH, BOTH, BOTH),
+)
 def test_a_step_of_a_layer(
-    rng, backend, dtype, make, parts, activation, slope, layout, in_place, added, masked
+    rng, backend, dtype, make, parts, activation, layout, in_place, added, masked
 ):
+    activation, slope = activation
     case, dy = case_of(rng, dtype, activation, slope, added, masked, layout, **parts)
     expected, bounds = activated.expected(case, dy)
     layer = make(4, activation=activation, negative_slope=slope, device=backend.device)
@@ -91,13 +93,11 @@ def test_a_step_of_a_layer(
 
 
 @by_kind
-@by_layout
-@masked_or_not
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(("added", "activation"), [(False, None), (True, "relu")])
+@each("layout, in_place, fused, masked", in_pairs(LAYOUTS, BOTH, BOTH, BOTH))
 def test_a_step_of_a_layer_near_the_largest_values(
-    rng, backend, dtype, make, parts, activation, layout, added, masked, in_place
+    rng, backend, dtype, make, parts, layout, in_place, fused, masked
 ):
+    added, activation = (True, "relu") if fused else (False, None)
     case, dy = activated.near_the_largest(rng, SHAPE, dtype, activation=activation, **parts)
     if case.running:
         case = case._replace(running=activated.statistics_near_the_largest(4, dtype))
@@ -123,14 +123,12 @@ def test_a_step_of_a_layer_near_the_largest_values(
     activated.assert_step([y, *hosts(backend, gradients)], expected, bounds)
 
 
-@by_activation
-@by_layout
-@added_or_not
-@masked_or_not
-@pytest.mark.parametrize("size", [None, 2])
-def test_a_backward_of_functions(
-    rng, backend, dtype, activation, slope, layout, added, masked, size
-):
+@each(
+    "activation, layout, added, masked, size",
+    in_pairs(ACTIVATIONS[1:], LAYOUTS, BOTH, BOTH, [None, 2]),
+)
+def test_a_backward_of_functions(rng, backend, dtype, activation, layout, added, masked, size):
+    activation, slope = activation
     parts = {"batch_size": size}
     case, dy = case_of(rng, dtype, activation, slope, added, masked, layout, **parts)
     expected, bounds = activated.expected(case, dy)

@@ -22,6 +22,7 @@ from backend import (
     odd_offset_channels_last,
     sliced,
 )
+from cases import each
 from support import (
     case,
     dtype_of,
@@ -66,13 +67,13 @@ MASKED = [
     (2, 3, 2, 3, 4),
 ]
 # Batches that begin at a multiple of 16 bytes or not.
-BATCHES = [(11, 40), (11, 5, 6, 7), (11, 3, 5), (203, 1, 32, 32), (401, 70, 3)]
+BATCHES = [(11, 40), (11, 5, 6, 7), (11, 3, 5), (203, 1, 32, 32), (269, 70, 3)]
 
 of_any_shape = by_shape(*SHAPES, pieces=PIECES, large=LARGE)
 masked_shapes = by_shape(*MASKED, pieces=PIECES, large=LARGE[:1])
 by_batches = by_shape(*BATCHES, pieces=[(67, 2, 40, 41)], large=[(150, 2, 160, 160)])
-by_dense_layout = pytest.mark.parametrize("layout", DENSE)
-by_host_layout = pytest.mark.parametrize("layout", [support.contiguous, support.channels_last])
+by_dense_layout = each("layout", DENSE)
+by_host_layout = each("layout", [support.contiguous, support.channels_last])
 
 
 def offset_of(x):
@@ -176,7 +177,7 @@ def test_results_have_the_same_bits_in_place_and_in_every_run(rng, backend, dtyp
 
 
 @pytest.mark.parametrize("shape", [(5, 33, 7, 7), (6, 8, 12, 12), (68, 2, 32, 32), (9, 20, 1, 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each("layout", LAYOUTS)
 def test_strides_and_alignment_change_no_bit(rng, backend, dtype, shape, layout):
     x, dy, weight, bias = case(rng, shape, dtype)
     weight, bias = backend.array(weight), backend.array(bias)
@@ -209,9 +210,9 @@ def with_outlier(x):
     return x
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@each("distribution", list(DISTRIBUTIONS))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@by_shape((8, 5, 7, 7), (16, 4, 56, 56), (22, 2, 56, 56), pieces=PIECES, large=LARGE[:1])
+@by_shape((8, 5, 7, 7), (16, 2, 56, 56), (22, 1, 56, 56), pieces=PIECES, large=LARGE[:1])
 @by_dense_layout
 def test_statistics_are_right_to_the_last_place(rng, backend, distribution, dtype, shape, layout):
     dtype = np.dtype(dtype)
@@ -273,7 +274,7 @@ def test_values_near_the_largest_are_normalized(rng, backend, dtype, shape, layo
 
 
 @by_dense_layout
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@each("value", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize("shape", [(6, 5, 7, 7), (90, 70, 3, 3), (16, 48, 7, 7)], ids=str)
 def test_a_nan_an_infinity_or_what_has_no_square_stays_in_its_channel(
     rng, backend, dtype, shape, layout, value
@@ -353,7 +354,7 @@ def test_running_variances_of_the_population(rng, backend, shape, layout, kind):
 
 
 @by_dense_layout
-@pytest.mark.parametrize("shape", [(0, 5, 2, 2), (3, 0, 2, 2), (3, 5, 0, 2)], ids=str)
+@each("shape", [(0, 5, 2, 2), (3, 0, 2, 2), (3, 5, 0, 2)])
 def test_an_empty_batch_is_legal(backend, layout, shape):
     x = layout(backend, np.zeros(shape, np.float32))
     bn = fastbn.BatchNorm2d(shape[1], device=backend.device)
@@ -421,7 +422,7 @@ def test_a_lazy_layer_takes_its_channels_from_an_array_of_the_device(rng, backen
 
 
 @by_host_layout
-@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@each("eps", [1e-5, 0.0])
 def test_instances_without_two_valid_positions(rng, backend, layout, eps):
     x, mask = some(rng, (4, 3, 5, 7)), np.ones((4, 1, 5, 7), bool)
     mask[1], mask[2], mask[2, 0, 0, 3] = False, False, True
@@ -456,8 +457,8 @@ def own(norm, backend, **arrays):
     (4, 6), (3, 6, 5), (2, 36, 7, 7), (3, 4, 131, 7), (2, 6, 2, 3, 4), large=[(9, 64, 56, 56)]
 )
 @by_dense_layout
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@each("in_place", [False, True])
+@each("masked", [False, True])
 def test_groups_of_channels_are_normalized_by_themselves(
     rng, backend, dtype, shape, layout, in_place, masked
 ):
@@ -514,7 +515,7 @@ def test_groups_at_valid_positions(rng, backend, layout):
 
 @by_host_layout
 @masked_shapes
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 def test_a_training_step_is_that_of_what_counts(rng, backend, dtype, shape, layout, in_place):
     x, dy = (
         layout(some(rng, shape, dtype)),
@@ -547,7 +548,7 @@ def test_a_training_step_is_that_of_what_counts(rng, backend, dtype, shape, layo
 
 @by_host_layout
 @masked_shapes
-@pytest.mark.parametrize("garbage", [np.nan, 1e30])
+@each("garbage", [np.nan, 1e30])
 def test_what_does_not_count_costs_no_digit_of_data_far_from_zero(
     rng, backend, shape, layout, garbage
 ):
@@ -603,12 +604,12 @@ def test_a_mask_of_nothing_but_true_changes_nothing(rng, backend, dtype, shape, 
             support.assert_close(actual, expected, rounding)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 1, 7), (1, 1, 6, 7), (6, 7), (7,), (4, 1, 1, 1), ()])
+@each("shape", [(4, 1, 1, 7), (1, 1, 6, 7), (6, 7), (7,), (4, 1, 1, 1), ()])
 def test_a_mask_broadcasts(rng, backend, shape):
     x, mask = backend.array(some(rng, (4, 3, 6, 7))), rng.random(shape) < 0.5
     mask.flat[0] = True
     full = np.broadcast_to(mask, (4, 1, 6, 7)).copy()
-    y, expected = (F.batch_norm_forward(x, mask=backend.array(each))[0] for each in (mask, full))
+    y, expected = (F.batch_norm_forward(x, mask=backend.array(own))[0] for own in (mask, full))
     assert same_bits(backend.host(y), backend.host(expected))
 
 
@@ -680,9 +681,9 @@ def test_a_mask_that_cannot_serve_is_refused_and_nothing_changes(
 @by_host_layout
 @by_batches
 @pytest.mark.parametrize(
-    ("dtype", "masked"), [(np.float32, False), (np.float32, True), (np.float16, False)]
+    ("dtype", "masked", "momentum"),
+    [(np.float32, False, 0.3), (np.float32, True, None), (np.float16, False, None)],
 )
-@pytest.mark.parametrize("momentum", [0.3, None])
 def test_ghost_batches_are_calls_on_one_part_after_the_other(
     rng, backend, dtype, shape, masked, momentum, layout
 ):

@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import support
+from cases import each
 from gpu import cuda, cupy, on_hardware, to_gpu
 from support import case, same_bits, some
 
@@ -25,7 +26,7 @@ def channels_last(a):
     return cupy.moveaxis(cupy.ascontiguousarray(cupy.moveaxis(cupy.array(a), 1, -1)), -1, 1)
 
 
-by_dense_layout = pytest.mark.parametrize("layout", [contiguous, channels_last])
+by_dense_layout = each("layout", [contiguous, channels_last])
 
 
 @by_dense_layout
@@ -64,9 +65,9 @@ def step(bn, x, dy, in_place=False):
     return [a if isinstance(a, np.ndarray) else a.get() for a in arrays if a is not None]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}])
+@each("in_place", [False, True])
+@each("frozen", [False, True])
+@each("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}])
 def test_a_layer_does_on_a_gpu_what_it_does_on_the_cpu(rng, dtype, options, frozen, in_place):
     x, dy, weight, bias = case(rng, (9, 6, 9, 9), dtype)
     cpu = fastbn.BatchNorm2d(6, **options)

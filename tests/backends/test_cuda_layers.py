@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import support
+from cases import each
 from gpu import SIMULATED, assert_alike, cuda, cupy, on_both, simulated, step, to_gpu
 from internals import alone_on_its_rank
 from kinds import OneRank
@@ -15,13 +16,13 @@ import fastbn
 from fastbn import functional as F
 
 pytestmark = pytest.mark.usefixtures("device")
-BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
+BOTH = each("layout", [contiguous, channels_last])
 
 
 @BOTH
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("options", [{}, {"affine": True, "track_running_stats": True}])
-@pytest.mark.parametrize("shape", [(4, 3, 30), (3, 20, 7, 6), (2, 3, 4, 3, 5), (3, 4)], ids=str)
+@each("in_place", [False, True])
+@each("options", [{}, {"affine": True, "track_running_stats": True}])
+@each("shape", [(4, 3, 30), (3, 20, 7, 6), (2, 3, 4, 3, 5), (3, 4)])
 def test_instance_normalization(rng, shape, options, in_place, layout):
     kinds = {2: fastbn.InstanceNorm1d, 3: fastbn.InstanceNorm1d}
     kinds |= {4: fastbn.InstanceNorm2d, 5: fastbn.InstanceNorm3d}
@@ -33,8 +34,8 @@ def test_instance_normalization(rng, shape, options, in_place, layout):
 
 
 @BOTH
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("momentum", [0.3, None])
+@each("in_place", [False, True])
+@each("momentum", [0.3, None])
 def test_ghost_batches(rng, momentum, in_place, layout):
     layer = fastbn.BatchNorm2d(5, momentum=momentum, ghost_batch_size=4)
     layer.weight[:], layer.bias[:] = parameters(5)
@@ -111,11 +112,11 @@ def test_the_order_of_threads_and_blocks_changes_no_bit_of_batches(rng, device, 
 def test_recalibration(rng, layer):
     data = some(rng, (10, 3, 5, 5))
     results = []
-    for each, x in on_both(layer, data):
-        with fastbn.recalibrate(each):
-            each(x[:6])
-            each(x[6:])
-        results.append([each.running_mean, each.running_var, each.num_batches_tracked])
+    for own, x in on_both(layer, data):
+        with fastbn.recalibrate(own):
+            own(x[:6])
+            own(x[6:])
+        results.append([own.running_mean, own.running_var, own.num_batches_tracked])
     assert_alike(results)
 
 
@@ -146,9 +147,9 @@ def test_moments_of_parts_add_up(rng, dtype):
     assert fastbn.Moments(2, cupy.ones(3), cupy.zeros(3)) == fastbn.Moments(2, [1] * 3, [0] * 3)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("momentum", [0.3, None])
+@each("in_place", [False, True])
+@each("frozen", [False, True])
+@each("momentum", [0.3, None])
 def test_a_synchronized_layer_of_one_rank(rng, momentum, frozen, in_place, monkeypatch):
     alone_on_its_rank(monkeypatch, OneRank())
     layer = fastbn.BatchNorm2d(5, momentum=momentum)
@@ -251,7 +252,7 @@ def test_arrays_of_another_device_are_refused(rng):
 
 
 @simulated
-@pytest.mark.parametrize("in_place", [False, True])
+@each("in_place", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": None}, {"ghost_batch_size": 3}, {"affine": False}],

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import each
 from gpu import SIMULATED, assert_alike, cupy, on_both, simulated, step, to_gpu
 from internals import alone_on_its_rank
 from kinds import OneRank
@@ -18,7 +19,7 @@ from support import (
 import fastbn
 from fastbn import functional as F
 
-BOTH = pytest.mark.parametrize("layout", [contiguous, channels_last])
+BOTH = each("layout", [contiguous, channels_last])
 # As in test_cuda.py; those of the second device are summed in pieces.
 CASES = [
     (0, (6, 3)),
@@ -55,9 +56,9 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(rng, shape):
 
 
 @BOTH
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"ghost_batch_size": 4}], ids=str)
+@each("in_place", [False, True])
+@each("freeze", [False, True])
+@each("options", [{}, {"momentum": None}, {"ghost_batch_size": 4}])
 def test_a_layer_does_what_it_does_on_the_cpu(rng, options, freeze, in_place, layout):
     layer = fastbn.BatchNorm2d(5, **options)
     layer.weight[:], layer.bias[:] = parameters(5)
@@ -78,8 +79,8 @@ def test_a_layer_does_what_it_does_on_the_cpu(rng, options, freeze, in_place, la
 
 
 @BOTH
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("options", [{}, {"affine": True, "track_running_stats": True}], ids=str)
+@each("in_place", [False, True])
+@each("options", [{}, {"affine": True, "track_running_stats": True}])
 def test_instance_normalization(rng, options, in_place, layout):
     layer = fastbn.InstanceNorm2d(20, **options)
     x, dy = layout(some(rng, (4, 20, 7, 6))), layout(some(rng, (4, 20, 7, 6)))
@@ -94,12 +95,12 @@ def test_synchronization_moments_and_recalibration(rng, monkeypatch):
     alone_on_its_rank(monkeypatch, OneRank())
     x, dy = some(rng, (8, 3, 5, 6)), some(rng, (8, 3, 5, 6))
     mask, results = some_mask(rng, x.shape), []
-    for layer, a, b, each in on_both(fastbn.BatchNorm2d(3), spoilt(x, mask), dy, mask):
+    for layer, a, b, own_mask in on_both(fastbn.BatchNorm2d(3), spoilt(x, mask), dy, mask):
         with fastbn.recalibrate(layer):
-            layer(a, mask=each)
-        moments = fastbn.Moments.of(a, each)
+            layer(a, mask=own_mask)
+        moments = fastbn.Moments.of(a, own_mask)
         assert moments.count == mask.sum()
-        trained = step(fastbn.convert_sync_batchnorm(layer, OneRank()), a, b, mask=each)
+        trained = step(fastbn.convert_sync_batchnorm(layer, OneRank()), a, b, mask=own_mask)
         results.append([moments.mean, moments.m2, *trained])
     assert_alike(results)
 

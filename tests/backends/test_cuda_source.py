@@ -6,17 +6,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from cases import in_pairs
 from internals import CUDA_SOURCE
 
 # Volta, Ampere and Hopper: the source asks whether it is compiled for 80 or later, and there are
 # clusters from 90 on.
 ARCHITECTURES = [(70, 1), (80, 1), (90, 1), (90, 2), (90, 8), (90, 16)]
-MASK, BATCHES = "-DWITH_MASK=1", "-DWITH_BATCHES=1"
-VARIANTS = [
-    *((*each, ()) for each in ARCHITECTURES),
-    *((90, 16, options) for options in ((MASK,), (BATCHES,), (MASK, BATCHES))),
-    *((70, 1, options) for options in ((MASK,), (MASK, BATCHES))),
-]
+OPTIONS = [(), ("-DWITH_MASK=1",), ("-DWITH_BATCHES=1",), ("-DWITH_MASK=1", "-DWITH_BATCHES=1")]
+FORMATS = ["float32", "float64", "float16", "bfloat16"]  # in the order of their numbers
 
 
 def nvrtc_or_skip():
@@ -62,16 +59,18 @@ def compile_or_fail(nvrtc, *options):
     assert name + b"(" not in log.value, log.value.decode()
 
 
-@pytest.mark.parametrize("format", range(4), ids=["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize(("architecture", "cluster", "options"), VARIANTS, ids=str)
-def test_the_kernels_compile(format, architecture, cluster, options):
+@pytest.mark.parametrize(
+    ("format", "architecture", "options"), in_pairs(FORMATS, ARCHITECTURES, OPTIONS), ids=str
+)
+def test_the_kernels_compile(format, architecture, options):
+    architecture, cluster = architecture
     nvrtc = nvrtc_or_skip()
     if architecture not in architectures_of(nvrtc):
         pytest.skip(f"this NVRTC does not compile for {architecture}")
     compile_or_fail(
         nvrtc,
         f"--gpu-architecture=compute_{architecture}",
-        f"-DFORMAT={format}",
+        f"-DFORMAT={FORMATS.index(format)}",
         f"-DCLUSTER={cluster}",
         "--std=c++17",
         *options,

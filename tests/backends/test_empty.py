@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import each, in_pairs
 from internals import alone_on_its_rank
 from kinds import KINDS, TRACKING, OneRank
 from support import LAYER_ARRAYS, some_mask
@@ -18,28 +19,30 @@ def shape_of(kind, like):
     return (*like, *[1] * (2 - len(like)), *[2] * (axes - max(len(like), 2)))[:axes]
 
 
+BOTH, FUSED = [False, True], [(None, False), ("relu", True), ("leaky_relu", False)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_layers(backend, kind, in_place, masked, monkeypatch):
+@each("in_place, masked, fused", in_pairs(BOTH, BOTH, FUSED))
+def test_layers(backend, kind, in_place, masked, fused, monkeypatch):
     alone_on_its_rank(monkeypatch, OneRank())
     make = KINDS[kind][0]
     for like in EMPTY:
         shape = shape_of(kind, like)
         mask = backend.array(np.ones((shape[0], 1, *shape[2:]), bool)) if masked else None
-        for activation, adds in (None, False), ("relu", True), ("leaky_relu", False):
-            layer = make(shape[1], device=backend.device, activation=activation)
-            x, residual = (backend.array(np.ones(shape, np.float32)) for _ in range(2))
-            arguments = {"out": x if in_place else None, "mask": mask}
-            y = layer(x, **arguments, residual=residual if adds else None)
-            assert y.shape == shape
-            dx = layer.backward(y)
-            assert (dx[0] if adds else dx).shape == shape
-            assert_unchanged(backend, layer, shape[1])
-            if kind in TRACKING:
-                y = layer.freeze()(x, mask=mask)
-                assert layer.backward(y).shape == shape
-            assert layer.eval()(x, mask=mask).shape == shape
+        activation, adds = fused
+        layer = make(shape[1], device=backend.device, activation=activation)
+        x, residual = (backend.array(np.ones(shape, np.float32)) for _ in range(2))
+        arguments = {"out": x if in_place else None, "mask": mask}
+        y = layer(x, **arguments, residual=residual if adds else None)
+        assert y.shape == shape
+        dx = layer.backward(y)
+        assert (dx[0] if adds else dx).shape == shape
+        assert_unchanged(backend, layer, shape[1])
+        if kind in TRACKING:
+            y = layer.freeze()(x, mask=mask)
+            assert layer.backward(y).shape == shape
+        assert layer.eval()(x, mask=mask).shape == shape
 
 
 def assert_unchanged(backend, layer, channels):
@@ -52,17 +55,17 @@ def assert_unchanged(backend, layer, channels):
             np.testing.assert_array_equal(backend.host(array), np.full(shape, value))
 
 
-@pytest.mark.parametrize("shape", [(5, 0), (0, 0, 2), (5, 0, 2), (0, 3, 2)])
-@pytest.mark.parametrize("ghost_batch_size", [None, 1, 2])
-@pytest.mark.parametrize("masked", [False, True])
+@each("shape", [(5, 0), (0, 0, 2), (5, 0, 2), (0, 3, 2)])
+@each("ghost_batch_size", [None, 1, 2])
+@each("masked", [False, True])
 def test_functions(backend, shape, ghost_batch_size, masked, rng):
     x = backend.array(np.ones(shape, np.float32))
     mask = backend.array(some_mask(rng, shape)) if masked and len(x) else None
     options = {"mask": mask, "ghost_batch_size": ghost_batch_size}
     y, mean, invstd = F.batch_norm_forward(x, **options)
     arguments = x, x, None, mean, invstd
-    for each in ({}, {"activation": "relu", "bias": None}):
-        dx, dweight, dbias = F.batch_norm_backward(*arguments, **options, **each)
+    for fused in ({}, {"activation": "relu", "bias": None}):
+        dx, dweight, dbias = F.batch_norm_backward(*arguments, **options, **fused)
         assert y.shape == dx.shape == shape
         assert dweight.shape == dbias.shape == shape[1:2]
         assert not backend.host(dweight).any()
