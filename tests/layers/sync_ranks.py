@@ -1,6 +1,6 @@
 """What the ranks run in the tests of synchronized layers.
 
-In a shell: ``mpiexec -n 3 python -m mpi4py sync_ranks.py CASE``.
+In a shell: ``mpiexec -n 3 python -m mpi4py sync_ranks.py CASE...``.
 """
 
 import copy
@@ -339,4 +339,7 @@ def copies():
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for case in sys.argv[1:]:
+        if WORLD.rank == 0:
+            print("---", case, file=sys.stderr, flush=True)
+        globals()[case]()

@@ -30,11 +30,11 @@ MPIEXEC = Path(sys.executable).with_name("mpiexec")
 with_mpi = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec in this environment")
 
 
-def run_ranks(ranks, case):
-    """Runs a case of the program on so many ranks; a rank that hangs fails the test."""
+def run_ranks(ranks, *cases):
+    """Runs cases of the program on so many ranks; a rank that hangs fails the test."""
     pytest.importorskip("mpi4py")
     done = subprocess.run(
-        [MPIEXEC, "-n", str(ranks), *PYTHON, PROGRAM, case],
+        [MPIEXEC, "-n", str(ranks), *PYTHON, PROGRAM, *cases],
         capture_output=True,
         text=True,
         timeout=300,
@@ -45,15 +45,12 @@ def run_ranks(ranks, case):
 
 @with_mpi
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize(
-    "case",
-    [
+def test_on_ranks(ranks):
+    run_ranks(  # together: an interpreter for each rank takes longer than most of the cases
+        ranks,
         *["equal", "nowhere", "failing", "modes", "communicators"],
         *["recalibrated", "masked", "masked_away", "starved", "copies", "activated"],
-    ],
-)
-def test_on_ranks(case, ranks):
-    run_ranks(ranks, case)
+    )
 
 
 @with_mpi
