@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from cases import in_pairs
 from internals import AT_FIRST_USE
 from support import output_of
 
@@ -69,28 +70,21 @@ peak(lambda: bn(x, out=x, residual=residual))
 peak(lambda: bn.backward(dy, out=dy, residual_out=residual))
 """
 MEGABYTE = 2**20
+# How many weights of 64 are 0, the activation, and whether a residual is added.
+STEPS = [
+    *[(aside, None, False) for aside in (0, 40, 64)],
+    *[(0, "leaky_relu", False), (40, "leaky_relu", False), (0, "relu", False)],
+    *[(0, None, True), (0, "relu6", True)],
+]
+QUICK = [(step, last, "float32", False) for step in STEPS[:4] for last in (False, True)]
+SLOW = in_pairs(STEPS, [False, True], ["float32", "float16"], [False, True])
+CASES = QUICK + [pytest.param(*c, marks=pytest.mark.slow) for c in SLOW if c not in QUICK]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark from /proc")
-@pytest.mark.parametrize(
-    "frozen", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "frozen"]
-)
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels last"])
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("aside", "activation", "added"),
-    [
-        *[(aside, None, False) for aside in (0, 40, 64)],
-        (0, "leaky_relu", False),
-        pytest.param(40, "leaky_relu", False, marks=pytest.mark.slow),
-        pytest.param(0, "relu", False, marks=pytest.mark.slow),
-        pytest.param(0, None, True, marks=pytest.mark.slow),
-        pytest.param(0, "relu6", True, marks=pytest.mark.slow),
-    ],
-)
-def test_training_in_place_allocates_what_it_sets_aside(
-    tmp_path, aside, activation, added, dtype, last, frozen
-):
+@pytest.mark.parametrize(("step", "last", "dtype", "frozen"), CASES)
+def test_training_in_place_allocates_what_it_sets_aside(tmp_path, step, last, dtype, frozen):
+    aside, activation, added = step
     options = {"activation": activation, "added": added}
     code = STEP.format(aside=aside, dtype=dtype, last=last, frozen=frozen, **options)
     lines = output_of(code, tmp_path).splitlines()

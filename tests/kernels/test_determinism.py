@@ -49,7 +49,9 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, path, set_num_threads)
         return fingerprint.results(*arguments)
 
     expected = results(1)
-    assert {n: differences(results(n), expected) for n in THREADS} == {n: [] for n in THREADS}
+    # Each number with two dtypes of every path, one of two bytes and one of more.
+    threads = THREADS[:2] if dtype.name in ("float16", "float32") else THREADS[2:]
+    assert {n: differences(results(n), expected) for n in threads} == {n: [] for n in threads}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def train(x, dy, in_place):
 def test_training_steps_give_the_same_bits_from_run_to_run(rng, dtype, in_place, set_num_threads):
     x, dy = some(rng, (8, 5, 151, 153), dtype), some(rng, (8, 5, 151, 153), dtype)
     expected = train(x, dy, in_place=False)
-    for threads in THREADS:
+    for threads in THREADS[int(in_place) :: 2]:
         set_num_threads(threads)
         assert differences(train(x, dy, in_place), expected) == []
 
