@@ -178,32 +178,20 @@ class Norm(LayerState):
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
     ) -> Array | None:
         """`forward` of a plain call; None for any other."""
-        y: Array | None
-        has_none = self.running_mean is None and self.running_var is None
-        if not self.training and not has_none:
-            y = self._quick_by_running(_core.try_evaluate, x, out, residual)
-            if y is not None:
-                self._saved = self._no_backward_in_eval()
-            return y
-        if self.training and self.frozen:
-            result = self._quick_by_running(_core.try_layer_frozen, x, out, residual)
-        else:
+        y: Array
+        saved: SavedForBackward | str
+        training = self.training
+        if not self.frozen if training else self.running_mean is None and self.running_var is None:
             result = self._quick_train(x, out, residual)
-        if result is None:
-            return None
-        y, saved = result
-        self._saved = saved if self.training else self._no_backward_in_eval()
-        return y
-
-    def _quick_by_running(
-        self,
-        function: Callable[..., Any],
-        x: ArrayLike,
-        out: Array | None,
-        residual: ArrayLike | None,
-    ) -> Any:
-        """What a function of the core makes of a plain call and the running statistics."""
-        return function(
+            if result is None:
+                return None
+            y, saved = result
+            if not training:
+                saved = self._no_backward_in_eval()
+            self._saved = saved
+            return y
+        by_running: Callable[..., Any] = _core.try_layer_frozen if training else _core.try_evaluate
+        result = by_running(
             x,
             out,
             self.running_mean,
@@ -217,6 +205,11 @@ class Norm(LayerState):
             self._batch_ranks,
             self.num_features,
         )
+        if result is None:
+            return None
+        y, saved = result if training else (result, self._no_backward_in_eval())
+        self._saved = saved
+        return y
 
     def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None

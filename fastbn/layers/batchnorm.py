@@ -42,9 +42,10 @@ class BatchNorm(Norm):
     def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
     ) -> tuple[Array, SavedForBackward] | None:
-        if recorders and self.training:
+        training = self.training
+        if recorders and training:
             return None
-        tracks = self.training and self.track_running_stats
+        tracks = training and self.track_running_stats
         return _core.try_layer_train(
             x,
             out,
@@ -62,9 +63,9 @@ class BatchNorm(Norm):
             self._batch_ranks,
             self.num_features,
             # Evaluation without running statistics normalizes the batch as a whole.
-            self.ghost_batch_size if self.training else None,
+            self.ghost_batch_size if training else None,
             False,
-            self.training,
+            training,
         )
 
     def _training_call(
