@@ -22,12 +22,15 @@ ALWAYS_INLINE A NAME(value_of)(ORDER_A order)
 typedef struct {
     int kind;
     A slope, inverse, cap, low, high;
+    int is_greatest; /* whether FASTBN_LEAKY_RELU is the greater of a value and its product */
 } NAME(activation);
 
 ALWAYS_INLINE NAME(activation) NAME(activation_of)(const fastbn_activation *activation)
 {
     const A slope = (A)activation->slope, cap = (A)activation->cap;
-    NAME(activation) r = {activation->kind, slope, 1 / slope, cap, -(A)INFINITY, 0};
+    /* Infinity times 0 is a NaN, which would not be the greater one. */
+    const int is_greatest = 0 < slope && slope <= 1;
+    NAME(activation) r = {activation->kind, slope, 1 / slope, cap, -(A)INFINITY, 0, is_greatest};
     if (activation->kind == FASTBN_RELU) {
         r.low = NAME(value_of)(1); /* the least one above 0 */
         r.high = cap < (A)INFINITY ? NAME(value_of)(NAME(order_of)(cap) - 1) : cap;
@@ -53,6 +56,8 @@ ALWAYS_INLINE VA NAME(activate)(VA z, const NAME(activation) *activation)
         return z;
     if (activation->kind == FASTBN_RELU)
         return LESS_A(NAME(all_lanes)(activation->cap), GREATER_A(zero, z));
+    if (activation->is_greatest)
+        return GREATER_A(z * activation->slope, z);
     return IF_OUTSIDE_A(z, NAME(all_lanes)(activation->low), zero, z, z * activation->slope);
 }
 
