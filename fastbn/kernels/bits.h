@@ -5,6 +5,10 @@
 
 #include "common.h"
 
+#if defined(__SSE2__) || defined(_M_X64)
+#  include <emmintrin.h>
+#endif
+
 /* A byte, 255 or 0, for each of so many bits. */
 static inline void spread_bits(const uint8_t *bits, ptrdiff_t first, ptrdiff_t count, uint8_t *bytes)
 {
@@ -16,22 +20,38 @@ static inline void spread_bits(const uint8_t *bits, ptrdiff_t first, ptrdiff_t c
     }
 }
 
+/* A bit for each of 16 bytes, which are 255 or 0. */
+static inline int bits_of_16(const uint8_t *bytes)
+{
+#if defined(__SSE2__) || defined(_M_X64)
+    return _mm_movemask_epi8(_mm_loadu_si128((const __m128i *)bytes));
+#else
+    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
+    uint64_t eight[2];
+    memcpy(eight, bytes, sizeof eight);
+    return (int)((eight[0] & diagonal) * ones >> 56 | (eight[1] & diagonal) * ones >> 56 << 8);
+#endif
+}
+
 /* Sets so many bits, which are zeros, from bytes. Other threads may set bits of the first and the
  * last byte at the same time. */
 NOT_INLINE void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
 {
-    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
     const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;
     memset(bytes, 0, (size_t)(first % 8));
-    memset(bytes + first % 8 + count, 0, 8);
-    for (ptrdiff_t k = begin; k < end; k++, bytes += 8) {
-        uint64_t eight;
-        memcpy(&eight, bytes, sizeof eight);
-        const uint8_t byte = (uint8_t)((eight & diagonal) * ones >> 56);
-        if (k > begin && k + 1 < end)
-            bits[k] = byte;
-        else if (byte != 0)
-            or_atomically(bits + k, byte);
+    memset(bytes + first % 8 + count, 0, 16);
+    for (ptrdiff_t k = begin; k < end; k += 2, bytes += 16) {
+        const int sixteen = bits_of_16(bytes);
+        const uint8_t low = (uint8_t)sixteen, high = (uint8_t)(sixteen >> 8);
+        if (k > begin && k + 2 < end) {
+            bits[k] = low;
+            bits[k + 1] = high;
+            continue;
+        }
+        if (low != 0)
+            or_atomically(bits + k, low);
+        if (high != 0)
+            or_atomically(bits + k + 1, high);
     }
 }
 

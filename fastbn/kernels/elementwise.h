@@ -136,8 +136,7 @@ ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_
     w->to = to;
     w->backwards = backwards;
     w->most = most;
-    w->streams = NAME(MAY_STREAM) && nontemporal && most == PTRDIFF_MAX &&
-                 len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
+    w->streams = NAME(MAY_STREAM) && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
     w->buffers = nontemporal && !w->streams;
     w->capacity = w->buffers ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
                              : PTRDIFF_MAX;
@@ -166,9 +165,15 @@ ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
         NAME(flush)(w);
 }
 
+/* How many elements are written next. Where only a part of them is streamed, it ends with a line, and
+ * what is left has several lines, too. */
 ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
 {
-    return smaller(smaller(left, w->most), w->capacity - w->filled);
+    const ptrdiff_t n = smaller(smaller(left, w->most), w->capacity - w->filled);
+    if (!NAME(MAY_STREAM) || !w->streams || n == left)
+        return n;
+    const ptrdiff_t part = smaller(n, left / 2);
+    return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
 /* Writes a run, as many elements at a time as fit into the writer; they begin at `i0`, and DONE is
@@ -211,8 +216,11 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
 #define MOST(fused) \
     (fused == NAME(WHOLE) && epilogue->alive != NULL ? (ptrdiff_t)ALIVE_BYTES : PTRDIFF_MAX)
 
-/* Results at i of a run, as registers and as single ones, once they have been normalized. */
-#define NOTES(i) (beside.alive == NULL ? NULL : notes + ((beside.first + i0) & 7) + (i))
+/* Results at i of a run, as registers and as single ones, once they have been normalized. There are
+ * notes about `noted` elements before i0, which become bits when there are many, or when what follows
+ * in memory is another thread's. */
+#define NOTES(i) \
+    (beside.alive == NULL ? NULL : notes + ((beside.first + i0 - noted) & 7) + noted + (i))
 #define FINISH(fused, z, i, ahead) \
     (fused == NAME(PLAIN)       ? (z) \
      : fused == NAME(ACTIVATED) ? NAME(activate)(z, &activation) \
@@ -230,9 +238,15 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
                                                           ? (A)0 \
                                                           : NAME(decode)(beside.residual[i0 + (i)])), \
                                       &activation, NOTES(i))))
-#define KEEP_NOTES(fused) \
-    if (fused == NAME(WHOLE) && beside.alive != NULL) \
-    gather_bits(notes, beside.first + i0, n, beside.alive)
+#define KEEP_NOTES(fused, ends) \
+    if (fused == NAME(WHOLE) && beside.alive != NULL) { \
+        noted += n; \
+        if (noted >= ALIVE_BYTES / 2 || (ends)) { \
+            gather_bits(notes, beside.first + i0 + n - noted, noted, beside.alive); \
+            noted = 0; \
+        } \
+        w.most = ALIVE_BYTES - noted; \
+    }
 
 ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, void *y_,
                                         const fastbn_runs *runs, const fastbn_affine *affine,
@@ -240,6 +254,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
 {
     NAME(affine) k;
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
+    ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
@@ -261,7 +276,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
                                     k.shift[c]), i), i0 + (i))
-            WRITE_RUN(&w, runs->len, AT, ONE, KEEP_NOTES(fused))
+            WRITE_RUN(&w, runs->len, AT, ONE,
+                      KEEP_NOTES(fused, c + 1 == runs->channels && i0 + n == runs->len))
 #undef AT
 #undef ONE
 #undef AHEAD
@@ -472,6 +488,7 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     A *centre = k[0] + padding, *scale = k[1] + padding, *shift = k[2] + padding;
     NAME(affine) of_channel;
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
+    ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(beside) beside;
     if (matrix->rows == 0)
@@ -490,7 +507,8 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
                                     scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
     WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), follows_closely(y, x), AT, ONE,
-               beside = NAME(beside_of)(fused, epilogue, at + row), KEEP_NOTES(fused));
+               beside = NAME(beside_of)(fused, epilogue, at + row),
+               KEEP_NOTES(fused, i0 + n == len));
 #undef AT
 #undef ONE
 }
