@@ -178,7 +178,7 @@ def try_layer_frozen(
     activation: object,
     slope: object,
     residual: object,
-    ranks: tuple[int, ...],
+    ranks: tuple[int, ...] | None,
     num_features: int,
     /,
 ) -> tuple[Array, SavedForBackward] | None: ...

@@ -47,8 +47,9 @@ def as_num_groups(value: Any, channels: int) -> int:
 
 def groups_of(channels: int, most: int) -> int:
     """The largest number of groups, at most a given one, into which channels can be divided."""
-    largest = min(most, channels) or most  # Any number divides no channels.
-    return next((groups for groups in range(largest, 1, -1) if channels % groups == 0), 1)
+    if not channels:
+        return most
+    return next(n for n in range(min(most, channels), 0, -1) if channels % n == 0)
 
 
 def as_count(value: Any, name: str = "count") -> int:

@@ -48,10 +48,9 @@ cdef bint is_plain_input(object x, tuple ranks, object num_features) except -1:
     array = <cnp.ndarray>x
     if cnp.PyArray_NDIM(array) < 2 or cnp.PyArray_SIZE(array) == 0 or layout_of(array) == UNFIT:
         return False
-    if num_features is None:
+    if ranks is None and num_features is None:
         return True
-    return (PyLong_CheckExact(num_features)
-            and cnp.PyArray_DIMS(array)[1] == <Py_ssize_t>num_features
+    return (PyLong_CheckExact(num_features) and num_features == cnp.PyArray_DIMS(array)[1]
             and (ranks is None or has_rank(ranks, cnp.PyArray_NDIM(array))))
 
 
@@ -128,6 +127,12 @@ cdef bint is_plain_vector(object value, cnp.ndarray x, object out) noexcept:
             or cnp.PyArray_STRIDES(vector)[0] <= 0):
         return False
     return out is None or is_apart(vector, <cnp.ndarray>out)
+
+
+cdef bint are_plain_statistics(object mean, object var, cnp.ndarray x, object out) noexcept:
+    """Tell whether running statistics are plain vectors."""
+    return (mean is not None and is_plain_vector(mean, x, out)
+            and var is not None and is_plain_vector(var, x, out))
 
 
 cdef bint is_plain_target(object value, cnp.ndarray x, object out) noexcept:

@@ -84,7 +84,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
 cdef enum:
     # Of one double per batch and channel, which a backward needs: first the sums of dy and of
     # dy * xhat, then those that groups need in their place, what takes the place of mean, invstd
-    # and weight after a forward in place, and the weight and bias for each batch.
+    # and weight after a forward in place, and weight and bias for each batch.
     VECTORS_OF_BACKWARD = 9
 
 
@@ -104,7 +104,9 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
     cdef GroupNormJob norm
     cdef Job job
     cdef int i
-    if batches > 1:
+    # Other jobs read one value per channel for all batches.
+    if batches > 1 and (saved.in_place and saved.kept is None
+                        or saved.batch_size == 1 and is_flat(x)):
         weights = repeated(&weights, channels, batches, doubles + 7 * size)
         biases = repeated(&biases, channels, batches, doubles + 8 * size)
     of_groups = weights

@@ -3,11 +3,9 @@
 def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
                  residual, tuple ranks, num_features, /):
     """Normalize by running statistics; None if the call is not plain."""
-    if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
-            x, out, weight, bias, eps, activation, slope, residual):
-        return None
-    if (running_mean is None or not is_plain_vector(running_mean, x, out)
-            or running_var is None or not is_plain_vector(running_var, x, out)):
+    if (not is_plain_input(x, ranks, num_features)
+            or not is_plain_forward(x, out, weight, bias, eps, activation, slope, residual)
+            or not are_plain_statistics(running_mean, running_var, x, out)):
         return None
     return by_running(x, out, running_mean, running_var, weight, bias, eps,
                       activation_of(activation, PyFloat_AS_DOUBLE(slope)), residual, None)
@@ -21,11 +19,9 @@ def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activ
     """
     cdef SavedForBackward saved
     cdef cnp.ndarray y
-    if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
-            x, out, weight, bias, eps, activation, slope, residual):
-        return None
-    if (running_mean is None or not is_plain_vector(running_mean, x, out)
-            or running_var is None or not is_plain_vector(running_var, x, out)):
+    if (not is_plain_input(x, ranks, num_features)
+            or not is_plain_forward(x, out, weight, bias, eps, activation, slope, residual)
+            or not are_plain_statistics(running_mean, running_var, x, out)):
         return None
     follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     saved = SavedForBackward.__new__(SavedForBackward)
@@ -38,11 +34,9 @@ def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activ
         elif not all_recoverable(x, weight, bias, &follows, values_per_channel(x)):
             return None
     save_options(saved, x, weight, bias, activation, &follows, residual)
-    if follows.kind != LINEAR:
-        saved.alive = new_bits(cnp.PyArray_SIZE(<cnp.ndarray>x))
     saved.mean, saved.invstd = doubles_of(running_mean), invstd_of(running_var, eps)
     y = by_running(x, out, running_mean, running_var, weight, bias, eps, follows, residual, saved)
-    save(saved, x, y)
+    save_array(saved, x, y)
     return y, saved
 
 
@@ -52,11 +46,12 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, un
 
     Returns y, mean and invstd.
     """
-    cdef SavedForBackward saved = SavedForBackward.__new__(SavedForBackward)
+    cdef SavedForBackward saved
     cdef cnp.ndarray y
     if not is_plain_input(x, None, None) or not is_plain_forward(
             x, out, weight, bias, eps, activation, slope, residual):
         return None
+    saved = SavedForBackward.__new__(SavedForBackward)
     y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
               activation, slope, residual, saved, False, False)
     return None if y is None else (y, saved.mean, saved.invstd)
@@ -71,20 +66,21 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
     backward can recover all channels, or none: then it keeps a copy of x. Instances are batches of
     one sample, without running statistics.
     """
-    cdef SavedForBackward saved = SavedForBackward.__new__(SavedForBackward)
+    cdef SavedForBackward saved
     cdef cnp.ndarray y
     if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
             x, out, weight, bias, eps, activation, slope, residual):
         return None
     if not is_plain_batch_size(batch_size):
         return None
+    saved = SavedForBackward.__new__(SavedForBackward)
     saved.batch_size = 0 if batch_size is None else batch_size
     y = train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, unbiased,
               activation, slope, residual, saved, by_instance, keeps)
     if y is None:
         return None
     if keeps:
-        save(saved, x, y)
+        save_array(saved, x, y)
     return y, saved
 
 
@@ -124,7 +120,7 @@ def try_groups(x, out, num_groups, weight, bias, eps, activation, slope, residua
     normalize_groups(array, None, groups, weight, bias, PyFloat_AS_DOUBLE(eps), y, saved.mean, m2,
                      saved.invstd, follows, residual, saved.alive, saved.kept)
     if keeps:
-        save(saved, array, y)
+        save_array(saved, array, y)
     return y, saved
 
 
@@ -153,12 +149,12 @@ cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight,
         saved.bias = doubles_of(bias)
     saved.activation, saved.negative_slope = activation, follows.slope
     saved.has_residual = residual is not None
-    if saved.has_residual and follows.kind != LINEAR:
+    if (saved.has_residual or saved.frozen) and follows.kind != LINEAR:
         saved.alive = new_bits(cnp.PyArray_SIZE(x))
     return 0
 
 
-cdef void save(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexcept:
+cdef void save_array(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexcept:
     """Save the input or the output, by reference, after the forward."""
     saved.save(y if saved.in_place else x)
     saved.sample()
@@ -179,7 +175,7 @@ cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
     cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     cdef double slope = 1.0 if activation.kind == LINEAR else activation.slope
-    if weight is None and activation.kind == LINEAR:
+    if weight is None and bias is None and activation.kind == LINEAR:
         return True
     return next_unrecoverable(&limits, <double>count, slope, &weights, &biases, 0,
                               channels) == channels

@@ -44,7 +44,8 @@ class Norm(LayerState):
 
     _family: ClassVar[str]
     _ranks: ClassVar[tuple[int, ...]]
-    _batch_ranks: ClassVar[tuple[int, ...]]  # of those, the ones with an axis of samples
+    # Of those, the ones with an axis of samples; None stands for all.
+    _batch_ranks: ClassVar[tuple[int, ...] | None] = None
     _zero_eps: ClassVar[bool] = False  # whether eps may be 0
     # Whether a backward may compute the derivatives of the activation from the input.
     _computes_gates: ClassVar[bool] = True

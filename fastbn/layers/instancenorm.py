@@ -112,7 +112,7 @@ class InstanceNorm(Norm):
     def _quick_train(
         self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
     ) -> tuple[Array, SavedForBackward] | None:
-        if self.training and self.track_running_stats:
+        if self.training and self.track_running_stats:  # which move to a mean over samples
             return None
         return _core.try_layer_train(
             x,
@@ -122,7 +122,7 @@ class InstanceNorm(Norm):
             None,
             self.weight,
             self.bias,
-            0.0,
+            self.momentum,
             self.eps,
             self.unbiased,
             self.activation,
@@ -142,7 +142,7 @@ class InstanceNorm(Norm):
         out: Array | None,
         residual_out: Array | None,
     ) -> tuple[Array, Array | None] | None:
-        if len(self._input_shape) not in self._batch_ranks:
+        if len(self._input_shape) == self._ranks[0]:  # a sample
             return None
         return super()._quick_backward(saved, dy, out, residual_out)
 

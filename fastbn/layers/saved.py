@@ -78,7 +78,8 @@ def keep_input(call: normalize.Forward, *, frozen: bool, inverts: bool) -> KeptC
         if frozen and x.itemsize == 2:
             # Running statistics bound no normalized value; 16 bits would not hold every one.
             return keep_all(x)
-        return None if call.weight is None else keep_channels(call)
+        is_affine = call.weight is not None or call.bias is not None
+        return keep_channels(call) if is_affine else None
     _, slope, residual, alive = epilogue
     is_leaky_relu = epilogue.activation == "leaky_relu" and residual is None
     if not is_leaky_relu or not inverts or frozen or alive is not None:

@@ -352,6 +352,38 @@ def test_sizes_of_ghost_batches_that_were_set_later(rng, both_paths, size):
     both_paths(lambda layer, x: [layer(x), layer.backward(x)], layer, some(rng, (7, 6, 5, 8)))
 
 
+@pytest.mark.parametrize("family", [fastbn.BatchNorm2d, groups_of(2)], ids=["batch", "groups"])
+def test_a_bias_without_a_weight_is_not_recovered_from_either(rng, both_paths, family):
+    layer, x, dy = layer_of(6, family=family), some(rng, (7, 6, 5, 8)), some(rng, (7, 6, 5, 8))
+    layer.weight = None
+    layer.bias[...] = 1e5
+    both_paths(lambda layer, x, dy: (layer(x, out=x), layer.backward(dy)), layer, x, dy)
+    expected = copy.deepcopy(layer)
+    expected(x.copy())
+    layer(x, out=x)
+    assert np.array_equal(layer.backward(dy), expected.backward(dy))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frozen": True},
+        {"training": False, "running_mean": np.zeros(6), "running_var": np.ones(6)},
+        {"momentum": "a"},
+        {"num_features": 2**70},
+        {"num_groups": 4},
+        {"eps": "a"},
+    ],
+    ids=str,
+)
+@by_sample
+def test_attributes_that_were_set_by_hand(rng, both_paths, family, changes):
+    layer, x = layer_of(6, family=family), some(rng, (7, 6, 5, 8))
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    both_paths(lambda layer, x: [layer(x)], layer, x)
+
+
 @each("samples", [1, 3])
 @by_sample
 def test_sums_of_negative_zeros(rng, both_paths, family, samples):

@@ -269,10 +269,12 @@ STATISTICS = np.zeros(16), np.ones(16)
 VALID = np.ones((16, 1, 128, 128), bool)
 
 
-def group_norm_backward(x):
-    norm = fastbn.GroupNorm(4, 16)
-    norm(x)
-    norm.backward(x, out=x)
+def a_step_of(layer, **options):
+    def step(x):
+        layer(x, **options)
+        layer.backward(x, out=x)
+
+    return step
 
 
 KERNELS = {
@@ -284,11 +286,15 @@ KERNELS = {
         x, x, *STATISTICS, None, *STATISTICS, 9, out=x
     ),
     "backward": lambda x: F.batch_norm_backward(x, x, None, *STATISTICS, out=x, mask=VALID),
-    "group_forward": lambda x: F.group_norm(x, 4, out=x),
-    "group_backward": lambda x: group_norm_backward(x),
+    "group_forward": lambda x: F.group_norm(x, 4, out=x, mask=VALID),
+    "group_backward": a_step_of(fastbn.GroupNorm(4, 16), mask=VALID),
     "try_evaluate": lambda x: F.batch_norm(x, *STATISTICS, out=x),
     "try_train": lambda x: F.batch_norm_forward(x, out=x),
     "try_backward": lambda x: F.batch_norm_backward(x, x, None, *STATISTICS, out=x),
+    "try_groups": lambda x: F.group_norm(x, 4, out=x),
+    "try_layer_train": lambda x: F.instance_norm(x, out=x),
+    "try_layer_frozen": a_step_of(fastbn.BatchNorm2d(16).freeze()),
+    "try_layer_backward": a_step_of(fastbn.GroupNorm(4, 16)),
 }
 
 
@@ -336,6 +342,7 @@ def test_other_python_threads_run_during_a_call(monkeypatch, set_num_threads, th
         while calls_with_ticks() < 6 and len(windows) < 1000:
             for _ in range(20):
                 KERNELS[name](x)
+            assert windows, f"{name} was not called"
     assert calls_with_ticks() >= 6
 
 
