@@ -281,10 +281,12 @@ def instance_norm(
     """
     parameters = running_mean, running_var, weight, bias
     epilogue = activation, negative_slope, residual
-    if mask is None and use_input_stats:
-        y = _quick_instance_norm(input, out, *parameters, momentum, eps, unbiased, *epilogue)
-        if y is not None:
-            return y
+    has_none = running_mean is None and running_var is None
+    if mask is None and use_input_stats and has_none and momentum is not None:
+        own = None, None, None, weight, bias, momentum, eps, unbiased, *epilogue
+        result = _core.try_layer_train(input, out, *own, None, None, 1, True, False)
+        if result is not None:
+            return result[0]
     x = checks.as_input(input)
     momentum = scalars.as_real(momentum, "momentum")
     unbiased = scalars.as_bool(unbiased, "unbiased")
@@ -312,31 +314,6 @@ def instance_norm(
         epilogue=epilogue,
     )
     return normalize.by_instance(call)[0]
-
-
-def _quick_instance_norm(
-    x: ArrayLike,
-    out: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    momentum: float,
-    eps: float,
-    unbiased: bool,
-    activation: str | None,
-    negative_slope: float,
-    residual: ArrayLike | None,
-) -> Array | None:
-    """`instance_norm` of a plain call by its own statistics; None for any other."""
-    if running_mean is not None or running_var is not None or momentum is None:
-        return None
-    parameters, options = (None, None, None, weight, bias), (momentum, eps, unbiased)
-    epilogue = activation, negative_slope, residual
-    result = _core.try_layer_train(
-        x, out, *parameters, *options, *epilogue, None, None, 1, True, False
-    )
-    return None if result is None else result[0]
 
 
 def group_norm(

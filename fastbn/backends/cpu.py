@@ -305,11 +305,7 @@ def group_gates(x: Array, weight: Array | None) -> bool:
 
     So no weight may be too small beside the largest one.
     """
-    if weight is None or not weight.size:
-        return True
-    size = np.abs(weight.astype(np.float64))
-    least = size.min()
-    return bool(least > 0.0 and least >= size.max() * (1e-200 if x.itemsize == 8 else 1e-25))
+    return _core.group_gates(x, weight)
 
 
 def packed_mask(mask: Array | None) -> Array | None:

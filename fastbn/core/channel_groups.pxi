@@ -184,6 +184,7 @@ cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cn
                           cnp.ndarray bias, double eps, cnp.ndarray out, cnp.ndarray mean,
                           cnp.ndarray m2, cnp.ndarray invstd, Activation activation,
                           cnp.ndarray residual, cnp.ndarray alive, cnp.ndarray kept) except -1:
+    """`group_forward`, which also copies x to `kept` if that is an array."""
     cdef GroupNormJob norm
     cdef Vector unread
     init_group_norm(&norm, x, mask, groups)
@@ -237,8 +238,12 @@ cdef void init_group_backward(GroupNormJob *norm, cnp.ndarray dy, cnp.ndarray x,
     apply_gradient(&norm.job, cnp.PyArray_BYTES(out))
 
 
-cdef bint has_group_gates(cnp.ndarray x, cnp.ndarray weight) noexcept:
+def group_gates(cnp.ndarray x not None, cnp.ndarray weight):
     """Tell whether no weight is too small, beside the largest, to divide the sums of a group by."""
+    return has_group_gates(x, weight)
+
+
+cdef bint has_group_gates(cnp.ndarray x, cnp.ndarray weight) noexcept:
     cdef Vector vector = vector_of(weight, 1)
     cdef double values[COLUMNS]
     cdef double least = INFINITY, greatest = 0.0

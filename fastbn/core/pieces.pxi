@@ -19,6 +19,12 @@ cdef void walk_pieces(const Job *job, const Block *block, Piece step) noexcept n
         step(job, offset_of(job, block, block.n1), leftover.len)
 
 
+cdef void keep(Job *job, cnp.ndarray kept) noexcept:
+    """Let the job copy x there, if it is an array."""
+    if kept is not None:
+        job.kept = cnp.PyArray_BYTES(kept)
+
+
 cdef void keep_piece(const Job *job, Py_ssize_t at, Py_ssize_t count) noexcept nogil:
     """Copy a piece of x to where it is kept."""
     memcpy(job.kept + at, job.x + at, count * job.itemsize)

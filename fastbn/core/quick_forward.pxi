@@ -210,12 +210,6 @@ cdef cnp.ndarray invstd_of(cnp.ndarray running_var, object eps):
     return invstd
 
 
-cdef void keep(Job *job, cnp.ndarray kept) noexcept:
-    """Let the job copy x there, if it is an array."""
-    if kept is not None:
-        job.kept = cnp.PyArray_BYTES(kept)
-
-
 # ------------------------------------------------------------------ by the batch's own statistics
 
 cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object running_var,

@@ -182,7 +182,12 @@ class Norm(LayerState):
         y: Array
         saved: SavedForBackward | str
         training = self.training
-        if not self.frozen if training else self.running_mean is None and self.running_var is None:
+        by_running = (
+            self.frozen
+            if training
+            else self.running_mean is not None or self.running_var is not None
+        )
+        if not by_running:
             result = self._quick_train(x, out, residual)
             if result is None:
                 return None
@@ -191,8 +196,8 @@ class Norm(LayerState):
                 saved = self._no_backward_in_eval()
             self._saved = saved
             return y
-        by_running: Callable[..., Any] = _core.try_layer_frozen if training else _core.try_evaluate
-        result = by_running(
+        function: Callable[..., Any] = _core.try_layer_frozen if training else _core.try_evaluate
+        result = function(
             x,
             out,
             self.running_mean,
