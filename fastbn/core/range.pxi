@@ -7,12 +7,12 @@
 cdef bint has_huge_mean(const Job *job, const double *means, Py_ssize_t channels) noexcept nogil:
     """Tell whether the mean of any channel is so large."""
     cdef Py_ssize_t c
-    cdef bint found = False
     if job.itemsize == sizeof(double):
         return False
     for c in range(channels):
-        found = found or is_huge(means[c])
-    return found
+        if is_huge(means[c]):
+            return True
+    return False
 
 
 cdef bint needs_float64(const Job *job) noexcept nogil:

@@ -87,25 +87,19 @@ cdef class SavedForBackward:
     cdef void sample(self) noexcept:
         """Note some elements of x, an ndarray, by which `has_changed` will know it."""
         cdef cnp.ndarray x = <cnp.ndarray>self.x
-        cdef int i
         if self.mask is None:
             self.samples = spread(x, self.offsets)
         else:
             self.samples = spread_over_valid(x, <cnp.ndarray>self.mask, self.offsets)
-        for i in range(self.samples):
-            self.bits[i] = bits_of(x, self.offsets[i])
+        read_bits(x, self.offsets, self.samples, self.bits)
 
     cdef bint is_unchanged(self) noexcept:
         """Tell whether x, which has its shape, has the elements that were noted."""
-        cdef cnp.ndarray x
-        cdef int i
+        cdef cnp.npy_uint64 bits[SAMPLES]
         if self.samples == 0:  # x may be an array of CuPy's.
             return True
-        x = <cnp.ndarray>self.x
-        for i in range(self.samples):
-            if self.bits[i] != bits_of(x, self.offsets[i]):
-                return False
-        return True
+        read_bits(<cnp.ndarray>self.x, self.offsets, self.samples, bits)
+        return memcmp(bits, self.bits, self.samples * sizeof(cnp.npy_uint64)) == 0
 
     def has_changed(self):
         """Tell whether x, which has its shape, has been written to since the forward.
@@ -130,19 +124,29 @@ cdef void choose_sample_places() noexcept:
 choose_sample_places()
 
 
-cdef Py_ssize_t element_of_sample(int i, Py_ssize_t size) noexcept:
-    """The number of the element, of so many, that is the i-th sample; each, if there are few."""
-    return i if size <= SAMPLES else <Py_ssize_t>(sample_places[i] * <double>size)
+cdef int choose_elements(Py_ssize_t size, Py_ssize_t *elements) noexcept:
+    """Choose the samples among so many elements, all if there are few; return how many."""
+    cdef double length = <double>size
+    cdef int i
+    if size <= SAMPLES:
+        for i in range(size):
+            elements[i] = i
+        return <int>size
+    for i in range(SAMPLES):
+        elements[i] = <Py_ssize_t>(sample_places[i] * length)
+    return SAMPLES
 
 
 cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
     """Choose elements of x, as bytes from its first one; return how many."""
-    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), itemsize = cnp.PyArray_ITEMSIZE(x), element
-    cdef bint is_dense = layout_of(x) != UNFIT
-    cdef int i, samples = <int>min(size, SAMPLES)
-    for i in range(samples):
-        element = element_of_sample(i, size)
-        offsets[i] = element * itemsize if is_dense else offset_of_element(x, element)
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
+    cdef int i, samples = choose_elements(cnp.PyArray_SIZE(x), offsets)
+    if layout_of(x) != UNFIT:
+        for i in range(samples):
+            offsets[i] *= itemsize
+    else:
+        for i in range(samples):
+            offsets[i] = offset_of_element(x, offsets[i])
     return samples
 
 
@@ -203,14 +207,13 @@ cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets)
     They are counted with the channels last, so that neighbouring samples are of several channels.
     """
     cdef ValidPositions valid
-    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], element, position
-    cdef Py_ssize_t size = count_in_parts(&valid, mask) * channels
-    cdef int i, samples = <int>min(size, SAMPLES)
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], channel, position
+    cdef int i, samples = choose_elements(count_in_parts(&valid, mask) * channels, offsets)
     for i in range(samples):
-        element = element_of_sample(i, size)
-        position = find_valid_position(&valid, element // channels)
+        position = find_valid_position(&valid, offsets[i] // channels)
+        channel = offsets[i] % channels
         offsets[i] = (offset_of_element(x, position, skip_channels=True)
-                      + element % channels * cnp.PyArray_STRIDES(x)[1])
+                      + channel * cnp.PyArray_STRIDES(x)[1])
     return samples
 
 
@@ -229,15 +232,19 @@ cdef Py_ssize_t offset_of_element(cnp.ndarray array, Py_ssize_t element,
     return offset
 
 
-cdef cnp.npy_uint64 bits_of(cnp.ndarray x, Py_ssize_t offset) noexcept:
-    """The bits of an element."""
-    cdef const char *element = cnp.PyArray_BYTES(x) + offset
+cdef void read_bits(cnp.ndarray x, const Py_ssize_t *offsets, int count,
+                    cnp.npy_uint64 *bits) noexcept:
+    """Read some elements, as integers."""
+    cdef const char *start = cnp.PyArray_BYTES(x)
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef cnp.npy_uint64 bits = 0
-    if itemsize == 4:  # The sizes are constants, so that these are single instructions.
-        memcpy(&bits, element, 4)
+    cdef int i
+    memset(bits, 0, count * sizeof(cnp.npy_uint64))
+    if itemsize == 4:  # The sizes are constants, so that each copy is an instruction.
+        for i in range(count):
+            memcpy(bits + i, start + offsets[i], 4)
     elif itemsize == 2:
-        memcpy(&bits, element, 2)
+        for i in range(count):
+            memcpy(bits + i, start + offsets[i], 2)
     else:
-        memcpy(&bits, element, 8)
-    return bits
+        for i in range(count):
+            memcpy(bits + i, start + offsets[i], 8)

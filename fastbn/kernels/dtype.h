@@ -52,12 +52,20 @@ static void NAME(load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t coun
         NAME(load_strided)(x, stride, count, to);
 }
 
+ALWAYS_INLINE void NAME(store_strided)(const double *from, ptrdiff_t stride, ptrdiff_t count, char *to)
+{
+    for (ptrdiff_t i = 0; i < count; i++, to += stride) {
+        const T value = NAME(encode)((A)from[i]);
+        memcpy(to, &value, sizeof value);
+    }
+}
+
 static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdiff_t count, void *to)
 {
-    for (ptrdiff_t i = 0; i < count; i++) {
-        const T value = NAME(encode)((A)from[i]);
-        memcpy((char *)to + i * stride, &value, sizeof value);
-    }
+    if (stride == sizeof(T))
+        NAME(store_strided)(from, sizeof(T), count, to);
+    else
+        NAME(store_strided)(from, stride, count, to);
 }
 
 #include "activation.h"
