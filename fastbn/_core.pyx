@@ -15,11 +15,12 @@ from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.long cimport PyLong_CheckExact
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.ref cimport Py_INCREF
 from cython.parallel cimport prange, threadid
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
-from libc.stdint cimport INT32_MAX, INT64_MAX
+from libc.stdint cimport INT32_MAX, INT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
 
@@ -197,6 +198,7 @@ def omp_pause():
 
 
 include "core/threads.pxi"
+include "core/trials.pxi"
 include "core/cut.pxi"
 
 # ------------------------------------------------------------------ a job and its three steps
@@ -243,6 +245,7 @@ cdef struct Job:
     bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether blocks are summed in float32 where that is exact enough
     bint in_float64               # whether the gradient of x is computed in float64, for its range
+    Trial *trial                  # of kinds of stores; NULL if there is none
     bint nontemporal              # whether the output is written by non-temporal stores
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are
@@ -412,6 +415,7 @@ include "core/row_layout.pxi"
 include "core/pieces.pxi"
 include "core/column_layout.pxi"
 include "core/schedule.pxi"
+include "core/stores.pxi"
 include "core/arrays.pxi"
 
 

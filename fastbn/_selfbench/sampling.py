@@ -20,6 +20,8 @@ SAMPLE_S = 1e-3
 DISTURBED = 0.1
 # A call this slow is not made an extra time to warm up.
 SLOW_S = 0.1
+# Libraries may do something else in so many first calls: compile, or try what is faster.
+FIRST_CALLS = 10
 
 
 def repeated(call: Callable[[], object]) -> Repeat:
@@ -90,6 +92,9 @@ class Sampler:
         restore: Callable[[], object] | None = None,
     ) -> None:
         self.clock, self.restore, self.calls = clock, restore, 1
+        for _ in range(FIRST_CALLS):
+            if self.sample().took >= SLOW_S:
+                break
         # The shorter of two, as one may have had to wait.
         while (took := min(self.sample(), self.sample()).took) < sample_s:
             self.calls = max(2 * self.calls, int(self.calls * sample_s / max(took, 1e-9)))

@@ -149,7 +149,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     cdef Py_ssize_t spans, span, groups
     threads = threads_for(bytes_moved(job), threads)
     choose_spans(norm, threads)
-    job.nontemporal = gains_by_nontemporal(job)
+    job.nontemporal = uses_nontemporal(job)
     if job.valid != NULL:
         find_valid(job)
     find_gate_bounds(job, threads)

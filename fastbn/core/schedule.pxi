@@ -3,8 +3,6 @@
 cdef enum:
     # More threads than a call ever uses.
     THREADS_MAX = 1024
-    # Shorter runs of an output are not written by non-temporal stores.
-    NONTEMPORAL_RUN_BYTES = 1024
 
 # The third-level cache, as far as it counts. A virtual machine may report the cache of a whole
 # socket, of which its neighbours leave it a part: on one that reported 480 MiB, non-temporal copies
@@ -13,18 +11,6 @@ cdef Py_ssize_t l3_bytes = min(fastbn_l3_bytes() or 16777216, 100663296)
 
 # What all threads together walk twice should be smaller than half of it, which others use too.
 cdef Py_ssize_t cache_bytes = l3_bytes // 2
-
-# Non-temporal stores are used where the inputs and the output are larger than this: ordinary ones
-# win as long as nearly all of them stays in the cache.
-cdef Py_ssize_t nontemporal_bytes = min(l3_bytes - l3_bytes // 8, 50331648)
-
-
-def set_nontemporal_bytes(Py_ssize_t limit):
-    """Set what inputs and output have more of where stores are non-temporal; return what it was."""
-    global nontemporal_bytes
-    before = nontemporal_bytes
-    nontemporal_bytes = limit
-    return before
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
@@ -57,33 +43,6 @@ cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
 cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
     """The groups of all batches."""
     return job.cut.batches * job.cut.groups
-
-
-cdef bint gains_by_nontemporal(const Job *job) noexcept nogil:
-    """Whether to write the output by non-temporal stores."""
-    # Strips that are not the whole width of a matrix are short runs. So are groups of runs where
-    # there are many threads; but ordinary stores take longer there, too: for runs of 64 to 800
-    # bytes up to 1.8 times the CPU time of a training forward.
-    cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
-    cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
-    cdef bint in_place = job.out == job.x or job.out == job.dy or job.out == job.residual
-    return (
-        job.apply != NULL
-        and job.kernels.fence_nontemporal != NULL
-        and (inputs_of(job) + (not in_place)) * array_bytes(job) > nontemporal_bytes
-        and (job.cut.groups == 1 or run >= NONTEMPORAL_RUN_BYTES)
-        and not (in_place and loses_in_place(job))
-    )
-
-
-cdef bint loses_in_place(const Job *job) noexcept nogil:
-    """Whether non-temporal stores cost more than they gain where they do not save a read.
-
-    They gain if kernels make them without a buffer, or for long stretches of the column layout.
-    """
-    if job.itemsize < <Py_ssize_t>sizeof(float) or job.alive != NULL:
-        return True
-    return not job.cut.column_layout and job.cut.s * job.itemsize < STREAM_BYTES
 
 
 # ------------------------------------------------------------------ tasks
@@ -228,7 +187,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         group_runs(&job.cut, job.itemsize, inputs_of(job), threads)
     else:
         recut_runs(&job.cut, job.itemsize, threads)
-    job.nontemporal = gains_by_nontemporal(job)
+    job.nontemporal = uses_nontemporal(job)
     find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
@@ -283,13 +242,20 @@ cdef int execute(Job *job) except -1:
     """
     cdef Job leftover
     cdef int threads = num_threads_now()
+    cdef int way = 0
+    cdef double start = 0.0
     allocate(job)
     with nogil:
         job.in_float64 = needs_float64(job)
+        job.trial = trial_of(job, threads)
+        if job.trial != NULL:
+            way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
         job.schedule(job, threads)
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
             leftover.schedule(&leftover, threads)
+        if job.trial != NULL:
+            note_call(job.trial, way, fastbn_seconds() - start)
         note_end(bytes_moved(job))
     release(job)
     return 0

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import sys
 import sysconfig
 import threading
 import time
@@ -245,6 +246,18 @@ def test_an_unknown_instruction_set_is_an_import_error_that_names_those_there_ar
     assert error.startswith("ImportError")
     assert "mmx" in error
     assert "base" in error
+
+
+def test_a_limit_of_stores_is_taken_from_the_environment(tmp_path):
+    code = "from fastbn import _core; print(_core.set_nontemporal_bytes(0))"
+    for value, limit in [("", -1), ("0", 0), ("1000", 1000), (str(10**30), sys.maxsize)]:
+        done = run_python(code, tmp_path, FASTBN_NONTEMPORAL_BYTES=value)
+        assert int(done.stdout) == limit
+    for value in ("-1", "8M"):
+        done = run_python("import fastbn", tmp_path, FASTBN_NONTEMPORAL_BYTES=value)
+        error = done.stderr.strip().splitlines()[-1]
+        assert error.startswith("ImportError: FASTBN_NONTEMPORAL_BYTES is")
+        assert value in error
 
 
 def test_an_instruction_set_that_the_machine_lacks_is_an_import_error(tmp_path):

@@ -1,0 +1,60 @@
+# Trials: which of two ways to do the same is faster, as the first calls tell. Each thread of Python
+# has its own, so that calls need no lock.
+
+cdef extern from *:
+    """
+    typedef struct {
+        uint64_t key;
+        double least[2];
+        int calls;
+    } fastbn_trial;
+    enum { FASTBN_TRIALS = 128 };
+    static FASTBN_THREAD_LOCAL fastbn_trial fastbn_trials[FASTBN_TRIALS];
+    """
+    ctypedef struct Trial "fastbn_trial":
+        uint64_t key              # a hash of what is done
+        double least[2]           # the least seconds that each way has taken
+        int calls
+    enum:
+        TRIALS "FASTBN_TRIALS"
+    # Each at a place that its key tells; one whose place another takes begins anew.
+    Trial *trials "fastbn_trials"
+
+cdef enum:
+    # The calls that try a way. The first of them finds in the caches what the other way has left.
+    CALLS_OF_TRIAL = 4
+    # After so many calls both are tried again: what the machine's other users do may have changed.
+    CALLS_UNTIL_RENEWAL = 512
+
+
+cdef Trial *trial_with(uint64_t key) noexcept nogil:
+    """The trial of this thread with a key."""
+    cdef Trial *trial = &trials[(key >> 32) % TRIALS]
+    if trial.key != key:
+        trial.key, trial.calls = key, 0
+    return trial
+
+
+cdef void mix(uint64_t *key, uint64_t value) noexcept nogil:
+    """Let a key depend on a value."""
+    key[0] = (key[0] ^ value) * <uint64_t>0x9E3779B97F4A7C15
+    key[0] ^= key[0] >> 29
+
+
+cdef int way_of(const Trial *trial, int likely) noexcept nogil:
+    """The way, 0 or 1, of the next call: the likely one is tried first, then the other one."""
+    if trial.calls >= 2 * CALLS_OF_TRIAL:
+        return trial.least[1] < trial.least[0]
+    return likely if trial.calls < CALLS_OF_TRIAL else 1 - likely
+
+
+cdef void note_call(Trial *trial, int way, double seconds) noexcept nogil:
+    """Note how long the next call has taken, in the way that it was to take."""
+    if trial.calls < 2 * CALLS_OF_TRIAL:
+        if trial.calls % CALLS_OF_TRIAL == 0:
+            trial.least[way] = INFINITY
+        else:
+            trial.least[way] = min(trial.least[way], seconds)
+    trial.calls += 1
+    if trial.calls == CALLS_UNTIL_RENEWAL:
+        trial.calls = 0
