@@ -18,20 +18,33 @@ ALWAYS_INLINE A NAME(value_of)(ORDER_A order)
 
 /* Values before the activation, or after it, are inside from `low` to `high`, and so are NaNs: of
  * FASTBN_RELU those at which its derivative is 1, of FASTBN_LEAKY_RELU those at which it is the
- * slope. */
+ * slope. A backward multiplies x there by `inverse`, which is 1 unless x is the output of
+ * FASTBN_LEAKY_RELU. */
 typedef struct {
     int kind;
-    A slope, inverse, cap, low, high;
-    int is_greatest; /* whether FASTBN_LEAKY_RELU is the greater of a value and its product */
+    A slope, inverse, low, high;
+    int is_clamped; /* whether the activation of z is max(z * gain, z), from `floor` to `cap` */
+    A gain, floor, cap;
 } NAME(activation);
+
+/* Whether a clamp computes it. Infinity times 0 is a NaN, which would not be the greater one. */
+ALWAYS_INLINE int NAME(is_clamped)(const fastbn_activation *activation)
+{
+    const A slope = (A)activation->slope;
+    return activation->kind <= FASTBN_RELU || (0 < slope && slope <= 1);
+}
 
 ALWAYS_INLINE NAME(activation) NAME(activation_of)(const fastbn_activation *activation)
 {
     const A slope = (A)activation->slope, cap = (A)activation->cap;
-    /* Infinity times 0 is a NaN, which would not be the greater one. */
-    const int is_greatest = 0 < slope && slope <= 1;
-    NAME(activation) r = {activation->kind, slope, 1 / slope, cap, -(A)INFINITY, 0, is_greatest};
+    NAME(activation) r = {activation->kind, slope, 1, -(A)INFINITY, 0,
+                          NAME(is_clamped)(activation), slope, -(A)INFINITY, cap};
+    if (activation->kind == FASTBN_LEAKY_RELU_INVERTED)
+        r.inverse = 1 / slope;
+    if (activation->kind <= FASTBN_RELU)
+        r.gain = 1;
     if (activation->kind == FASTBN_RELU) {
+        r.floor = 0;
         r.low = NAME(value_of)(1); /* the least one above 0 */
         r.high = cap < (A)INFINITY ? NAME(value_of)(NAME(order_of)(cap) - 1) : cap;
     }
@@ -51,31 +64,29 @@ ALWAYS_INLINE A NAME(first_lane)(VA v)
 /* A NaN stays one. */
 ALWAYS_INLINE VA NAME(activate)(VA z, const NAME(activation) *activation)
 {
-    const VA zero = {0};
-    if (activation->kind == FASTBN_LINEAR)
-        return z;
-    if (activation->kind == FASTBN_RELU)
-        return LESS_A(NAME(all_lanes)(activation->cap), GREATER_A(zero, z));
-    if (activation->is_greatest)
-        return GREATER_A(z * activation->slope, z);
-    return IF_OUTSIDE_A(z, NAME(all_lanes)(activation->low), zero, z, z * activation->slope);
+    const VA product = z * activation->gain;
+    if (!activation->is_clamped)
+        return IF_OUTSIDE_A(z, NAME(all_lanes)(activation->low), NAME(all_lanes)(activation->high),
+                            z, product);
+    return LESS_A(NAME(all_lanes)(activation->cap),
+                  GREATER_A(NAME(all_lanes)(activation->floor), GREATER_A(product, z)));
 }
 
 /* dy times the derivative at v, which is inside the bounds or outside. */
-ALWAYS_INLINE VA NAME(derive)(VA dy, VA v, const NAME(activation) *activation, VA low, VA high)
+ALWAYS_INLINE VA NAME(derive)(int is_relu, VA dy, VA v, const NAME(activation) *activation, VA low,
+                              VA high)
 {
-    if (activation->kind == FASTBN_LINEAR)
-        return dy;
-    if (activation->kind == FASTBN_RELU)
-        return ZERO_OUTSIDE_A(v, low, high, dy);
-    return IF_OUTSIDE_A(v, low, high, dy, dy * activation->slope);
+    return is_relu ? ZERO_OUTSIDE_A(v, low, high, dy)
+                   : IF_OUTSIDE_A(v, low, high, dy, dy * activation->slope);
 }
 
 /* dy times the derivative at a value before the activation, or after it. */
 ALWAYS_INLINE VA NAME(derive_at)(VA dy, VA z, const NAME(activation) *activation)
 {
-    return NAME(derive)(dy, z, activation, NAME(all_lanes)(activation->low),
-                        NAME(all_lanes)(activation->high));
+    if (activation->kind == FASTBN_LINEAR)
+        return dy;
+    return NAME(derive)(activation->kind == FASTBN_RELU, dy, z, activation,
+                        NAME(all_lanes)(activation->low), NAME(all_lanes)(activation->high));
 }
 
 /* A normalized value, with the residual if there is one, through the activation. Unless `alive` is
@@ -86,12 +97,13 @@ ALWAYS_INLINE VA NAME(finish)(VA z, int has_residual, VA residual,
     if (has_residual)
         z += residual;
     if (alive != NULL) {
-        const VA low = NAME(all_lanes)(activation->low), high = NAME(all_lanes)(activation->high);
-        VA set;
-        memset(&set, 255, sizeof set); /* all bits of all lanes */
-        STORE_BYTES_A(alive, activation->kind == FASTBN_RELU
-                                 ? ZERO_OUTSIDE_A(z, low, high, set)
-                                 : IF_OUTSIDE_A(z, low, high, set, (VA){0}));
+        const int is_relu = activation->kind == FASTBN_RELU;
+        const VA zeros = {0};
+        VA ones;
+        memset(&ones, 255, sizeof ones); /* all bits of all lanes */
+        STORE_BYTES_A(alive, IF_OUTSIDE_A(z, NAME(all_lanes)(activation->low),
+                                          NAME(all_lanes)(activation->high), is_relu ? zeros : ones,
+                                          is_relu ? ones : zeros));
     }
     return NAME(activate)(z, activation);
 }
@@ -99,6 +111,15 @@ ALWAYS_INLINE VA NAME(finish)(VA z, int has_residual, VA residual,
 /* ------------------------------------------------------------------ gates */
 
 enum { NAME(GATE_STEPS) = LANES / (sizeof(VA) / sizeof(A)) };
+
+/* Kernels are made for two kinds of gates, those of FASTBN_RELU and of FASTBN_LEAKY_RELU: a branch
+ * for each register would take as long as what it decides. */
+ALWAYS_INLINE int NAME(kind_of_gate)(const fastbn_gate *gate)
+{
+    if (gate == NULL)
+        return FASTBN_LINEAR;
+    return gate->activation.kind == FASTBN_RELU ? FASTBN_RELU : FASTBN_LEAKY_RELU;
+}
 
 /* A gate for a step of elements. */
 typedef struct {
@@ -110,12 +131,13 @@ typedef struct {
     VA dy, x;
 } NAME(passed);
 
-/* dy through the gate, and the x that it belongs to, which FASTBN_LEAKY_RELU_INVERTED recovers. */
-ALWAYS_INLINE NAME(passed) NAME(pass)(VA dy, VA x, const NAME(activation) *activation, VA low,
-                                      VA high)
+/* dy through a gate of this kind, and the x that it belongs to, which is recovered from the output
+ * of FASTBN_LEAKY_RELU. */
+ALWAYS_INLINE NAME(passed) NAME(pass)(int kind, VA dy, VA x, const NAME(activation) *activation,
+                                      VA low, VA high)
 {
-    const VA derived = NAME(derive)(dy, x, activation, low, high);
-    if (activation->kind == FASTBN_LEAKY_RELU_INVERTED)
+    const VA derived = NAME(derive)(kind == FASTBN_RELU, dy, x, activation, low, high);
+    if (kind == FASTBN_LEAKY_RELU)
         x = IF_OUTSIDE_A(x, low, high, x, x * activation->inverse);
     return (NAME(passed)){derived, x};
 }

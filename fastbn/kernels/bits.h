@@ -38,21 +38,17 @@ static inline int bits_of_16(const uint8_t *bytes)
 NOT_INLINE void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
 {
     const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;
+    ptrdiff_t k = begin + 1;
     memset(bytes, 0, (size_t)(first % 8));
     memset(bytes + first % 8 + count, 0, 16);
-    for (ptrdiff_t k = begin; k < end; k += 2, bytes += 16) {
+    or_atomically(bits + begin, (uint8_t)bits_of_16(bytes));
+    for (bytes += 8; k + 2 < end; k += 2, bytes += 16) {
         const int sixteen = bits_of_16(bytes);
-        const uint8_t low = (uint8_t)sixteen, high = (uint8_t)(sixteen >> 8);
-        if (k > begin && k + 2 < end) {
-            bits[k] = low;
-            bits[k + 1] = high;
-            continue;
-        }
-        if (low != 0)
-            or_atomically(bits + k, low);
-        if (high != 0)
-            or_atomically(bits + k + 1, high);
+        bits[k] = (uint8_t)sixteen;
+        bits[k + 1] = (uint8_t)(sixteen >> 8);
     }
+    for (; k < end; k++, bytes += 8)
+        or_atomically(bits + k, (uint8_t)bits_of_16(bytes));
 }
 
 #endif

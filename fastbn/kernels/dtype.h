@@ -52,7 +52,8 @@ static void NAME(load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t coun
         NAME(load_strided)(x, stride, count, to);
 }
 
-ALWAYS_INLINE void NAME(store_strided)(const double *from, ptrdiff_t stride, ptrdiff_t count, char *to)
+ALWAYS_INLINE void NAME(store_strided)(const double *from, ptrdiff_t stride, ptrdiff_t count,
+                                       char *to)
 {
     for (ptrdiff_t i = 0; i < count; i++, to += stride) {
         const T value = NAME(encode)((A)from[i]);

@@ -47,11 +47,24 @@ ALWAYS_INLINE void NAME(narrow_gradient)(const fastbn_gradient *gradient, ptrdif
                           NAME(rest)(gradient->x_mean[c]) * gradient->slope[c]);
 }
 
-ALWAYS_INLINE VA NAME(fetch)(const T *p, ptrdiff_t ahead)
+/* Loads a register; the first one of every cache line prefetches what lies `ahead` elements further
+ * on. */
+ALWAYS_INLINE VA NAME(fetch)(const T *p, int is_first, ptrdiff_t ahead)
 {
-    PREFETCH(p + ahead);
+    if (is_first)
+        PREFETCH(p + ahead);
     return NAME(load)(p);
 }
+
+enum {
+    NAME(LINE) = CACHE_LINE / sizeof(T),
+    /* What a loop over a run stores before it branches: a line, two registers at least. With one
+     * register it would take half as long again wherever the branch happens to cross 32 bytes of
+     * code. */
+    NAME(STRETCH) = sizeof(VA) / sizeof(A) * 2 > CACHE_LINE / sizeof(T)
+                        ? sizeof(VA) / sizeof(A) * 2
+                        : CACHE_LINE / sizeof(T),
+};
 
 /* The elements before the next address that stores are aligned to. A store that crosses a cache line
  * costs two. */
@@ -60,12 +73,12 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
-/* Stores a run: AT(i) is the register of results at i, ONE(i) a single result.
+/* Stores a run: AT(i, is_first) is the register of results at i, of a line's the first or not, and
+ * ONE(i) a single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. They
  * are computed before the loop: in place, it overwrites some of the elements that they are computed
- * from. With one register at a time the loop would take half as long again wherever its branch
- * happens to cross 32 bytes of code. */
+ * from. */
 #define STORE_RUN(to, len, AT, ONE) \
     do { \
         const ptrdiff_t last = (len)-VA_LANES; \
@@ -74,9 +87,13 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
                 (to)[i] = NAME(encode)(ONE(i)); \
             break; \
         } \
-        const VA begin = AT(0), end = AT(last); \
-        UNROLL_TWICE for (ptrdiff_t i = NAME(unaligned)(to); i < last; i += VA_LANES) \
-            NAME(store)((to) + i, AT(i)); \
+        const VA begin = AT(0, 1), end = AT(last, 0); \
+        ptrdiff_t i = NAME(unaligned)(to); \
+        NO_UNROLL for (; i + NAME(STRETCH) - VA_LANES < last; i += NAME(STRETCH)) \
+            UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
+                NAME(store)((to) + i + j, AT(i + j, j % NAME(LINE) == 0)); \
+        NO_UNROLL for (; i < last; i += VA_LANES) \
+            NAME(store)((to) + i, AT(i, 1)); \
         NAME(store)(to, begin); \
         NAME(store)((to) + last, end); \
     } while (0)
@@ -88,14 +105,14 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
 #if HAS_NONTEMPORAL
 #  define STREAM_RUN(to, len, backwards, AT) \
     do { \
-        enum { LINE = CACHE_LINE / sizeof(T) }; \
+        enum { LINE = NAME(LINE) }; \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
         const ptrdiff_t end = (len) - ((len)-head) % LINE; \
         T first[LINE], last[LINE]; \
         PREFETCH_TO_WRITE((to) + (len)-1); \
         UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
-            NAME(store)(first + i, AT(i)); \
-            NAME(store)(last + i, AT((len)-LINE + i)); \
+            NAME(store)(first + i, AT(i, 0)); \
+            NAME(store)(last + i, AT((len)-LINE + i, 0)); \
         } \
         STREAM_LINES(to, head, end, backwards, AT); \
         memcpy(to, first, (size_t)head * sizeof(T)); \
@@ -105,7 +122,8 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     for (ptrdiff_t i = (backwards) ? (end)-LINE : (begin), left = ((end) - (begin)) / LINE; \
          left > 0; i += (backwards) ? -LINE : LINE, left--) { \
         VA v[LINE / (sizeof(VA) / sizeof(A))]; \
-        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) v[j / VA_LANES] = AT(i + j); \
+        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
+            v[j / VA_LANES] = AT(i + j, j == 0); \
         UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
             copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
     }
@@ -194,7 +212,7 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
 #define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), NULL, v) : (v))
 #define MASKED_LANE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
-/* What a kernel is fused with: nothing, an activation alone, or a whole epilogue. */
+/* What a kernel is fused with: nothing, an activation that a clamp computes, or a whole epilogue. */
 enum { NAME(PLAIN), NAME(ACTIVATED), NAME(WHOLE) };
 
 /* The residual and the bits of an epilogue from an element of x on. */
@@ -221,13 +239,14 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
  * in memory is another thread's. */
 #define NOTES(i) \
     (beside.alive == NULL ? NULL : notes + ((beside.first + i0 - noted) & 7) + noted + (i))
-#define FINISH(fused, z, i, ahead) \
+#define FINISH(fused, z, i, is_first, ahead) \
     (fused == NAME(PLAIN)       ? (z) \
      : fused == NAME(ACTIVATED) ? NAME(activate)(z, &activation) \
                                 : NAME(finish)(z, beside.residual != NULL, \
                                                beside.residual == NULL \
                                                    ? (VA){0} \
-                                                   : NAME(fetch)(beside.residual + i0 + (i), ahead), \
+                                                   : NAME(fetch)(beside.residual + i0 + (i), \
+                                                                 is_first, ahead), \
                                                &activation, NOTES(i)))
 #define FINISH_ONE(fused, z, i) \
     (fused == NAME(PLAIN)       ? (z) \
@@ -259,6 +278,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
+    if (fused == NAME(ACTIVATED))
+        activation.is_clamped = 1;
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
@@ -270,9 +291,9 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
             const NAME(beside) beside =
                 NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
-#define AT(i) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), AHEAD(i)), k.centre[c], k.scale[c], \
-                                 k.shift[c]), i, AHEAD(i)), i0 + (i))
+#define AT(i, is_first) \
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), is_first, AHEAD(i)), k.centre[c], \
+                                 k.scale[c], k.shift[c]), i, is_first, AHEAD(i)), i0 + (i))
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
                                     k.shift[c]), i), i0 + (i))
@@ -292,7 +313,10 @@ ALWAYS_INLINE int NAME(fused_with)(const fastbn_epilogue *epilogue)
 {
     if (epilogue == NULL)
         return NAME(PLAIN);
-    return epilogue->residual == NULL && epilogue->alive == NULL ? NAME(ACTIVATED) : NAME(WHOLE);
+    if (epilogue->residual == NULL && epilogue->alive == NULL &&
+        NAME(is_clamped)(&epilogue->activation))
+        return NAME(ACTIVATED);
+    return NAME(WHOLE);
 }
 
 static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
@@ -319,11 +343,12 @@ ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_mean, VA rest, VA x_m
     return DX(passed.dy, passed.x, dy_mean, rest, x_mean, slope, scale);
 }
 
-ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, const void *x_,
+ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, const void *x_,
                                        void *dx_, const fastbn_runs *runs,
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
+    const int gated = kind != FASTBN_LINEAR;
     NAME(gradient_coefficients) k;
     NAME(gates) gates;
     NAME(narrow_gradient)(gradient, runs->channels, &k);
@@ -337,16 +362,17 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
         NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, runs->len, PTRDIFF_MAX,
                     follows_closely(dx_, x_) || follows_closely(dx_, dy_));
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
-#define DY_AT(i) NAME(fetch)(dy + i0 + (i), prefetch_distance(ahead, i0 + (i)))
-#define X_AT(i) NAME(fetch)(x + i0 + (i), prefetch_distance(ahead, i0 + (i)))
+#define AHEAD(i) prefetch_distance(ahead, i0 + (i))
+#define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
+#define X_AT(i, is_first) NAME(fetch)(x + i0 + (i), is_first, AHEAD(i))
 #define SAME(table) NAME(all_lanes)(table[c])
 #define GATED(dy, x) \
-    NAME(gated_dx)(NAME(pass)(dy, x, &gates.activation, SAME(gates.low), SAME(gates.high)), \
+    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME(gates.low), SAME(gates.high)), \
                    SAME(k.dy_mean), SAME(k.rest), SAME(k.x_mean), SAME(k.slope), SAME(k.scale))
-#define AT(i) \
-    (gated ? GATED(DY_AT(i), X_AT(i)) \
-           : MASKED_LANES(DX(DY_AT(i), X_AT(i), k.dy_mean[c], k.rest[c], k.x_mean[c], k.slope[c], \
-                             k.scale[c]), i0 + (i)))
+#define AT(i, is_first) \
+    (gated ? GATED(DY_AT(i, is_first), X_AT(i, is_first)) \
+           : MASKED_LANES(DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], \
+                             k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
@@ -359,6 +385,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int gated, const void *dy_, c
 #undef SAME
 #undef X_AT
 #undef DY_AT
+#undef AHEAD
             ahead.border -= runs->len;
         }
         NAME(flush)(&w);
@@ -369,12 +396,15 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
                            const fastbn_gradient *gradient, const fastbn_gate *gate,
                            int nontemporal)
 {
-    if (gate != NULL)
-        NAME(gradient_runs)(0, 1, dy, x, dx, runs, gradient, gate, nontemporal);
+    const int kind = NAME(kind_of_gate)(gate);
+    if (kind == FASTBN_RELU)
+        NAME(gradient_runs)(0, FASTBN_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
+    else if (kind == FASTBN_LEAKY_RELU)
+        NAME(gradient_runs)(0, FASTBN_LEAKY_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
     else if (runs->mask == NULL)
-        NAME(gradient_runs)(0, 0, dy, x, dx, runs, gradient, NULL, nontemporal);
+        NAME(gradient_runs)(0, FASTBN_LINEAR, dy, x, dx, runs, gradient, NULL, nontemporal);
     else
-        NAME(gradient_runs)(1, 0, dy, x, dx, runs, gradient, NULL, nontemporal);
+        NAME(gradient_runs)(1, FASTBN_LINEAR, dy, x, dx, runs, gradient, NULL, nontemporal);
 }
 
 /* The column layout: a row is a run whose coefficients differ from column to column. */
@@ -413,7 +443,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, in
 #if HAS_NONTEMPORAL
 #  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) \
     do { \
-        enum { LINE = CACHE_LINE / sizeof(T) }; \
+        enum { LINE = NAME(LINE) }; \
         const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
         const ptrdiff_t ahead = PREFETCHED; \
         const uint8_t *mask = NULL; /* there is none */ \
@@ -426,13 +456,14 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, in
             T *to = (T *)(out) + row; \
             BEGIN; \
             if (r == 0) { \
-                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) NAME(store)(line + i, AT(i)); \
+                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
+                    NAME(store)(line + i, AT(i, 0)); \
                 memcpy(to, line, (size_t)head * sizeof(T)); \
             } \
             STREAM_LINES(to, head, end, backwards, AT); \
             if (r + 1 == rows) { \
                 UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
-                    NAME(store)(line + i, AT(len - LINE + i)); \
+                    NAME(store)(line + i, AT(len - LINE + i, 0)); \
                 memcpy(to + end, line + LINE - tail, (size_t)tail * sizeof(T)); \
             } \
         } \
@@ -495,14 +526,16 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
         return;
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
+    if (fused == NAME(ACTIVATED))
+        activation.is_clamped = 1;
     NAME(narrow_affine)(affine, matrix->channels, &of_channel);
     NAME(spread)(matrix, of_channel.centre, centre);
     NAME(spread)(matrix, of_channel.scale, scale);
     NAME(spread)(matrix, of_channel.shift, shift);
-#define AT(i) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), ahead), \
+#define AT(i, is_first) \
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), is_first, ahead), \
                                  LOAD_A(centre + i0 + (i)), LOAD_A(scale + i0 + (i)), \
-                                 LOAD_A(shift + i0 + (i))), i, ahead), i0 + (i))
+                                 LOAD_A(shift + i0 + (i))), i, is_first, ahead), i0 + (i))
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
                                     scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
@@ -539,11 +572,12 @@ static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *
     }
 }
 
-ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const T *x, T *dx,
+ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const T *x, T *dx,
                                        const fastbn_matrix *matrix,
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
+    const int gated = kind != FASTBN_LINEAR;
     CACHE_ALIGNED A k[7][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(dx);
     A *dy_mean = k[0] + padding, *rest = k[1] + padding, *x_mean = k[2] + padding;
@@ -566,18 +600,19 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int gated, const T *dy, const
         NAME(spread)(matrix, gates.high, high);
         activation = gates.activation;
     }
-#define DY_AT(i) NAME(fetch)(dy + row + i0 + (i), ahead)
-#define X_AT(i) NAME(fetch)(x + row + i0 + (i), ahead)
+#define DY_AT(i, is_first) NAME(fetch)(dy + row + i0 + (i), is_first, ahead)
+#define X_AT(i, is_first) NAME(fetch)(x + row + i0 + (i), is_first, ahead)
 #define GATED(dy, x, COEFFICIENT, i) \
-    NAME(gated_dx)(NAME(pass)(dy, x, &activation, COEFFICIENT(low, i), COEFFICIENT(high, i)), \
+    NAME(gated_dx)(NAME(pass)(kind, dy, x, &activation, COEFFICIENT(low, i), COEFFICIENT(high, i)), \
                    COEFFICIENT(dy_mean, i), COEFFICIENT(rest, i), COEFFICIENT(x_mean, i), \
                    COEFFICIENT(slope, i), COEFFICIENT(scale, i))
 #define LOADED(table, i) LOAD_A(table + i0 + (i))
 #define REPEATED(table, i) NAME(all_lanes)(table[i0 + (i)])
-#define AT(i) \
-    (gated ? GATED(DY_AT(i), X_AT(i), LOADED, i) \
-           : MASKED_LANES(DX(DY_AT(i), X_AT(i), LOADED(dy_mean, i), LOADED(rest, i), \
-                             LOADED(x_mean, i), LOADED(slope, i), LOADED(scale, i)), i0 + (i)))
+#define AT(i, is_first) \
+    (gated ? GATED(DY_AT(i, is_first), X_AT(i, is_first), LOADED, i) \
+           : MASKED_LANES(DX(DY_AT(i, is_first), X_AT(i, is_first), LOADED(dy_mean, i), \
+                             LOADED(rest, i), LOADED(x_mean, i), LOADED(slope, i), \
+                             LOADED(scale, i)), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[row + i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), REPEATED, i)) \
@@ -600,16 +635,20 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
                                   const fastbn_gate *gate, int nontemporal)
 {
     fastbn_matrix rows[2];
+    const int kind = NAME(kind_of_gate)(gate);
     NAME(long_rows)(matrix, rows);
     for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++) {
         const T *dy = (const T *)dy_ + at, *x = (const T *)x_ + at;
         T *dx = (T *)dx_ + at;
-        if (gate != NULL)
-            NAME(gradient_rows)(0, 1, dy, x, dx, &rows[k], gradient, gate, nontemporal);
+        if (kind == FASTBN_RELU)
+            NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows[k], gradient, gate, nontemporal);
+        else if (kind == FASTBN_LEAKY_RELU)
+            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows[k], gradient, gate,
+                                nontemporal);
         else if (matrix->mask == NULL)
-            NAME(gradient_rows)(0, 0, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
         else
-            NAME(gradient_rows)(1, 0, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+            NAME(gradient_rows)(1, FASTBN_LINEAR, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
     }
 }
 
@@ -706,7 +745,7 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
         n = smaller(count - i0, ALIVE_BYTES);
         if (alive != NULL)
             spread_bits(alive, first + i0, n, bytes_);
-#define AT(i) \
+#define AT(i, is_first) \
     NAME(derive_at)(NAME(load)(dy + (i)), \
                     alive != NULL ? MASKED_A(bytes + (i), NULL, one) : NAME(load)(y + (i)), \
                     &activation)

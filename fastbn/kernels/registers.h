@@ -48,7 +48,6 @@
 #  define NOT_INLINE static __attribute__((noinline, unused))
 #  define CACHE_ALIGNED __attribute__((aligned(64)))
 #  define UNROLL _Pragma("GCC unroll 16")
-#  define UNROLL_TWICE _Pragma("GCC unroll 2")
 #  define NO_UNROLL _Pragma("GCC unroll 1")
 #  define PREFETCH(p) __builtin_prefetch(p)
 #  define PREFETCH_TO_WRITE(p) __builtin_prefetch(p, 1)
@@ -57,7 +56,6 @@
 #  define NOT_INLINE static
 #  define CACHE_ALIGNED __declspec(align(64))
 #  define UNROLL
-#  define UNROLL_TWICE
 #  define NO_UNROLL
 #  define PREFETCH(p)
 #  define PREFETCH_TO_WRITE(p)

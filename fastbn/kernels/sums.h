@@ -40,8 +40,8 @@ ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T 
     return sums;
 }
 
-/* The same of what has passed the gate. */
-ALWAYS_INLINE step_sums NAME(add_gated_products)(step_sums sums, const T *dy, const T *x,
+/* The same of what has passed a gate. */
+ALWAYS_INLINE step_sums NAME(add_gated_products)(int kind, step_sums sums, const T *dy, const T *x,
                                                  ptrdiff_t ahead, step mean,
                                                  const NAME(gate) *gate, valid_lanes lanes)
 {
@@ -50,23 +50,30 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(step_sums sums, const T *dy, co
     PREFETCH(x + ahead);
     UNROLL for (int k = 0; k < NAME(GATE_STEPS); k++) {
         const NAME(passed) passed =
-            NAME(pass)(NAME(load)(dy + k * VA_LANES), NAME(load)(x + k * VA_LANES),
+            NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), NAME(load)(x + k * VA_LANES),
                        &gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
             if (is_skipped(lanes, j, VD))
                 continue;
             const vd g = only_valid(lanes, j, WIDEN_A(passed.dy, i));
-            const vd wide = gate->activation.kind == FASTBN_LEAKY_RELU_INVERTED
-                                ? WIDEN_A(passed.x, i)
-                                : NAME(widen)(x + j * VD);
-            const vd d = only_valid(lanes, j, wide - mean.at[j]);
+            const vd d = only_valid(lanes, j, WIDEN_A(passed.x, i) - mean.at[j]);
             sums.first[j] += g;
             sums.second[j] += g * d;
         }
     }
     return sums;
 }
+
+#define ADD_GATED_PRODUCTS(name, kind) \
+    ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, ptrdiff_t ahead, \
+                                       step mean, const NAME(gate) *gate, valid_lanes lanes) \
+    { \
+        return NAME(add_gated_products)(kind, sums, dy, x, ahead, mean, gate, lanes); \
+    }
+ADD_GATED_PRODUCTS(add_relu_products, FASTBN_RELU)
+ADD_GATED_PRODUCTS(add_leaky_products, FASTBN_LEAKY_RELU)
+#undef ADD_GATED_PRODUCTS
 
 /* Doubles are summed in chunks of FASTBN_ADDITIONS for each lane; the sums of chunks are then added
  * up. */
@@ -151,8 +158,11 @@ static void NAME(products)(const void *dy, const void *x, const fastbn_runs *run
                            const double *mean, const fastbn_gate *gate, double *first,
                            double *second)
 {
-    if (gate != NULL)
-        NAME(sum_runs)(NAME(add_gated_products), 0, dy, x, runs, mean, gate, first, second);
+    const int kind = NAME(kind_of_gate)(gate);
+    if (kind == FASTBN_RELU)
+        NAME(sum_runs)(NAME(add_relu_products), 0, dy, x, runs, mean, gate, first, second);
+    else if (kind == FASTBN_LEAKY_RELU)
+        NAME(sum_runs)(NAME(add_leaky_products), 0, dy, x, runs, mean, gate, first, second);
     else if (runs->mask == NULL)
         NAME(sum_runs)(NAME(add_products), 0, dy, x, runs, mean, NULL, first, second);
     else
@@ -180,7 +190,7 @@ ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums
     return sums;
 }
 
-/* The same of moments, of products, and of products behind a gate. */
+/* The same of moments, of products, and of products behind gates. */
 #define ADD_ROWS(name, add_rows, add) \
     ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
                                        const row_set *rows, const double *centre, \
@@ -190,7 +200,8 @@ ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums
     }
 ADD_ROWS(add_row_moments, add_rows_one_by_one, add_moments)
 ADD_ROWS(add_row_products, add_rows_one_by_one, add_products)
-ADD_ROWS(add_gated_row_products, add_rows_one_by_one, add_gated_products)
+ADD_ROWS(add_row_relu_products, add_rows_one_by_one, add_relu_products)
+ADD_ROWS(add_row_leaky_products, add_rows_one_by_one, add_leaky_products)
 
 /* A few rows are summed at a time, so that sums are loaded and stored once for all of them, and
  * memory is read at a few places at once. */
@@ -283,8 +294,12 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
                                   const double *mean, const fastbn_gate *gate, double *first,
                                   double *second)
 {
-    if (gate != NULL)
-        NAME(sum_columns)(NAME(add_gated_row_products), UNMASKED, dy, x, matrix, mean, gate, first,
+    const int kind = NAME(kind_of_gate)(gate);
+    if (kind == FASTBN_RELU)
+        NAME(sum_columns)(NAME(add_row_relu_products), UNMASKED, dy, x, matrix, mean, gate, first,
+                          second);
+    else if (kind == FASTBN_LEAKY_RELU)
+        NAME(sum_columns)(NAME(add_row_leaky_products), UNMASKED, dy, x, matrix, mean, gate, first,
                           second);
     else
         NAME(sum_matrix)(NAME(add_row_products), dy, x, matrix, mean, first, second);

@@ -56,9 +56,9 @@ ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t,
     return (tree_sum){g, g * d};
 }
 
-/* The same of what has passed the gate. */
-ALWAYS_INLINE tree_sum NAME(gated_product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
-                                                float_step mean)
+/* The same of what has passed a gate. */
+ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *terms, ptrdiff_t t,
+                                                int j, float_step mean)
 {
     const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
     const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
@@ -67,12 +67,22 @@ ALWAYS_INLINE tree_sum NAME(gated_product_term)(const NAME(terms) *terms, ptrdif
         PREFETCH(x + terms->ahead);
     }
     const NAME(passed) passed =
-        NAME(pass)(NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
+        NAME(pass)(kind, NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
                    terms->gate->low[j], terms->gate->high[j]);
     const vf g = only_valid_floats(lanes, j, passed.dy);
     const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
     return (tree_sum){g, g * d};
 }
+
+#define GATED_PRODUCT_TERM(name, kind) \
+    ALWAYS_INLINE tree_sum NAME(name)(const NAME(terms) *terms, ptrdiff_t t, int j, \
+                                      float_step mean) \
+    { \
+        return NAME(gated_product_term)(kind, terms, t, j, mean); \
+    }
+GATED_PRODUCT_TERM(relu_product_term, FASTBN_RELU)
+GATED_PRODUCT_TERM(leaky_product_term, FASTBN_LEAKY_RELU)
+#undef GATED_PRODUCT_TERM
 
 /* Adds TREE terms, pair after pair: memory is read in its order, and little waits in registers. */
 ALWAYS_INLINE step_sums NAME(add_whole_tree)(NAME(term) *term, step_sums sums,
@@ -242,8 +252,11 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
                                 const double *mean, const fastbn_gate *gate, double *first,
                                 double *second)
 {
-    if (gate != NULL)
-        NAME(sum_runs_by_trees)(NAME(gated_product_term), 0, dy, x, runs, mean, gate, first,
+    const int kind = NAME(kind_of_gate)(gate);
+    if (kind == FASTBN_RELU)
+        NAME(sum_runs_by_trees)(NAME(relu_product_term), 0, dy, x, runs, mean, gate, first, second);
+    else if (kind == FASTBN_LEAKY_RELU)
+        NAME(sum_runs_by_trees)(NAME(leaky_product_term), 0, dy, x, runs, mean, gate, first,
                                 second);
     else if (runs->mask == NULL)
         NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, first, second);
@@ -269,7 +282,8 @@ ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums,
 
 ADD_ROWS(add_moments_of_rows, add_rows_by_tree, moment_term)
 ADD_ROWS(add_products_of_rows, add_rows_by_tree, product_term)
-ADD_ROWS(add_gated_products_of_rows, add_rows_by_tree, gated_product_term)
+ADD_ROWS(add_relu_products_of_rows, add_rows_by_tree, relu_product_term)
+ADD_ROWS(add_leaky_products_of_rows, add_rows_by_tree, leaky_product_term)
 
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)
@@ -281,8 +295,12 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
                                        const double *mean, const fastbn_gate *gate, double *first,
                                        double *second)
 {
-    if (gate != NULL)
-        NAME(sum_columns)(NAME(add_gated_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
+    const int kind = NAME(kind_of_gate)(gate);
+    if (kind == FASTBN_RELU)
+        NAME(sum_columns)(NAME(add_relu_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
+                          first, second);
+    else if (kind == FASTBN_LEAKY_RELU)
+        NAME(sum_columns)(NAME(add_leaky_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
                           first, second);
     else
         NAME(sum_matrix)(NAME(add_products_of_rows), dy, x, matrix, mean, first, second);
