@@ -14,6 +14,8 @@ enum {
     ROWS_SUMMED = FASTBN_TREE,
     /* Columns are prefetched about so many elements ahead. */
     PREFETCHED = 512,
+    /* Sums of rows prefetch so many elements ahead, or more. */
+    SUMS_PREFETCHED = 2048,
     BUFFER_BYTES = 4096,
     STREAM_BYTES = FASTBN_STREAM_BYTES,
     /* The terms of a lane that are added in float32. */

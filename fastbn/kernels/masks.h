@@ -34,6 +34,13 @@ typedef struct {
     ptrdiff_t at[ROWS_SUMMED];
 } row_set;
 
+/* How many elements after a row of a set memory is prefetched: whole sets. */
+ALWAYS_INLINE ptrdiff_t rows_ahead(ptrdiff_t stride)
+{
+    const ptrdiff_t set = ROWS_SUMMED * stride;
+    return set * ((SUMS_PREFETCHED + set - 1) / set);
+}
+
 /* Lists the next valid rows, at most `rows->count` of the `left` ones; returns how many rows that
  * takes. */
 static inline ptrdiff_t list_valid_rows(row_set *rows, const uint8_t *mask, ptrdiff_t left)

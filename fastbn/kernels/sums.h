@@ -181,7 +181,7 @@ ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums
                                                   valid_lanes lanes)
 {
     const step around = load_step(centre);
-    const ptrdiff_t stride = rows->stride, ahead = ROWS_SUMMED * stride;
+    const ptrdiff_t stride = rows->stride, ahead = rows_ahead(stride);
     for (ptrdiff_t r = 0; r < rows->count; r++) {
         const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
         sums = add(sums, dy + at, x + at, ahead, around, gate, lanes);
