@@ -72,6 +72,7 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct Runs "fastbn_runs":
         Py_ssize_t samples, stride, channels, len
         Ahead ahead
+        Ahead residual_ahead
         const unsigned char *mask
         Py_ssize_t mask_stride
 

@@ -15,9 +15,11 @@ cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept n
     runs.stride = -job.cut.c * job.cut.s if backwards else job.cut.c * job.cut.s
     runs.channels = block.c1 - block.c0
     runs.len = block.length
-    runs.ahead = ahead_of(job, &runs)
-    if backwards:  # a second walk: the cache has what it reads
+    runs.ahead = runs.residual_ahead = ahead_of(job, &runs)
+    if backwards:  # a second walk: the cache has what it reads, but for a residual
         memset(&runs.ahead, 0, sizeof(Ahead))
+        if runs.residual_ahead.border == 0:  # several samples ahead: that costs more than it gains
+            memset(&runs.residual_ahead, 0, sizeof(Ahead))
     return runs
 
 

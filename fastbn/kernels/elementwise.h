@@ -283,7 +283,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
-        fastbn_ahead ahead = runs->ahead;
+        fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
         NAME(writer) w;
         NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, runs->len, MOST(fused),
                     follows_closely(y_, x_));
@@ -293,7 +293,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define AT(i, is_first) \
     MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), is_first, AHEAD(i)), k.centre[c], \
-                                 k.scale[c], k.shift[c]), i, is_first, AHEAD(i)), i0 + (i))
+                                 k.scale[c], k.shift[c]), i, is_first, \
+                        prefetch_distance(residual_ahead, i0 + (i))), i0 + (i))
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
                                     k.shift[c]), i), i0 + (i))
@@ -303,6 +304,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
 #undef ONE
 #undef AHEAD
             ahead.border -= runs->len;
+            residual_ahead.border -= runs->len;
         }
         NAME(flush)(&w);
     }

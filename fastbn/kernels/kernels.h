@@ -94,6 +94,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t samples, stride, channels, len;
     fastbn_ahead ahead;
+    fastbn_ahead residual_ahead; /* no earlier walk has read the residual */
     const unsigned char *mask;
     ptrdiff_t mask_stride;
 } fastbn_runs;
