@@ -247,6 +247,7 @@ cdef struct Job:
     bint in_float32               # whether blocks are summed in float32 where that is exact enough
     bint in_float64               # whether the gradient of x is computed in float64, for its range
     Trial *trial                  # of kinds of stores; NULL if there is none
+    int way                       # what it says: 1 for non-temporal stores
     bint nontemporal              # whether the output is written by non-temporal stores
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are

@@ -126,14 +126,14 @@ choose_sample_places()
 
 cdef int choose_elements(Py_ssize_t size, Py_ssize_t *elements) noexcept:
     """Choose the samples among so many elements, all if there are few; return how many."""
-    cdef double length = <double>size
+    cdef double count = <double>size
     cdef int i
     if size <= SAMPLES:
         for i in range(size):
             elements[i] = i
         return <int>size
     for i in range(SAMPLES):
-        elements[i] = <Py_ssize_t>(sample_places[i] * length)
+        elements[i] = <Py_ssize_t>(sample_places[i] * count)
     return SAMPLES
 
 

@@ -242,20 +242,19 @@ cdef int execute(Job *job) except -1:
     """
     cdef Job leftover
     cdef int threads = num_threads_now()
-    cdef int way = 0
     cdef double start = 0.0
     allocate(job)
     with nogil:
         job.in_float64 = needs_float64(job)
         job.trial = trial_of(job, threads)
         if job.trial != NULL:
-            way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
+            job.way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
         job.schedule(job, threads)
         if job.leftover_samples > 0:
             leftover = leftover_job(job)
             leftover.schedule(&leftover, threads)
         if job.trial != NULL:
-            note_call(job.trial, way, fastbn_seconds() - start)
+            note_call(job.trial, job.way, fastbn_seconds() - start)
         note_end(bytes_moved(job))
     release(job)
     return 0

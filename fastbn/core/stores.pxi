@@ -48,7 +48,8 @@ def set_nontemporal_bytes(Py_ssize_t limit):
 
 
 cdef bint overwrites_input(const Job *job) noexcept nogil:
-    return job.out == job.x or job.out == job.dy or job.out == job.residual
+    return (job.out == job.x or job.out == job.dy
+            or job.residual != NULL and job.out == job.residual)
 
 
 cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
@@ -60,10 +61,11 @@ cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
     """The trial of jobs like this one; NULL where its size decides, or a limit that is set."""
     cdef Py_ssize_t of_all = bytes_in_caches(job)
     cdef uint64_t key = 1
-    if (nontemporal_bytes >= 0 or job.apply == NULL or of_all < trial_bytes
+    if (nontemporal_bytes >= 0 or of_all < trial_bytes or not allows_nontemporal(job)
             or of_all > LARGER_THAN_CACHES and not overwrites_input(job)):
         return NULL
     mix(&key, <uint64_t>job.apply)
+    mix(&key, <uint64_t>job.schedule)
     mix(&key, <uint64_t>job.kernels)
     mix(&key, job.cut.batches)
     mix(&key, job.cut.n)
@@ -71,7 +73,9 @@ cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
     mix(&key, job.cut.s)
     mix(&key, threads)
     mix(&key, (job.reduce != NULL) + 2 * overwrites_input(job) + 4 * job.cut.column_layout
-        + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL))
+        + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
+        + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
+        + 512 * job.has_epilogue)
     return trial_with(key)
 
 
@@ -81,7 +85,7 @@ cdef bint uses_nontemporal(const Job *job) noexcept nogil:
     if not allows_nontemporal(job):
         return False
     if job.trial != NULL:
-        return way_of(job.trial, likely_way(job))
+        return job.way
     return of_all > (likely_bytes if nontemporal_bytes < 0 else nontemporal_bytes)
 
 
@@ -95,7 +99,7 @@ cdef bint allows_nontemporal(const Job *job) noexcept nogil:
     """
     cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
-    if (job.apply == NULL or job.kernels.fence_nontemporal == NULL
+    if (job.out == NULL or job.kernels.fence_nontemporal == NULL
             or job.cut.groups > 1 and run < NONTEMPORAL_RUN_BYTES):
         return False
     if not overwrites_input(job):

@@ -17,10 +17,11 @@ cdef extern from *:
         int calls
     enum:
         TRIALS "FASTBN_TRIALS"
-    # Each at a place that its key tells; one whose place another takes begins anew.
+    # Each at one of the places that its key tells; one whose place another takes begins anew.
     Trial *trials "fastbn_trials"
 
 cdef enum:
+    PLACES_OF_KEY = 4
     # The calls that try a way. The first of them finds in the caches what the other way has left.
     CALLS_OF_TRIAL = 4
     # After so many calls both are tried again: what the machine's other users do may have changed.
@@ -28,10 +29,16 @@ cdef enum:
 
 
 cdef Trial *trial_with(uint64_t key) noexcept nogil:
-    """The trial of this thread with a key."""
-    cdef Trial *trial = &trials[(key >> 32) % TRIALS]
-    if trial.key != key:
-        trial.key, trial.calls = key, 0
+    """The trial of this thread with a key, which is not 0."""
+    cdef Trial *places = &trials[(key >> 32) % (TRIALS // PLACES_OF_KEY) * PLACES_OF_KEY]
+    cdef Trial *trial = &places[key % PLACES_OF_KEY]
+    cdef int i
+    for i in range(PLACES_OF_KEY):
+        if places[i].key == key:
+            return &places[i]
+        if places[i].key == 0:
+            trial = &places[i]
+    trial.key, trial.calls = key, 0
     return trial
 
 
@@ -43,9 +50,11 @@ cdef void mix(uint64_t *key, uint64_t value) noexcept nogil:
 
 cdef int way_of(const Trial *trial, int likely) noexcept nogil:
     """The way, 0 or 1, of the next call: the likely one is tried first, then the other one."""
-    if trial.calls >= 2 * CALLS_OF_TRIAL:
-        return trial.least[1] < trial.least[0]
-    return likely if trial.calls < CALLS_OF_TRIAL else 1 - likely
+    if trial.calls < 2 * CALLS_OF_TRIAL:
+        return likely if trial.calls < CALLS_OF_TRIAL else 1 - likely
+    if trial.least[0] == trial.least[1]:  # a clock may stand still
+        return likely
+    return trial.least[1] < trial.least[0]
 
 
 cdef void note_call(Trial *trial, int way, double seconds) noexcept nogil:

@@ -31,7 +31,8 @@ typedef struct {
 ALWAYS_INLINE int NAME(is_clamped)(const fastbn_activation *activation)
 {
     const A slope = (A)activation->slope;
-    return activation->kind <= FASTBN_RELU || (0 < slope && slope <= 1);
+    return activation->kind == FASTBN_LINEAR || activation->kind == FASTBN_RELU ||
+           (0 < slope && slope <= 1);
 }
 
 ALWAYS_INLINE NAME(activation) NAME(activation_of)(const fastbn_activation *activation)
@@ -41,7 +42,7 @@ ALWAYS_INLINE NAME(activation) NAME(activation_of)(const fastbn_activation *acti
                           NAME(is_clamped)(activation), slope, -(A)INFINITY, cap};
     if (activation->kind == FASTBN_LEAKY_RELU_INVERTED)
         r.inverse = 1 / slope;
-    if (activation->kind <= FASTBN_RELU)
+    if (activation->kind == FASTBN_LINEAR || activation->kind == FASTBN_RELU)
         r.gain = 1;
     if (activation->kind == FASTBN_RELU) {
         r.floor = 0;

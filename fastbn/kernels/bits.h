@@ -33,7 +33,7 @@ static inline int bits_of_16(const uint8_t *bytes)
 #endif
 }
 
-/* Sets so many bits, which are zeros, from bytes. Other threads may set bits of the first and the
+/* Sets so many bits, at least one, which are zeros, from bytes. Other threads may set bits of the first and the
  * last byte at the same time. */
 NOT_INLINE void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
 {

@@ -47,8 +47,8 @@ ALWAYS_INLINE void NAME(narrow_gradient)(const fastbn_gradient *gradient, ptrdif
                           NAME(rest)(gradient->x_mean[c]) * gradient->slope[c]);
 }
 
-/* Loads a register; the first one of every cache line prefetches what lies `ahead` elements further
- * on. */
+/* Loads a register; the first one of as many elements as a cache line has prefetches what lies
+ * `ahead` elements further on. */
 ALWAYS_INLINE VA NAME(fetch)(const T *p, int is_first, ptrdiff_t ahead)
 {
     if (is_first)
@@ -73,8 +73,8 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
-/* Stores a run: AT(i, is_first) is the register of results at i, of a line's the first or not, and
- * ONE(i) a single result.
+/* Stores a run: AT(i, is_first) is the register of results at i, which prefetches or not, and ONE(i)
+ * a single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. They
  * are computed before the loop: in place, it overwrites some of the elements that they are computed

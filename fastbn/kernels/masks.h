@@ -30,11 +30,11 @@ enum { UNMASKED, MASKED, LISTED };
  * listed, valid ones, which begin at the elements `at`. */
 typedef struct {
     ptrdiff_t count, stride, mask_stride;
+    ptrdiff_t ahead; /* memory is prefetched so many elements after a row, whole sets */
     int listed;
     ptrdiff_t at[ROWS_SUMMED];
 } row_set;
 
-/* How many elements after a row of a set memory is prefetched: whole sets. */
 ALWAYS_INLINE ptrdiff_t rows_ahead(ptrdiff_t stride)
 {
     const ptrdiff_t set = ROWS_SUMMED * stride;

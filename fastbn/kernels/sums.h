@@ -181,7 +181,7 @@ ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums
                                                   valid_lanes lanes)
 {
     const step around = load_step(centre);
-    const ptrdiff_t stride = rows->stride, ahead = rows_ahead(stride);
+    const ptrdiff_t stride = rows->stride, ahead = rows->ahead;
     for (ptrdiff_t r = 0; r < rows->count; r++) {
         const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
         sums = add(sums, dy + at, x + at, ahead, around, gate, lanes);
@@ -219,7 +219,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy,
     const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
     const uint8_t *mask = matrix->mask;
     row_set rows = {
-        .stride = stride, .mask_stride = matrix->mask_stride, .listed = mode == LISTED};
+        .stride = stride, .mask_stride = matrix->mask_stride, .ahead = rows_ahead(stride),
+        .listed = mode == LISTED};
 #define ADD(dy, x, rows, i, lanes) \
     do { \
         if (gate != NULL) \

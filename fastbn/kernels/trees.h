@@ -272,7 +272,7 @@ ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums,
                                                const double *centre, const NAME(gate) *gate,
                                                valid_lanes lanes)
 {
-    const NAME(terms) terms = {dy, x, rows->stride, rows_ahead(rows->stride),
+    const NAME(terms) terms = {dy, x, rows->stride, rows->ahead,
                                rows->listed ? rows->at : NULL, lanes, rows->mask_stride, gate};
     const float_step around = narrow_step(centre);
     if (rows->count == TREE)
