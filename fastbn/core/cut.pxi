@@ -9,7 +9,7 @@
 # Column layout: memory is seen as a matrix whose columns belong to one channel each: the first s
 # columns to the first channel, the next s to the second, and so on. Channels-last arrays are such
 # matrices, of one column per channel, and so are NCHW arrays of few elements per channel and
-# sample. If the matrix is narrow, FOLD of its rows are folded into one. Columns are walked in
+# sample. If the matrix is narrow, several of its rows are folded into one. Columns are walked in
 # strips: a group of channels is a strip of columns.
 #
 # A block is what one thread sums into one partial sum for each channel of a group. The blocks and
@@ -34,8 +34,9 @@ cdef enum:
     COEFFICIENT_ROWS = 64
     # Arrays of shorter runs have the column layout.
     RUN_MIN = 16
-    # Rows of less than LANES columns are folded, this many into one.
-    FOLD = 16
+    # Narrow rows are folded, as many into one as have about so many columns: a row that is added to
+    # sums in memory waits for the one before it.
+    FOLDED_WIDTH = 96
     CACHE_LINE = 64
 
 
@@ -95,7 +96,7 @@ cdef void cut_row_layout(Cut *cut) noexcept nogil:
 cdef void cut_column_layout(Cut *cut) noexcept nogil:
     cdef Py_ssize_t width = cut.c * cut.s, height
     cut.column_layout = True
-    cut.fold = 1 if width >= LANES else FOLD
+    cut.fold = max(FOLDED_WIDTH // max(width, 1), 1)
     cut.width = width * cut.fold
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold

@@ -10,8 +10,6 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    /* The rows of a matrix that are walked while sums stay in registers. */
-    ROWS_SUMMED = FASTBN_TREE,
     /* Columns are prefetched about so many elements ahead. */
     PREFETCHED = 512,
     /* Sums of rows prefetch so many elements ahead, or more. */
@@ -96,6 +94,85 @@ NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const doubl
     for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
         FOR_RUNS_OF(matrix->run, ADD)
 #undef ADD
+}
+
+/* The sums of columns, behind LANES more: of few columns, the last step, which overlaps the one
+ * before it, reaches back before the first. */
+typedef struct {
+    double centre[LANES + COLUMNS], first[LANES + COLUMNS], second[LANES + COLUMNS];
+} column_sums;
+
+static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *matrix,
+                                     const double *centre_of_channel)
+{
+    memset(sums->centre, 0, sizeof(double) * LANES);
+    memset(sums->first, 0, sizeof(double) * (size_t)(LANES + matrix->len));
+    memset(sums->second, 0, sizeof(double) * (size_t)(LANES + matrix->len));
+    spread_double(matrix, centre_of_channel, sums->centre + LANES);
+}
+
+/* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in
+ * double. Those of the last step, which overlaps the one before it, have a place of their own. */
+typedef struct {
+    float centre[LANES + COLUMNS], first[COLUMNS + LANES], second[COLUMNS + LANES];
+} column_trees;
+
+/* One row or two of a matrix that are added up together. */
+typedef struct {
+    int count, begin_trees, end_trees;
+    ptrdiff_t stride;
+    /* Memory is prefetched so many elements ahead, more for the second row, and more with each step.
+     * Of rows that follow each other it is read in its order then. */
+    ptrdiff_t ahead, ahead_of_next, ahead_grows;
+} row_set;
+
+ALWAYS_INLINE row_set row_set_of(int count, int begin_trees, int end_trees, ptrdiff_t stride,
+                                 ptrdiff_t len)
+{
+    const ptrdiff_t set = count * stride, ahead = set * ((SUMS_PREFETCHED + set - 1) / set);
+    row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0};
+    if (count > 1 && len == stride)
+        rows.ahead_of_next = LANES - stride, rows.ahead_grows = LANES;
+    return rows;
+}
+
+static inline void begin_column_trees(column_trees *trees, const column_sums *sums, ptrdiff_t len)
+{
+    for (ptrdiff_t i = 0; i < LANES + len; i++)
+        trees->centre[i] = (float)sums->centre[i];
+}
+
+ALWAYS_INLINE tree_sums load_tree(const column_trees *trees, ptrdiff_t i)
+{
+    tree_sums r;
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        r.of[j].first = load_float32(trees->first + i + j * VF);
+        r.of[j].second = load_float32(trees->second + i + j * VF);
+    }
+    return r;
+}
+
+ALWAYS_INLINE void store_tree(column_trees *trees, ptrdiff_t i, tree_sums tree)
+{
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++) {
+        store_float32(trees->first + i + j * VF, tree.of[j].first);
+        store_float32(trees->second + i + j * VF, tree.of[j].second);
+    }
+}
+
+ALWAYS_INLINE void add_tree_to_columns(tree_sums tree, column_sums *sums, ptrdiff_t i)
+{
+    double *first = sums->first + LANES + i, *second = sums->second + LANES + i;
+    store_sums(first, second, add_tree(load_sums(first, second), tree));
+}
+
+static inline void end_column_trees(const column_trees *trees, column_sums *sums, ptrdiff_t len)
+{
+    const ptrdiff_t whole = len / LANES * LANES;
+    for (ptrdiff_t i = 0; i < whole; i += LANES)
+        add_tree_to_columns(load_tree(trees, i), sums, i);
+    if (whole < len)
+        add_tree_to_columns(load_tree(trees, whole), sums, len - LANES);
 }
 
 #endif

@@ -1,4 +1,4 @@
-/* Masks: what is counted and listed, and the bytes that belong to columns. */
+/* Masks: what is counted, and the bytes that belong to columns. */
 #ifndef FASTBN_KERNELS_MASKS_H
 #define FASTBN_KERNELS_MASKS_H
 
@@ -22,37 +22,9 @@ static inline ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
     return total;
 }
 
-/* How sums of columns heed a mask: step by step or, where a row is valid or not as a whole, by a
- * list of the valid rows. */
-enum { UNMASKED, MASKED, LISTED };
-
-/* A few rows of a matrix that are added up together: `count` neighbouring ones or, where they are
- * listed, valid ones, which begin at the elements `at`. */
-typedef struct {
-    ptrdiff_t count, stride, mask_stride;
-    ptrdiff_t ahead; /* memory is prefetched so many elements after a row, whole sets */
-    int listed;
-    ptrdiff_t at[ROWS_SUMMED];
-} row_set;
-
-ALWAYS_INLINE ptrdiff_t rows_ahead(ptrdiff_t stride)
-{
-    const ptrdiff_t set = ROWS_SUMMED * stride;
-    return set * ((SUMS_PREFETCHED + set - 1) / set);
-}
-
-/* Lists the next valid rows, at most `rows->count` of the `left` ones; returns how many rows that
- * takes. */
-static inline ptrdiff_t list_valid_rows(row_set *rows, const uint8_t *mask, ptrdiff_t left)
-{
-    const ptrdiff_t most = rows->count;
-    ptrdiff_t r = 0;
-    for (rows->count = 0; r < left && rows->count < most; r++) {
-        rows->at[rows->count] = r * rows->stride;
-        rows->count += mask[r] & 1;
-    }
-    return r;
-}
+/* How sums of columns heed a mask: step by step or, where a row is valid or not as a whole, by
+ * leaving rows out. */
+enum { UNMASKED, MASKED, WHOLE_ROWS };
 
 /* Repeats the first `len` of some numbers up to `end`, each time increased by `by` more. */
 static inline void repeat(int16_t *numbers, ptrdiff_t len, ptrdiff_t end, int16_t by)

@@ -367,13 +367,11 @@ ALWAYS_INLINE float_step same_float_step(double value)
     return s;
 }
 
-ALWAYS_INLINE float_step narrow_step(const double *p)
+ALWAYS_INLINE float_step load_float_step(const float *p)
 {
-    float narrow[LANES];
     float_step s;
-    for (int i = 0; i < LANES; i++)
-        narrow[i] = (float)p[i];
-    memcpy(s.at, narrow, sizeof narrow);
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+        s.at[j] = load_float32(p + j * VF);
     return s;
 }
 

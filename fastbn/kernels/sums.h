@@ -171,124 +171,137 @@ static void NAME(products)(const void *dy, const void *x, const fastbn_runs *run
 
 /* ------------------------------------------------------------------ the column layout */
 
-/* Adds a few rows to the sums of LANES of their columns. */
-typedef step_sums NAME(add_rows)(step_sums sums, const T *dy, const T *x, const row_set *rows,
-                                 const double *centre, const NAME(gate) *gate, valid_lanes lanes);
+/* Adds one row or two to LANES of their columns, from the i-th one on: to their sums, or to their
+ * trees, which are kept from the place `i_tree` on. */
+typedef void NAME(add_rows)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i,
+                            ptrdiff_t i_tree, const T *dy, const T *x, const NAME(gate) *gate,
+                            valid_lanes lanes);
 
-ALWAYS_INLINE step_sums NAME(add_rows_one_by_one)(NAME(add_step) *add, step_sums sums, const T *dy,
-                                                  const T *x, const row_set *rows,
-                                                  const double *centre, const NAME(gate) *gate,
-                                                  valid_lanes lanes)
+ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums, row_set rows,
+                                          ptrdiff_t i, const T *dy, const T *x,
+                                          const NAME(gate) *gate, valid_lanes lanes)
 {
-    const step around = load_step(centre);
-    const ptrdiff_t stride = rows->stride, ahead = rows->ahead;
-    for (ptrdiff_t r = 0; r < rows->count; r++) {
-        const ptrdiff_t at = rows->listed ? rows->at[r] : r * stride;
-        sums = add(sums, dy + at, x + at, ahead, around, gate, lanes);
-        lanes.mask += lanes.masked ? rows->mask_stride : 0;
-    }
-    return sums;
+    double *first = sums->first + LANES + i, *second = sums->second + LANES + i;
+    const step around = load_step(sums->centre + LANES + i);
+    step_sums s = load_sums(first, second);
+    s = add(s, dy, x, rows.ahead, around, gate, lanes);
+    if (rows.count > 1)
+        s = add(s, dy + rows.stride, x + rows.stride, rows.ahead + rows.ahead_of_next, around, gate,
+                lanes);
+    store_sums(first, second, s);
 }
 
 /* The same of moments, of products, and of products behind gates. */
-#define ADD_ROWS(name, add_rows, add) \
-    ALWAYS_INLINE step_sums NAME(name)(step_sums sums, const T *dy, const T *x, \
-                                       const row_set *rows, const double *centre, \
-                                       const NAME(gate) *gate, valid_lanes lanes) \
+#define ADD_ROWS_TO_SUMS(name, add) \
+    ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i, \
+                                  ptrdiff_t i_tree, const T *dy, const T *x, \
+                                  const NAME(gate) *gate, valid_lanes lanes) \
     { \
-        return NAME(add_rows)(NAME(add), sums, dy, x, rows, centre, gate, lanes); \
+        (void)trees, (void)i_tree; \
+        NAME(add_rows_to_sums)(NAME(add), sums, rows, i, dy, x, gate, lanes); \
     }
-ADD_ROWS(add_row_moments, add_rows_one_by_one, add_moments)
-ADD_ROWS(add_row_products, add_rows_one_by_one, add_products)
-ADD_ROWS(add_row_relu_products, add_rows_one_by_one, add_relu_products)
-ADD_ROWS(add_row_leaky_products, add_rows_one_by_one, add_leaky_products)
+ADD_ROWS_TO_SUMS(add_row_moments, add_moments)
+ADD_ROWS_TO_SUMS(add_row_products, add_products)
+ADD_ROWS_TO_SUMS(add_row_relu_products, add_relu_products)
+ADD_ROWS_TO_SUMS(add_row_leaky_products, add_leaky_products)
+#undef ADD_ROWS_TO_SUMS
 
-/* A few rows are summed at a time, so that sums are loaded and stored once for all of them, and
- * memory is read at a few places at once. */
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int mode, const T *dy, const T *x,
-                                     const fastbn_matrix *matrix, const double *centre_of_channel,
-                                     const fastbn_gate *gate, double *first_of_channel,
-                                     double *second_of_channel)
+/* Adds one row or two to all of their columns. */
+ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, column_sums *sums,
+                                             column_trees *trees, row_set rows, const T *dy,
+                                             const T *x, ptrdiff_t len, const uint8_t *mask,
+                                             const mask_step *masks, const NAME(gates) *gates)
 {
-    /* A last step that overlaps the one before reaches, of few columns, back before the first. */
-    double centre_[LANES + COLUMNS], first_[LANES + COLUMNS], second_[LANES + COLUMNS];
-    double *centre = centre_ + LANES, *first = first_ + LANES, *second = second_ + LANES;
+    const ptrdiff_t whole = len / LANES * LANES, end = len - LANES;
+    T dy_buffer[2][LANES], x_buffer[2][LANES];
+    NAME(gate) gate;
+#define ADD(rows, i, i_tree, dy, x, masks, skip) \
+    do { \
+        if (gates != NULL) \
+            gate = NAME(gate_of_columns)(gates, i); \
+        add(sums, trees, rows, i, i_tree, dy, x, &gate, \
+            mode == MASKED ? (valid_lanes){1, mask + (masks)->offset, (masks)->index, skip} \
+                           : (valid_lanes){0, NULL, NULL, skip}); \
+    } while (0)
+    for (ptrdiff_t i = 0; i < whole; i += LANES, rows.ahead += rows.ahead_grows)
+        ADD(rows, i, i, dy + i, x + i, masks + i / LANES, 0);
+    if (whole < len) {
+        const T *dy_end = last_step(dy, len, sizeof(T), dy_buffer[0]);
+        const T *x_end = last_step(x, len, sizeof(T), x_buffer[0]);
+        if (rows.count > 1 && len < LANES) { /* both rows are in the buffers */
+            last_step(dy + rows.stride, len, sizeof(T), dy_buffer[1]);
+            last_step(x + rows.stride, len, sizeof(T), x_buffer[1]);
+            rows.stride = LANES;
+        }
+        ADD(rows, end, whole, dy_end, x_end, masks + len / LANES, whole - end);
+    }
+#undef ADD
+}
+
+/* Two rows at a time, so that sums are loaded and stored half as often; one where a mask may leave
+ * it out. */
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode, const T *dy,
+                                     const T *x, const fastbn_matrix *matrix,
+                                     const double *centre_of_channel, const fastbn_gate *gate,
+                                     double *first_of_channel, double *second_of_channel)
+{
+    column_sums sums;
+    column_trees trees;
     mask_step masks[COLUMNS / LANES + 1];
     NAME(gates) gates;
-    NAME(gate) own;
-    const ptrdiff_t len = matrix->len, stride = matrix->stride, end = len - LANES;
-    const uint8_t *mask = matrix->mask;
-    row_set rows = {
-        .stride = stride, .mask_stride = matrix->mask_stride, .ahead = rows_ahead(stride),
-        .listed = mode == LISTED};
-#define ADD(dy, x, rows, i, lanes) \
-    do { \
-        if (gate != NULL) \
-            own = NAME(gate_of_columns)(&gates, i); \
-        store_sums(first + (i), second + (i), \
-                   add(load_sums(first + (i), second + (i)), dy, x, rows, centre + (i), &own, \
-                       lanes)); \
-    } while (0)
-#define VALID_LANES(i, skip) \
-    (mode == MASKED ? (valid_lanes){1, mask + masks[i].offset, masks[i].index, skip} \
-                    : (valid_lanes){0, NULL, NULL, skip})
-    memset(centre_, 0, sizeof(double) * LANES);
-    memset(first_, 0, sizeof(double) * (size_t)(LANES + len));
-    memset(second_, 0, sizeof(double) * (size_t)(LANES + len));
-    spread_double(matrix, centre_of_channel, centre);
+    const ptrdiff_t len = matrix->len, stride = matrix->stride;
+    ptrdiff_t in_trees = 0;
+    begin_column_sums(&sums, matrix, centre_of_channel);
+    if (by_trees)
+        begin_column_trees(&trees, &sums, len);
     if (gate != NULL)
         NAME(spread_gates)(matrix, gate, &gates);
     if (mode == MASKED)
-        find_masks(matrix, end, masks);
-    for (ptrdiff_t r = 0, n; r < matrix->rows; r += n, dy += n * stride, x += n * stride) {
-        ptrdiff_t i = 0;
-        rows.count = n = smaller(matrix->rows - r, ROWS_SUMMED);
-        if (rows.listed)
-            n = list_valid_rows(&rows, mask, matrix->rows - r);
-        for (; i <= end; i += LANES)
-            ADD(dy + i, x + i, &rows, i, VALID_LANES(i / LANES, 0));
-        if (i < len && rows.count > 0) {
-            const T *dy_end = dy + end, *x_end = x + end;
-            T dy_buffer[ROWS_SUMMED][LANES], x_buffer[ROWS_SUMMED][LANES];
-            row_set last = rows;
-            if (end < 0) { /* as many rows as of wide strips: sums must not depend on the width */
-                for (ptrdiff_t j = 0; j < rows.count; j++) {
-                    const ptrdiff_t at = rows.listed ? rows.at[j] : j * stride;
-                    last_step(dy + at, len, sizeof(T), dy_buffer[j]);
-                    last_step(x + at, len, sizeof(T), x_buffer[j]);
-                    last.at[j] = j * LANES;
-                }
-                last.stride = LANES;
-                dy_end = dy_buffer[0], x_end = x_buffer[0];
-            }
-            ADD(dy_end, x_end, &last, end, VALID_LANES(len / LANES, i - end));
-        }
-        if (mode != UNMASKED)
-            mask += n * matrix->mask_stride;
+        find_masks(matrix, len - LANES, masks);
+    for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
+        const uint8_t *mask = mode == UNMASKED ? NULL : matrix->mask + r * matrix->mask_stride;
+        count = mode == UNMASKED ? smaller(matrix->rows - r, 2) : 1;
+        if (mode == WHOLE_ROWS && !*mask)
+            continue;
+/* A loop for each case: a branch for every step would take time. */
+#define ADD_ROWS(count, begin, end) \
+    NAME(add_rows_to_columns)(add, mode, &sums, &trees, row_set_of(count, begin, end, stride, len), \
+                              dy + r * stride, x + r * stride, len, mask, masks, \
+                              gate == NULL ? NULL : &gates)
+        if (count == 1)
+            ADD_ROWS(1, in_trees == 0, in_trees + 1 == TREE);
+        else if (!by_trees || in_trees == 0)
+            ADD_ROWS(2, 1, 0);
+        else if (in_trees + 2 < TREE)
+            ADD_ROWS(2, 0, 0);
+        else
+            ADD_ROWS(2, 0, 1);
+#undef ADD_ROWS
+        in_trees = (in_trees + count) % TREE;
     }
-#undef VALID_LANES
-#undef ADD
-    add_columns_to_channels(matrix, first, first_of_channel);
-    add_columns_to_channels(matrix, second, second_of_channel);
+    if (by_trees && in_trees > 0)
+        end_column_trees(&trees, &sums, len);
+    add_columns_to_channels(matrix, sums.first + LANES, first_of_channel);
+    add_columns_to_channels(matrix, sums.second + LANES, second_of_channel);
 }
 
 /* The sums of columns with the mask that the matrix has. */
-ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, const void *dy, const void *x,
-                                    const fastbn_matrix *matrix, const double *centre,
-                                    double *first, double *second)
+ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, const void *dy,
+                                    const void *x, const fastbn_matrix *matrix,
+                                    const double *centre, double *first, double *second)
 {
     if (matrix->mask == NULL)
-        NAME(sum_columns)(add, UNMASKED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, UNMASKED, dy, x, matrix, centre, NULL, first, second);
     else if (matrix->mask_stride == 1)
-        NAME(sum_columns)(add, LISTED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, WHOLE_ROWS, dy, x, matrix, centre, NULL, first, second);
     else
-        NAME(sum_columns)(add, MASKED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, MASKED, dy, x, matrix, centre, NULL, first, second);
 }
 
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                  double *first, double *second)
 {
-    NAME(sum_matrix)(NAME(add_row_moments), x, x, matrix, pivot, first, second);
+    NAME(sum_matrix)(NAME(add_row_moments), 0, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
@@ -297,13 +310,13 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_row_relu_products), UNMASKED, dy, x, matrix, mean, gate, first,
+        NAME(sum_columns)(NAME(add_row_relu_products), 0, UNMASKED, dy, x, matrix, mean, gate, first,
                           second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_row_leaky_products), UNMASKED, dy, x, matrix, mean, gate, first,
+        NAME(sum_columns)(NAME(add_row_leaky_products), 0, UNMASKED, dy, x, matrix, mean, gate, first,
                           second);
     else
-        NAME(sum_matrix)(NAME(add_row_products), dy, x, matrix, mean, first, second);
+        NAME(sum_matrix)(NAME(add_row_products), 0, dy, x, matrix, mean, first, second);
 }
 
 #undef CHUNK

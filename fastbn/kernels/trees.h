@@ -1,27 +1,21 @@
 /* Sums in float32, for one dtype; dtype.h includes this file.
  *
- * TREE terms of a lane are added in float32, pair after pair, fewer one after the other; these sums
- * are added in double. Lanes and trees are the same for every width of a register. */
+ * Up to TREE terms of a lane are added in float32: those of a run pair after pair if they are TREE,
+ * fewer of them, and those of columns, one after the other. These sums are added in double. Lanes and
+ * trees are the same for every width of a register. */
 
-/* The terms of a tree: steps of LANES elements, `pitch` elements apart or, where they are listed,
- * at the elements `at`. */
+/* The terms of a tree: steps of LANES elements, `pitch` elements apart. Each prefetches what lies
+ * `ahead` elements further on, the next one `ahead_of_next` more. */
 typedef struct {
     const T *dy, *x;
-    ptrdiff_t pitch, ahead;
-    const ptrdiff_t *at;
+    ptrdiff_t pitch, ahead, ahead_of_next;
     valid_lanes lanes;
     ptrdiff_t mask_pitch;
     const NAME(gate) *gate;
 } NAME(terms);
 
-/* The j-th register of the t-th term; the first one prefetches what lies `ahead` elements further
- * on. */
+/* The j-th register of the t-th term; the first one prefetches. */
 typedef tree_sum NAME(term)(const NAME(terms) *terms, ptrdiff_t t, int j, float_step centre);
-
-ALWAYS_INLINE ptrdiff_t NAME(place)(const NAME(terms) *terms, ptrdiff_t t)
-{
-    return terms->at == NULL ? t * terms->pitch : terms->at[t];
-}
 
 ALWAYS_INLINE valid_lanes NAME(lanes_of_term)(const NAME(terms) *terms, ptrdiff_t t)
 {
@@ -34,22 +28,22 @@ ALWAYS_INLINE valid_lanes NAME(lanes_of_term)(const NAME(terms) *terms, ptrdiff_
 ALWAYS_INLINE tree_sum NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
                                          float_step pivot)
 {
-    const T *x = terms->x + NAME(place)(terms, t);
+    const T *x = terms->x + t * terms->pitch;
     if (j == 0)
-        PREFETCH(x + terms->ahead);
-    const vf d = only_valid_floats(NAME(lanes_of_term)(terms, t), j,
-                                   NAME(load)(x + j * VF) - pivot.at[j]);
+        PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
+    const vf d =
+        only_valid_floats(NAME(lanes_of_term)(terms, t), j, NAME(load)(x + j * VF) - pivot.at[j]);
     return (tree_sum){d, d * d};
 }
 
 ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
                                           float_step mean)
 {
-    const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
+    const T *dy = terms->dy + t * terms->pitch, *x = terms->x + t * terms->pitch;
     const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
     if (j == 0) {
-        PREFETCH(dy + terms->ahead);
-        PREFETCH(x + terms->ahead);
+        PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
+        PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     }
     const vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
     const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
@@ -60,11 +54,11 @@ ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t,
 ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *terms, ptrdiff_t t,
                                                 int j, float_step mean)
 {
-    const T *dy = terms->dy + NAME(place)(terms, t), *x = terms->x + NAME(place)(terms, t);
+    const T *dy = terms->dy + t * terms->pitch, *x = terms->x + t * terms->pitch;
     const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
     if (j == 0) {
-        PREFETCH(dy + terms->ahead);
-        PREFETCH(x + terms->ahead);
+        PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
+        PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     }
     const NAME(passed) passed =
         NAME(pass)(kind, NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
@@ -160,7 +154,7 @@ ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x
                                              const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead,
                                              const NAME(gate) *gate)
 {
-    return (NAME(terms)){dy + i, x + i, LANES, ahead, NULL,
+    return (NAME(terms)){dy + i, x + i, LANES, ahead, 0,
                          {masked, masked ? mask + i : NULL, NULL, 0}, LANES, gate};
 }
 
@@ -266,29 +260,42 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
 
 /* ------------------------------------------------------------------ the column layout */
 
-/* A tree of a few rows. */
-ALWAYS_INLINE step_sums NAME(add_rows_by_tree)(NAME(term) *term, step_sums sums, const T *dy,
-                                               const T *x, const row_set *rows,
-                                               const double *centre, const NAME(gate) *gate,
-                                               valid_lanes lanes)
+/* Adds one row or two, one after the other, to trees. */
+ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
+                                           column_trees *trees, row_set rows, ptrdiff_t i,
+                                           ptrdiff_t i_tree, const T *dy, const T *x,
+                                           const NAME(gate) *gate, valid_lanes lanes)
 {
-    const NAME(terms) terms = {dy, x, rows->stride, rows->ahead,
-                               rows->listed ? rows->at : NULL, lanes, rows->mask_stride, gate};
-    const float_step around = narrow_step(centre);
-    if (rows->count == TREE)
-        return NAME(add_whole_tree)(term, sums, &terms, around);
-    return add_tree(sums, NAME(add_in_turn)(term, no_tree(), &terms, rows->count, around));
+    const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, 0, gate};
+    const float_step around = load_float_step(trees->centre + LANES + i);
+    tree_sums tree = rows.begin_trees ? no_tree() : load_tree(trees, i_tree);
+    UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
+        UNROLL for (int t = 0; t < 2; t++)
+            if (t < rows.count)
+                tree.of[j] = add_tree_sums(tree.of[j], term(&terms, t, j, around));
+    if (rows.end_trees)
+        add_tree_to_columns(tree, sums, i);
+    else
+        store_tree(trees, i_tree, tree);
 }
 
-ADD_ROWS(add_moments_of_rows, add_rows_by_tree, moment_term)
-ADD_ROWS(add_products_of_rows, add_rows_by_tree, product_term)
-ADD_ROWS(add_relu_products_of_rows, add_rows_by_tree, relu_product_term)
-ADD_ROWS(add_leaky_products_of_rows, add_rows_by_tree, leaky_product_term)
+#define ADD_ROWS_TO_TREES(name, term) \
+    ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i, \
+                                  ptrdiff_t i_tree, const T *dy, const T *x, \
+                                  const NAME(gate) *gate, valid_lanes lanes) \
+    { \
+        NAME(add_rows_to_trees)(NAME(term), sums, trees, rows, i, i_tree, dy, x, gate, lanes); \
+    }
+ADD_ROWS_TO_TREES(add_moments_of_rows, moment_term)
+ADD_ROWS_TO_TREES(add_products_of_rows, product_term)
+ADD_ROWS_TO_TREES(add_relu_products_of_rows, relu_product_term)
+ADD_ROWS_TO_TREES(add_leaky_products_of_rows, leaky_product_term)
+#undef ADD_ROWS_TO_TREES
 
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)
 {
-    NAME(sum_matrix)(NAME(add_moments_of_rows), x, x, matrix, pivot, first, second);
+    NAME(sum_matrix)(NAME(add_moments_of_rows), 1, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
@@ -297,11 +304,11 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_relu_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, UNMASKED, dy, x, matrix, mean, gate,
                           first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_leaky_products_of_rows), UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, UNMASKED, dy, x, matrix, mean, gate,
                           first, second);
     else
-        NAME(sum_matrix)(NAME(add_products_of_rows), dy, x, matrix, mean, first, second);
+        NAME(sum_matrix)(NAME(add_products_of_rows), 1, dy, x, matrix, mean, first, second);
 }
