@@ -34,8 +34,8 @@ cdef enum:
     COEFFICIENT_ROWS = 64
     # Arrays of shorter runs have the column layout.
     RUN_MIN = 16
-    # Narrow rows are folded, as many into one as have about so many columns: a row that is added to
-    # sums in memory waits for the one before it.
+    # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
+    # to sums in memory waits for the one before it.
     FOLDED_WIDTH = 96
     CACHE_LINE = 64
 

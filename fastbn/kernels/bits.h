@@ -33,8 +33,8 @@ static inline int bits_of_16(const uint8_t *bytes)
 #endif
 }
 
-/* Sets so many bits, at least one, which are zeros, from bytes. Other threads may set bits of the first and the
- * last byte at the same time. */
+/* Sets so many bits, at least one, which are zeros, from bytes. Other threads may set bits of the
+ * first and the last byte at the same time. */
 NOT_INLINE void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
 {
     const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;

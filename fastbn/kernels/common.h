@@ -1,5 +1,5 @@
-/* What the kernels of all dtypes have in common: limits, values of channels and of their columns, the
- * ends of runs. */
+/* What the kernels of all dtypes have in common: limits, values of channels and of their columns, sums
+ * of columns, the ends of runs. */
 #ifndef FASTBN_KERNELS_COMMON_H
 #define FASTBN_KERNELS_COMMON_H
 

@@ -177,10 +177,12 @@ typedef void NAME(add_rows)(column_sums *sums, column_trees *trees, row_set rows
                             ptrdiff_t i_tree, const T *dy, const T *x, const NAME(gate) *gate,
                             valid_lanes lanes);
 
-ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums, row_set rows,
-                                          ptrdiff_t i, const T *dy, const T *x,
+ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums,
+                                          column_trees *trees, row_set rows, ptrdiff_t i,
+                                          ptrdiff_t i_tree, const T *dy, const T *x,
                                           const NAME(gate) *gate, valid_lanes lanes)
 {
+    (void)trees, (void)i_tree;
     double *first = sums->first + LANES + i, *second = sums->second + LANES + i;
     const step around = load_step(sums->centre + LANES + i);
     step_sums s = load_sums(first, second);
@@ -192,19 +194,17 @@ ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums
 }
 
 /* The same of moments, of products, and of products behind gates. */
-#define ADD_ROWS_TO_SUMS(name, add) \
+#define ADD_ROWS(name, add_rows, add) \
     ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i, \
                                   ptrdiff_t i_tree, const T *dy, const T *x, \
                                   const NAME(gate) *gate, valid_lanes lanes) \
     { \
-        (void)trees, (void)i_tree; \
-        NAME(add_rows_to_sums)(NAME(add), sums, rows, i, dy, x, gate, lanes); \
+        NAME(add_rows)(NAME(add), sums, trees, rows, i, i_tree, dy, x, gate, lanes); \
     }
-ADD_ROWS_TO_SUMS(add_row_moments, add_moments)
-ADD_ROWS_TO_SUMS(add_row_products, add_products)
-ADD_ROWS_TO_SUMS(add_row_relu_products, add_relu_products)
-ADD_ROWS_TO_SUMS(add_row_leaky_products, add_leaky_products)
-#undef ADD_ROWS_TO_SUMS
+ADD_ROWS(add_row_moments, add_rows_to_sums, add_moments)
+ADD_ROWS(add_row_products, add_rows_to_sums, add_products)
+ADD_ROWS(add_row_relu_products, add_rows_to_sums, add_relu_products)
+ADD_ROWS(add_row_leaky_products, add_rows_to_sums, add_leaky_products)
 
 /* Adds one row or two to all of their columns. */
 ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, column_sums *sums,
@@ -215,7 +215,7 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
     const ptrdiff_t whole = len / LANES * LANES, end = len - LANES;
     T dy_buffer[2][LANES], x_buffer[2][LANES];
     NAME(gate) gate;
-#define ADD(rows, i, i_tree, dy, x, masks, skip) \
+#define ADD(i, i_tree, dy, x, masks, skip) \
     do { \
         if (gates != NULL) \
             gate = NAME(gate_of_columns)(gates, i); \
@@ -224,7 +224,7 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
                            : (valid_lanes){0, NULL, NULL, skip}); \
     } while (0)
     for (ptrdiff_t i = 0; i < whole; i += LANES, rows.ahead += rows.ahead_grows)
-        ADD(rows, i, i, dy + i, x + i, masks + i / LANES, 0);
+        ADD(i, i, dy + i, x + i, masks + i / LANES, 0);
     if (whole < len) {
         const T *dy_end = last_step(dy, len, sizeof(T), dy_buffer[0]);
         const T *x_end = last_step(x, len, sizeof(T), x_buffer[0]);
@@ -233,7 +233,7 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
             last_step(x + rows.stride, len, sizeof(T), x_buffer[1]);
             rows.stride = LANES;
         }
-        ADD(rows, end, whole, dy_end, x_end, masks + len / LANES, whole - end);
+        ADD(end, whole, dy_end, x_end, masks + len / LANES, whole - end);
     }
 #undef ADD
 }
@@ -264,19 +264,19 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
         if (mode == WHOLE_ROWS && !*mask)
             continue;
 /* A loop for each case: a branch for every step would take time. */
-#define ADD_ROWS(count, begin, end) \
+#define WALK(count, begin, end) \
     NAME(add_rows_to_columns)(add, mode, &sums, &trees, row_set_of(count, begin, end, stride, len), \
                               dy + r * stride, x + r * stride, len, mask, masks, \
                               gate == NULL ? NULL : &gates)
         if (count == 1)
-            ADD_ROWS(1, in_trees == 0, in_trees + 1 == TREE);
+            WALK(1, in_trees == 0, in_trees + 1 == TREE);
         else if (!by_trees || in_trees == 0)
-            ADD_ROWS(2, 1, 0);
+            WALK(2, 1, 0);
         else if (in_trees + 2 < TREE)
-            ADD_ROWS(2, 0, 0);
+            WALK(2, 0, 0);
         else
-            ADD_ROWS(2, 0, 1);
-#undef ADD_ROWS
+            WALK(2, 0, 1);
+#undef WALK
         in_trees = (in_trees + count) % TREE;
     }
     if (by_trees && in_trees > 0)

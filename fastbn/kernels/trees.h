@@ -279,18 +279,10 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
         store_tree(trees, i_tree, tree);
 }
 
-#define ADD_ROWS_TO_TREES(name, term) \
-    ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i, \
-                                  ptrdiff_t i_tree, const T *dy, const T *x, \
-                                  const NAME(gate) *gate, valid_lanes lanes) \
-    { \
-        NAME(add_rows_to_trees)(NAME(term), sums, trees, rows, i, i_tree, dy, x, gate, lanes); \
-    }
-ADD_ROWS_TO_TREES(add_moments_of_rows, moment_term)
-ADD_ROWS_TO_TREES(add_products_of_rows, product_term)
-ADD_ROWS_TO_TREES(add_relu_products_of_rows, relu_product_term)
-ADD_ROWS_TO_TREES(add_leaky_products_of_rows, leaky_product_term)
-#undef ADD_ROWS_TO_TREES
+ADD_ROWS(add_moments_of_rows, add_rows_to_trees, moment_term)
+ADD_ROWS(add_products_of_rows, add_rows_to_trees, product_term)
+ADD_ROWS(add_relu_products_of_rows, add_rows_to_trees, relu_product_term)
+ADD_ROWS(add_leaky_products_of_rows, add_rows_to_trees, leaky_product_term)
 
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)
