@@ -81,15 +81,6 @@ ALWAYS_INLINE VA NAME(derive)(int is_relu, VA dy, VA v, const NAME(activation) *
                    : IF_OUTSIDE_A(v, low, high, dy, dy * activation->slope);
 }
 
-/* dy times the derivative at a value before the activation, or after it. */
-ALWAYS_INLINE VA NAME(derive_at)(VA dy, VA z, const NAME(activation) *activation)
-{
-    if (activation->kind == FASTBN_LINEAR)
-        return dy;
-    return NAME(derive)(activation->kind == FASTBN_RELU, dy, z, activation,
-                        NAME(all_lanes)(activation->low), NAME(all_lanes)(activation->high));
-}
-
 /* A normalized value, with the residual if there is one, through the activation. Unless `alive` is
  * NULL, it gets 255 for each lane at which the derivative is 1, and 0 for the others. */
 ALWAYS_INLINE VA NAME(finish)(VA z, int has_residual, VA residual,

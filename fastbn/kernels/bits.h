@@ -1,5 +1,4 @@
-/* Bits of an array's elements, in the order of memory. In `bytes` those of the first one's byte that
- * come before it have room, too. */
+/* Bits of an array's elements, in the order of memory. */
 #ifndef FASTBN_KERNELS_BITS_H
 #define FASTBN_KERNELS_BITS_H
 
@@ -9,15 +8,15 @@
 #  include <emmintrin.h>
 #endif
 
-/* A byte, 255 or 0, for each of so many bits. */
-static inline void spread_bits(const uint8_t *bits, ptrdiff_t first, ptrdiff_t count, uint8_t *bytes)
+/* So many bytes are read at a time: bits for all lanes of a register, from any bit of a byte on. */
+enum { BITS_BYTES = 4 };
+
+/* The bits from the i-th on, the first of them in the lowest place. */
+ALWAYS_INLINE uint32_t bits_from(const uint8_t *bits, size_t i)
 {
-    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
-    for (ptrdiff_t k = first / 8; k < (first + count + 7) / 8; k++, bytes += 8) {
-        const uint64_t bit = bits[k] * ones & diagonal;
-        const uint64_t byte = ((bit + 0x7f * ones) >> 7 & ones) * 255;
-        memcpy(bytes, &byte, sizeof byte);
-    }
+    const uint8_t *p = bits + i / 8;
+    const uint32_t low = (uint32_t)(p[0] | p[1] << 8), high = (uint32_t)(p[2] | p[3] << 8);
+    return (low | high << 16) >> i % 8;
 }
 
 /* A bit for each of 16 bytes, which are 255 or 0. */
@@ -33,8 +32,8 @@ static inline int bits_of_16(const uint8_t *bytes)
 #endif
 }
 
-/* Sets so many bits, at least one, which are zeros, from bytes. Other threads may set bits of the
- * first and the last byte at the same time. */
+/* Sets so many bits, at least one, which are zeros, from bytes, before which those of the first one's
+ * byte have room, too. Other threads may set bits of the first and the last byte at the same time. */
 NOT_INLINE void gather_bits(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
 {
     const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;

@@ -29,6 +29,7 @@
 #define LESS_A PASTE(less_, VA)
 #define IF_OUTSIDE_A PASTE(if_outside_, VA)
 #define ZERO_OUTSIDE_A PASTE(zero_outside_, VA)
+#define IF_BITS_A PASTE(if_bits_, VA)
 #define STORE_BYTES_A PASTE(store_bytes_, VA)
 #define SPREAD_A PASTE(spread_, A)
 

@@ -731,33 +731,56 @@ static void NAME(gate_bounds)(const fastbn_affine *affine, const fastbn_activati
     }
 }
 
-/* to = dy times the derivative at z, of which a bit of `alive` tells or, where that is NULL, the sign
- * of y, the output of the activation. */
+/* to = dy times the derivative at a value of which a bit tells, the first of these being the one at
+ * `from`, or y, the output of the activation. */
+ALWAYS_INLINE void NAME(derive_run)(int by_bits, int is_relu, const T *dy, const T *y,
+                                    const uint8_t *bits, size_t from, ptrdiff_t count,
+                                    const NAME(activation) *activation, T *to)
+{
+    const VA low = NAME(all_lanes)(activation->low), high = NAME(all_lanes)(activation->high);
+    const VA zeros = {0};
+#define DERIVE(dy, y, i) \
+    (by_bits ? IF_BITS_A(bits_from(bits, from + (size_t)(i)), dy, \
+                         is_relu ? zeros : (dy)*activation->slope) \
+             : NAME(derive)(is_relu, dy, y, activation, low, high))
+#define AT(i, is_first) \
+    DERIVE(NAME(load)(dy + (i)), by_bits ? zeros : NAME(load)(y + (i)), i)
+#define ONE(i) \
+    NAME(first_lane)(DERIVE(NAME(all_lanes)(NAME(decode)(dy[i])), \
+                            NAME(all_lanes)(by_bits ? (A)0 : NAME(decode)(y[i])), i))
+    STORE_RUN(to, count, AT, ONE);
+#undef ONE
+#undef AT
+#undef DERIVE
+}
+
+/* Of FASTBN_LINEAR the derivative is 1. The bits are copied, since more of them are read at a time
+ * than there may be. */
 static void NAME(activation_gradient)(const void *dy_, const void *y_, const unsigned char *alive,
                                       ptrdiff_t first, ptrdiff_t count,
                                       const fastbn_activation *activation_, void *to_)
 {
     const NAME(activation) activation = NAME(activation_of)(activation_);
-    const VA one = (VA){0} + 1;
-    uint8_t bytes_[ALIVE_BYTES + 2 * MASK_BYTES];
-    for (ptrdiff_t i0 = 0, n; i0 < count; i0 += n) {
-        const T *dy = (const T *)dy_ + i0, *y = alive == NULL ? (const T *)y_ + i0 : NULL;
-        T *to = (T *)to_ + i0;
-        const uint8_t *bytes = bytes_ + (first + i0) % 8;
-        n = smaller(count - i0, ALIVE_BYTES);
-        if (alive != NULL)
-            spread_bits(alive, first + i0, n, bytes_);
-#define AT(i, is_first) \
-    NAME(derive_at)(NAME(load)(dy + (i)), \
-                    alive != NULL ? MASKED_A(bytes + (i), NULL, one) : NAME(load)(y + (i)), \
-                    &activation)
-#define ONE(i) \
-    NAME(first_lane)(NAME(derive_at)( \
-        NAME(all_lanes)(NAME(decode)(dy[i])), \
-        NAME(all_lanes)(alive != NULL ? (A)(bytes[i] != 0) : NAME(decode)(y[i])), &activation))
-        STORE_RUN(to, n, AT, ONE);
-#undef AT
-#undef ONE
+    const int is_relu = activation.kind == FASTBN_RELU;
+    const T *dy = dy_, *y = y_;
+    T *to = to_;
+    uint8_t bits[ALIVE_BYTES];
+    if (activation.kind == FASTBN_LINEAR) {
+        memmove(to, dy, (size_t)count * sizeof(T));
+        return;
+    }
+    if (alive == NULL) {
+        NAME(derive_run)(0, is_relu, dy, y, NULL, 0, count, &activation, to);
+        return;
+    }
+    for (ptrdiff_t i = 0, n; i < count; i += n) {
+        const size_t begin = (size_t)(first + i) / 8, from = (size_t)(first + i) % 8;
+        n = smaller(count - i, (ALIVE_BYTES - BITS_BYTES) * 8);
+        memcpy(bits, alive + begin, (from + (size_t)n + 7) / 8);
+        if (is_relu)
+            NAME(derive_run)(1, 1, dy + i, NULL, bits, from, n, &activation, to + i);
+        else
+            NAME(derive_run)(1, 0, dy + i, NULL, bits, from, n, &activation, to + i);
     }
 }
 

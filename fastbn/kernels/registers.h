@@ -20,6 +20,8 @@
  *   if_outside_vd(v, low, high, yes, no)  lane by lane: `yes` where v < low or v > high, and `no`
  *                                  elsewhere, also where one of them is NaN
  *   zero_outside_vd(v, low, high, no)  the same with zeros for `yes`. All of these for vf, too
+ *   if_bits_vd(bits, yes, no)      lane by lane: `yes` where bit i of an integer is 1, and `no`
+ *                                  elsewhere. The same for vf
  *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
  *                                  none. The same for vf
  *   sum_of_lanes(vd)               lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...

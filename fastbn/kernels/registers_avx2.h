@@ -113,6 +113,21 @@ COMPARISONS(vd, pd)
 COMPARISONS(vf, ps)
 #undef COMPARISONS
 
+/* The bit of each lane comes to the place of its sign. */
+ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no)
+{
+    const __m256i places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256i signs = _mm256_sllv_epi32(_mm256_set1_epi32((int)bits), places);
+    return _mm256_blendv_ps(no, yes, (__m256)signs);
+}
+
+ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
+{
+    const __m256i places = _mm256_setr_epi64x(63, 62, 61, 60);
+    const __m256i signs = _mm256_sllv_epi64(_mm256_set1_epi64x(bits), places);
+    return _mm256_blendv_pd(no, yes, (__m256d)signs);
+}
+
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
 {
     const __m256i bits = (__m256i)v;

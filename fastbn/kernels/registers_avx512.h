@@ -110,6 +110,16 @@ COMPARISONS(vd, pd, __mmask8)
 COMPARISONS(vf, ps, __mmask16)
 #undef COMPARISONS
 
+ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no)
+{
+    return _mm512_mask_blend_ps((__mmask16)bits, no, yes);
+}
+
+ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
+{
+    return _mm512_mask_blend_pd((__mmask8)bits, no, yes);
+}
+
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
 {
     _mm_storeu_si128((__m128i *)p, _mm_movm_epi8(_mm512_movepi32_mask((__m512i)v)));

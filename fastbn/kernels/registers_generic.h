@@ -127,6 +127,18 @@ COMPARISONS(vd, lanes_of_vd)
 COMPARISONS(vf, lanes_of_vf)
 #undef COMPARISONS
 
+ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no)
+{
+    const lanes_of_vf of_lane = {1, 2, 4, 8};
+    return if_vf((of_lane & (int)bits) != 0, yes, no);
+}
+
+ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
+{
+    const lanes_of_vd of_lane = {1, 2};
+    return if_vd((of_lane & (long long)bits) != 0, yes, no);
+}
+
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
 {
     const lanes_of_vf bits = (lanes_of_vf)v;
@@ -170,6 +182,9 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
 COMPARISONS(vd)
 COMPARISONS(vf)
 #undef COMPARISONS
+
+ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no) { return bits & 1 ? yes : no; }
+ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no) { return bits & 1 ? yes : no; }
 
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v) { memcpy(p, &v, 1); }
 ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v) { memcpy(p, &v, 1); }
