@@ -46,6 +46,11 @@ def release_free_memory():
     return released
 
 
+cpdef bint reuses_memory(Py_ssize_t nbytes) noexcept:
+    """Tell whether a result of so many bytes takes the memory of a freed one, if there is one."""
+    return <Py_ssize_t>SMALLEST_BLOCK <= nbytes <= free_bytes_limit
+
+
 def empty_like(cnp.ndarray x not None, cnp.dtype dtype=None):
     """A new array in the layout of another one, from the memory of freed results."""
     return new_like(x, dtype)
@@ -59,7 +64,7 @@ cdef cnp.ndarray result_like(cnp.ndarray x, object out):
 cdef cnp.ndarray new_like(cnp.ndarray x, cnp.dtype dtype):
     """A new array of x's layout; a program's own allocator goes on allocating all arrays."""
     cdef object handler
-    if not <Py_ssize_t>SMALLEST_BLOCK <= cnp.PyArray_NBYTES(x) <= free_bytes_limit:
+    if not reuses_memory(cnp.PyArray_NBYTES(x)):
         return new_from_handler(x, dtype)
     handler = PyDataMem_GetHandler()
     if handler is not default_handler:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbn import _core
 from fastbn._types import Array
 
 # NumPy has no bfloat16 of its own: without ml_dtypes, such tensors are torch's to normalize.
@@ -48,10 +49,15 @@ def as_array_or_none(tensor: torch.Tensor | None) -> Array | None:
 
 
 def new_like(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialized tensor of x's dtype, in the memory format that torch gives its result."""
-    if x.is_contiguous():
-        return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=memory_format_of(x))
+    """An uninitialized tensor of x's dtype, in the memory format that torch gives its result.
+
+    A large one takes the memory of freed results. torch's allocator gives it back to the system,
+    which hands it out again page by page, in more time than a normalization takes.
+    """
+    memory_format = torch.contiguous_format if x.is_contiguous() else memory_format_of(x)
+    if _core.reuses_memory(x.nbytes) and x.is_contiguous(memory_format=memory_format):
+        return as_tensor(_core.empty_like(as_array(x)))
+    return torch.empty_like(x, memory_format=memory_format)
 
 
 def memory_format_of(x: torch.Tensor) -> Any:

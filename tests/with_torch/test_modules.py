@@ -454,6 +454,44 @@ def test_gradients_in_any_memory_format(gradient, memory, activation, training):
         torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory", FORMATS)
+def test_large_results_have_torchs_memory_format_and_values(memory, dtype):
+    x, dy, residual = torch.randn(3, 2, 64, 64, 512 // dtype.itemsize).to(dtype)
+    x, dy, residual = (FORMATS[memory](t) for t in (x, dy, residual))
+    ours, theirs = pair("BatchNorm2d", 64, dtype=dtype)
+    # torch rounds to 16 bits what it activates, which may be on the other side of 0 then.
+    activation = "relu" if dtype.itemsize > 2 else None
+    results = []
+    for module in (ours, theirs):
+        leaf, added = (t.detach().requires_grad_() for t in (x, residual))
+        if module is ours:
+            y = module(leaf, activation=activation, residual=added)
+        else:
+            y = torch.relu(module(leaf) + added) if activation else module(leaf) + added
+        results.append([y, *torch.autograd.grad(y, [leaf, added], dy)])
+    assert ours._fallbacks() == {}
+    for mine, other in zip(*results, strict=True):
+        for format in (torch.contiguous_format, torch.channels_last):
+            assert mine.is_contiguous(memory_format=format) == other.is_contiguous(
+                memory_format=format
+            )
+        torch.testing.assert_close(mine, other, atol=5 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_large_results_take_the_memory_of_freed_ones():
+    fastbn.release_memory()
+    bn = accelerated.BatchNorm2d(64)
+    x = torch.randn(4, 64, 64, 65)
+    pointers = set()
+    for _ in range(4):
+        y = bn(x)
+        pointers.add(y.data_ptr())
+        del y
+    assert len(pointers) == 1
+    assert fastbn.release_memory() == x.nbytes
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
