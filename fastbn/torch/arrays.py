@@ -55,9 +55,13 @@ def new_like(x: torch.Tensor) -> torch.Tensor:
     which hands it out again page by page, in more time than a normalization takes.
     """
     memory_format = torch.contiguous_format if x.is_contiguous() else memory_format_of(x)
-    if _core.reuses_memory(x.nbytes) and x.is_contiguous(memory_format=memory_format):
+    if not _core.reuses_memory(x.nbytes) or not x.is_contiguous(memory_format=memory_format):
+        return torch.empty_like(x, memory_format=memory_format)
+    if memory_format is torch.contiguous_format:
         return as_tensor(_core.empty_like(as_array(x)))
-    return torch.empty_like(x, memory_format=memory_format)
+    # So that the strides of axes of one element are torch's as well: they tell the memory format.
+    last = _core.empty_like(np.moveaxis(as_array(x), 1, -1))
+    return as_tensor(np.moveaxis(last, -1, 1))
 
 
 def memory_format_of(x: torch.Tensor) -> Any:

@@ -479,6 +479,17 @@ def test_large_results_have_torchs_memory_format_and_values(memory, dtype):
         torch.testing.assert_close(mine, other, atol=5 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 128, 128), (2, 64, 1, 8192), (8192, 128, 1, 1), (1, 64, 1, 1, 2**14)], ids=str
+)
+def test_large_results_have_torchs_strides_where_axes_have_one_element(shape):
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    for memory_format in (torch.contiguous_format, last):
+        x = torch.randn(shape).to(memory_format=memory_format)
+        ours, theirs = (m.train(False) for m in pair(f"BatchNorm{x.dim() - 2}d", x.shape[1]))
+        assert ours(x).stride() == theirs(x).stride()
+
+
 def test_large_results_take_the_memory_of_freed_ones():
     fastbn.release_memory()
     bn = accelerated.BatchNorm2d(64)
