@@ -29,7 +29,8 @@ class Report:
     replaced : list of str
         Those that fastbn normalizes.
     fused : dict of str to str
-        Those of them that do what follows as well, and what that is: "relu", "add, relu".
+        Those of them that do what follows as well, and what that is: "relu", "add, relu"; "its own
+        relu" of a `BatchNormAct2d`.
     unfused : dict of str to str
         The others of them, with the reason.
     left : dict of str to str
@@ -201,8 +202,12 @@ def report(model: torch.nn.Module) -> Report:
     for name in result.replaced:
         if name in result.fused:
             result.unfused.pop(name, None)
-        elif type(model.get_submodule(name)) in TORCHS:
+        elif type(module := model.get_submodule(name)) in TORCHS:
             result.unfused.setdefault(name, "no activation follows that can be fused")
+        elif isinstance(module, modules.BatchNormAct2d) and module.activation:
+            result.fused[name] = f"its own {module.activation}"
+        else:
+            result.unfused[name] = "it has no activation"
     return result
 
 
@@ -257,6 +262,6 @@ def why_left(module: torch.nn.Module) -> str:
 def check_model(model: torch.nn.Module) -> None:
     """Refuse what is no module."""
     if not isinstance(model, torch.nn.Module):
-        kind = model.__name__ if isinstance(model, type) else type(model).__name__
-        of_class = "the class " if isinstance(model, type) else "a "
-        raise TypeError(f"the model must be a torch.nn.Module, got {of_class}{kind}")
+        is_class = isinstance(model, type)
+        what = f"the class {model.__name__}" if is_class else type(model).__name__
+        raise TypeError(f"the model must be a torch.nn.Module, got {what}")

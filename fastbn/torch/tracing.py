@@ -37,6 +37,7 @@ FORBIDDEN_INSTRUCTIONS = {
     **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL"), "sets globals"),
     "IMPORT_NAME": "imports",
 }
+GLOBAL_INSTRUCTIONS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 KNOWN_MODULES = ("torch", "math", "operator")
 LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
 CONTAINERS = (*LISTS, torch.nn.Sequential)
@@ -287,9 +288,14 @@ def codes_of(
             continue
         seen.add(code)
         yield code
-        for name in code.co_names:
-            for called in called_by_name(module, function, name):
-                yield from codes_of(module, called, seen)
+        globals_read = {
+            i.argval for i in dis.get_instructions(code) if i.opname in GLOBAL_INSTRUCTIONS
+        }
+        called = [function_of_global(module, function, name) for name in globals_read]
+        for name in set(code.co_names) - globals_read:
+            called += attributes_named(module, name)
+        for other in called:
+            yield from codes_of(module, other, seen)
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -300,33 +306,37 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from nested(constant)
 
 
-def called_by_name(module: torch.nn.Module, function: Any, name: str) -> Iterator[Any]:
-    """The functions that a name may stand for: an attribute, a method, a property, or a global."""
+def attributes_named(module: torch.nn.Module, name: str) -> Iterator[Any]:
+    """The functions that an attribute of a module may be: its own, a method, or a property."""
     yield vars(module).get(name)
     for cls in type(module).__mro__:
         member = vars(cls).get(name)
         if member is not None and not is_known(cls.__module__):
             yield member.fget if isinstance(member, property) else getattr(cls, name)
+
+
+def function_of_global(module: torch.nn.Module, function: Any, name: str) -> Any:
+    """A global that a function reads, if it is a function; refuse one that may change."""
     if name not in function.__globals__:
-        return
+        return None
     value = function.__globals__[name]
+    if isinstance(value, types.FunctionType):
+        return value
     if isinstance(value, types.ModuleType):
-        if not is_known(value.__name__):
-            raise CannotTrace(f"its forward uses the module {value.__name__}")
-    elif isinstance(value, types.FunctionType):
-        yield value
-    elif isinstance(value, torch.nn.Module | torch.Tensor) or not is_function_or_known(value):
-        raise CannotTrace(f"its forward reads the global {name}")
-
-
-def is_function_or_known(value: Any) -> bool:
-    """Tell whether a global is a class, a function in C that gives the same each time, or torch's.
-
-    Python's random numbers, for example, are methods of an object.
-    """
-    if isinstance(value, types.BuiltinFunctionType):
-        return is_known(value.__module__)
-    return isinstance(value, type) or is_known(type(value).__module__)
+        kind, stays = "module", is_known(value.__name__)
+    elif isinstance(value, type):
+        # Attributes of a class may be read. Those of the module's own class are compared.
+        stays = isinstance(module, value) or issubclass(value, tuple) or is_known(value.__module__)
+        kind = "class"
+    elif isinstance(value, types.BuiltinFunctionType):
+        # Python's random numbers, for example, are methods of an object.
+        kind, stays = "global", is_known(value.__module__)
+    else:
+        is_tensor = isinstance(value, torch.nn.Module | torch.Tensor)
+        kind, stays = "global", not is_tensor and is_known(type(value).__module__)
+    if not stays:
+        raise CannotTrace(f"its forward uses the {kind} {name}")
+    return None
 
 
 def is_known(name: str | None) -> bool:

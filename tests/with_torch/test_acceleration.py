@@ -101,6 +101,8 @@ FUSED = {
     "with a buffer in place": lambda self, x: counts(self, x),
     "with a child's weight": lambda self, x: self.relu(self.bn(x)) * self.conv.weight.mean(),
     "shapes": lambda self, x: shapes(self, x),
+    "a global of a child's name": lambda self, x: self.after(self.relu(self.bn(x))),
+    "a named tuple": lambda self, x: Pair(self.relu(self.bn(x)), x).y,
     "prints elsewhere": lambda self, x: self.relu(self.bn(x)) if self.flag else print(x),
 }
 ADDED = {
@@ -114,6 +116,10 @@ ADDED = {
     "branch between": lambda self, x: branch_between(self, x),
     "broadcast": lambda self, x: torch.relu(self.bn(self.conv(x)) + x.mean(1, True)),
 }
+
+
+after = object()
+Pair = collections.namedtuple("Pair", "y x")
 
 
 def counts(self, x):
@@ -146,6 +152,18 @@ def test_what_follows_is_fused_and_gives_the_same(forward, kind):
     assert list(report(model).fused) == ["bn"]
     assert report(model).fused["bn"].startswith("add, ") == (kind == "addition")
     assert_same_steps(model, original)
+
+
+@pytest.mark.parametrize("forward", [FUSED["F.relu"], ADDED["input"]], ids=["relu", "add, relu"])
+def test_the_output_of_a_fused_relu_may_be_changed_before_the_backward(forward):
+    model = model_with(forward)
+    model.after = nn.Identity()
+    gradients = []
+    for change in (torch.mul, torch.Tensor.mul_):
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        change(accelerate(model)(x), 2.0).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_the_fused_program_calls_no_activation():
@@ -283,6 +301,7 @@ UNFUSED = {
     "changed base of the input": (view_of_changed, "its input may be changed"),
     "function": (lambda self, x: self.relu(self.function(self.bn(x))), "with statement"),
     "global": (lambda self, x: ACTIVATION(self.bn(x)), "the global ACTIVATION"),
+    "global class": (lambda self, x: F.relu(self.bn(x)) * Settings.scale, "the class Settings"),
     "appends": (appends, "changes attributes"),
     "random constant": (random_constant, "tensors of its own"),
     "mode of a child": (evaluates_child, "uses eval"),
@@ -303,6 +322,10 @@ UNFUSED = {
 
 
 ACTIVATION = nn.ReLU()
+
+
+class Settings:
+    scale = 2.0
 
 
 def twice(y):
@@ -337,6 +360,13 @@ def test_without_fuse_nothing_is_fused():
     model = accelerate(model_with(FUSED["module"]), fuse=False)
     assert report(model).unfused == {"bn": "accelerated without fusing"}
     assert "forward" not in vars(model)
+
+
+def test_the_report_has_what_a_module_does_by_itself():
+    fused, plain = accelerated.BatchNormAct2d(3), accelerated.BatchNormAct2d(3, activation=None)
+    found = report(accelerate(nn.Sequential(fused, plain)))
+    assert found.fused == {"0": "its own relu"}
+    assert found.unfused == {"1": "it has no activation"}
 
 
 def test_a_forward_that_is_replaced_already_stays():

@@ -503,6 +503,12 @@ def test_large_results_take_the_memory_of_freed_ones():
     assert fastbn.release_memory() == x.nbytes
 
 
+def test_the_storage_of_a_result_is_of_a_fixed_size():
+    y = accelerated.BatchNorm2d(4)(torch.randn(2, 4, 3, 3))
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
