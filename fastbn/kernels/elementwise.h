@@ -148,14 +148,19 @@ typedef struct {
 } NAME(writer);
 
 /* For runs of `len` elements, whose lines are streamed backwards or not. */
-ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to, int nontemporal, ptrdiff_t len,
-                               ptrdiff_t most, int backwards)
+ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int nontemporal, ptrdiff_t len,
+                                     ptrdiff_t most, int backwards)
 {
-    w->to = to;
     w->backwards = backwards;
     w->most = most;
     w->streams = NAME(MAY_STREAM) && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
     w->buffers = nontemporal && !w->streams;
+}
+
+/* Writes from another place of the output on. */
+ALWAYS_INLINE void NAME(start)(NAME(writer) *w, T *to)
+{
+    w->to = to;
     w->capacity = w->buffers ? NAME(BUFFER) - (ptrdiff_t)((uintptr_t)to % CACHE_LINE / sizeof(T))
                              : PTRDIFF_MAX;
     w->filled = 0;
@@ -194,9 +199,18 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
     return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
-/* Writes a run, as many elements at a time as fit into the writer; they begin at `i0`, and DONE is
- * done behind them. */
+/* Writes a run: as a whole or, where it goes through the writer or is noted about, as many elements
+ * at a time as there is room for; they begin at `i0`, and DONE is done behind them. */
 #define WRITE_RUN(w, len, AT, ONE, DONE) \
+    if (!masked && !(w)->streams && !(w)->buffers && (w)->most == PTRDIFF_MAX) { \
+        enum { i0 = 0 }; \
+        T *to = (w)->to; \
+        (w)->to += (len); \
+        STORE_RUN(to, len, AT, ONE); \
+    } else { \
+        WRITE_RUN_IN_PIECES(w, len, AT, ONE, DONE) \
+    }
+#define WRITE_RUN_IN_PIECES(w, len, AT, ONE, DONE) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, (len)-i0); \
@@ -275,6 +289,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
     ptrdiff_t noted = 0;
     NAME(activation) activation;
+    NAME(writer) w;
+    NAME(init_writer)(&w, nontemporal, runs->len, MOST(fused), follows_closely(y_, x_));
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
@@ -284,9 +300,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
-        NAME(writer) w;
-        NAME(start)(&w, (T *)y_ + n * runs->stride, nontemporal, runs->len, MOST(fused),
-                    follows_closely(y_, x_));
+        NAME(start)(&w, (T *)y_ + n * runs->stride);
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
             const NAME(beside) beside =
                 NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
@@ -353,6 +367,9 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
     const int gated = kind != FASTBN_LINEAR;
     NAME(gradient_coefficients) k;
     NAME(gates) gates;
+    NAME(writer) w;
+    NAME(init_writer)(&w, nontemporal, runs->len, PTRDIFF_MAX,
+                      follows_closely(dx_, x_) || follows_closely(dx_, dy_));
     NAME(narrow_gradient)(gradient, runs->channels, &k);
     if (gated)
         NAME(narrow_gates)(gate, runs->channels, &gates);
@@ -360,9 +377,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
-        NAME(writer) w;
-        NAME(start)(&w, (T *)dx_ + n * runs->stride, nontemporal, runs->len, PTRDIFF_MAX,
-                    follows_closely(dx_, x_) || follows_closely(dx_, dy_));
+        NAME(start)(&w, (T *)dx_ + n * runs->stride);
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
@@ -487,16 +502,17 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, in
         mask_step masks[COLUMNS / LANES + 1]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \
+        NAME(init_writer)(&w, nontemporal, len, most, 0); \
         if (masked) \
             find_masks(matrix, len / LANES * LANES, masks); \
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
-                NAME(start)(&w, (T *)(out) + row, nontemporal, len, most, 0); \
+                NAME(start)(&w, (T *)(out) + row); \
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
-            WRITE_RUN(&w, len, AT, ONE, DONE) \
+            WRITE_RUN_IN_PIECES(&w, len, AT, ONE, DONE) \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \
         } \
@@ -795,6 +811,7 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef WRITE_ROWS
 #undef STREAM_ROWS
 #undef STREAM_LINES
+#undef WRITE_RUN_IN_PIECES
 #undef WRITE_RUN
 #undef STREAM_RUN
 #undef STORE_RUN
