@@ -17,7 +17,7 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 from cpython.ref cimport Py_INCREF
-from cython.parallel cimport prange, threadid
+from cython.parallel cimport prange
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
 from libc.stdint cimport INT32_MAX, INT64_MAX, uint64_t
@@ -144,6 +144,9 @@ cdef extern from "platform.h" nogil:
     Py_ssize_t fastbn_l3_bytes()
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
+    bint fastbn_borrow_threads(const char *library)
+    ctypedef void fastbn_work(void *data, int share) noexcept nogil
+    bint fastbn_on_borrowed_threads(fastbn_work *work, void *data, int shares)
     double fastbn_seconds()
     ctypedef struct fastbn_range:
         pass
@@ -196,6 +199,14 @@ def omp_max_threads():
 def omp_pause():
     """End the threads that OpenMP keeps idle for this one; tell whether that could be done."""
     return fastbn_omp_pause()
+
+
+def borrow_threads(library):
+    """Let the threads of the OpenMP runtime that a library is loaded with do the work.
+
+    Tell whether it has one.
+    """
+    return fastbn_borrow_threads(os.fsencode(library))
 
 
 include "core/threads.pxi"

@@ -84,14 +84,16 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
     start = fastbn_seconds()
-    for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
-        walk_range(shared, i)
+    if not fastbn_on_borrowed_threads(walk_range, shared, tasks.threads):
+        for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
+            walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
                 fastbn_seconds() - start - tasks.busy)
 
 
-cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
+cdef void walk_range(void *tasks_, int own) noexcept nogil:
     """Do the tasks of a range in their order, then the last ones of ranges that are not done."""
+    cdef Tasks *tasks = <Tasks *>tasks_
     cdef Py_ssize_t t, done = 0
     cdef int i
     cdef double start = fastbn_seconds()
@@ -108,7 +110,7 @@ cdef void walk_range(Tasks *tasks, int own) noexcept nogil:
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
             done += 1
-    if threadid() == 0:
+    if own == 0:  # the calling thread's
         tasks.busy = fastbn_seconds() - start
         tasks.done = done
 

@@ -2,6 +2,7 @@
 #include "platform.h"
 
 #include <stdio.h>
+#include <string.h>
 #if defined(_MSC_VER)
 #  include <intrin.h>
 #endif
@@ -68,29 +69,115 @@ int fastbn_omp_max_threads(void)
 }
 
 #if defined(_OPENMP) && !defined(_WIN32)
-/* The file of the OpenMP runtime that this library is bound to: of several in the process, one. */
-static const char *runtime(void)
+#  define HAS_RUNTIMES 1
+#else
+#  define HAS_RUNTIMES 0
+#endif
+
+#if HAS_RUNTIMES
+/* What gcc's programs call of an OpenMP runtime; clang's and Intel's have it as well. */
+typedef void parallel_function(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Another runtime, whose threads are borrowed; NULL if there is none. */
+static parallel_function *borrowed_parallel;
+static int (*borrowed_thread_num)(void), (*borrowed_num_threads)(void);
+
+/* The file that a function is in; empty if that is not known. */
+static const char *file_of(void *function)
 {
     Dl_info info;
-    return dladdr((void *)omp_get_max_threads, &info) ? info.dli_fname : NULL;
+    return dladdr(function, &info) ? info.dli_fname : "";
+}
+
+/* The file of the runtime that this library is bound to: of several in the process, one. */
+static const char *own_runtime(void) { return file_of((void *)omp_get_max_threads); }
+
+static const char *runtime_in_use(void)
+{
+    void *function;
+    memcpy(&function, &borrowed_parallel, sizeof function);
+    return function != NULL ? file_of(function) : own_runtime();
+}
+
+/* A function of a library, or of those that it needs, if the process has loaded it. */
+static void *function_of(const char *library, const char *name)
+{
+    void *handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    if (handle == NULL)
+        return NULL;
+    void *function = dlsym(handle, name);
+    dlclose(handle);
+    return function;
+}
+
+static int pause_runtime(const char *library)
+{
+    /* Looked up, since runtimes before OpenMP 5.0 have no such function. */
+    void *function = function_of(library, "omp_pause_resource_all");
+    int (*pause)(int);
+    memcpy(&pause, &function, sizeof pause);
+    const int soft = 1;
+    return pause != NULL && pause(soft) == 0;
 }
 #endif
 
 int fastbn_omp_pause(void)
 {
-#if defined(_OPENMP) && !defined(_WIN32)
-    const char *path = runtime();
-    void *library = path ? dlopen(path, RTLD_LAZY | RTLD_NOLOAD) : NULL;
-    if (library == NULL)
-        return 0;
-    /* Looked up, since runtimes before OpenMP 5.0 have no such function. */
-    int (*pause)(int);
-    *(void **)&pause = dlsym(library, "omp_pause_resource_all");
-    dlclose(library);
-    const int soft = 1;
-    return pause != NULL && pause(soft) == 0;
+#if HAS_RUNTIMES
+    const int paused = pause_runtime(own_runtime());
+    return borrowed_parallel == NULL ? paused : pause_runtime(runtime_in_use()) && paused;
 #else
     return 1;
+#endif
+}
+
+int fastbn_borrow_threads(const char *library)
+{
+#if HAS_RUNTIMES
+    void *parallel = function_of(library, "GOMP_parallel");
+    void *thread_num = function_of(library, "omp_get_thread_num");
+    void *num_threads = function_of(library, "omp_get_num_threads");
+    if (parallel == NULL || thread_num == NULL || num_threads == NULL)
+        return 0;
+    if (strcmp(file_of(parallel), own_runtime()) == 0)
+        return 1;
+    memcpy(&borrowed_thread_num, &thread_num, sizeof thread_num);
+    memcpy(&borrowed_num_threads, &num_threads, sizeof num_threads);
+    memcpy(&borrowed_parallel, &parallel, sizeof parallel);
+    return 1;
+#else
+    (void)library;
+    return 0;
+#endif
+}
+
+#if HAS_RUNTIMES
+typedef struct {
+    fastbn_work *work;
+    void *data;
+    int shares;
+} region;
+
+/* What a thread of a region does: a runtime may give it fewer threads than shares. */
+static void do_shares(void *region_)
+{
+    const region *r = region_;
+    for (int i = borrowed_thread_num(), threads = borrowed_num_threads(); i < r->shares; i += threads)
+        r->work(r->data, i);
+}
+#endif
+
+int fastbn_on_borrowed_threads(fastbn_work *work, void *data, int shares)
+{
+#if HAS_RUNTIMES
+    region r = {work, data, shares};
+    if (borrowed_parallel == NULL)
+        return 0;
+    borrowed_parallel(do_shares, &r, (unsigned)shares, 0);
+    return 1;
+#else
+    (void)work, (void)data, (void)shares;
+    return 0;
 #endif
 }
 
@@ -171,11 +258,11 @@ const char *fastbn_openmp(void)
 {
 #if defined(_OPENMP)
     static char name[512];
-    const char *library = NULL;
-#  if !defined(_WIN32)
-    library = runtime();
+    const char *library = "";
+#  if HAS_RUNTIMES
+    library = runtime_in_use();
 #  endif
-    snprintf(name, sizeof name, "%d (%s)", _OPENMP, library ? library : "unknown");
+    snprintf(name, sizeof name, "%d (%s)", _OPENMP, *library ? library : "unknown");
     return name;
 #else
     return "none";

@@ -16,9 +16,19 @@ ptrdiff_t fastbn_l3_bytes(void);
 /* The threads that OpenMP would start; 1 in a build without OpenMP. */
 int fastbn_omp_max_threads(void);
 
-/* Ends the idle threads that OpenMP keeps for the calling one; it starts new ones when it needs
- * them. Returns whether that could be done. */
+/* Ends the idle threads that OpenMP keeps for the calling one, borrowed ones as well; it starts new
+ * ones when it needs them. Returns whether that could be done. */
 int fastbn_omp_pause(void);
+
+/* Lets the threads of another OpenMP runtime do the work, if the process has loaded it as a library,
+ * or with one. Two pools of threads would take turns on the same CPUs: the idle threads of each spin
+ * for milliseconds. Returns whether the library has a runtime, which may be the one in use. */
+int fastbn_borrow_threads(const char *library);
+
+/* Does every share of some work, below 2^31, on borrowed threads; returns 0 if there are none, and
+ * has done nothing then. */
+typedef void fastbn_work(void *data, int share);
+int fastbn_on_borrowed_threads(fastbn_work *work, void *data, int shares);
 
 /* Numbers from a first one up to an end, below 2^31, that several threads take from both sides. */
 typedef struct {

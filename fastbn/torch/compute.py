@@ -26,6 +26,10 @@ from fastbn.torch.arrays import PLAIN, as_array, as_array_or_none, new_like
 
 Vector: TypeAlias = torch.Tensor | None
 
+# torch and fastbn may each have loaded an OpenMP of their own. The idle threads of one would keep
+# those of the other from their CPUs, in every layer that follows another.
+_core.borrow_threads(torch._C.__file__)
+
 
 class Declined(Exception):
     """A call that torch's own implementation takes, or refuses."""

@@ -145,3 +145,35 @@ def another_runtime():
 def test_a_fork_beside_another_openmp_runtime(tmp_path, order):
     code = IN_CHILD + CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + POOL + f"print({order})"
     assert output_of(code, tmp_path) == "True\n"
+
+
+# As a repaired wheel's runtime is beside that of a torch that was imported later.
+BORROW_THREADS = """
+def borrows():
+    ours = core.platform()["openmp"].partition("(")[2].rstrip(")")
+    other = shutil.copy(ours, os.path.abspath("other.so"))
+    if core.borrow_threads(other) or not core.borrow_threads(ours):
+        return False  # of a library that is not loaded, or not of the own one
+    ctypes.CDLL(other)
+    return core.borrow_threads(other) and other in core.platform()["openmp"]
+
+def started(call):
+    before = len(os.listdir("/proc/self/task"))
+    assert call()
+    return len(os.listdir("/proc/self/task")) - before
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or core.platform()["openmp"] == "none",
+    reason="no OpenMP runtime that could be there twice",
+)
+@pytest.mark.parametrize("called_before", [False, True])
+def test_borrowed_threads_work_and_a_fork_ends_them(tmp_path, called_before):
+    code = IN_CHILD + CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + BORROW_THREADS
+    code += f"""
+assert not {called_before} or right()
+assert borrows()
+print(started(right), started(right), core.omp_pause(), started(right), in_child(right), right())
+"""
+    assert output_of(code, tmp_path) == "1 0 True 1 True True\n"

@@ -7,11 +7,13 @@ import io
 import itertools
 import pickle
 import re
+import sys
 import warnings
 import weakref
 
 import pytest
 from internals import PACKAGE, core
+from support import output_of
 
 import fastbn
 
@@ -801,6 +803,30 @@ def test_workers_of_a_data_loader_that_are_forked():
         data, num_workers=2, multiprocessing_context="fork", timeout=60
     )
     assert len(list(loader)) == 4
+
+
+# Each library may have loaded an OpenMP of its own.
+THREADS = """
+import os
+import fastbn
+import torch
+import fastbn.torch
+
+def started(call):
+    before = len(os.listdir("/proc/self/task"))
+    call()
+    return len(os.listdir("/proc/self/task")) - before
+
+torch.set_num_threads(2)
+x = torch.randn(8, 64, 64, 64, requires_grad=True)
+bn = fastbn.torch.BatchNorm2d(64)
+print(started(lambda: x.exp()), started(lambda: bn(x).sum().backward()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads are counted in other ways")
+def test_the_threads_are_torchs_even_if_fastbn_is_imported_first(tmp_path):
+    assert output_of(THREADS, tmp_path) == "1 0\n"
 
 
 def test_the_number_of_threads_is_torchs(monkeypatch):
