@@ -162,7 +162,8 @@ typedef struct {
 static void do_shares(void *region_)
 {
     const region *r = region_;
-    for (int i = borrowed_thread_num(), threads = borrowed_num_threads(); i < r->shares; i += threads)
+    const int threads = borrowed_num_threads();
+    for (int i = borrowed_thread_num(); i < r->shares; i += threads)
         r->work(r->data, i);
 }
 #endif
