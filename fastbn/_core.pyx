@@ -16,7 +16,7 @@ from cpython.long cimport PyLong_CheckExact
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, PyTypeObject
 from cython.parallel cimport prange
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
 from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
@@ -581,6 +581,7 @@ include "core/channel_groups.pxi"
 include "core/recovery.pxi"
 include "core/saved.pxi"
 include "core/results.pxi"
+include "core/tensors.pxi"
 include "core/plain.pxi"
 include "core/quick_forward.pxi"
 include "core/quick_backward.pxi"

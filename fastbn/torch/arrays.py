@@ -21,19 +21,27 @@ else:
 
 HALVES = {torch.float16} if bfloat16 is None else {torch.float16, torch.bfloat16}
 DTYPES = {torch.float32, torch.float64} | HALVES
+NUMPYS = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: bfloat16,
+    torch.int64: np.dtype(np.int64),
+    torch.uint8: np.dtype(np.uint8),
+}
 PLAIN = {torch.Tensor, torch.nn.Parameter}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+# Between the layers of a model, whose arrays fill the caches, a call of torch or NumPy takes ten
+# times as long as in a loop. So what every layer does takes few of them.
 
 
 def as_array(tensor: torch.Tensor) -> Array:
     """The memory of a tensor; autograd does not see what is written to it."""
-    array: Array
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        array = tensor.view(torch.int16).numpy().view(bfloat16)
-    else:
-        array = tensor.numpy()
-    return array
+    dtype = NUMPYS.get(tensor.dtype)
+    if dtype is None or not tensor.is_cpu or tensor.is_neg():
+        raise TypeError(f"a {tensor.dtype} tensor on {tensor.device}, which is no array")
+    return _core.array_at(tensor.data_ptr(), tensor.shape, tensor.stride(), dtype, tensor)
 
 
 def as_tensor(array: Array) -> torch.Tensor:
@@ -48,20 +56,30 @@ def as_array_or_none(tensor: torch.Tensor | None) -> Array | None:
     return None if tensor is None else as_array(tensor)
 
 
-def new_like(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialized tensor of x's dtype, in the memory format that torch gives its result.
+def new_like(x: torch.Tensor, array: Array) -> tuple[torch.Tensor, Array]:
+    """An uninitialized tensor like x, whose memory `array` is, and its own memory.
 
-    A large one takes the memory of freed results. torch's allocator gives it back to the system,
-    which hands it out again page by page, in more time than a normalization takes.
+    Its memory format is that of torch's result. A large one takes the memory of freed results:
+    torch's allocator gives it back to the system, which hands it out again page by page, in more
+    time than a normalization takes.
     """
+    layout = _core.tensor_layout(array)
+    if layout and _core.reuses_memory(array.nbytes):
+        memory = _core.new_tensor_memory(array)
+        return as_tensor(memory), memory
+    if not layout:
+        y = empty_like(x)
+    elif layout == 1:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        y = torch.empty_like(x, memory_format=CHANNELS_LAST[array.ndim])
+    return y, as_array(y)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """The same of torch's memory: of an x that has none itself, too."""
     memory_format = torch.contiguous_format if x.is_contiguous() else memory_format_of(x)
-    if not _core.reuses_memory(x.nbytes) or not x.is_contiguous(memory_format=memory_format):
-        return torch.empty_like(x, memory_format=memory_format)
-    if memory_format is torch.contiguous_format:
-        return as_tensor(_core.empty_like(as_array(x)))
-    # So that the strides of axes of one element are torch's as well: they tell the memory format.
-    last = _core.empty_like(np.moveaxis(as_array(x), 1, -1))
-    return as_tensor(np.moveaxis(last, -1, 1))
+    return torch.empty_like(x, memory_format=memory_format)
 
 
 def memory_format_of(x: torch.Tensor) -> Any:

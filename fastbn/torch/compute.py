@@ -93,16 +93,16 @@ def forward(call: Call, vectors: Vectors, saves: bool) -> Result:
         x, residual = as_array(call.x), as_array_or_none(call.residual)
     except (TypeError, RuntimeError) as error:
         raise Declined(f"an input that is no array: {error}") from error
-    y, alive = new_like(call.x), None
+    (y, out), alive = new_like(call.x, x), None
     if saves and call.activation is not None and (call.residual is not None or not call.training):
         alive = cpu.new_alive(x)
     epilogue = Epilogue(call.activation, call.negative_slope, residual, alive)
     threads = _core.set_threads_here(torch.get_num_threads())
     try:
         if call.training:
-            mean, invstd = train(x, as_array(y), vectors, call, epilogue)
+            mean, invstd = train(x, out, vectors, call, epilogue)
             return Result(y, mean, invstd, alive)
-        evaluate(x, as_array(y), vectors, call, epilogue)
+        evaluate(x, out, vectors, call, epilogue)
     finally:
         _core.set_threads_here(threads)
     if not saves:
@@ -204,27 +204,27 @@ class Gradients(NamedTuple):
 def backward(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
     """The gradients of `forward`."""
     try:
-        as_array(dy)
+        gradient = as_array(dy)
     except (TypeError, RuntimeError) as error:  # One that stands for a batch of them.
         raise Declined(f"a gradient that is no array: {error}") from error
     threads = _core.set_threads_here(torch.get_num_threads())
     try:
         computes_gate = saved.activation is not None and saved.alive is None
         if saved.training and (needs.x or computes_gate):
-            return differentiate_batch(dy, saved, needs)
-        return differentiate_parts(dy, saved, needs)
+            return differentiate_batch(dy, gradient, saved, needs)
+        return differentiate_parts(dy, gradient, saved, needs)
     finally:
         _core.set_threads_here(threads)
 
 
-def differentiate_batch(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
+def differentiate_batch(dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs) -> Gradients:
     """All gradients in one pass, where statistics are the batch's."""
-    x, gradient, dx, dresidual = as_array(saved.x), as_array(dy), new_like(saved.x), None
+    x = as_array(saved.x)
+    dx, out = new_like(saved.x, x)
     operands = gradient, x, as_array_or_none(saved.weight), saved.mean, saved.invstd
     if saved.alive is not None:
-        dresidual = new_like(saved.x) if needs.residual else None
-        gate = gate_of(saved, as_array_or_none(dresidual))
-        call = normalize.Backward(*operands, as_array(dx), gate=gate)
+        dresidual, derived = new_like(saved.x, x) if needs.residual else (None, None)
+        call = normalize.Backward(*operands, out, gate=gate_of(saved, derived))
         _, dweight, dbias = normalize.backward(call)
     else:
         dresidual = dy if needs.residual else None
@@ -233,23 +233,26 @@ def differentiate_batch(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradien
             bias=saved.bias,
             activation=saved.activation,
             negative_slope=saved.negative_slope,
-            out=as_array(dx),
+            out=out,
         )
     return Gradients(dx, dweight, dbias, dresidual)
 
 
-def differentiate_parts(dy: torch.Tensor, saved: Saved, needs: Needs) -> Gradients:
+def differentiate_parts(dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs) -> Gradients:
     """The gradients that are asked for, where x's does not depend on the sums of the others."""
-    dz = before_activation(dy, saved)
-    gradient, mean, invstd = as_array(dz), saved.mean, saved.invstd
+    x, mean, invstd = as_array(saved.x), saved.mean, saved.invstd
     dx = dweight = dbias = None
+    dz = before_activation(dy, saved)
+    if dz is not dy:
+        gradient = as_array(dz)
     if needs.affine:
-        x = as_array(saved.x)
         dbias, dweight = F.batch_norm_backward_reduce(gradient, x, mean, invstd)
     if needs.x:
-        dx = new_like(saved.x) if dz is dy or needs.residual else dz
+        dx, out = dz, gradient
+        if dz is dy or needs.residual:
+            dx, out = new_like(saved.x, x)
         weight = as_array_or_none(saved.weight)
-        F.batch_norm_elemt(gradient, np.zeros_like(mean), invstd, weight, out=as_array(dx))
+        F.batch_norm_elemt(gradient, np.zeros_like(mean), invstd, weight, out=out)
     return Gradients(dx, dweight, dbias, dz if needs.residual else None)
 
 
@@ -257,8 +260,9 @@ def before_activation(dy: torch.Tensor, saved: Saved) -> torch.Tensor:
     """The gradient of what was activated, where `alive` tells the derivatives."""
     if saved.activation is None:
         return dy
-    dz = new_like(saved.x)
-    cpu.activation_gradient(as_array(dy), as_array(saved.x), gate_of(saved, None), as_array(dz))
+    x = as_array(saved.x)
+    dz, derived = new_like(saved.x, x)
+    cpu.activation_gradient(as_array(dy), x, gate_of(saved, None), derived)
     return dz
 
 

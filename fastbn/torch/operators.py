@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fastbn.torch import compute
-from fastbn.torch.arrays import as_array_or_none, new_like
+from fastbn.torch.arrays import as_array_or_none, empty_like
 from fastbn.torch.compute import Call, Needs, Saved, Vector, Vectors
 
 Tensor: TypeAlias = torch.Tensor
@@ -62,7 +62,7 @@ def _(
     running = running_mean, running_var
     moved = [x.new_empty(0) if r is None else torch.empty_like(r) for r in running]
     count = (x.numel() + 7) // 8 if notes_alive(activation, residual) else 0
-    return new_like(x), *statistics, *moved, x.new_empty(count, dtype=torch.uint8)
+    return empty_like(x), *statistics, *moved, x.new_empty(count, dtype=torch.uint8)
 
 
 def notes_alive(activation: str | None, residual: Vector) -> bool:
@@ -111,8 +111,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     dresidual = x.new_empty(0)
     if needs_residual:
-        dresidual = torch.empty_like(dy) if activation is None else new_like(x)
-    return new_like(x), torch.empty_like(mean), torch.empty_like(mean), dresidual
+        dresidual = torch.empty_like(dy) if activation is None else empty_like(x)
+    return empty_like(x), torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

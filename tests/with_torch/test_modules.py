@@ -505,10 +505,20 @@ def test_large_results_take_the_memory_of_freed_ones():
     assert fastbn.release_memory() == x.nbytes
 
 
-def test_the_storage_of_a_result_is_of_a_fixed_size():
-    y = accelerated.BatchNorm2d(4)(torch.randn(2, 4, 3, 3))
+def test_the_storage_of_a_large_result_is_of_a_fixed_size():
+    bn = accelerated.BatchNorm2d(4)
+    bn(torch.randn(2, 4, 3, 3)).untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="not resizable"):
-        y.untyped_storage().resize_(0)
+        bn(torch.randn(2, 4, 512, 512)).untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("option", ["x", "dy"])
+def test_negative_views_are_taken_by_torch(option):
+    bn, theirs = pair("BatchNorm2d", 4)
+    tensors = {name: torch.randn(2, 4, 3, 3) for name in ("x", "dy")}
+    tensors[option] = torch.randn(2, 4, 3, 3, dtype=torch.complex64).conj().imag
+    assert tensors[option].is_neg()
+    assert_same_step(bn, theirs, tensors["x"], tensors["dy"], 2e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -741,6 +751,17 @@ def test_compiled_in_one_graph(backend, training, memory):
         x, dy = (t.double().to(memory_format=memory) for t in (x, dy))
         assert_same_step(compiled, eager, x, dy, 1e-9)
         compiled.zero_grad(), eager.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_compiled_with_results_that_take_the_memory_of_freed_ones(memory):
+    eager = torch.nn.Sequential(accelerated.BatchNorm2d(8), torch.nn.Sigmoid())
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    x, dy = torch.randn(2, 2, 8, 300, 300).unbind()
+    x, dy = (t.to(memory_format=memory) for t in (x, dy))
+    assert core.reuses_memory(x.nbytes)
+    assert_same_step(compiled, eager, x, dy, 1e-5)
 
 
 def test_a_program_that_is_exported_has_torchs_operators():
