@@ -41,7 +41,10 @@ def as_array(tensor: torch.Tensor) -> Array:
     dtype = NUMPYS.get(tensor.dtype)
     if dtype is None or not tensor.is_cpu or tensor.is_neg():
         raise TypeError(f"a {tensor.dtype} tensor on {tensor.device}, which is no array")
-    return _core.array_at(tensor.data_ptr(), tensor.shape, tensor.stride(), dtype, tensor)
+    address, offset = tensor.data_ptr(), tensor.storage_offset()
+    if offset and address == offset * dtype.itemsize:  # Of a storage whose address is 0.
+        raise TypeError("a view of a tensor without memory, which is no array")
+    return _core.array_at(address, tensor.shape, tensor.stride(), dtype, tensor)
 
 
 def as_tensor(array: Array) -> torch.Tensor:

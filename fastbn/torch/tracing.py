@@ -292,7 +292,7 @@ def codes_of(
             i.argval for i in dis.get_instructions(code) if i.opname in GLOBAL_INSTRUCTIONS
         }
         called = [function_of_global(module, function, name) for name in globals_read]
-        for name in set(code.co_names) - globals_read:
+        for name in code.co_names:  # One may be that of an attribute and of a global.
             called += attributes_named(module, name)
         for other in called:
             yield from codes_of(module, other, seen)

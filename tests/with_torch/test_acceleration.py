@@ -44,6 +44,10 @@ class Model(nn.Module):
 
     kind = 3.0  # of the class
 
+    def act(self, y):
+        self.seen = y.shape
+        return y
+
 
 def model_with(forward, name="Model"):
     """A model of a class of its own, whose forward is the function."""
@@ -302,6 +306,7 @@ UNFUSED = {
     "function": (lambda self, x: self.relu(self.function(self.bn(x))), "with statement"),
     "global": (lambda self, x: ACTIVATION(self.bn(x)), "the global ACTIVATION"),
     "global class": (lambda self, x: F.relu(self.bn(x)) * Settings.scale, "the class Settings"),
+    "a method of a global's name": (lambda self, x: self.act(act(self.bn(x))), "sets attributes"),
     "appends": (appends, "changes attributes"),
     "random constant": (random_constant, "tensors of its own"),
     "mode of a child": (evaluates_child, "uses eval"),
@@ -326,6 +331,10 @@ ACTIVATION = nn.ReLU()
 
 class Settings:
     scale = 2.0
+
+
+def act(y):
+    return F.relu(y)
 
 
 def twice(y):

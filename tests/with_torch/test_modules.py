@@ -753,6 +753,13 @@ def test_compiled_in_one_graph(backend, training, memory):
         compiled.zero_grad(), eager.zero_grad()
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_tensors_without_memory_are_taken_by_torch(index):
+    x = torch._efficientzerotensor((2, 2, 4, 3, 3))[index]
+    ours, theirs = pair("BatchNorm2d", 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiled_with_results_that_take_the_memory_of_freed_ones(memory):
