@@ -118,6 +118,11 @@ print(all(children) and right())
     assert output_of(IN_CHILD + CODE + EXPECTED + code, tmp_path) == "True\n"
 
 
+beside_another_runtime = pytest.mark.skipif(
+    sys.platform != "linux" or core.platform()["openmp"] == "none",
+    reason="no OpenMP runtime that could be there twice",
+)
+
 # As torch loads the runtime that it brings along: its symbols come before those of all others.
 LOAD_ANOTHER_RUNTIME = f"""
 import ctypes, shutil
@@ -130,10 +135,7 @@ def another_runtime():
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or core.platform()["openmp"] == "none",
-    reason="no OpenMP runtime that could be there twice",
-)
+@beside_another_runtime
 @pytest.mark.parametrize(
     "order",
     [
@@ -164,10 +166,7 @@ def started(call):
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or core.platform()["openmp"] == "none",
-    reason="no OpenMP runtime that could be there twice",
-)
+@beside_another_runtime
 @pytest.mark.parametrize("called_before", [False, True])
 def test_borrowed_threads_work_and_a_fork_ends_them(tmp_path, called_before):
     code = IN_CHILD + CODE + LOAD_ANOTHER_RUNTIME + EXPECTED + BORROW_THREADS
