@@ -110,6 +110,17 @@ static void *function_of(const char *library, const char *name)
     return function;
 }
 
+/* A function as a library finds it: one that the whole process sees, as of a preloaded runtime,
+   comes before those of the libraries that it needs. */
+static void *function_seen_by(const char *library, const char *name)
+{
+    void *process = dlopen(NULL, RTLD_LAZY);
+    void *function = process != NULL ? dlsym(process, name) : NULL;
+    if (process != NULL)
+        dlclose(process);
+    return function != NULL ? function : function_of(library, name);
+}
+
 static int pause_runtime(const char *library)
 {
     /* Looked up, since runtimes before OpenMP 5.0 have no such function. */
@@ -134,9 +145,9 @@ int fastbn_omp_pause(void)
 int fastbn_borrow_threads(const char *library)
 {
 #if HAS_RUNTIMES
-    void *parallel = function_of(library, "GOMP_parallel");
-    void *thread_num = function_of(library, "omp_get_thread_num");
-    void *num_threads = function_of(library, "omp_get_num_threads");
+    void *parallel = function_seen_by(library, "GOMP_parallel");
+    void *thread_num = function_seen_by(library, "omp_get_thread_num");
+    void *num_threads = function_seen_by(library, "omp_get_num_threads");
     if (parallel == NULL || thread_num == NULL || num_threads == NULL)
         return 0;
     if (strcmp(file_of(parallel), own_runtime()) == 0)

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 from internals import PACKAGE, core
@@ -855,6 +856,18 @@ print(started(lambda: x.exp()), started(lambda: bn(x).sum().backward()))
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads are counted in other ways")
 def test_the_threads_are_torchs_even_if_fastbn_is_imported_first(tmp_path):
     assert output_of(THREADS, tmp_path) == "1 0\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is preloaded like that")
+def test_the_threads_are_torchs_where_another_openmp_is_preloaded(tmp_path):
+    runtime = core.platform()["openmp"].partition("(")[2].rstrip(")")
+    if not runtime:
+        pytest.skip("without OpenMP")
+    content = Path(runtime).read_bytes()
+    other = tmp_path / "another.so"
+    name = Path(runtime).name.partition(".so")[0].encode() + b".so"
+    other.write_bytes(content.replace(name, b"A" + name[1:]))  # The name by which it is needed.
+    assert output_of(THREADS, tmp_path, LD_PRELOAD=str(other)) == "1 0\n"
 
 
 def test_the_number_of_threads_is_torchs(monkeypatch):
