@@ -204,7 +204,9 @@ def report(model: torch.nn.Module) -> Report:
             result.unfused.pop(name, None)
         elif type(module := model.get_submodule(name)) in TORCHS:
             result.unfused.setdefault(name, "no activation follows that can be fused")
-        elif isinstance(module, modules.BatchNormAct2d) and module.activation:
+        elif not isinstance(module, modules.BatchNormAct2d):
+            result.unfused.setdefault(name, f"a {type(module).__name__}")
+        elif module.activation:
             result.fused[name] = f"its own {module.activation}"
         else:
             result.unfused[name] = "it has no activation"

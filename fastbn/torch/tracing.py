@@ -39,6 +39,8 @@ FORBIDDEN_INSTRUCTIONS = {
 }
 GLOBAL_INSTRUCTIONS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 KNOWN_MODULES = ("torch", "math", "operator")
+# Their functions and classes do the same each time; what these have made may not.
+TOOLS = ("functools", "_functools", "itertools")
 LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
 CONTAINERS = (*LISTS, torch.nn.Sequential)
 FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, type
@@ -55,13 +57,13 @@ class Attributes(NamedTuple):
 
     names: list[str]
     of_module: dict[str, Any]
-    of_class: dict[str, Any]
+    of_classes: dict[tuple[type, str], Any]
 
     def are_of(self, module: torch.nn.Module) -> bool:
         """Tell whether a module has the same ones now."""
-        cls = type(module)
         return attributes_of(module, self.names) == self.of_module and all(
-            frozen(getattr(cls, name, None)) == value for name, value in self.of_class.items()
+            frozen(getattr(cls, name, None)) == value
+            for (cls, name), value in self.of_classes.items()
         )
 
 
@@ -261,16 +263,23 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
             raise CannotTrace(f"its forward uses {', '.join(forbidden)}")
         names.update(code.co_names)
     names -= PLAIN_ATTRIBUTES
-    of_class = {
-        name: frozen(getattr(type(module), name))
+    of_classes = {
+        (cls, name): frozen(getattr(cls, name))
+        for cls in own_classes(module)
         for name in names
-        if is_of_class(type(module), name) and name not in vars(module)
+        if is_of_class(cls, name)
     }
-    attributes = Attributes(sorted(names), attributes_of(module, names), of_class)
-    for name, value in (attributes.of_module | of_class).items():
+    attributes = Attributes(sorted(names), attributes_of(module, names), of_classes)
+    of_class = {name: value for (_, name), value in of_classes.items()}
+    for name, value in (of_class | attributes.of_module).items():
         if value is NotImplemented:
             raise CannotTrace(f"its forward reads self.{name}, which may change")
     return attributes
+
+
+def own_classes(module: torch.nn.Module) -> Iterator[type]:
+    """The classes of a module, apart from torch's: a forward may read attributes of each."""
+    return (cls for cls in type(module).__mro__ if not is_known(cls.__module__))
 
 
 def codes_of(
@@ -291,7 +300,8 @@ def codes_of(
         globals_read = {
             i.argval for i in dis.get_instructions(code) if i.opname in GLOBAL_INSTRUCTIONS
         }
-        called = [function_of_global(module, function, name) for name in globals_read]
+        found = {n: function.__globals__[n] for n in globals_read if n in function.__globals__}
+        called = [function_of_global(module, code, *named) for named in found.items()]
         for name in code.co_names:  # One may be that of an attribute and of a global.
             called += attributes_named(module, name)
         for other in called:
@@ -309,28 +319,27 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 def attributes_named(module: torch.nn.Module, name: str) -> Iterator[Any]:
     """The functions that an attribute of a module may be: its own, a method, or a property."""
     yield vars(module).get(name)
-    for cls in type(module).__mro__:
+    for cls in own_classes(module):
         member = vars(cls).get(name)
-        if member is not None and not is_known(cls.__module__):
+        if member is not None:
             yield member.fget if isinstance(member, property) else getattr(cls, name)
 
 
-def function_of_global(module: torch.nn.Module, function: Any, name: str) -> Any:
-    """A global that a function reads, if it is a function; refuse one that may change."""
-    if name not in function.__globals__:
-        return None
-    value = function.__globals__[name]
+def function_of_global(module: torch.nn.Module, code: types.CodeType, name: str, value: Any) -> Any:
+    """A global that code reads, if it is a function; refuse one that may change."""
     if isinstance(value, types.FunctionType):
+        if vars(value).keys() & set(code.co_names):
+            raise CannotTrace(f"its forward reads attributes of {name}")
         return value
     if isinstance(value, types.ModuleType):
-        kind, stays = "module", is_known(value.__name__)
+        kind, stays = "module", is_known(value.__name__, *TOOLS)
     elif isinstance(value, type):
-        # Attributes of a class may be read. Those of the module's own class are compared.
-        stays = isinstance(module, value) or issubclass(value, tuple) or is_known(value.__module__)
-        kind = "class"
+        # Attributes of a class may be read. Those of the module's own classes are compared.
+        known = is_known(value.__module__, *TOOLS)
+        kind, stays = "class", known or isinstance(module, value) or only_names_elements(value)
     elif isinstance(value, types.BuiltinFunctionType):
         # Python's random numbers, for example, are methods of an object.
-        kind, stays = "global", is_known(value.__module__)
+        kind, stays = "global", is_known(value.__module__, *TOOLS)
     else:
         is_tensor = isinstance(value, torch.nn.Module | torch.Tensor)
         kind, stays = "global", not is_tensor and is_known(type(value).__module__)
@@ -339,9 +348,21 @@ def function_of_global(module: torch.nn.Module, function: Any, name: str) -> Any
     return None
 
 
-def is_known(name: str | None) -> bool:
-    """Tell whether a module is torch's, or has functions of numbers alone."""
-    return name is not None and name.partition(".")[0] in KNOWN_MODULES
+class Named(NamedTuple):
+    """A named tuple with what every one has."""
+
+    element: Any
+
+
+def only_names_elements(cls: type) -> bool:
+    """Tell whether a class is a named tuple without functions and attributes of its own."""
+    fields = getattr(cls, "_fields", ())
+    return cls.__bases__ == (tuple,) and not vars(cls).keys() - vars(Named).keys() - set(fields)
+
+
+def is_known(name: str | None, *others: str) -> bool:
+    """Tell whether a module is torch's, has functions of numbers alone, or is one of others."""
+    return name is not None and name.partition(".")[0] in (*KNOWN_MODULES, *others)
 
 
 # What must be as it was when a forward was recorded.

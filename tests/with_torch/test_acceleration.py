@@ -3,11 +3,14 @@
 import collections
 import copy
 import doctest
+import functools
 import operator
 import pickle
 import random
 import threading
 import warnings
+from itertools import chain
+from typing import NamedTuple
 
 import pytest
 
@@ -107,6 +110,8 @@ FUSED = {
     "shapes": lambda self, x: shapes(self, x),
     "a global of a child's name": lambda self, x: self.after(self.relu(self.bn(x))),
     "a named tuple": lambda self, x: Pair(self.relu(self.bn(x)), x).y,
+    "tools of functions": lambda self, x: functools.partial(F.relu, inplace=True)(self.bn(x)),
+    "tools of iterators": lambda self, x: one(chain([self.bn, self.relu]), x),
     "prints elsewhere": lambda self, x: self.relu(self.bn(x)) if self.flag else print(x),
 }
 ADDED = {
@@ -120,6 +125,12 @@ ADDED = {
     "branch between": lambda self, x: branch_between(self, x),
     "broadcast": lambda self, x: torch.relu(self.bn(self.conv(x)) + x.mean(1, True)),
 }
+
+
+def one(modules, x):
+    for module in modules:
+        x = module(x)
+    return x
 
 
 after = object()
@@ -306,6 +317,9 @@ UNFUSED = {
     "function": (lambda self, x: self.relu(self.function(self.bn(x))), "with statement"),
     "global": (lambda self, x: ACTIVATION(self.bn(x)), "the global ACTIVATION"),
     "global class": (lambda self, x: F.relu(self.bn(x)) * Settings.scale, "the class Settings"),
+    "a function's attribute": (lambda self, x: F.relu(self.bn(x)) * act.gain, "attributes of act"),
+    "a class of tuples": (lambda self, x: F.relu(self.bn(x)) * Shape.gain, "the class Shape"),
+    "a tuple of its own": (lambda self, x: OwnPair((F.relu(self.bn(x)), x))[0], "class OwnPair"),
     "a method of a global's name": (lambda self, x: self.act(act(self.bn(x))), "sets attributes"),
     "appends": (appends, "changes attributes"),
     "random constant": (random_constant, "tensors of its own"),
@@ -333,8 +347,20 @@ class Settings:
     scale = 2.0
 
 
+class Shape(NamedTuple):
+    y: torch.Tensor
+    gain = 2.0
+
+
+class OwnPair(tuple):
+    gain = 2.0
+
+
 def act(y):
     return F.relu(y)
+
+
+act.gain = 2.0
 
 
 def twice(y):
@@ -376,6 +402,14 @@ def test_the_report_has_what_a_module_does_by_itself():
     found = report(accelerate(nn.Sequential(fused, plain)))
     assert found.fused == {"0": "its own relu"}
     assert found.unfused == {"1": "it has no activation"}
+
+
+def test_the_report_names_a_subclass_which_is_not_fused():
+    class Own(accelerated.BatchNorm2d):
+        pass
+
+    model = accelerate(nn.Sequential(Own(3), nn.ReLU()))
+    assert report(model).unfused == {"0": "a Own"}
 
 
 def test_a_forward_that_is_replaced_already_stays():
@@ -478,6 +512,16 @@ def test_a_change_of_the_module_is_noticed(change, compiled):
             torch.manual_seed(2)
             change(m)
     assert "bn" in report(model).unfused
+
+
+def test_a_change_of_a_base_that_the_class_hides_is_noticed(monkeypatch):
+    model = model_with(lambda self, x: F.relu(self.bn(x)) * Model.kind)
+    type(model).kind = 0.0
+    accelerate(model)
+    x = torch.randn(4, 3, 5, 5)
+    y = model(x)
+    monkeypatch.setattr(Model, "kind", 2 * Model.kind)
+    torch.testing.assert_close(model(x), 2 * y)
 
 
 def test_accelerating_again_fuses_what_has_changed():
