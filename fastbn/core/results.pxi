@@ -61,23 +61,23 @@ cdef cnp.ndarray result_like(cnp.ndarray x, object out):
     return new_like(x, None) if out is None else <cnp.ndarray>out
 
 
-cdef cnp.ndarray new_like(cnp.ndarray x, cnp.dtype dtype):
+cdef cnp.ndarray new_like(cnp.ndarray x, cnp.dtype dtype, cnp.NPY_ORDER order=cnp.NPY_KEEPORDER):
     """A new array of x's layout; a program's own allocator goes on allocating all arrays."""
     cdef object handler
     if not reuses_memory(cnp.PyArray_NBYTES(x)):
-        return new_from_handler(x, dtype)
+        return new_from_handler(x, dtype, order)
     handler = PyDataMem_GetHandler()
     if handler is not default_handler:
-        return new_from_handler(x, dtype)
+        return new_from_handler(x, dtype, order)
     PyDataMem_SetHandler(results_handler)
     try:
-        return new_from_handler(x, dtype)
+        return new_from_handler(x, dtype, order)
     finally:
         PyDataMem_SetHandler(handler)
 
 
-cdef cnp.ndarray new_from_handler(cnp.ndarray x, cnp.dtype dtype):
+cdef cnp.ndarray new_from_handler(cnp.ndarray x, cnp.dtype dtype, cnp.NPY_ORDER order):
     if dtype is not None:
         Py_INCREF(dtype)  # NewLikeArray takes over a reference.
     return <cnp.ndarray>PyArray_NewLikeArray(
-        x, cnp.NPY_KEEPORDER, NULL if dtype is None else <PyObject *>dtype, False)
+        x, order, NULL if dtype is None else <PyObject *>dtype, False)

@@ -41,32 +41,11 @@ def array_at(size_t address, shape, strides, cnp.dtype dtype not None, owner):
     return array
 
 
-def tensor_layout(cnp.ndarray x not None):
-    """Tell the memory format that torch sees: 1 contiguous, 2 channels-last, 0 neither."""
-    return tensor_layout_of(x)
-
-
-cdef int tensor_layout_of(cnp.ndarray x) noexcept:
-    cdef const cnp.npy_intp *strides = cnp.PyArray_STRIDES(x)
-    cdef int i, ndim = cnp.PyArray_NDIM(x)
-    if cnp.PyArray_CHKFLAGS(x, cnp.NPY_ARRAY_C_CONTIGUOUS):
-        return C_CONTIGUOUS
-    if ndim != 4 and ndim != 5 or not is_channels_last(x):
-        return UNFIT
-    # In torch, strides of axes of one element tell the format as well.
-    if strides[1] != cnp.PyArray_ITEMSIZE(x) or strides[ndim - 1] < strides[1]:
-        return UNFIT
-    for i in range(2, ndim):
-        if strides[0 if i == 2 else i - 1] < strides[i]:
-            return UNFIT
-    return CHANNELS_LAST
-
-
-def new_tensor_memory(cnp.ndarray x not None):
-    """A new array in the memory format of x, which has one, from the memory of freed results."""
-    if tensor_layout_of(x) == C_CONTIGUOUS:
-        return new_like(x, None)
-    return transposed(new_like(transposed(x, True), None), False)
+def new_tensor_memory(cnp.ndarray x not None, bint channels_last):
+    """A new array of x's shape in one of torch's memory formats, from that of freed results."""
+    if not channels_last:
+        return new_like(x, None, cnp.NPY_CORDER)
+    return transposed(new_like(transposed(x, True), None, cnp.NPY_CORDER), False)
 
 
 cdef cnp.ndarray transposed(cnp.ndarray x, bint channels_last):

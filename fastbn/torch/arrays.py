@@ -66,35 +66,30 @@ def new_like(x: torch.Tensor, array: Array) -> tuple[torch.Tensor, Array]:
     torch's allocator gives it back to the system, which hands it out again page by page, in more
     time than a normalization takes.
     """
-    layout = _core.tensor_layout(array)
-    if layout and _core.reuses_memory(array.nbytes):
-        memory = _core.new_tensor_memory(array)
+    memory_format = memory_format_of(x)
+    if _core.reuses_memory(array.nbytes):
+        memory = _core.new_tensor_memory(array, memory_format is not torch.contiguous_format)
         return as_tensor(memory), memory
-    if not layout:
-        y = empty_like(x)
-    elif layout == 1:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    else:
-        y = torch.empty_like(x, memory_format=CHANNELS_LAST[array.ndim])
+    y = torch.empty_like(x, memory_format=memory_format)
     return y, as_array(y)
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """The same of torch's memory: of an x that has none itself, too."""
-    memory_format = torch.contiguous_format if x.is_contiguous() else memory_format_of(x)
-    return torch.empty_like(x, memory_format=memory_format)
+    return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
 def memory_format_of(x: torch.Tensor) -> Any:
-    """The memory format that torch suggests for results of x."""
-    if x.dim() == 4 and is_channels_last(x.stride(), (1, 3, 2, 0)):
-        return torch.channels_last
-    if x.dim() == 5 and is_channels_last(x.stride(), (1, 4, 3, 2, 0)):
-        return torch.channels_last_3d
+    """The memory format of torch's result for x."""
+    last = CHANNELS_LAST.get(x.dim())
+    if last is None or x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=last) or steps_over_channels_last(x.stride()):
+        return last
     return torch.contiguous_format
 
 
-def is_channels_last(strides: tuple[int, ...], order: tuple[int, ...]) -> bool:
-    """Tell whether strides grow in this order of the axes."""
-    ordered = [strides[axis] for axis in order]
+def steps_over_channels_last(strides: tuple[int, ...]) -> bool:
+    """Tell whether a tensor steps over some elements of a channels-last one."""
+    ordered = [strides[1], *strides[:1:-1], strides[0]]
     return strides[1] == 1 and ordered == sorted(ordered)

@@ -493,6 +493,20 @@ def test_large_results_have_torchs_strides_where_axes_have_one_element(shape):
         assert ours(x).stride() == theirs(x).stride()
 
 
+@pytest.mark.parametrize("order", [*itertools.permutations(range(4))], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (2, 1, 3, 3), (2, 3, 1, 4), (1, 1, 4, 1)], ids=str)
+def test_results_have_torchs_strides_whatever_those_of_axes_of_one_element(shape, order):
+    for stride in (1, 2, 7, 100):
+        strides, step = [stride] * 4, 1
+        for axis in order:
+            if shape[axis] > 1:
+                strides[axis] = step
+            step *= shape[axis]
+        x = torch.randn(200).as_strided(shape, strides)
+        ours, theirs = (m.train(False) for m in pair("BatchNorm2d", x.shape[1]))
+        assert ours(x).stride() == theirs(x).stride()
+
+
 def test_large_results_take_the_memory_of_freed_ones():
     fastbn.release_memory()
     bn = accelerated.BatchNorm2d(64)
