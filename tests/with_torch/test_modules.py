@@ -775,6 +775,16 @@ def test_tensors_without_memory_are_taken_by_torch(index):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_tensors_whose_memory_was_freed_are_refused_as_by_torch(index):
+    tensor = torch.randn(2, 2, 4, 3, 3)
+    x = tensor[index]
+    tensor.untyped_storage().resize_(0)
+    for module in pair("BatchNorm2d", 4):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            module(x)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compiled_with_results_that_take_the_memory_of_freed_ones(memory):
