@@ -181,6 +181,15 @@ ALWAYS_INLINE void NAME(flush)(NAME(writer) *w)
     w->filled = 0;
 }
 
+/* Writes zeros straight to the output. */
+ALWAYS_INLINE void NAME(write_zeros)(NAME(writer) *w, ptrdiff_t count)
+{
+    NAME(flush)(w);
+    T *to = w->to + w->filled;
+    memset(to, 0, (size_t)count * sizeof(T));
+    NAME(start)(w, to + count);
+}
+
 ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
 {
     w->filled += count;
@@ -426,17 +435,27 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
 
 /* The column layout: a row is a run whose coefficients differ from column to column. */
 
-/* Takes several rows as one, if nothing lies between them and there is no mask: the ends of rows
- * cost less then. The second matrix has the rows behind those. */
-ALWAYS_INLINE void NAME(long_rows)(const fastbn_matrix *matrix, fastbn_matrix *rows)
+/* Finds the rows from the r-th one on that are written at once, and returns how many they are.
+ * Several are taken as one if nothing lies between them and there is no mask: the ends of rows cost
+ * less then. */
+ALWAYS_INLINE ptrdiff_t NAME(rows_from)(const fastbn_matrix *matrix, ptrdiff_t r,
+                                        fastbn_matrix *rows)
 {
-    rows[0] = rows[1] = *matrix;
-    rows[1].rows = 0;
-    if (matrix->mask == NULL && matrix->len == matrix->stride && matrix->rows > 0) {
-        const ptrdiff_t count = smaller(COLUMNS / matrix->len, matrix->rows);
-        rows[0].len *= count, rows[0].stride *= count, rows[0].rows /= count;
-        rows[1].rows = matrix->rows % count;
+    ptrdiff_t count = matrix->rows - r;
+    *rows = *matrix;
+    rows->rows = count;
+    if (matrix->mask == NULL && matrix->len == matrix->stride) {
+        const ptrdiff_t together = smaller(COLUMNS / matrix->len, count);
+        rows->len *= together, rows->stride *= together, rows->rows /= together;
+        count -= count % together;
     }
+    return count;
+}
+
+/* Whether a mask leaves a row out as a whole. */
+ALWAYS_INLINE int NAME(leaves_out)(const fastbn_matrix *matrix, ptrdiff_t r)
+{
+    return masks_rows(matrix) && !matrix->mask[r];
 }
 
 /* Coefficients of the columns lie so many elements further on, for those of aligned stores to be
@@ -447,10 +466,9 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
 }
 
 /* Whether the rows of a matrix, which are whole lines, are streamed one behind the other. */
-ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, int nontemporal,
-                                     ptrdiff_t most)
+ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontemporal, ptrdiff_t most)
 {
-    return NAME(MAY_STREAM) && nontemporal && !masked && most == PTRDIFF_MAX &&
+    return NAME(MAY_STREAM) && nontemporal && matrix->mask == NULL && most == PTRDIFF_MAX &&
            matrix->len == matrix->stride && matrix->len % (CACHE_LINE / (ptrdiff_t)sizeof(T)) == 0 &&
            matrix->rows * matrix->len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
 }
@@ -491,7 +509,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, in
 
 /* Writes the rows of a matrix. The mask of a row is spread over its columns. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
-    if (NAME(streams_rows)(matrix, masked, nontemporal, most)) \
+    if (NAME(streams_rows)(matrix, nontemporal, most)) \
         STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
     else \
         WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE)
@@ -509,6 +527,10 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int masked, in
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
                 NAME(start)(&w, (T *)(out) + row); \
+            if (!masked && NAME(leaves_out)(matrix, r)) { \
+                NAME(write_zeros)(&w, len); \
+                continue; \
+            } \
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
@@ -540,8 +562,6 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(beside) beside;
-    if (matrix->rows == 0)
-        return;
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
     if (fused == NAME(ACTIVATED))
@@ -564,29 +584,27 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
 #undef ONE
 }
 
-static void NAME(column_normalize)(const void *x, void *y, const fastbn_matrix *matrix,
+static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix *matrix,
                                    const fastbn_affine *affine, const fastbn_epilogue *epilogue,
                                    int nontemporal)
 {
-    fastbn_matrix rows[2];
+    fastbn_matrix rows;
     const int fused = NAME(fused_with)(epilogue);
-    NAME(long_rows)(matrix, rows);
-    for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++) {
-        const T *from = (const T *)x + at;
-        T *to = (T *)y + at;
-        if (matrix->mask != NULL && fused != NAME(PLAIN))
-            NAME(normalize_rows)(1, NAME(WHOLE), from, to, &rows[k], affine, epilogue, at,
-                                 nontemporal);
-        else if (matrix->mask != NULL)
-            NAME(normalize_rows)(1, NAME(PLAIN), from, to, &rows[k], affine, NULL, at, nontemporal);
+    for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
+        const ptrdiff_t at = r * matrix->stride;
+        const T *x = (const T *)x_ + at;
+        T *y = (T *)y_ + at;
+        count = NAME(rows_from)(matrix, r, &rows);
+        if (masks_columns(&rows) && fused != NAME(PLAIN))
+            NAME(normalize_rows)(1, NAME(WHOLE), x, y, &rows, affine, epilogue, at, nontemporal);
+        else if (masks_columns(&rows))
+            NAME(normalize_rows)(1, NAME(PLAIN), x, y, &rows, affine, NULL, at, nontemporal);
         else if (fused == NAME(WHOLE))
-            NAME(normalize_rows)(0, NAME(WHOLE), from, to, &rows[k], affine, epilogue, at,
-                                 nontemporal);
+            NAME(normalize_rows)(0, NAME(WHOLE), x, y, &rows, affine, epilogue, at, nontemporal);
         else if (fused == NAME(ACTIVATED))
-            NAME(normalize_rows)(0, NAME(ACTIVATED), from, to, &rows[k], affine, epilogue, at,
-                                 nontemporal);
+            NAME(normalize_rows)(0, NAME(ACTIVATED), x, y, &rows, affine, epilogue, at, nontemporal);
         else
-            NAME(normalize_rows)(0, NAME(PLAIN), from, to, &rows[k], affine, NULL, at, nontemporal);
+            NAME(normalize_rows)(0, NAME(PLAIN), x, y, &rows, affine, NULL, at, nontemporal);
     }
 }
 
@@ -604,8 +622,6 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
     NAME(gradient_coefficients) of_channel;
     NAME(gates) gates;
     NAME(activation) activation;
-    if (matrix->rows == 0)
-        return;
     NAME(narrow_gradient)(gradient, matrix->channels, &of_channel);
     NAME(spread)(matrix, of_channel.dy_mean, dy_mean);
     NAME(spread)(matrix, of_channel.rest, rest);
@@ -652,21 +668,21 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
                                   const fastbn_matrix *matrix, const fastbn_gradient *gradient,
                                   const fastbn_gate *gate, int nontemporal)
 {
-    fastbn_matrix rows[2];
+    fastbn_matrix rows;
     const int kind = NAME(kind_of_gate)(gate);
-    NAME(long_rows)(matrix, rows);
-    for (ptrdiff_t k = 0, at = 0; k < 2; at += rows[k].rows * rows[k].stride, k++) {
+    for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
+        const ptrdiff_t at = r * matrix->stride;
         const T *dy = (const T *)dy_ + at, *x = (const T *)x_ + at;
         T *dx = (T *)dx_ + at;
+        count = NAME(rows_from)(matrix, r, &rows);
         if (kind == FASTBN_RELU)
-            NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows[k], gradient, gate, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows, gradient, gate, nontemporal);
         else if (kind == FASTBN_LEAKY_RELU)
-            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows[k], gradient, gate,
-                                nontemporal);
-        else if (matrix->mask == NULL)
-            NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate, nontemporal);
+        else if (!masks_columns(&rows))
+            NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, nontemporal);
         else
-            NAME(gradient_rows)(1, FASTBN_LINEAR, dy, x, dx, &rows[k], gradient, NULL, nontemporal);
+            NAME(gradient_rows)(1, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, nontemporal);
     }
 }
 

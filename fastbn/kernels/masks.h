@@ -22,9 +22,28 @@ static inline ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
     return total;
 }
 
-/* How sums of columns heed a mask: step by step or, where a row is valid or not as a whole, by
- * leaving rows out. */
+/* How columns heed a mask: step by step or, where a row is valid or not as a whole, by leaving rows
+ * out. */
 enum { UNMASKED, MASKED, WHOLE_ROWS };
+
+static inline int masks_rows(const fastbn_matrix *matrix)
+{
+    return matrix->mask != NULL && matrix->mask_stride == 1;
+}
+
+static inline int masks_columns(const fastbn_matrix *matrix)
+{
+    return matrix->mask != NULL && matrix->mask_stride > 1;
+}
+
+/* The first row from the r-th one on that is not left out; their number if there is none. */
+static inline ptrdiff_t next_row(const fastbn_matrix *matrix, int mode, ptrdiff_t r)
+{
+    if (mode == WHOLE_ROWS)
+        while (r < matrix->rows && !matrix->mask[r])
+            r++;
+    return r;
+}
 
 /* Repeats the first `len` of some numbers up to `end`, each time increased by `by` more. */
 static inline void repeat(int16_t *numbers, ptrdiff_t len, ptrdiff_t end, int16_t by)

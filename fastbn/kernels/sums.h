@@ -238,8 +238,8 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
 #undef ADD
 }
 
-/* Two rows at a time, so that sums are loaded and stored half as often; one where a mask may leave
- * it out. */
+/* Two rows at a time, so that sums are loaded and stored half as often; one with a mask of single
+ * elements. */
 ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode, const T *dy,
                                      const T *x, const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
@@ -249,7 +249,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
     column_trees trees;
     mask_step masks[COLUMNS / LANES + 1];
     NAME(gates) gates;
-    const ptrdiff_t len = matrix->len, stride = matrix->stride;
+    const ptrdiff_t len = matrix->len, stride = matrix->stride, rows = matrix->rows;
     ptrdiff_t in_trees = 0;
     begin_column_sums(&sums, matrix, centre_of_channel);
     if (by_trees)
@@ -258,16 +258,17 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
         NAME(spread_gates)(matrix, gate, &gates);
     if (mode == MASKED)
         find_masks(matrix, len - LANES, masks);
-    for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
-        const uint8_t *mask = mode == UNMASKED ? NULL : matrix->mask + r * matrix->mask_stride;
-        count = mode == UNMASKED ? smaller(matrix->rows - r, 2) : 1;
-        if (mode == WHOLE_ROWS && !*mask)
-            continue;
+    for (ptrdiff_t r = next_row(matrix, mode, 0), other, count; r < rows;
+         r = next_row(matrix, mode, count > 1 ? other + 1 : r + 1)) {
+        const uint8_t *mask = mode == MASKED ? matrix->mask + r * matrix->mask_stride : NULL;
+        other = mode == MASKED ? rows : next_row(matrix, mode, r + 1);
+        count = other < rows ? 2 : 1;
+        const ptrdiff_t pitch = (count > 1 ? other - r : 1) * stride;
 /* A loop for each case: a branch for every step would take time. */
 #define WALK(count, begin, end) \
-    NAME(add_rows_to_columns)(add, mode, &sums, &trees, row_set_of(count, begin, end, stride, len), \
-                              dy + r * stride, x + r * stride, len, mask, masks, \
-                              gate == NULL ? NULL : &gates)
+    NAME(add_rows_to_columns)(add, mode, &sums, &trees, \
+                              row_set_of(count, begin, end, pitch, len), dy + r * stride, \
+                              x + r * stride, len, mask, masks, gate == NULL ? NULL : &gates)
         if (count == 1)
             WALK(1, in_trees == 0, in_trees + 1 == TREE);
         else if (!by_trees || in_trees == 0)
@@ -292,7 +293,7 @@ ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, const voi
 {
     if (matrix->mask == NULL)
         NAME(sum_columns)(add, by_trees, UNMASKED, dy, x, matrix, centre, NULL, first, second);
-    else if (matrix->mask_stride == 1)
+    else if (masks_rows(matrix))
         NAME(sum_columns)(add, by_trees, WHOLE_ROWS, dy, x, matrix, centre, NULL, first, second);
     else
         NAME(sum_columns)(add, by_trees, MASKED, dy, x, matrix, centre, NULL, first, second);
