@@ -256,6 +256,18 @@ ALWAYS_INLINE double sum_of_step(vd *v)
     return sum_of_lanes(v[0]);
 }
 
+/* The sums of the lanes of each channel. By themselves, since the additions of one channel wait for
+ * each other. */
+ALWAYS_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
+                             double *second)
+{
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        step_sums s = load_sums(sums[c][0], sums[c][1]);
+        first[c] = sum_of_step(s.first);
+        second[c] = sum_of_step(s.second);
+    }
+}
+
 /* A value for each lane of a step. */
 typedef struct {
     vd at[STEPS];

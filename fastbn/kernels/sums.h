@@ -133,16 +133,13 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
             ahead.border -= len;
             if (NAME(CHUNKED) && ends)
                 s = add_sums(total, s);
-            if (last) {
-                first[c] = sum_of_step(s.first);
-                second[c] = sum_of_step(s.second);
-            } else if (NAME(CHUNKED) && ends) {
+            if (NAME(CHUNKED) && ends && !last)
                 store_sums(totals[c][0], totals[c][1], s);
-            } else {
+            else
                 store_sums(sums[c][0], sums[c][1], s);
-            }
         }
     }
+    add_lanes(sums, runs->channels, first, second);
 }
 
 static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *pivot,

@@ -223,14 +223,10 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
                 s = add_tree(s, tree);
             }
             ahead.border -= len;
-            if (n + count == runs->samples) {
-                first[c] = sum_of_step(s.first);
-                second[c] = sum_of_step(s.second);
-            } else {
-                store_sums(sums[c][0], sums[c][1], s);
-            }
+            store_sums(sums[c][0], sums[c][1], s);
         }
     }
+    add_lanes(sums, runs->channels, first, second);
 }
 
 static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const double *pivot,
