@@ -34,6 +34,7 @@ PATHS = {
     "one strip of columns, streamed": ((32, 64, 35, 34), True),
     "strips of short runs": ((38, 6000, 2, 2), False),
     "strips of columns": ((40, 700, 6, 7), True),
+    "wide strips of columns": ((24, 1024, 3, 3), True),
     "a narrow last strip": ((513, 200), False),
     "a narrow last strip of short runs": ((515, 40, 1, 5), False),
 }

@@ -64,8 +64,8 @@ typedef struct {
  * of element-wise arithmetic, and the activation is applied before the result is rounded.
  *
  * Unless `alive` is NULL, bit i of it, which was 0, is set if the derivative of the activation at
- * the i-th element of the array, in the order of memory, is 1. `first` is the number of the first
- * element of x. */
+ * the i-th element of the array, in the order of memory, is 1; at invalid positions it may be set or
+ * not. `first` is the number of the first element of x. */
 typedef struct {
     fastbn_activation activation;
     const void *residual;

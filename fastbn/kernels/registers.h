@@ -256,8 +256,8 @@ ALWAYS_INLINE double sum_of_step(vd *v)
     return sum_of_lanes(v[0]);
 }
 
-/* The sums of the lanes of each channel. By themselves, since the additions of one channel wait for
- * each other. */
+/* The sums of the lanes of each channel. They have a loop of their own, in which the additions of one
+ * channel, which wait for each other, do not keep others waiting. */
 ALWAYS_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
                              double *second)
 {

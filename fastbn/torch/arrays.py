@@ -84,12 +84,17 @@ def memory_format_of(x: torch.Tensor) -> Any:
     last = CHANNELS_LAST.get(x.dim())
     if last is None or x.is_contiguous():
         return torch.contiguous_format
-    if x.is_contiguous(memory_format=last) or steps_over_channels_last(x.stride()):
+    if x.is_contiguous(memory_format=last) or steps_over_channels_last(x.shape, x.stride()):
         return last
     return torch.contiguous_format
 
 
-def steps_over_channels_last(strides: tuple[int, ...]) -> bool:
-    """Tell whether a tensor steps over some elements of a channels-last one."""
-    ordered = [strides[1], *strides[:1:-1], strides[0]]
-    return strides[1] == 1 and ordered == sorted(ordered)
+def steps_over_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Tell whether torch takes a tensor for one that steps over elements of a channels-last one."""
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        ambiguous = axis == 0 and least == strides[1]  # One element in each sample.
+        if shape[axis] == 0 or strides[axis] < least or ambiguous:
+            return False
+        least = strides[axis] * shape[axis]
+    return strides[1] > 0

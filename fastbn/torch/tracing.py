@@ -29,6 +29,7 @@ FORBIDDEN_NAMES = {
     *("checkpoint", "checkpoint_sequential", "record_function"),
     *("train", "apply", "zero_grad", "add_module", "register_module"),
     *("register_buffer", "register_parameter", "load_state_dict"),
+    *("attrgetter", "methodcaller"),
 }
 FORBIDDEN_INSTRUCTIONS = {
     **dict.fromkeys(("BEFORE_WITH", "LOAD_SPECIAL", "BEFORE_ASYNC_WITH"), "has a with statement"),
@@ -55,15 +56,20 @@ class CannotTrace(Exception):
 class Attributes(NamedTuple):
     """The attributes that a forward may read, as `frozen` gives them."""
 
+    cls: type
     names: list[str]
     of_module: dict[str, Any]
     of_classes: dict[tuple[type, str], Any]
 
     def are_of(self, module: torch.nn.Module) -> bool:
         """Tell whether a module has the same ones now."""
-        return attributes_of(module, self.names) == self.of_module and all(
-            frozen(getattr(cls, name, None)) == value
-            for (cls, name), value in self.of_classes.items()
+        return (
+            type(module) is self.cls
+            and attributes_of(module, self.names) == self.of_module
+            and all(
+                frozen(getattr(cls, name, None)) == value
+                for (cls, name), value in self.of_classes.items()
+            )
         )
 
 
@@ -253,7 +259,8 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
     forward, names = type(module).forward, set[str]()
     if is_known(forward.__module__) and forward is not torch.nn.Sequential.forward:
         raise CannotTrace("its forward is torch's own")
-    for code in codes_of(module, forward, set()):
+    functions = list(functions_called(module, forward, set()))
+    for code in (code for function in functions for code in nested(function.__code__)):
         for instruction in dis.get_instructions(code):
             reason = FORBIDDEN_INSTRUCTIONS.get(instruction.opname)
             if reason:
@@ -262,19 +269,24 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
         if forbidden:
             raise CannotTrace(f"its forward uses {', '.join(forbidden)}")
         names.update(code.co_names)
+    for function in functions:
+        if vars(function).keys() & names:
+            raise CannotTrace(f"its forward reads attributes of {function.__name__}")
+        defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+        if frozen(defaults) is NotImplemented:
+            raise CannotTrace(f"{function.__name__} has a default that may change")
     names -= PLAIN_ATTRIBUTES
+    of_module = attributes_of(module, names)
     of_classes = {
         (cls, name): frozen(getattr(cls, name))
         for cls in own_classes(module)
         for name in names
         if is_of_class(cls, name)
     }
-    attributes = Attributes(sorted(names), attributes_of(module, names), of_classes)
-    of_class = {name: value for (_, name), value in of_classes.items()}
-    for name, value in (of_class | attributes.of_module).items():
+    for name, value in (*of_module.items(), *((n, v) for (_, n), v in of_classes.items())):
         if value is NotImplemented:
             raise CannotTrace(f"its forward reads self.{name}, which may change")
-    return attributes
+    return Attributes(type(module), sorted(names), of_module, of_classes)
 
 
 def own_classes(module: torch.nn.Module) -> Iterator[type]:
@@ -282,30 +294,30 @@ def own_classes(module: torch.nn.Module) -> Iterator[type]:
     return (cls for cls in type(module).__mro__ if not is_known(cls.__module__))
 
 
-def codes_of(
-    module: torch.nn.Module, function: Any, seen: set[types.CodeType]
-) -> Iterator[types.CodeType]:
-    """The code of a function and of those that it calls, apart from torch's."""
+def functions_called(
+    module: torch.nn.Module, function: Any, seen: set[Any]
+) -> Iterator[types.FunctionType]:
+    """A function and those that it calls, apart from torch's."""
     if not isinstance(function, types.FunctionType) or is_known(function.__module__):
         return
+    if function in seen:
+        return
+    seen.add(function)
     if hasattr(function, "__wrapped__"):
         raise CannotTrace(f"{function.__name__} is decorated")
     if function.__closure__ and function.__code__.co_freevars != ("__class__",):
         raise CannotTrace("its forward has variables of another function")
+    yield function
     for code in nested(function.__code__):
-        if code in seen:
-            continue
-        seen.add(code)
-        yield code
         globals_read = {
             i.argval for i in dis.get_instructions(code) if i.opname in GLOBAL_INSTRUCTIONS
         }
         found = {n: function.__globals__[n] for n in globals_read if n in function.__globals__}
-        called = [function_of_global(module, code, *named) for named in found.items()]
+        called = [function_of_global(module, *named) for named in found.items()]
         for name in code.co_names:  # One may be that of an attribute and of a global.
             called += attributes_named(module, name)
         for other in called:
-            yield from codes_of(module, other, seen)
+            yield from functions_called(module, other, seen)
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -325,11 +337,9 @@ def attributes_named(module: torch.nn.Module, name: str) -> Iterator[Any]:
             yield member.fget if isinstance(member, property) else getattr(cls, name)
 
 
-def function_of_global(module: torch.nn.Module, code: types.CodeType, name: str, value: Any) -> Any:
-    """A global that code reads, if it is a function; refuse one that may change."""
+def function_of_global(module: torch.nn.Module, name: str, value: Any) -> Any:
+    """A global that a function reads, if it is a function; refuse one that may change."""
     if isinstance(value, types.FunctionType):
-        if vars(value).keys() & set(code.co_names):
-            raise CannotTrace(f"its forward reads attributes of {name}")
         return value
     if isinstance(value, types.ModuleType):
         kind, stays = "module", is_known(value.__name__, *TOOLS)
@@ -356,8 +366,9 @@ class Named(NamedTuple):
 
 def only_names_elements(cls: type) -> bool:
     """Tell whether a class is a named tuple without functions and attributes of its own."""
-    fields = getattr(cls, "_fields", ())
-    return cls.__bases__ == (tuple,) and not vars(cls).keys() - vars(Named).keys() - set(fields)
+    own = vars(cls).keys() - vars(Named).keys() - set(getattr(cls, "_fields", ()))
+    defaults = tuple(getattr(cls, "_field_defaults", {}).values())
+    return cls.__bases__ == (tuple,) and not own and frozen(defaults) is not NotImplemented
 
 
 def is_known(name: str | None, *others: str) -> bool:

@@ -24,6 +24,7 @@ SHARED += ["strips of columns"]
 # Whole lines, ends of lines, buffers, strips, folded rows and more columns than one kernel takes.
 STORED = ["tails of rows", "tails of a strip", "groups of short runs", "channels of several blocks"]
 STORED += ["streamed rows", "folded channels-last", "strips of columns", "a narrow last strip"]
+STORED += ["wide strips of columns"]
 
 
 def at(address, a):
@@ -133,6 +134,15 @@ def written_in_all_ways(x, dy, weight, bias):
             x, *statistics, weight, bias, eps=0.0, activation="relu", residual=residual, out=out
         )
 
+    mask = np.random.default_rng(6).random((len(x), 1, *x.shape[2:])) < 0.7
+
+    def evaluated(x, mask=None, out=None):
+        return F.batch_norm_elemt(x, mean, invstd, weight, bias, mask=mask, out=out)
+
+    def gradient(dy, x, mask=None, out=None):
+        sums = 0.1 * mean, 0.2 * mean, x.size / len(mean)
+        return F.batch_norm_backward_elemt(dy, x, mean, invstd, weight, *sums, mask=mask, out=out)
+
     def copies():
         return x.copy(order="K"), dy.copy(order="K")
 
@@ -140,13 +150,19 @@ def written_in_all_ways(x, dy, weight, bias):
         kind = fastbn.BatchNorm2d if x.ndim == 4 else fastbn.BatchNorm1d
         return kind(x.shape[1], activation="relu")(x, residual=residual, out=out)
 
-    (x_1, dy_1), (x_2, dy_2), (x_3, dy_3) = copies(), copies(), copies()
+    (x_1, dy_1), (x_2, dy_2), (x_3, dy_3), (x_4, dy_4) = (copies() for _ in range(4))
+    zero = np.zeros((), x.dtype)
     behind = at(x.ctypes.data % PAGE + 16, dy)  # lines are streamed backwards
     return [
         [forward(x), forward(x_1, out=x_1)],
         [backward(dy, x), backward(dy_1, x, out=dy_1), backward(behind, x, out=behind)],
         [fused(x, dy), fused(x_2, dy, out=x_2), fused(x_3, dy_2, out=dy_2)],
         [layer(x, dy), layer(x, dy_3, out=dy_3)],
+        [np.where(mask, evaluated(x), zero), evaluated(x, mask), evaluated(x_4, mask, out=x_4)],
+        [
+            np.where(mask, gradient(dy, x), zero),
+            *(gradient(dy, x, mask), gradient(dy_4, x, mask, out=dy_4)),
+        ],
     ]
 
 

@@ -317,7 +317,17 @@ UNFUSED = {
     "function": (lambda self, x: self.relu(self.function(self.bn(x))), "with statement"),
     "global": (lambda self, x: ACTIVATION(self.bn(x)), "the global ACTIVATION"),
     "global class": (lambda self, x: F.relu(self.bn(x)) * Settings.scale, "the class Settings"),
-    "a function's attribute": (lambda self, x: F.relu(self.bn(x)) * act.gain, "attributes of act"),
+    "a function's attribute": (lambda self, x: F.relu(self.bn(x)) * tuned.gain, "of tuned"),
+    "an attribute by another name": (lambda self, x: gain(tuned) * F.relu(self.bn(x)), "of tuned"),
+    "a default that may change": (
+        lambda self, x: scaled(F.relu(self.bn(x))),
+        "scaled has a default",
+    ),
+    "a field that may change": (lambda self, x: Scaled(F.relu(self.bn(x))).y, "the class Scaled"),
+    "an attribute by its name": (
+        lambda self, x: read_flag(self) * F.relu(self.bn(x)),
+        "attrgetter",
+    ),
     "a class of tuples": (lambda self, x: F.relu(self.bn(x)) * Shape.gain, "the class Shape"),
     "a tuple of its own": (lambda self, x: OwnPair((F.relu(self.bn(x)), x))[0], "class OwnPair"),
     "a method of a global's name": (lambda self, x: self.act(act(self.bn(x))), "sets attributes"),
@@ -347,6 +357,26 @@ class Settings:
     scale = 2.0
 
 
+OPTIONS = {"gain": 2.0}
+
+
+class Scaled(NamedTuple):
+    y: torch.Tensor
+    options: dict = OPTIONS
+
+
+def scaled(y, options=OPTIONS):
+    return y * options["gain"]
+
+
+def gain(function):
+    return function.gain
+
+
+def read_flag(module):
+    return operator.attrgetter("flag")(module)
+
+
 class Shape(NamedTuple):
     y: torch.Tensor
     gain = 2.0
@@ -360,7 +390,11 @@ def act(y):
     return F.relu(y)
 
 
-act.gain = 2.0
+def tuned(y):
+    return y
+
+
+tuned.gain = 2.0
 
 
 def twice(y):
@@ -517,11 +551,31 @@ def test_a_change_of_the_module_is_noticed(change, compiled):
 def test_a_change_of_a_base_that_the_class_hides_is_noticed(monkeypatch):
     model = model_with(lambda self, x: F.relu(self.bn(x)) * Model.kind)
     type(model).kind = 0.0
-    accelerate(model)
+    assert report(accelerate(model)).fused
     x = torch.randn(4, 3, 5, 5)
     y = model(x)
     monkeypatch.setattr(Model, "kind", 2 * Model.kind)
     torch.testing.assert_close(model(x), 2 * y)
+
+
+def test_another_class_of_the_same_forward_is_noticed():
+    model = accelerate(model_with(lambda self, x: F.relu(self.bn(x)) * self.kind))
+    assert report(model).fused
+    x = torch.randn(4, 3, 5, 5)
+    y = model(x)
+    model.__class__ = type("Other", (type(model),), {"kind": 2 * Model.kind})
+    torch.testing.assert_close(model(x), 2 * y)
+
+
+@pytest.mark.parametrize("owner", ["base", "derived"])
+@pytest.mark.parametrize("of_module", [False, True])
+def test_an_object_of_a_class_is_seen_beside_a_constant_of_another(owner, of_module):
+    model = model_with(lambda self, x: F.relu(self.bn(x)) if self.options is None else x)
+    base = type("Base", (type(model),), {"options": OPTIONS if owner == "base" else None})
+    model.__class__ = type("Derived", (base,), {"options": OPTIONS if owner != "base" else None})
+    if of_module:
+        model.options = None
+    assert "self.options, which may change" in report(accelerate(model)).unfused["bn"]
 
 
 def test_accelerating_again_fuses_what_has_changed():

@@ -493,6 +493,26 @@ def test_large_results_have_torchs_strides_where_axes_have_one_element(shape):
         assert ours(x).stride() == theirs(x).stride()
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((4, 4, 6, 6), (288, 2, 48, 8)),  # every other channel
+        ((4, 8, 3, 6), (288, 1, 96, 8)),  # every other row
+        ((2, 4, 3, 3), (18, 1, 6, 2)),  # rows that overlap
+        ((4, 8, 6, 6), (0, 1, 48, 8)),  # the same samples
+        ((4, 8, 6, 6), (1, 0, 12, 2)),  # the same channels
+        ((3, 1, 1, 5), (12, 12, 12, 2)),  # every other column
+        ((3, 1, 1, 1), (7, 7, 7, 7)),
+        ((2, 3, 4, 4, 4), (384, 2, 96, 24, 6)),
+    ],
+    ids=str,
+)
+def test_results_of_parts_have_torchs_strides(shape, strides):
+    x = torch.randn(2000).as_strided(shape, strides)
+    ours, theirs = (m.train(False) for m in pair(f"BatchNorm{x.dim() - 2}d", x.shape[1]))
+    assert ours(x).stride() == theirs(x).stride()
+
+
 @pytest.mark.parametrize("order", [*itertools.permutations(range(4))], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 4, 4), (2, 1, 3, 3), (2, 3, 1, 4), (1, 1, 4, 1)], ids=str)
 def test_results_have_torchs_strides_whatever_those_of_axes_of_one_element(shape, order):
