@@ -320,6 +320,13 @@ def in_child(work):
 """
 
 
+# Tests that load an OpenMP runtime a second time.
+beside_another_runtime = pytest.mark.skipif(
+    sys.platform != "linux" or core.platform()["openmp"] == "none",
+    reason="no OpenMP runtime that could be there twice",
+)
+
+
 def output_of(code, cwd, **environment):
     """What `code` prints in a fresh interpreter; fails the test if it fails."""
     done = run_python(code, cwd, **environment)

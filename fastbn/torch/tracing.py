@@ -279,7 +279,7 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
     of_module = attributes_of(module, names)
     of_classes = {
         (cls, name): frozen(getattr(cls, name))
-        for cls in own_classes(module)
+        for cls in own_classes(type(module))
         for name in names
         if is_of_class(cls, name)
     }
@@ -289,18 +289,17 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
     return Attributes(type(module), sorted(names), of_module, of_classes)
 
 
-def own_classes(module: torch.nn.Module) -> Iterator[type]:
-    """The classes of a module, apart from torch's: a forward may read attributes of each."""
-    return (cls for cls in type(module).__mro__ if not is_known(cls.__module__))
+def own_classes(cls: type) -> Iterator[type]:
+    """A module's class and its bases, apart from torch's: a forward may read attributes of each."""
+    return (base for base in cls.__mro__ if not is_known(base.__module__))
 
 
 def functions_called(
     module: torch.nn.Module, function: Any, seen: set[Any]
 ) -> Iterator[types.FunctionType]:
     """A function and those that it calls, apart from torch's."""
-    if not isinstance(function, types.FunctionType) or is_known(function.__module__):
-        return
-    if function in seen:
+    is_function = isinstance(function, types.FunctionType)
+    if not is_function or is_known(function.__module__) or function in seen:
         return
     seen.add(function)
     if hasattr(function, "__wrapped__"):
@@ -331,7 +330,7 @@ def nested(code: types.CodeType) -> Iterator[types.CodeType]:
 def attributes_named(module: torch.nn.Module, name: str) -> Iterator[Any]:
     """The functions that an attribute of a module may be: its own, a method, or a property."""
     yield vars(module).get(name)
-    for cls in own_classes(module):
+    for cls in own_classes(type(module)):
         member = vars(cls).get(name)
         if member is not None:
             yield member.fget if isinstance(member, property) else getattr(cls, name)
@@ -389,8 +388,7 @@ def is_of_class(cls: type, name: str) -> bool:
     """Tell whether a class, or a base that is not torch's, has an attribute that is no property."""
     return any(
         name in vars(base) and not isinstance(vars(base)[name], property)
-        for base in cls.__mro__
-        if not is_known(base.__module__)
+        for base in own_classes(cls)
     )
 
 

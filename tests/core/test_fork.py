@@ -1,11 +1,10 @@
 """A forked process can call the library, whatever its parent did before."""
 
 import os
-import sys
 
 import pytest
-from internals import CORE, core
-from support import IN_CHILD, output_of
+from internals import CORE
+from support import IN_CHILD, beside_another_runtime, output_of
 
 pytestmark = [
     pytest.mark.wheel,
@@ -117,11 +116,6 @@ print(all(children) and right())
 """
     assert output_of(IN_CHILD + CODE + EXPECTED + code, tmp_path) == "True\n"
 
-
-beside_another_runtime = pytest.mark.skipif(
-    sys.platform != "linux" or core.platform()["openmp"] == "none",
-    reason="no OpenMP runtime that could be there twice",
-)
 
 # As torch loads the runtime that it brings along: its symbols come before those of all others.
 LOAD_ANOTHER_RUNTIME = f"""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from internals import PACKAGE, core
-from support import output_of
+from support import beside_another_runtime, output_of
 
 import fastbn
 
@@ -902,11 +902,9 @@ def test_the_threads_are_torchs_even_if_fastbn_is_imported_first(tmp_path):
     assert output_of(THREADS, tmp_path) == "1 0\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is preloaded like that")
+@beside_another_runtime
 def test_the_threads_are_torchs_where_another_openmp_is_preloaded(tmp_path):
     runtime = core.platform()["openmp"].partition("(")[2].rstrip(")")
-    if not runtime:
-        pytest.skip("without OpenMP")
     content = Path(runtime).read_bytes()
     other = tmp_path / "another.so"
     name = Path(runtime).name.partition(".so")[0].encode() + b".so"
