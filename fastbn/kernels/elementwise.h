@@ -452,12 +452,6 @@ ALWAYS_INLINE ptrdiff_t NAME(rows_from)(const fastbn_matrix *matrix, ptrdiff_t r
     return count;
 }
 
-/* Whether a mask leaves a row out as a whole. */
-ALWAYS_INLINE int NAME(leaves_out)(const fastbn_matrix *matrix, ptrdiff_t r)
-{
-    return masks_rows(matrix) && !matrix->mask[r];
-}
-
 /* Coefficients of the columns lie so many elements further on, for those of aligned stores to be
  * aligned. */
 ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
@@ -507,7 +501,8 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 #  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) (void)0
 #endif
 
-/* Writes the rows of a matrix. The mask of a row is spread over its columns. */
+/* Writes the rows of a matrix. The mask of a row is spread over its columns; one that is left out as
+ * a whole is zeros. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
     if (NAME(streams_rows)(matrix, nontemporal, most)) \
         STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
@@ -527,7 +522,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
                 NAME(start)(&w, (T *)(out) + row); \
-            if (!masked && NAME(leaves_out)(matrix, r)) { \
+            if (!masked && leaves_out(matrix, r)) { \
                 NAME(write_zeros)(&w, len); \
                 continue; \
             } \

@@ -31,6 +31,12 @@ static inline int masks_rows(const fastbn_matrix *matrix)
     return matrix->mask != NULL && matrix->mask_stride == 1;
 }
 
+/* Whether a row is left out as a whole. */
+static inline int leaves_out(const fastbn_matrix *matrix, ptrdiff_t r)
+{
+    return masks_rows(matrix) && !matrix->mask[r];
+}
+
 static inline int masks_columns(const fastbn_matrix *matrix)
 {
     return matrix->mask != NULL && matrix->mask_stride > 1;

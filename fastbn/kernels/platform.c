@@ -99,10 +99,12 @@ static const char *runtime_in_use(void)
     return function != NULL ? file_of(function) : own_runtime();
 }
 
-/* A function of a library, or of those that it needs, if the process has loaded it. */
+/* A function of a library, or of those that it needs, if the process has loaded it; NULL stands for
+   what the whole process sees. */
 static void *function_of(const char *library, const char *name)
 {
-    void *handle = *library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : NULL;
+    const int is_known = library == NULL || *library;
+    void *handle = is_known ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : NULL;
     if (handle == NULL)
         return NULL;
     void *function = dlsym(handle, name);
@@ -110,14 +112,11 @@ static void *function_of(const char *library, const char *name)
     return function;
 }
 
-/* A function as a library finds it: one that the whole process sees, as of a preloaded runtime,
-   comes before those of the libraries that it needs. */
+/* A function as a library finds it: that of a preloaded runtime, for example, comes before those of
+   the libraries that it needs. */
 static void *function_seen_by(const char *library, const char *name)
 {
-    void *process = dlopen(NULL, RTLD_LAZY);
-    void *function = process != NULL ? dlsym(process, name) : NULL;
-    if (process != NULL)
-        dlclose(process);
+    void *function = function_of(NULL, name);
     return function != NULL ? function : function_of(library, name);
 }
 
