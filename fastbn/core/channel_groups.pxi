@@ -161,7 +161,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)
     for span in range(spans):
         combine_span(norm, span)
-    parallel_for(job, execute_apply, 0, groups, groups * job.cut.blocks, threads)
+    parallel_for(job, execute_apply, 0, groups, groups * job.cut.blocks, threads, True)
 
 
 # ------------------------------------------------------------------ the entry points

@@ -60,13 +60,14 @@ cdef struct Tasks:
     Task task
     Py_ssize_t g0, groups
     int threads
+    bint backwards                # whether each thread walks its range from the last to the first
     fastbn_range ranges[THREADS_MAX]
     double busy                   # the seconds for which the calling thread has worked,
     Py_ssize_t done               # and the tasks that it has done
 
 
 cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups,
-                       Py_ssize_t count, int threads) noexcept nogil:
+                       Py_ssize_t count, int threads, bint backwards=False) noexcept nogil:
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
     cdef Tasks tasks
     cdef Tasks *shared = &tasks
@@ -76,8 +77,9 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     threads = <int>min(<Py_ssize_t>threads, count)
     if threads <= 1 or count > INT32_MAX:
         for t in range(count):
-            task(job, g0, groups, t)
+            task(job, g0, groups, count - 1 - t if backwards else t)
         return
+    tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
     for i in range(tasks.threads):
@@ -92,20 +94,20 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
 
 
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
-    """Do the tasks of a range in their order, then the last ones of ranges that are not done."""
+    """Do the tasks of a range, then those that come last in ranges that are not done."""
     cdef Tasks *tasks = <Tasks *>tasks_
     cdef Py_ssize_t t, done = 0
     cdef int i
     cdef double start = fastbn_seconds()
     while True:
-        t = fastbn_take_first(&tasks.ranges[own])
+        t = take_task(tasks, own, tasks.backwards)
         if t < 0:
             break
         tasks.task(tasks.job, tasks.g0, tasks.groups, t)
         done += 1
     for i in range(1, tasks.threads):
         while True:
-            t = fastbn_take_last(&tasks.ranges[(own + i) % tasks.threads])
+            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards)
             if t < 0:
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
@@ -113,6 +115,13 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
     if own == 0:  # the calling thread's
         tasks.busy = fastbn_seconds() - start
         tasks.done = done
+
+
+cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last) noexcept nogil:
+    """Take the first or the last task of a range; less than 0 if there is none."""
+    if last:
+        return fastbn_take_last(&tasks.ranges[owner])
+    return fastbn_take_first(&tasks.ranges[owner])
 
 
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
@@ -137,9 +146,7 @@ cdef void execute_reduce(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
 
 cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                         Py_ssize_t t) noexcept nogil:
-    """In the order of memory, or backwards after a walk that has left its end in the cache."""
-    cdef Py_ssize_t u = t if job.reduce == NULL else groups * job.cut.blocks - 1 - t
-    apply_block(job, g0 + u % groups, u // groups)
+    apply_block(job, g0 + t % groups, t // groups)
 
 
 cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -166,7 +173,9 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
     if job.apply != NULL:
         if job.cut.column_layout:
             recut_columns(&results.cut, job.itemsize, groups, threads)
-        parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads)
+        # Backwards after a walk that has left the ends of its ranges in the caches.
+        parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads,
+                     job.reduce != NULL)
 
 
 cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
