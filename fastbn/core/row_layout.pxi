@@ -4,6 +4,8 @@ cdef enum:
     # Memory is prefetched when it is so many bytes away, of all inputs: what lies further on in a
     # run is left to the hardware.
     PREFETCH_BYTES = 2048
+    # A larger group would push out of the caches what is prefetched of the next one.
+    AHEAD_GROUP_BYTES = 2097152
 
 
 cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
@@ -17,7 +19,7 @@ cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept n
     runs.len = block.length
     runs.ahead = runs.residual_ahead = ahead_of(job, &runs)
     if backwards:  # a second walk: the cache has what it reads, but for a residual
-        memset(&runs.ahead, 0, sizeof(Ahead))
+        runs.ahead = ahead_to_next_group(job, block)
         if runs.residual_ahead.border == 0:  # several samples ahead: that costs more than it gains
             memset(&runs.residual_ahead, 0, sizeof(Ahead))
     return runs
@@ -46,6 +48,19 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
     else:
         ahead.border = 0
         ahead.jump = runs.stride * ceil_div(ahead.near, max(len_of_sample, 1))
+    return ahead
+
+
+cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogil:
+    """Where the first walk goes on after a second one: in the next channels of the same samples.
+
+    So memory is read while results are written. Where the caches have it all, it only costs.
+    """
+    cdef Ahead ahead
+    memset(&ahead, 0, sizeof(Ahead))
+    if (bytes_in_caches(job) > cache_bytes and group_bytes(job) <= AHEAD_GROUP_BYTES
+            and block.c1 < job.cut.c):
+        ahead.near = ahead.jump = (block.c1 - block.c0) * job.cut.s
     return ahead
 
 
