@@ -220,10 +220,6 @@ include "core/cut.pxi"
 ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
 ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil
 
-# How the kernels of the layout are called: sums of a block around a centre for each channel, in
-# float32 or in double, and the element-wise kernel of a block.
-ctypedef void (*SumBlock)(const Job *job, const Block *block, bint in_float32,
-                          const double *centre, double *first, double *second) noexcept nogil
 ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
 
 # How the batches of a job are divided among threads.
@@ -252,7 +248,6 @@ cdef struct Job:
     BlockStep reduce
     GroupStep merge
     ApplyBlock apply
-    SumBlock sum_block
     Schedule schedule
     bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether blocks are summed in float32 where that is exact enough
@@ -308,10 +303,6 @@ cdef void init_job(Job *job, const char *x, Py_ssize_t n, Py_ssize_t c, Py_ssize
     job.refine_pivot = itemsize == sizeof(double)
     job.cut = cut_work(batches, n, c, s, channels_last)
     job.count = <double>(n * s)
-    if not job.cut.column_layout:
-        job.sum_block = sum_runs
-    else:
-        job.sum_block = sum_columns_in_chunks if job.refine_pivot else sum_columns
     job.schedule = execute_batches
     job.weight = job.invstd = job.var = constant(1.0)
 
@@ -336,13 +327,40 @@ cdef void sum_in_float32(Job *job) noexcept nogil:
 cdef void apply_normalize(Job *job, char *out) noexcept nogil:
     """Let the job write x, normalized, to out."""
     job.out = out
-    job.apply = normalize_columns if job.cut.column_layout else normalize_runs
+    job.apply = normalize_block
 
 
 cdef void apply_gradient(Job *job, char *out) noexcept nogil:
     """Let the job write the gradient of x to out."""
     job.out = out
-    job.apply = gradient_columns if job.cut.column_layout else gradient_runs
+    job.apply = gradient_block
+
+
+# The kernels of a layout, called on a block.
+
+cdef void sum_block(const Job *job, const Block *block, bint in_float32, const double *centre,
+                    double *first, double *second) noexcept nogil:
+    """Sum a block around a centre for each channel, in float32 or in double."""
+    if not job.cut.column_layout:
+        sum_runs(job, block, in_float32, centre, first, second)
+    elif job.refine_pivot:
+        sum_columns_in_chunks(job, block, in_float32, centre, first, second)
+    else:
+        sum_columns(job, block, in_float32, centre, first, second)
+
+
+cdef void normalize_block(const Job *job, const Block *block) noexcept nogil:
+    if job.cut.column_layout:
+        normalize_columns(job, block)
+    else:
+        normalize_runs(job, block)
+
+
+cdef void gradient_block(const Job *job, const Block *block) noexcept nogil:
+    if job.cut.column_layout:
+        gradient_columns(job, block)
+    else:
+        gradient_runs(job, block)
 
 
 # ------------------------------------------------------------------ where things are

@@ -9,8 +9,8 @@
 # Column layout: memory is seen as a matrix whose columns belong to one channel each: the first s
 # columns to the first channel, the next s to the second, and so on. Channels-last arrays are such
 # matrices, of one column per channel, and so are NCHW arrays of few elements per channel and
-# sample. If the matrix is narrow, several of its rows are folded into one. Columns are walked in
-# strips: a group of channels is a strip of columns.
+# sample, or of more where there are many samples. If the matrix is narrow, several of its rows are
+# folded into one. Columns are walked in strips: a group of channels is a strip of columns.
 #
 # A block is what one thread sums into one partial sum for each channel of a group. The blocks and
 # the order in which they merge depend on the shape alone. Groups depend on the number of threads,
@@ -20,8 +20,11 @@ cdef enum:
     # Elements of a channel that are summed before they merge: few enough for the rounding of the
     # sums not to matter in float64, enough for the merge to cost nothing.
     ROW_LAYOUT_BLOCK = 32768
-    # Rows of a matrix that are summed before they merge; more where there are many.
+    # Rows of a matrix that are summed before they merge; more where there are many. Rows that have
+    # several elements of a channel: so many of these, but no fewer than so many rows.
     COLUMN_LAYOUT_BLOCK = 512
+    COLUMN_LAYOUT_BLOCK_ELEMENTS = 4096
+    COLUMN_LAYOUT_BLOCK_MIN = 64
     COLUMN_LAYOUT_BLOCKS_MAX = 256
     # A group of channels that is walked twice should stay in a cache of the second level, but its
     # runs should not be much shorter than a page.
@@ -32,8 +35,13 @@ cdef enum:
     LONG_RUN_BYTES = 524288
     COEFFICIENT_ELEMENTS = 1024
     COEFFICIENT_ROWS = 64
-    # Arrays of shorter runs have the column layout.
+    # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums
+    # without a mask if there are two samples for three elements of a run: what a run costs the row
+    # layout beside its elements, a column costs the column layout. Without sums, they have it up to
+    # a third length.
     RUN_MIN = 16
+    RUN_MIN_OF_SUMS = 129
+    RUN_MIN_OF_RESULTS = 48
     # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
     # to sums in memory waits for the one before it.
     FOLDED_WIDTH = 96
@@ -74,16 +82,22 @@ cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
     if channels_last:
         n, s = n * s, 1
     cut.batches, cut.n, cut.c, cut.s = batches, n, c, s
-    if channels_last or s < RUN_MIN:
+    if s < RUN_MIN or s < RUN_MIN_OF_SUMS and 2 * s < 3 * n:
         cut_column_layout(&cut)
     else:
         cut_row_layout(&cut)
     return cut
 
 
+cdef void move_to_rows(Cut *cut, Py_ssize_t run_min) noexcept nogil:
+    """Give runs of at least so many elements the row layout."""
+    if cut.column_layout and cut.s >= run_min:
+        cut_row_layout(cut)
+
+
 cdef void cut_row_layout(Cut *cut) noexcept nogil:
     cdef Py_ssize_t s = cut.s
-    cut.fold = 1
+    cut.column_layout, cut.fold = False, 1
     cut.group = 1
     cut.block_n = max(ROW_LAYOUT_BLOCK // max(s, 1), 1)
     # Long runs are cut at whole steps, into blocks of nearly the same length.
@@ -100,10 +114,17 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
     cut.width = width * cut.fold
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold
-    cut.block_n = max(COLUMN_LAYOUT_BLOCK, ceil_div(height, COLUMN_LAYOUT_BLOCKS_MAX))
+    cut.block_n = max(rows_of_block(cut), ceil_div(height, COLUMN_LAYOUT_BLOCKS_MAX))
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
     cut.block_s = cut.s
     cut.blocks_along_s = 1
+
+
+cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
+    """The folded rows that are summed before they merge, if there are not very many."""
+    if cut.s < RUN_MIN:
+        return COLUMN_LAYOUT_BLOCK
+    return max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN) // cut.fold
 
 
 cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:

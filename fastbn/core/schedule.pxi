@@ -211,16 +211,26 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         execute_rounds(job, threads)
 
 
+cdef Cut leftover_cut(const Job *job) noexcept nogil:
+    """How the samples after the batches are cut; their layout may be another."""
+    cdef Py_ssize_t s = job.cut.n * job.cut.s // max(job.samples, 1)
+    cdef Cut cut = cut_work(1, job.leftover_samples, job.cut.c, s, job.channels_last)
+    if job.mask != NULL:
+        move_to_rows(&cut, RUN_MIN)
+    if job.reduce == NULL:
+        move_to_rows(&cut, RUN_MIN_OF_RESULTS)
+    return cut
+
+
 cdef Job leftover_job(const Job *job) noexcept nogil:
     """The job on the samples after the batches, as a batch of its own."""
     cdef Job leftover = job[0]
     cdef Py_ssize_t batches = job.cut.batches, results = batches * job.cut.c
     cdef Py_ssize_t elements = job.cut.n * job.cut.s, done = array_bytes(job)
-    cdef Py_ssize_t s = elements // job.samples
     cdef Vector *vectors[8]
     cdef int i
-    leftover.cut = cut_work(1, job.leftover_samples, job.cut.c, s, job.channels_last)
-    leftover.count = <double>(job.leftover_samples * s)
+    leftover.cut = leftover_cut(job)
+    leftover.count = <double>(leftover.cut.n * leftover.cut.s)
     leftover.x += done
     leftover.first_element += done // job.itemsize
     leftover.dy += 0 if job.dy == NULL else done
@@ -254,6 +264,8 @@ cdef int execute(Job *job) except -1:
     cdef Job leftover
     cdef int threads = num_threads_now()
     cdef double start = 0.0
+    if job.reduce == NULL:
+        move_to_rows(&job.cut, RUN_MIN_OF_RESULTS)
     allocate(job)
     with nogil:
         job.in_float64 = needs_float64(job)
@@ -273,7 +285,7 @@ cdef int execute(Job *job) except -1:
 
 cdef int allocate(Job *job) except -1:
     """Get the memory for partial sums, if there are any."""
-    cdef Py_ssize_t blocks = job.cut.batches * job.cut.blocks
+    cdef Py_ssize_t blocks = max(job.cut.batches * job.cut.blocks, leftover_cut(job).blocks)
     if job.reduce == NULL:
         return 0
     job.partial_sums = <double *>malloc((2 * job.cut.c * blocks + 1) * sizeof(double))

@@ -66,12 +66,12 @@ cdef void exact_moments(const Job *job, const Block *block, const BlockValid *va
     read_channels(job, block, valid.first, pivot)
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
-    job.sum_block(job, block, False, pivot, first, second)
+    sum_block(job, block, False, pivot, first, second)
     if job.refine_pivot:
         for c in range(channels):
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
-        job.sum_block(job, block, False, pivot, first, second)
+        sum_block(job, block, False, pivot, first, second)
     moments_around(pivot, first, second, valid.count, channels, mean, m2)
 
 
@@ -125,7 +125,7 @@ cdef void float32_moments(const Job *job, const Block *block, const BlockValid *
     cdef bint summed_again = False
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
-    job.sum_block(job, block, True, pivot, first, second)
+    sum_block(job, block, True, pivot, first, second)
     moments_around(pivot, first, second, valid.count, channels, mean, m2)
     for c in range(channels):
         if (not leaves_float32(first[c], second[c], valid.count)
@@ -238,7 +238,7 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept n
     if job.in_float32 and valid.count >= PRODUCTS_MIN:
         float32_products(job, &block, &valid, mean, first, second)
     else:
-        job.sum_block(job, &block, False, mean, first, second)
+        sum_block(job, &block, False, mean, first, second)
 
 
 cdef void float32_products(const Job *job, const Block *block, const BlockValid *valid,
@@ -248,14 +248,14 @@ cdef void float32_products(const Job *job, const Block *block, const BlockValid 
     cdef double exact_second[COLUMNS]
     cdef bint summed_again = False
     cdef Py_ssize_t c
-    job.sum_block(job, block, True, mean, first, second)
+    sum_block(job, block, True, mean, first, second)
     for c in range(block.c1 - block.c0):
         if not leaves_float32(first[c], second[c], valid.count):
             # Of the mean, float32 has taken the first 24 bits.
             second[c] -= (mean[c] - <double><float>mean[c]) * first[c]
             continue
         if not summed_again:
-            job.sum_block(job, block, False, mean, exact_first, exact_second)
+            sum_block(job, block, False, mean, exact_first, exact_second)
             summed_again = True
         first[c], second[c] = exact_first[c], exact_second[c]
 

@@ -22,6 +22,8 @@ from fastbn import functional as F
 pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
 
 SHAPES = [(12, 3), (12, 3, 5), (12, 40, 5, 7), (12, 3, 40, 41), (12, 70, 3, 2), (13, 2, 9, 9)]
+# Of parts that are summed by columns, and of a rest that is not.
+SHAPES += [(50, 3, 4, 5)]
 BOTH = each("layout", [contiguous, channels_last])
 LAYERS = {2: fastbn.BatchNorm1d, 3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d}
 

@@ -37,6 +37,7 @@ SHAPES = [
     (40, 5),
     (3, 2, 5),
     (4, 3, 4, 4),
+    (40, 5, 4, 5),
     (5, 33, 7, 7),
     (2, 3, 40, 41),
     (3, 70, 3, 2),
@@ -343,12 +344,13 @@ def test_the_example_runs_and_padding_moves_nothing_with_masks_alone(tmp_path):
     assert moved["without masks"] > 0.1
 
 
-@each("run", range(1, 18))
+@each("run", (*range(1, 18), 31, 32, 49, 100, 128))
 def test_every_run_and_number_of_channels_has_its_own_part_of_the_mask(rng, run):
     for channels in (*range(1, 20), 31, 40, 57, 170):
-        shape = (9, channels, run)
+        samples = max(9, run)
+        shape = (samples, channels, run)
         x = np.ones(shape, np.float32)
-        mask = rng.random((9, 1, run)) < 0.5
+        mask = rng.random((samples, 1, run)) < 0.5
         mask[0] = True
         count, mean, m2 = F.batch_norm_stats(spoilt(x, mask), mask)
         assert (count, *set(mean), *set(m2)) == (mask.sum(), 1.0, 0.0)

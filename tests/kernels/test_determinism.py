@@ -20,11 +20,11 @@ PAGE = 4096
 THREADS = [2, 3, 7, 16]  # beside a single one
 # They have something to lose by a schedule: pieces, rounds and strips that threads share.
 SHARED = ["channels of several blocks", "pieces of a channel", "rounds of channels, streamed"]
-SHARED += ["strips of columns"]
+SHARED += ["strips of columns", "strips of runs"]
 # Whole lines, ends of lines, buffers, strips, folded rows and more columns than one kernel takes.
 STORED = ["tails of rows", "tails of a strip", "groups of short runs", "channels of several blocks"]
 STORED += ["streamed rows", "folded channels-last", "strips of columns", "a narrow last strip"]
-STORED += ["wide strips of columns"]
+STORED += ["wide strips of columns", "strips of runs", "folded runs with a rest"]
 
 
 def at(address, a):
@@ -81,7 +81,9 @@ def test_a_channel_of_a_huge_mean_leaves_the_others_alone(
         assert same_bits(results(threads, shift), expected)
 
 
-@pytest.mark.parametrize("path", ["a narrow last strip", "a narrow last strip of short runs"])
+@pytest.mark.parametrize(
+    "path", ["a narrow last strip", "a narrow last strip of short runs", "strips of runs"]
+)
 def test_any_number_of_threads_gives_the_same_bits_with_a_mask(rng, dtype, path, set_num_threads):
     x, dy, weight, bias = fingerprint.arguments(path, dtype)
     mask = rng.random((len(x), 1, *x.shape[2:])) < 0.7

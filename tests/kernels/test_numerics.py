@@ -23,6 +23,7 @@ SHAPES = [
     (2, 3, 1, 1),
     (3, 3, 33, 27),
     (64, 17, 1, 1),
+    (96, 5, 7, 7),
     (2, 1, 512, 512),
 ]
 LAYOUTS = [support.contiguous, support.channels_last]
