@@ -235,8 +235,9 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
 #define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), NULL, v) : (v))
 #define MASKED_LANE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
-/* What a kernel is fused with: nothing, an activation that a clamp computes, or a whole epilogue. */
-enum { NAME(PLAIN), NAME(ACTIVATED), NAME(WHOLE) };
+/* What a kernel is fused with: nothing; an activation that a clamp computes, alone, after a residual,
+ * or after one and with bits; or an epilogue of any kind, at the price of branches. */
+enum { NAME(PLAIN), NAME(ACTIVATED), NAME(ADDED), NAME(NOTED), NAME(WHOLE) };
 
 /* The residual and the bits of an epilogue from an element of x on. */
 typedef struct {
@@ -247,41 +248,47 @@ typedef struct {
 
 ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epilogue, ptrdiff_t at)
 {
-    if (fused != NAME(WHOLE))
+    if (fused == NAME(PLAIN) || fused == NAME(ACTIVATED))
         return (NAME(beside)){NULL, NULL, 0};
     return (NAME(beside)){epilogue->residual == NULL ? NULL : (const T *)epilogue->residual + at,
                           epilogue->alive, epilogue->first + at};
 }
 
+#define ADDS(fused) \
+    (fused == NAME(ADDED) || fused == NAME(NOTED) || (fused == NAME(WHOLE) && beside.residual != NULL))
+#define NOTES_ARE_TAKEN(fused, alive) \
+    (fused == NAME(NOTED) || (fused == NAME(WHOLE) && (alive) != NULL))
+
 /* The elements that are written at a time: notes about them need room. */
 #define MOST(fused) \
-    (fused == NAME(WHOLE) && epilogue->alive != NULL ? (ptrdiff_t)ALIVE_BYTES : PTRDIFF_MAX)
+    (NOTES_ARE_TAKEN(fused, epilogue->alive) ? (ptrdiff_t)ALIVE_BYTES : PTRDIFF_MAX)
 
 /* Results at i of a run, as registers and as single ones, once they have been normalized. There are
  * notes about `noted` elements before i0, which become bits when there are many, or when what follows
  * in memory is another thread's. */
-#define NOTES(i) \
-    (beside.alive == NULL ? NULL : notes + ((beside.first + i0 - noted) & 7) + noted + (i))
+#define NOTES(fused, i) \
+    (NOTES_ARE_TAKEN(fused, beside.alive) ? notes + ((beside.first + i0 - noted) & 7) + noted + (i) \
+                                          : NULL)
 #define FINISH(fused, z, i, is_first, ahead) \
     (fused == NAME(PLAIN)       ? (z) \
      : fused == NAME(ACTIVATED) ? NAME(activate)(z, &activation) \
-                                : NAME(finish)(z, beside.residual != NULL, \
-                                               beside.residual == NULL \
-                                                   ? (VA){0} \
-                                                   : NAME(fetch)(beside.residual + i0 + (i), \
-                                                                 is_first, ahead), \
-                                               &activation, NOTES(i)))
+                                : NAME(finish)(z, ADDS(fused), \
+                                               ADDS(fused) \
+                                                   ? NAME(fetch)(beside.residual + i0 + (i), \
+                                                                 is_first, ahead) \
+                                                   : (VA){0}, \
+                                               &activation, NOTES(fused, i)))
 #define FINISH_ONE(fused, z, i) \
     (fused == NAME(PLAIN)       ? (z) \
      : fused == NAME(ACTIVATED) ? NAME(first_lane)(NAME(activate)(NAME(all_lanes)(z), &activation)) \
                                 : NAME(first_lane)(NAME(finish)( \
-                                      NAME(all_lanes)(z), beside.residual != NULL, \
-                                      NAME(all_lanes)(beside.residual == NULL \
-                                                          ? (A)0 \
-                                                          : NAME(decode)(beside.residual[i0 + (i)])), \
-                                      &activation, NOTES(i))))
+                                      NAME(all_lanes)(z), ADDS(fused), \
+                                      NAME(all_lanes)(ADDS(fused) \
+                                                          ? NAME(decode)(beside.residual[i0 + (i)]) \
+                                                          : (A)0), \
+                                      &activation, NOTES(fused, i))))
 #define KEEP_NOTES(fused, ends) \
-    if (fused == NAME(WHOLE) && beside.alive != NULL) { \
+    if (NOTES_ARE_TAKEN(fused, beside.alive)) { \
         noted += n; \
         if (noted >= ALIVE_BYTES / 2 || (ends)) { \
             gather_bits(notes, beside.first + i0 + n - noted, noted, beside.alive); \
@@ -303,7 +310,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
-    if (fused == NAME(ACTIVATED))
+    if (fused != NAME(WHOLE)) /* the compiler does not know it */
         activation.is_clamped = 1;
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
@@ -338,10 +345,11 @@ ALWAYS_INLINE int NAME(fused_with)(const fastbn_epilogue *epilogue)
 {
     if (epilogue == NULL)
         return NAME(PLAIN);
-    if (epilogue->residual == NULL && epilogue->alive == NULL &&
-        NAME(is_clamped)(&epilogue->activation))
-        return NAME(ACTIVATED);
-    return NAME(WHOLE);
+    if (!NAME(is_clamped)(&epilogue->activation))
+        return NAME(WHOLE);
+    if (epilogue->residual != NULL)
+        return epilogue->alive == NULL ? NAME(ADDED) : NAME(NOTED);
+    return epilogue->alive == NULL ? NAME(ACTIVATED) : NAME(WHOLE);
 }
 
 static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
@@ -355,6 +363,10 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
         NAME(normalize_runs)(1, NAME(PLAIN), x, y, runs, affine, NULL, nontemporal);
     else if (fused == NAME(WHOLE))
         NAME(normalize_runs)(0, NAME(WHOLE), x, y, runs, affine, epilogue, nontemporal);
+    else if (fused == NAME(NOTED))
+        NAME(normalize_runs)(0, NAME(NOTED), x, y, runs, affine, epilogue, nontemporal);
+    else if (fused == NAME(ADDED))
+        NAME(normalize_runs)(0, NAME(ADDED), x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(ACTIVATED))
         NAME(normalize_runs)(0, NAME(ACTIVATED), x, y, runs, affine, epilogue, nontemporal);
     else
@@ -559,7 +571,7 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     NAME(beside) beside;
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
-    if (fused == NAME(ACTIVATED))
+    if (fused != NAME(WHOLE)) /* the compiler does not know it */
         activation.is_clamped = 1;
     NAME(narrow_affine)(affine, matrix->channels, &of_channel);
     NAME(spread)(matrix, of_channel.centre, centre);
@@ -596,6 +608,10 @@ static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix
             NAME(normalize_rows)(1, NAME(PLAIN), x, y, &rows, affine, NULL, at, nontemporal);
         else if (fused == NAME(WHOLE))
             NAME(normalize_rows)(0, NAME(WHOLE), x, y, &rows, affine, epilogue, at, nontemporal);
+        else if (fused == NAME(NOTED))
+            NAME(normalize_rows)(0, NAME(NOTED), x, y, &rows, affine, epilogue, at, nontemporal);
+        else if (fused == NAME(ADDED))
+            NAME(normalize_rows)(0, NAME(ADDED), x, y, &rows, affine, epilogue, at, nontemporal);
         else if (fused == NAME(ACTIVATED))
             NAME(normalize_rows)(0, NAME(ACTIVATED), x, y, &rows, affine, epilogue, at, nontemporal);
         else
