@@ -181,8 +181,8 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
 cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
     """Rounds of so many groups that the second walk finds them in the third-level cache."""
     cdef Py_ssize_t r, groups = groups_of(job), most = max(cache_bytes // (2 * group_bytes(job)), 1)
-    if job.cut.column_layout and group_bytes(job) > cache_bytes:
-        most = groups  # strips that do not stay there: they are neighbours in memory
+    if job.cut.column_layout:
+        most = groups  # strips: they are neighbours in memory, of which caches hold the end anyway
     for r in range(ceil_div(groups, most)):
         execute_round(job, r * most, min(most, groups - r * most), threads)
 
