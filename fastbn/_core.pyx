@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True, freethreading_compatible=True
 """The loops over channels: how the work is cut, which thread does what, and how sums merge.
 
-What a block is depends on the shape alone, and partial sums merge in a fixed order, so the result
-has the same bits for every number of threads.
+What a block is depends on the shape, and on whether a mask leaves out anything, and partial sums
+merge in a fixed order, so the result has the same bits for every number of threads.
 
 The functions trust their caller: arrays have the right shapes, dtypes and layouts.
 """
@@ -255,6 +255,7 @@ cdef struct Job:
     Trial *trial                  # of kinds of stores; NULL if there is none
     int way                       # what it says: 1 for non-temporal stores
     bint nontemporal              # whether the output is written by non-temporal stores
+    bint group_by_group           # whether a group's second walk comes before the next one's first
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are
     BlockValid *valid             # of (batches, blocks), if there is a mask

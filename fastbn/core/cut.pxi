@@ -13,15 +13,16 @@
 # folded into one. Columns are walked in strips: a group of channels is a strip of columns.
 #
 # A block is what one thread sums into one partial sum for each channel of a group. The blocks and
-# the order in which they merge depend on the shape alone. Groups depend on the number of threads,
-# too, and so do the blocks of results where these are cut anew; but no result depends on them.
+# the order in which they merge depend on the shape and on whether a mask leaves out anything, and
+# on nothing else. Groups depend on the number of threads, too, and so do the blocks of results
+# where these are cut anew; but no result depends on them.
 
 cdef enum:
     # Elements of a channel that are summed before they merge: few enough for the rounding of the
     # sums not to matter in float64, enough for the merge to cost nothing.
     ROW_LAYOUT_BLOCK = 32768
-    # Rows of a matrix that are summed before they merge; more where there are many. Rows that have
-    # several elements of a channel: so many of these, but no fewer than so many rows.
+    # Rows of a matrix that are summed before they merge; more where there are many. Of rows that
+    # have RUN_MIN elements of a channel or more: so many of these, but no fewer than so many rows.
     COLUMN_LAYOUT_BLOCK = 512
     COLUMN_LAYOUT_BLOCK_ELEMENTS = 4096
     COLUMN_LAYOUT_BLOCK_MIN = 64
@@ -36,10 +37,10 @@ cdef enum:
     COEFFICIENT_ELEMENTS = 1024
     COEFFICIENT_ROWS = 64
     # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums
-    # without a mask if there are two samples for three elements of a run: what a run costs the row
-    # layout beside its elements, a column costs the column layout. Without sums, they have it up to
-    # a third length.
-    RUN_MIN = 16
+    # without a mask if there are more than two samples for three elements of a run: what a run
+    # costs the row layout beside its elements, a column costs the column layout. Without sums, they
+    # have it up to a third length. The column layout's kernels take a mask of runs below LANES.
+    RUN_MIN = LANES
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
     # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
@@ -122,9 +123,13 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
 
 cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
     """The folded rows that are summed before they merge, if there are not very many."""
+    cdef Py_ssize_t rows
     if cut.s < RUN_MIN:
         return COLUMN_LAYOUT_BLOCK
-    return max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN) // cut.fold
+    rows = max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN)
+    # Wide rows have strips enough for many threads.
+    rows = min(rows * max(cut.width // (4 * COLUMNS), 1), max(rows, COLUMN_LAYOUT_BLOCK))
+    return max(rows // cut.fold, 1)
 
 
 cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
@@ -162,13 +167,14 @@ cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
 
 cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     """Choose how wide the strips of the column layout are."""
-    cdef Py_ssize_t strips = max(ceil_div(cut.width, COLUMNS), 1)
+    cdef Py_ssize_t most = max(COLUMNS // (max(cut.s, 1) * cut.fold), 1)
+    cdef Py_ssize_t strips = max(ceil_div(cut.c, most), 1)
+    cdef Py_ssize_t step = LANES if cut.s < LANES else 1  # channels
     # Enough strips for all threads, if there are few blocks. A folded row is one strip.
     if cut.batches * cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
         strips = max(strips, 2 * threads)
     # Strips have nearly the same width, in whole steps.
-    cut.group = ceil_div(ceil_div(cut.c, strips), LANES) * LANES
-    cut.group = max(min(cut.group, COLUMNS // (max(cut.s, 1) * cut.fold)), 1)
+    cut.group = max(min(ceil_div(ceil_div(cut.c, strips), step) * step, most), 1)
     cut.groups = ceil_div(cut.c, cut.group)
 
 

@@ -52,14 +52,14 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
 
 
 cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogil:
-    """Where the first walk goes on after a second one: in the next channels of the same samples.
+    """Where a group's first walk begins after another's second one: in the next channels.
 
     So memory is read while results are written. Where the caches have it all, it only costs.
     """
     cdef Ahead ahead
     memset(&ahead, 0, sizeof(Ahead))
-    if (bytes_in_caches(job) > cache_bytes and group_bytes(job) <= AHEAD_GROUP_BYTES
-            and block.c1 < job.cut.c):
+    if (job.group_by_group and bytes_in_caches(job) > cache_bytes
+            and group_bytes(job) <= AHEAD_GROUP_BYTES and block.c1 < job.cut.c):
         ahead.near = ahead.jump = (block.c1 - block.c0) * job.cut.s
     return ahead
 

@@ -202,11 +202,12 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
-    if job.reduce == NULL:
-        execute_round(job, 0, groups_of(job), threads)
-    elif threads == 1 or job.cut.blocks < 2 or (
-            groups_of(job) >= 4 * threads and group_bytes(job) * threads <= cache_bytes):
+    job.group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
+        groups_of(job) >= 4 * threads and group_bytes(job) * threads <= cache_bytes))
+    if job.group_by_group:
         parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
+    elif job.reduce == NULL:
+        execute_round(job, 0, groups_of(job), threads)
     else:
         execute_rounds(job, threads)
 
@@ -285,9 +286,10 @@ cdef int execute(Job *job) except -1:
 
 cdef int allocate(Job *job) except -1:
     """Get the memory for partial sums, if there are any."""
-    cdef Py_ssize_t blocks = max(job.cut.batches * job.cut.blocks, leftover_cut(job).blocks)
+    cdef Py_ssize_t blocks
     if job.reduce == NULL:
         return 0
+    blocks = max(job.cut.batches * job.cut.blocks, leftover_cut(job).blocks)
     job.partial_sums = <double *>malloc((2 * job.cut.c * blocks + 1) * sizeof(double))
     if job.mask != NULL:
         job.valid = <BlockValid *>malloc((blocks + 1) * sizeof(BlockValid))

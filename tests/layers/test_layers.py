@@ -467,8 +467,9 @@ def test_an_empty_batch_in_eval_and_frozen(mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
-def test_no_channels(mode):
-    x = np.empty((2, 0, 3, 3), np.float32)
+@each("shape", [(2, 0, 3, 3), (90, 0, 8, 8), (95, 0, 2, 64)])
+def test_no_channels(mode, shape):
+    x = np.empty(shape, np.float32)
     bn = fastbn.BatchNorm2d(0)
     getattr(bn, mode)()
     assert same_bits(bn(x), x)
