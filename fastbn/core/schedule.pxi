@@ -212,14 +212,19 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         execute_rounds(job, threads)
 
 
+cdef void settle_layout(const Job *job, Cut *cut) noexcept nogil:
+    """Let a cut of a job's samples have rows where it has a mask, or no sums."""
+    if job.mask != NULL:
+        move_to_rows(cut, RUN_MIN)
+    if job.reduce == NULL:
+        move_to_rows(cut, RUN_MIN_OF_RESULTS)
+
+
 cdef Cut leftover_cut(const Job *job) noexcept nogil:
     """How the samples after the batches are cut; their layout may be another."""
     cdef Py_ssize_t s = job.cut.n * job.cut.s // max(job.samples, 1)
     cdef Cut cut = cut_work(1, job.leftover_samples, job.cut.c, s, job.channels_last)
-    if job.mask != NULL:
-        move_to_rows(&cut, RUN_MIN)
-    if job.reduce == NULL:
-        move_to_rows(&cut, RUN_MIN_OF_RESULTS)
+    settle_layout(job, &cut)
     return cut
 
 
@@ -265,8 +270,7 @@ cdef int execute(Job *job) except -1:
     cdef Job leftover
     cdef int threads = num_threads_now()
     cdef double start = 0.0
-    if job.reduce == NULL:
-        move_to_rows(&job.cut, RUN_MIN_OF_RESULTS)
+    settle_layout(job, &job.cut)
     allocate(job)
     with nogil:
         job.in_float64 = needs_float64(job)

@@ -2,16 +2,15 @@
 
 
 cdef void set_mask(Job *job, const unsigned char *mask) noexcept nogil:
-    """Let the job heed a mask, in the row layout unless runs are very short.
+    """Let the job heed a mask.
 
-    One of nothing but valid positions is none, so that it does not change the layout, and with it
-    the order of sums.
+    One of nothing but valid positions is none where a mask would change the layout, and with it the
+    order of sums.
     """
     cdef Py_ssize_t samples = job.cut.batches * job.samples + job.leftover_samples
     if job.cut.column_layout and job.cut.s >= RUN_MIN:
         if job.kernels.count_valid(mask, samples * job.cut.s) == samples * job.cut.s:
             return
-        move_to_rows(&job.cut, RUN_MIN)
     job.mask = mask
 
 
