@@ -10,6 +10,11 @@ cdef enum:
     NONTEMPORAL_RUN_BYTES = 1024
     # Of more bytes, no cache keeps an output for its next reader.
     LARGER_THAN_CACHES = 100663296
+    # The calls that try a kind of stores, of which the first half is not timed: it finds in the
+    # caches what other calls have left. What fits the third-level cache is there to the full after
+    # some ten calls.
+    CALLS_OF_WAY = 4
+    CALLS_OF_WAY_IN_CACHE = 16
 
 # Of inputs and output together: fewer bytes stay in the cache, and are not worth a trial.
 cdef Py_ssize_t trial_bytes = min(l3_bytes // 4, 8388608)
@@ -76,7 +81,7 @@ cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
         + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
         + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
         + 512 * job.has_epilogue)
-    return trial_with(key)
+    return trial_with(key, CALLS_OF_WAY_IN_CACHE if of_all <= l3_bytes else CALLS_OF_WAY)
 
 
 cdef bint uses_nontemporal(const Job *job) noexcept nogil:

@@ -6,7 +6,7 @@ cdef extern from *:
     typedef struct {
         uint64_t key;
         double least[2];
-        int calls;
+        int calls, calls_of_way;
     } fastbn_trial;
     enum { FASTBN_TRIALS = 128 };
     static FASTBN_THREAD_LOCAL fastbn_trial fastbn_trials[FASTBN_TRIALS];
@@ -15,6 +15,7 @@ cdef extern from *:
         uint64_t key              # a hash of what is done
         double least[2]           # the least seconds that each way has taken
         int calls
+        int calls_of_way          # the calls that try a way, of which the first half is not timed
     enum:
         TRIALS "FASTBN_TRIALS"
     # Each at one of the places that its key tells; one whose place another takes begins anew.
@@ -22,13 +23,11 @@ cdef extern from *:
 
 cdef enum:
     PLACES_OF_KEY = 4
-    # The calls that try a way. The first of them finds in the caches what the other way has left.
-    CALLS_OF_TRIAL = 4
     # After so many calls both are tried again: what the machine's other users do may have changed.
-    CALLS_UNTIL_RENEWAL = 512
+    CALLS_UNTIL_RENEWAL = 1024
 
 
-cdef Trial *trial_with(uint64_t key) noexcept nogil:
+cdef Trial *trial_with(uint64_t key, int calls_of_way) noexcept nogil:
     """The trial of this thread with a key, which is not 0."""
     cdef Trial *places = &trials[(key >> 32) % (TRIALS // PLACES_OF_KEY) * PLACES_OF_KEY]
     cdef Trial *trial = &places[key % PLACES_OF_KEY]
@@ -38,7 +37,7 @@ cdef Trial *trial_with(uint64_t key) noexcept nogil:
             return &places[i]
         if places[i].key == 0:
             trial = &places[i]
-    trial.key, trial.calls = key, 0
+    trial.key, trial.calls, trial.calls_of_way = key, 0, calls_of_way
     return trial
 
 
@@ -50,8 +49,8 @@ cdef void mix(uint64_t *key, uint64_t value) noexcept nogil:
 
 cdef int way_of(const Trial *trial, int likely) noexcept nogil:
     """The way, 0 or 1, of the next call: the likely one is tried first, then the other one."""
-    if trial.calls < 2 * CALLS_OF_TRIAL:
-        return likely if trial.calls < CALLS_OF_TRIAL else 1 - likely
+    if trial.calls < 2 * trial.calls_of_way:
+        return likely if trial.calls < trial.calls_of_way else 1 - likely
     if trial.least[0] == trial.least[1]:  # a clock may stand still
         return likely
     return trial.least[1] < trial.least[0]
@@ -59,10 +58,11 @@ cdef int way_of(const Trial *trial, int likely) noexcept nogil:
 
 cdef void note_call(Trial *trial, int way, double seconds) noexcept nogil:
     """Note how long the next call has taken, in the way that it was to take."""
-    if trial.calls < 2 * CALLS_OF_TRIAL:
-        if trial.calls % CALLS_OF_TRIAL == 0:
+    cdef int call = trial.calls % trial.calls_of_way
+    if trial.calls < 2 * trial.calls_of_way:
+        if call == 0:
             trial.least[way] = INFINITY
-        else:
+        if call >= trial.calls_of_way // 2:
             trial.least[way] = min(trial.least[way], seconds)
     trial.calls += 1
     if trial.calls == CALLS_UNTIL_RENEWAL:
