@@ -14,7 +14,7 @@ cdef extern from *:
     ctypedef struct Trial "fastbn_trial":
         uint64_t key              # a hash of what is done
         double least[2]           # the least seconds that each way has taken
-        int calls
+        int calls                 # since it began; less than 0 while nothing is tried yet
         int calls_of_way          # the calls that try a way, of which the first half is not timed
     enum:
         TRIALS "FASTBN_TRIALS"
@@ -37,7 +37,8 @@ cdef Trial *trial_with(uint64_t key, int calls_of_way) noexcept nogil:
             return &places[i]
         if places[i].key == 0:
             trial = &places[i]
-    trial.key, trial.calls, trial.calls_of_way = key, 0, calls_of_way
+    # The first calls of all find memory that nobody has touched, and caches without it.
+    trial.key, trial.calls, trial.calls_of_way = key, -calls_of_way, calls_of_way
     return trial
 
 
@@ -59,7 +60,7 @@ cdef int way_of(const Trial *trial, int likely) noexcept nogil:
 cdef void note_call(Trial *trial, int way, double seconds) noexcept nogil:
     """Note how long the next call has taken, in the way that it was to take."""
     cdef int call = trial.calls % trial.calls_of_way
-    if trial.calls < 2 * trial.calls_of_way:
+    if 0 <= trial.calls < 2 * trial.calls_of_way:
         if call == 0:
             trial.least[way] = INFINITY
         if call >= trial.calls_of_way // 2:

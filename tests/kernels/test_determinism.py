@@ -185,7 +185,7 @@ def test_the_kind_of_store_changes_no_bit(dtype, path):
 
 
 def test_trials_of_stores_change_no_bit(rng, dtype):
-    # The first 32 calls of a kind and size, 8 MiB at least, try both kinds of stores.
+    # The first 48 calls of a kind and size, 8 MiB at least, try both kinds of stores.
     shape = 64 // dtype.itemsize, 64, 56, 56
     x, dy = some(rng, shape, dtype), some(rng, shape, dtype)
     y, dx, same = np.empty_like(x), np.empty_like(x), np.empty_like(x)
@@ -197,7 +197,7 @@ def test_trials_of_stores_change_no_bit(rng, dtype):
 
     with nontemporal_from(-1):
         expected = [array.copy() for array in results()]
-        for _ in range(33):
+        for _ in range(49):
             assert all(map(same_bits, results(), expected))
 
 
