@@ -1,5 +1,7 @@
 #include "results.h"
 
+#include "platform.h"
+
 #include <stdint.h>
 #include <string.h>
 #if !defined(_WIN32)
@@ -13,13 +15,23 @@ typedef struct {
     size_t size;
 } block;
 
-enum { MOST_BLOCKS = 64, MOST_OF_A_SIZE = 2 };
+enum {
+    MOST_BLOCKS = 64,
+    MOST_OF_A_SIZE = 2,
+    /* Offering a block to the system may have to tell all CPUs of a process, which takes long on some
+     * virtual machines. Where it has, so many blocks are not offered. */
+    OFFERS_LEFT_OUT = 1024,
+};
+
+/* A call takes 10 microseconds and more for a MiB. */
+static const double MOST_SECONDS_PER_BYTE = 2e-6 / (1 << 20);
 
 /* The free blocks, those that were given back first in front. */
 static struct {
     block blocks[MOST_BLOCKS];
     int count;
     size_t bytes, limit;
+    int unoffered; /* blocks that will not be offered */
 } kept;
 
 static PyDataMemAllocator *below;
@@ -49,15 +61,33 @@ static void advise(const block *freed, uintptr_t page, int advice)
 #endif
 }
 
+#if defined(MADV_FREE)
+static int shall_be_offered(void)
+{
+    lock();
+    const int shall_be = kept.unoffered == 0;
+    kept.unoffered -= !shall_be;
+    unlock();
+    return shall_be;
+}
+
 /* Lets the system take pages where it needs them, as long as they are not written again. */
 static void offer_to_system(const block *freed)
 {
-#if defined(MADV_FREE)
-    /* Of huge pages, this takes next to no time. The small ones at the ends would take more of it
-     * than all others together. */
+    if (!shall_be_offered())
+        return;
+    const double start = fastbn_seconds();
+    /* The small pages at the ends would take longer than all huge ones together. */
     advise(freed, (uintptr_t)2 << 20, MADV_FREE);
-#endif
+    if (fastbn_seconds() - start > MOST_SECONDS_PER_BYTE * (double)freed->size) {
+        lock();
+        kept.unoffered = OFFERS_LEFT_OUT;
+        unlock();
+    }
 }
+#else
+static void offer_to_system(const block *freed) { (void)freed; }
+#endif
 
 static void give_to_system(const block *freed)
 {
