@@ -11,8 +11,8 @@ cdef enum:
     # Of more bytes, no cache keeps an output for its next reader.
     LARGER_THAN_CACHES = 100663296
     # The calls that try a kind of stores, of which the first half is not timed: it finds in the
-    # caches what other calls have left. What fits the third-level cache is there to the full after
-    # some ten calls.
+    # caches what other calls have left. Inputs that fit the third-level cache, where they are alone
+    # there beside non-temporal stores, are there to the full after some ten calls.
     CALLS_OF_WAY = 4
     CALLS_OF_WAY_IN_CACHE = 16
 
@@ -65,6 +65,7 @@ cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
 cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
     """The trial of jobs like this one; NULL where its size decides, or a limit that is set."""
     cdef Py_ssize_t of_all = bytes_in_caches(job)
+    cdef bint fits_cache = inputs_of(job) * array_bytes(job) <= l3_bytes
     cdef uint64_t key = 1
     if (nontemporal_bytes >= 0 or of_all < trial_bytes or not allows_nontemporal(job)
             or of_all > LARGER_THAN_CACHES and not overwrites_input(job)):
@@ -81,7 +82,7 @@ cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
         + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
         + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
         + 512 * job.has_epilogue)
-    return trial_with(key, CALLS_OF_WAY_IN_CACHE if of_all <= l3_bytes else CALLS_OF_WAY)
+    return trial_with(key, CALLS_OF_WAY_IN_CACHE if fits_cache else CALLS_OF_WAY)
 
 
 cdef bint uses_nontemporal(const Job *job) noexcept nogil:

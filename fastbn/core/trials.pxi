@@ -6,7 +6,7 @@ cdef extern from *:
     typedef struct {
         uint64_t key;
         double least[2];
-        int calls, calls_of_way;
+        int calls, calls_of_way, calls_until_renewal;
     } fastbn_trial;
     enum { FASTBN_TRIALS = 128 };
     static FASTBN_THREAD_LOCAL fastbn_trial fastbn_trials[FASTBN_TRIALS];
@@ -16,6 +16,7 @@ cdef extern from *:
         double least[2]           # the least seconds that each way has taken
         int calls                 # since it began; less than 0 while nothing is tried yet
         int calls_of_way          # the calls that try a way, of which the first half is not timed
+        int calls_until_renewal   # when both are tried again
     enum:
         TRIALS "FASTBN_TRIALS"
     # Each at one of the places that its key tells; one whose place another takes begins anew.
@@ -24,7 +25,9 @@ cdef extern from *:
 cdef enum:
     PLACES_OF_KEY = 4
     # After so many calls both are tried again: what the machine's other users do may have changed.
+    # The first time it is after fewer, as caches may have held something else in the first trial.
     CALLS_UNTIL_RENEWAL = 1024
+    CALLS_UNTIL_FIRST_RENEWAL = 128
 
 
 cdef Trial *trial_with(uint64_t key, int calls_of_way) noexcept nogil:
@@ -39,6 +42,7 @@ cdef Trial *trial_with(uint64_t key, int calls_of_way) noexcept nogil:
             trial = &places[i]
     # The first calls of all find memory that nobody has touched, and caches without it.
     trial.key, trial.calls, trial.calls_of_way = key, -calls_of_way, calls_of_way
+    trial.calls_until_renewal = CALLS_UNTIL_FIRST_RENEWAL
     return trial
 
 
@@ -66,5 +70,5 @@ cdef void note_call(Trial *trial, int way, double seconds) noexcept nogil:
         if call >= trial.calls_of_way // 2:
             trial.least[way] = min(trial.least[way], seconds)
     trial.calls += 1
-    if trial.calls == CALLS_UNTIL_RENEWAL:
-        trial.calls = 0
+    if trial.calls == trial.calls_until_renewal:
+        trial.calls, trial.calls_until_renewal = 0, CALLS_UNTIL_RENEWAL
