@@ -144,6 +144,14 @@ class Case(NamedTuple):
         return self.operation.endswith("_inplace")
 
     @property
+    def runs_away(self) -> bool:
+        """Whether calls that are repeated in place let the values grow or shrink.
+
+        A training forward by itself normalizes what the one before has normalized.
+        """
+        return self.in_place and self.operation != "train_inplace"
+
+    @property
     def fresh(self) -> bool:
         """Whether no memory is given for the result."""
         return self.operation.endswith("_fresh") or self.operation == CALL

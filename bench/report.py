@@ -68,7 +68,9 @@ faults; torch-compile and jax run with it as well.
 busy, do not count; a round of no others was repeated up to three times.
 - Where a call makes a new array, the one before is there until it returns, as in a loop over \
 `y = bn(x)`.
-- A call in place has its input restored before every sample, outside of the time.
+- Calls in place follow each other, too. Where that would let the values grow or shrink (not in a \
+training forward by itself, which normalizes what the one before has normalized), the input is \
+restored before every sample, outside of the time.
 - oneDNN and the floor are called from C, everything else from Python.
 - The process of a library sleeps while another one is measured: `busy` is the fraction of that \
 time in which its threads took a CPU nevertheless.

@@ -25,9 +25,9 @@ from bench import calls
 from bench.cases import GROUPS, PRODUCTS, Case, Data, check
 from bench.library import Library, PreparedCall, require
 
-# Calls in place that are repeated let the values grow or shrink, down to subnormal numbers, which
-# are slow. The input is therefore restored more often than a sample need begin.
-SAMPLE_IN_PLACE_S = 1e-4
+# Where repeated calls in place let the values grow or shrink, down to subnormal numbers, which are
+# slow, the input is restored before every sample, and these are short.
+SAMPLE_RUNNING_AWAY_S = 1e-4
 
 
 def sampler_of(prepared: PreparedCall, case: Case) -> Sampler:
@@ -39,8 +39,8 @@ def sampler_of(prepared: PreparedCall, case: Case) -> Sampler:
         sample_ns = prepared.sample_ns
         return Sampler(lambda calls: Sample(calls * sample_ns() * 1e-9, 0.0), sample_s=0.0)
     clock = wall_clock(prepared.repeat or repeated(prepared.call))
-    if prepared.restore is not None:
-        return Sampler(clock, SAMPLE_IN_PLACE_S, prepared.restore)
+    if case.runs_away:
+        return Sampler(clock, SAMPLE_RUNNING_AWAY_S, prepared.restore)
     return Sampler(clock, SAMPLE_S)
 
 

@@ -20,8 +20,10 @@ SAMPLE_S = 1e-3
 DISTURBED = 0.1
 # A call this slow is not made an extra time to warm up.
 SLOW_S = 0.1
-# Libraries may do something else in so many first calls: compile, or try what is faster.
-FIRST_CALLS = 10
+# Libraries may do something else in the first calls: compile, or try what is faster. So many are
+# not measured, or as many as take this long.
+FIRST_CALLS = 64
+FIRST_CALLS_S = 0.2
 
 
 def repeated(call: Callable[[], object]) -> Repeat:
@@ -92,8 +94,10 @@ class Sampler:
         restore: Callable[[], object] | None = None,
     ) -> None:
         self.clock, self.restore, self.calls = clock, restore, 1
+        end = time.perf_counter() + FIRST_CALLS_S
         for _ in range(FIRST_CALLS):
-            if self.sample().took >= SLOW_S:
+            self.sample()
+            if time.perf_counter() >= end:
                 break
         # The shorter of two, as one may have had to wait.
         while (took := min(self.sample(), self.sample()).took) < sample_s:
