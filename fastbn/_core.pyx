@@ -141,7 +141,7 @@ cdef extern from "kernels.h" nogil:
 
 cdef extern from "platform.h" nogil:
     int fastbn_supported_isas(const Isa **isas, int capacity)
-    Py_ssize_t fastbn_l3_bytes()
+    Py_ssize_t fastbn_cache_bytes(int level)
     int fastbn_omp_max_threads()
     bint fastbn_omp_pause()
     bint fastbn_borrow_threads(const char *library)

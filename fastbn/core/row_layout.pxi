@@ -1,11 +1,18 @@
 # The row layout: how its kernels are called, which walk the runs of a block.
 
+# Cores with a second-level cache of 1 MiB or more, such as those of a Zen 5, read memory so fast
+# that they have to ask for it earlier than those with less.
+cdef bint has_large_l2 = fastbn_cache_bytes(2) >= 1048576
+
+# Memory is prefetched when it is so many bytes away, of all inputs: what lies further on in a run
+# is left to the hardware.
+cdef Py_ssize_t prefetch_bytes = 8192 if has_large_l2 else 2048
+
+# A larger group would push out of the caches what is prefetched of the next one, or be pushed out
+# by it, which costs more than is gained while the third-level cache has a part of the inputs.
 cdef enum:
-    # Memory is prefetched when it is so many bytes away, of all inputs: what lies further on in a
-    # run is left to the hardware.
-    PREFETCH_BYTES = 2048
-    # A larger group would push out of the caches what is prefetched of the next one.
     AHEAD_GROUP_BYTES = 2097152
+cdef Py_ssize_t ahead_group_bytes_in_l3 = 524288 if has_large_l2 else AHEAD_GROUP_BYTES
 
 
 cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
@@ -39,7 +46,7 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
     """Where memory is read next: this sample's runs go on, and then those of the next sample."""
     cdef Ahead ahead
     cdef Py_ssize_t len_of_sample = runs.channels * runs.len
-    ahead.near = PREFETCH_BYTES // (job.itemsize * inputs_of(job))
+    ahead.near = prefetch_bytes // (job.itemsize * inputs_of(job))
     if runs.samples == 1:  # the next block follows in memory
         ahead.border, ahead.jump = len_of_sample, ahead.near
     elif len_of_sample > ahead.near:
@@ -57,9 +64,11 @@ cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogi
     So memory is read while results are written. Where the caches have it all, it only costs.
     """
     cdef Ahead ahead
+    cdef bint is_in_l3 = inputs_of(job) * array_bytes(job) <= 2 * l3_bytes
+    cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_in_l3 else AHEAD_GROUP_BYTES
     memset(&ahead, 0, sizeof(Ahead))
-    if (job.group_by_group and bytes_in_caches(job) > cache_bytes
-            and group_bytes(job) <= AHEAD_GROUP_BYTES and block.c1 < job.cut.c):
+    if (job.group_by_group and bytes_in_caches(job) > cache_bytes and group_bytes(job) <= most
+            and block.c1 < job.cut.c):
         ahead.near = ahead.jump = (block.c1 - block.c0) * job.cut.s
     return ahead
 

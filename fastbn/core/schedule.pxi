@@ -7,7 +7,7 @@ cdef enum:
 # The third-level cache, as far as it counts. A virtual machine may report the cache of a whole
 # socket, of which its neighbours leave it a part: on one that reported 480 MiB, non-temporal copies
 # won from 40 to 48 MiB on.
-cdef Py_ssize_t l3_bytes = min(fastbn_l3_bytes() or 16777216, 100663296)
+cdef Py_ssize_t l3_bytes = min(fastbn_cache_bytes(3) or 16777216, 100663296)
 
 # What all threads together walk twice should be smaller than half of it, which others use too.
 cdef Py_ssize_t cache_bytes = l3_bytes // 2

@@ -46,11 +46,14 @@ int fastbn_supported_isas(const fastbn_isa *isas[], int capacity)
     return count;
 }
 
-ptrdiff_t fastbn_l3_bytes(void)
+ptrdiff_t fastbn_cache_bytes(int level)
 {
     long kilobytes = 0;
-    /* sysconf gives the sum over all CPUs on some machines. */
-    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    char path[64];
+    /* sysconf gives the sum over all CPUs on some machines. From the second level on, the number of
+     * a cache there is its level. */
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
+    FILE *file = fopen(path, "r");
     if (file != NULL) {
         if (fscanf(file, "%ldK", &kilobytes) != 1)
             kilobytes = 0;

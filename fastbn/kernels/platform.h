@@ -10,8 +10,8 @@
  * number. */
 int fastbn_supported_isas(const fastbn_isa *isas[], int capacity);
 
-/* The size of a third-level cache; 0 where the system does not tell. */
-ptrdiff_t fastbn_l3_bytes(void);
+/* The size of a cache of the second or the third level; 0 where the system does not tell. */
+ptrdiff_t fastbn_cache_bytes(int level);
 
 /* The threads that OpenMP would start; 1 in a build without OpenMP. */
 int fastbn_omp_max_threads(void);
