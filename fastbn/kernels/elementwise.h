@@ -98,6 +98,32 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         NAME(store)((to) + last, end); \
     } while (0)
 
+/* Stores the runs of several channels, one behind the other, of at least a register each: AT(c, i,
+ * is_first) is the register at i, counted from the first run on, with the coefficients of channel c.
+ *
+ * Stores are aligned like those of STORE_RUN. A register that reaches over the end of a run into the
+ * next one has the results of both. */
+#define STORE_RUNS(to, channels, len, AT) \
+    do { \
+        const ptrdiff_t last = (channels) * (len)-VA_LANES; \
+        const VA begin = AT(0, 0, 1), end = AT((channels)-1, last, 0); \
+        ptrdiff_t i = NAME(unaligned)(to); \
+        for (ptrdiff_t c = 0, border = (len); c < (channels); c++, border += (len)) { \
+            NO_UNROLL for (; i + NAME(STRETCH) <= border; i += NAME(STRETCH)) \
+                UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
+                    NAME(store)((to) + i + j, AT(c, i + j, j % NAME(LINE) == 0)); \
+            NO_UNROLL for (; i + VA_LANES <= border; i += VA_LANES) \
+                NAME(store)((to) + i, AT(c, i, 1)); \
+            if (i < border && c + 1 < (channels)) { \
+                const uint32_t of_this_run = ((uint32_t)1 << (border - i)) - 1; \
+                NAME(store)((to) + i, IF_BITS_A(of_this_run, AT(c, i, 1), AT(c + 1, i, 0))); \
+                i += VA_LANES; \
+            } \
+        } \
+        NAME(store)(to, begin); \
+        NAME(store)((to) + last, end); \
+    } while (0)
+
 /* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores, from the last to the
  * first if it goes backwards; the elements before the first of them, and behind the last, by
  * ordinary ones. These are computed first: in place, they share lines with what is streamed. A run
@@ -208,18 +234,16 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
     return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
-/* Writes a run: as a whole or, where it goes through the writer or is noted about, as many elements
- * at a time as there is room for; they begin at `i0`, and DONE is done behind them. */
+/* Whether the runs of a sample may be stored as a whole: they go neither through the writer nor are
+ * there notes about them. */
+ALWAYS_INLINE int NAME(stores_runs)(const NAME(writer) *w, const fastbn_runs *runs)
+{
+    return !w->streams && !w->buffers && w->most == PTRDIFF_MAX && runs->len >= VA_LANES;
+}
+
+/* Writes a run, as many elements at a time as there is room for; they begin at `i0`, and DONE is done
+ * behind them. */
 #define WRITE_RUN(w, len, AT, ONE, DONE) \
-    if (!masked && !(w)->streams && !(w)->buffers && (w)->most == PTRDIFF_MAX) { \
-        enum { i0 = 0 }; \
-        T *to = (w)->to; \
-        (w)->to += (len); \
-        STORE_RUN(to, len, AT, ONE); \
-    } else { \
-        WRITE_RUN_IN_PIECES(w, len, AT, ONE, DONE) \
-    }
-#define WRITE_RUN_IN_PIECES(w, len, AT, ONE, DONE) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, (len)-i0); \
@@ -316,6 +340,17 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
+        if (!masked && fused != NAME(WHOLE) && NAME(stores_runs)(&w, runs)) {
+            enum { i0 = 0 };
+            const NAME(beside) beside = NAME(beside_of)(fused, epilogue, n * runs->stride);
+            T *y = (T *)y_ + n * runs->stride;
+#define AT(c, i, is_first) \
+    FINISH(fused, Y(NAME(fetch)(x + (i), is_first, prefetch_distance(ahead, i)), k.centre[c], \
+                    k.scale[c], k.shift[c]), i, is_first, prefetch_distance(residual_ahead, i))
+            STORE_RUNS(y, runs->channels, runs->len, AT);
+#undef AT
+            continue;
+        }
         NAME(start)(&w, (T *)y_ + n * runs->stride);
         for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
             const NAME(beside) beside =
@@ -398,35 +433,45 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
-        NAME(start)(&w, (T *)dx_ + n * runs->stride);
-        for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
 #define X_AT(i, is_first) NAME(fetch)(x + i0 + (i), is_first, AHEAD(i))
-#define SAME(table) NAME(all_lanes)(table[c])
-#define GATED(dy, x) \
-    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME(gates.low), SAME(gates.high)), \
-                   SAME(k.dy_mean), SAME(k.rest), SAME(k.x_mean), SAME(k.slope), SAME(k.scale))
-#define AT(i, is_first) \
-    (gated ? GATED(DY_AT(i, is_first), X_AT(i, is_first)) \
-           : MASKED_LANES(DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], \
-                             k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
+#define SAME(table, c) NAME(all_lanes)(table[c])
+#define GATED(c, dy, x) \
+    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME(gates.low, c), \
+                              SAME(gates.high, c)), \
+                   SAME(k.dy_mean, c), SAME(k.rest, c), SAME(k.x_mean, c), SAME(k.slope, c), \
+                   SAME(k.scale, c))
+#define DX_AT(c, i, is_first) \
+    (gated ? GATED(c, DY_AT(i, is_first), X_AT(i, is_first)) \
+           : DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], k.x_mean[c], \
+                k.slope[c], k.scale[c]))
+        if (!masked && NAME(stores_runs)(&w, runs)) {
+            enum { i0 = 0 };
+            T *dx = (T *)dx_ + n * runs->stride;
+            STORE_RUNS(dx, runs->channels, runs->len, DX_AT);
+            continue;
+        }
+        NAME(start)(&w, (T *)dx_ + n * runs->stride);
+        for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
+#define AT(i, is_first) MASKED_LANES(DX_AT(c, i, is_first), i0 + (i))
 #define ONE(i) \
-    (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
+    (gated ? NAME(first_lane)(GATED(c, NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
            : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean[c], \
                             k.rest[c], k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
             WRITE_RUN(&w, runs->len, AT, ONE, (void)0)
 #undef AT
 #undef ONE
+            ahead.border -= runs->len;
+        }
+        NAME(flush)(&w);
+#undef DX_AT
 #undef GATED
 #undef SAME
 #undef X_AT
 #undef DY_AT
 #undef AHEAD
-            ahead.border -= runs->len;
-        }
-        NAME(flush)(&w);
     }
 }
 
@@ -541,7 +586,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
-            WRITE_RUN_IN_PIECES(&w, len, AT, ONE, DONE) \
+            WRITE_RUN(&w, len, AT, ONE, DONE) \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \
         } \
@@ -838,9 +883,9 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef WRITE_ROWS
 #undef STREAM_ROWS
 #undef STREAM_LINES
-#undef WRITE_RUN_IN_PIECES
 #undef WRITE_RUN
 #undef STREAM_RUN
+#undef STORE_RUNS
 #undef STORE_RUN
 #undef DX
 #undef Y
