@@ -202,12 +202,14 @@ cdef void begin_on_lines(Cut *cut, const char *out, Py_ssize_t itemsize) noexcep
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """Block b of group g; the groups of the first batch come first, then those of the next."""
     cdef Block block
+    cdef Py_ssize_t blocks_along_s = max(cut.blocks_along_s, 1), row = b // blocks_along_s
     block.batch = g // cut.groups
-    block.c0 = max(g % cut.groups * cut.group - cut.earlier, 0)
-    block.c1 = min((g % cut.groups + 1) * cut.group - cut.earlier, cut.c)
-    block.n0 = b // max(cut.blocks_along_s, 1) * cut.block_n
+    g -= block.batch * cut.groups
+    block.c0 = max(g * cut.group - cut.earlier, 0)
+    block.c1 = min((g + 1) * cut.group - cut.earlier, cut.c)
+    block.n0 = row * cut.block_n
     block.n1 = min(block.n0 + cut.block_n, cut.n // cut.fold)
-    block.s0 = b % max(cut.blocks_along_s, 1) * cut.block_s
+    block.s0 = (b - row * blocks_along_s) * cut.block_s
     block.length = min(cut.block_s, cut.s - block.s0)
     block.leftover_rows = 0
     if cut.column_layout and b == cut.blocks - 1:

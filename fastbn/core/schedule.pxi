@@ -3,6 +3,9 @@
 cdef enum:
     # More threads than a call ever uses.
     THREADS_MAX = 1024
+    # Calls that read and write less keep Python's lock: to give it up and take it again would be a
+    # part of their time that can be felt.
+    LET_OTHERS_RUN_BYTES = 32768
 
 # The third-level cache, as far as it counts. A virtual machine may report the cache of a whole
 # socket, of which its neighbours leave it a part: on one that reported 480 MiB, non-temporal copies
@@ -267,25 +270,34 @@ cdef int execute(Job *job) except -1:
 
     Nothing but a lack of memory is raised, and nothing has been written then.
     """
-    cdef Job leftover
+    cdef PyThreadState *state = NULL
     cdef int threads = num_threads_now()
-    cdef double start = 0.0
     settle_layout(job, &job.cut)
     allocate(job)
-    with nogil:
-        job.in_float64 = needs_float64(job)
-        job.trial = trial_of(job, threads)
-        if job.trial != NULL:
-            job.way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
-        job.schedule(job, threads)
-        if job.leftover_samples > 0:
-            leftover = leftover_job(job)
-            leftover.schedule(&leftover, threads)
-        if job.trial != NULL:
-            note_call(job.trial, job.way, fastbn_seconds() - start)
-        note_end(bytes_moved(job))
+    if bytes_moved(job) >= LET_OTHERS_RUN_BYTES:
+        state = PyEval_SaveThread()
+    execute_steps(job, threads)
+    if state != NULL:
+        PyEval_RestoreThread(state)
     release(job)
     return 0
+
+
+cdef void execute_steps(Job *job, int threads) noexcept nogil:
+    """Execute a job for which there is memory."""
+    cdef Job leftover
+    cdef double start = 0.0
+    job.in_float64 = needs_float64(job)
+    job.trial = trial_of(job, threads)
+    if job.trial != NULL:
+        job.way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
+    job.schedule(job, threads)
+    if job.leftover_samples > 0:
+        leftover = leftover_job(job)
+        leftover.schedule(&leftover, threads)
+    if job.trial != NULL:
+        note_call(job.trial, job.way, fastbn_seconds() - start)
+    note_end(bytes_moved(job))
 
 
 cdef int allocate(Job *job) except -1:

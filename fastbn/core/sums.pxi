@@ -180,8 +180,6 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     cdef double *m2 = results_of(job, job.m2_out, &block)
     cdef const double *added_mean
     cdef const double *added_m2
-    begin(&means, NULL, channels)
-    begin(&m2s, NULL, channels)
     for b in range(job.cut.blocks):
         added = <double>valid_of(job, g, b).count
         if added == 0.0:
@@ -201,6 +199,9 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
         add(&means, shift, channels)
         add(&m2s, growth, channels)
         count += added
+    if count == 0.0:
+        begin(&means, NULL, channels)
+        begin(&m2s, NULL, channels)
     write_sums(&means, channels, mean)
     write_sums(&m2s, channels, m2)
     for c in range(channels):
@@ -270,8 +271,9 @@ cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
     cdef double *sum_dy = results_of(job, job.sum_dy_out, &block)
     cdef double *sum_dy_xhat = results_of(job, job.sum_dy_xhat_out, &block)
     cdef const double *first
-    begin(&dy, NULL, channels)
-    begin(&dy_xhat, NULL, channels)
+    if job.cut.blocks == 0:
+        begin(&dy, NULL, channels)
+        begin(&dy_xhat, NULL, channels)
     for b in range(job.cut.blocks):
         first = partial_sums_of(job, &block, b)
         if b == 0:
