@@ -34,8 +34,9 @@ ISAS_MSVC = {"base": ([], None, "1")}
 # roots are computed in registers where none has to set errno. Most Pythons ask for debug symbols,
 # which are four fifths of the file; they are made where CFLAGS asks. With gcc 12's -O3 the kernels
 # are no faster, take a quarter longer to compile and are larger by a tenth; its -O2 alone does not
-# vectorize all loops.
-FLAGS = ["-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-math-errno"]
+# vectorize all loops. Where a loop begins in a cache line decides over up to 8 % of its time:
+# functions begin with one, lest that depend on what is linked before them.
+FLAGS = ["-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-math-errno", "-falign-functions=64"]
 if not any(flag.startswith("-g") for flag in os.environ.get("CFLAGS", "").split()):
     FLAGS.append("-g0")
 FLAGS_MSVC = ["/O2", "/fp:precise"]
