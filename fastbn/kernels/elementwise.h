@@ -25,8 +25,9 @@ ALWAYS_INLINE void NAME(narrow_affine)(const fastbn_affine *affine, ptrdiff_t co
     NAME(narrow)(affine->scale, count, to->scale);
     for (ptrdiff_t c = 0; c < count; c++) {
         const double rest = NAME(rest)(affine->centre[c]);
-        /* Of an infinite scale 0 would be NaN. */
-        to->shift[c] = (A)(rest == 0 ? affine->shift[c] : affine->shift[c] - rest * affine->scale[c]);
+        /* Of an infinite scale 0 would be NaN. The product is computed in any case: no branch. */
+        const double product = rest * affine->scale[c];
+        to->shift[c] = (A)(affine->shift[c] - (rest == 0 ? 0 : product));
     }
 }
 
