@@ -135,6 +135,10 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t (*count_valid)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
                        double *invstd) noexcept nogil
+        void (*mean_and_m2)(const double *pivot, const double *first, const double *second,
+                            double n, Py_ssize_t count, double *mean, double *m2) noexcept nogil
+        void (*move_towards)(const double *target, double divisor, double factor,
+                             Py_ssize_t count, double *moved) noexcept nogil
         void (*fence_nontemporal)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":
@@ -530,14 +534,13 @@ cdef void move_once(const Vector *moved, const Vector *target, Py_ssize_t batch,
     cdef double values[COLUMNS]
     cdef double targets[COLUMNS]
     cdef Block block
-    cdef Py_ssize_t c, i
+    cdef Py_ssize_t i
     for i in range(ceil_div(channels, COLUMNS)):
         block = some_channels(i, channels)
         block.batch = batch
         read_vector(moved, &block, values)
         read_vector(target, &block, targets)
-        for c in range(block.c1 - block.c0):
-            values[c] = (1.0 - factor) * values[c] + factor * (targets[c] / divisor)
+        moved.kernels.move_towards(targets, divisor, factor, block.c1 - block.c0, values)
         moved.kernels.store_from_double(values, moved.stride, block.c1 - block.c0,
                                         <char *>start_of_vector(moved, &block))
 

@@ -72,18 +72,7 @@ cdef void exact_moments(const Job *job, const Block *block, const BlockValid *va
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
         sum_block(job, block, False, pivot, first, second)
-    moments_around(pivot, first, second, valid.count, channels, mean, m2)
-
-
-cdef void moments_around(const double *pivot, const double *first, const double *second,
-                         Py_ssize_t count, Py_ssize_t channels, double *mean,
-                         double *m2) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(channels):
-        mean[c] = first[c] / count
-        # Rounding can take a variance of nearly zero below it.
-        m2[c] = max(second[c] - first[c] * mean[c], 0.0)
-        mean[c] += pivot[c]
+    job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
 
 
 cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
@@ -126,7 +115,7 @@ cdef void float32_moments(const Job *job, const Block *block, const BlockValid *
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
     sum_block(job, block, True, pivot, first, second)
-    moments_around(pivot, first, second, valid.count, channels, mean, m2)
+    job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
     for c in range(channels):
         if (not leaves_float32(first[c], second[c], valid.count)
                 and first[c] / valid.count * first[c] <= m2[c]):

@@ -35,6 +35,24 @@ static inline void invstd(const double *m2, double n, double eps, ptrdiff_t coun
         to[c] = 1.0 / sqrt(m2[c] / n + eps);
 }
 
+static inline void mean_and_m2(const double *pivot, const double *first, const double *second,
+                               double n, ptrdiff_t count, double *mean, double *m2)
+{
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double shift = first[c] / n, around_mean = second[c] - first[c] * shift;
+        mean[c] = pivot[c] + shift;
+        /* Rounding can take a variance of nearly zero below it. */
+        m2[c] = around_mean < 0 ? 0 : around_mean;
+    }
+}
+
+static inline void move_towards(const double *target, double divisor, double factor,
+                                ptrdiff_t count, double *moved)
+{
+    for (ptrdiff_t c = 0; c < count; c++)
+        moved[c] = (1 - factor) * moved[c] + factor * (target[c] / divisor);
+}
+
 /* The last LANES elements of a run; those of a shorter run behind zeros, in the buffer. */
 ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, void *buffer)
 {

@@ -105,5 +105,7 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
     NAME(activation_gradient),
     count_valid,
     invstd,
+    mean_and_m2,
+    move_towards,
     FENCE_NONTEMPORAL,
 };

@@ -173,6 +173,13 @@ typedef struct {
     ptrdiff_t (*count_valid)(const unsigned char *mask, ptrdiff_t len);
     /* invstd = 1 / sqrt(m2 / n + eps) */
     void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
+    /* mean, m2 = those of n elements, of whose deviations from the pivot, and of the squares of
+     * these, first and second are the sums */
+    void (*mean_and_m2)(const double *pivot, const double *first, const double *second, double n,
+                        ptrdiff_t count, double *mean, double *m2);
+    /* moved = (1 - factor) * moved + factor * target / divisor */
+    void (*move_towards)(const double *target, double divisor, double factor, ptrdiff_t count,
+                         double *moved);
     /* Makes non-temporal stores visible to other threads; NULL where there are no such stores, and
      * `nontemporal` changes nothing. */
     void (*fence_nontemporal)(void);
