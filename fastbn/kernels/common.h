@@ -15,6 +15,8 @@ enum {
     /* Sums of rows prefetch so many elements ahead, or more. */
     SUMS_PREFETCHED = 2048,
     BUFFER_BYTES = 4096,
+    /* The rows of a matrix that are added to the sums of its columns together. */
+    ROWS_MOST = 4,
     STREAM_BYTES = FASTBN_STREAM_BYTES,
     /* The terms of a lane that are added in float32. */
     TREE = FASTBN_TREE,
@@ -135,11 +137,11 @@ typedef struct {
     float centre[LANES + COLUMNS], first[COLUMNS + LANES], second[COLUMNS + LANES];
 } column_trees;
 
-/* One row or two of a matrix that are added up together. */
+/* Rows of a matrix that are added up together. */
 typedef struct {
     int count, begin_trees, end_trees;
     ptrdiff_t stride;
-    /* Memory is prefetched so many elements ahead, more for the second row, and more with each step.
+    /* Memory is prefetched so many elements ahead, more for each next row, and more with each step.
      * Of rows that follow each other it is read in its order then. */
     ptrdiff_t ahead, ahead_of_next, ahead_grows;
 } row_set;
@@ -150,7 +152,7 @@ ALWAYS_INLINE row_set row_set_of(int count, int begin_trees, int end_trees, ptrd
     const ptrdiff_t set = count * stride, ahead = set * ((SUMS_PREFETCHED + set - 1) / set);
     row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0};
     if (count > 1 && len == stride)
-        rows.ahead_of_next = LANES - stride, rows.ahead_grows = LANES;
+        rows.ahead_of_next = LANES - stride, rows.ahead_grows = (count - 1) * LANES;
     return rows;
 }
 

@@ -168,7 +168,7 @@ static void NAME(products)(const void *dy, const void *x, const fastbn_runs *run
 
 /* ------------------------------------------------------------------ the column layout */
 
-/* Adds one row or two to LANES of their columns, from the i-th one on: to their sums, or to their
+/* Adds some rows to LANES of their columns, from the i-th one on: to their sums, or to their
  * trees, which are kept from the place `i_tree` on. */
 typedef void NAME(add_rows)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i,
                             ptrdiff_t i_tree, const T *dy, const T *x, const NAME(gate) *gate,
@@ -203,14 +203,14 @@ ADD_ROWS(add_row_products, add_rows_to_sums, add_products)
 ADD_ROWS(add_row_relu_products, add_rows_to_sums, add_relu_products)
 ADD_ROWS(add_row_leaky_products, add_rows_to_sums, add_leaky_products)
 
-/* Adds one row or two to all of their columns. */
+/* Adds some rows to all of their columns. */
 ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, column_sums *sums,
                                              column_trees *trees, row_set rows, const T *dy,
                                              const T *x, ptrdiff_t len, const uint8_t *mask,
                                              const mask_step *masks, const NAME(gates) *gates)
 {
     const ptrdiff_t whole = len / LANES * LANES, end = len - LANES;
-    T dy_buffer[2][LANES], x_buffer[2][LANES];
+    T dy_buffer[ROWS_MOST][LANES], x_buffer[ROWS_MOST][LANES];
     NAME(gate) gate;
 #define ADD(i, i_tree, dy, x, masks, skip) \
     do { \
@@ -225,9 +225,11 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
     if (whole < len) {
         const T *dy_end = last_step(dy, len, sizeof(T), dy_buffer[0]);
         const T *x_end = last_step(x, len, sizeof(T), x_buffer[0]);
-        if (rows.count > 1 && len < LANES) { /* both rows are in the buffers */
-            last_step(dy + rows.stride, len, sizeof(T), dy_buffer[1]);
-            last_step(x + rows.stride, len, sizeof(T), x_buffer[1]);
+        if (rows.count > 1 && len < LANES) { /* all rows are in the buffers */
+            for (int t = 1; t < rows.count; t++) {
+                last_step(dy + t * rows.stride, len, sizeof(T), dy_buffer[t]);
+                last_step(x + t * rows.stride, len, sizeof(T), x_buffer[t]);
+            }
             rows.stride = LANES;
         }
         ADD(end, whole, dy_end, x_end, masks + len / LANES, whole - end);
@@ -235,9 +237,10 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
 #undef ADD
 }
 
-/* Two rows at a time, so that sums are loaded and stored half as often; one with a mask of single
- * elements. */
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode, const T *dy,
+/* Two rows at a time, or four where there is no mask, so that sums are loaded and stored less often;
+ * one with a mask of single elements. */
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int mode,
+                                     const T *dy,
                                      const T *x, const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
                                      double *first_of_channel, double *second_of_channel)
@@ -256,10 +259,10 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
     if (mode == MASKED)
         find_masks(matrix, len - LANES, masks);
     for (ptrdiff_t r = next_row(matrix, mode, 0), other, count; r < rows;
-         r = next_row(matrix, mode, count > 1 ? other + 1 : r + 1)) {
+         r = next_row(matrix, mode, count > 1 ? other + together - 1 : r + 1)) {
         const uint8_t *mask = mode == MASKED ? matrix->mask + r * matrix->mask_stride : NULL;
         other = mode == MASKED ? rows : next_row(matrix, mode, r + 1);
-        count = other < rows ? 2 : 1;
+        count = other + together - 2 < rows ? together : 1;
         const ptrdiff_t pitch = (count > 1 ? other - r : 1) * stride;
 /* A loop for each case: a branch for every step would take time. */
 #define WALK(count, begin, end) \
@@ -269,11 +272,11 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
         if (count == 1)
             WALK(1, in_trees == 0, in_trees + 1 == TREE);
         else if (!by_trees || in_trees == 0)
-            WALK(2, 1, 0);
-        else if (in_trees + 2 < TREE)
-            WALK(2, 0, 0);
+            WALK(together, 1, 0);
+        else if (2 * together < TREE && in_trees + together < TREE)
+            WALK(together, 0, 0);
         else
-            WALK(2, 0, 1);
+            WALK(together, 0, 1);
 #undef WALK
         in_trees = (in_trees + count) % TREE;
     }
@@ -284,22 +287,23 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int mode
 }
 
 /* The sums of columns with the mask that the matrix has. */
-ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, const void *dy,
-                                    const void *x, const fastbn_matrix *matrix,
+ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, int together,
+                                    const void *dy, const void *x, const fastbn_matrix *matrix,
                                     const double *centre, double *first, double *second)
 {
     if (matrix->mask == NULL)
-        NAME(sum_columns)(add, by_trees, UNMASKED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, together, UNMASKED, dy, x, matrix, centre, NULL, first,
+                          second);
     else if (masks_rows(matrix))
-        NAME(sum_columns)(add, by_trees, WHOLE_ROWS, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, 2, WHOLE_ROWS, dy, x, matrix, centre, NULL, first, second);
     else
-        NAME(sum_columns)(add, by_trees, MASKED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, 2, MASKED, dy, x, matrix, centre, NULL, first, second);
 }
 
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
                                  double *first, double *second)
 {
-    NAME(sum_matrix)(NAME(add_row_moments), 0, x, x, matrix, pivot, first, second);
+    NAME(sum_matrix)(NAME(add_row_moments), 0, 2, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
@@ -308,13 +312,13 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_row_relu_products), 0, UNMASKED, dy, x, matrix, mean, gate, first,
-                          second);
+        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, UNMASKED, dy, x, matrix, mean, gate,
+                          first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_row_leaky_products), 0, UNMASKED, dy, x, matrix, mean, gate, first,
-                          second);
+        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, UNMASKED, dy, x, matrix, mean, gate,
+                          first, second);
     else
-        NAME(sum_matrix)(NAME(add_row_products), 0, dy, x, matrix, mean, first, second);
+        NAME(sum_matrix)(NAME(add_row_products), 0, 2, dy, x, matrix, mean, first, second);
 }
 
 #undef CHUNK

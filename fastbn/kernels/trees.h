@@ -256,7 +256,7 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
 
 /* ------------------------------------------------------------------ the column layout */
 
-/* Adds one row or two, one after the other, to trees. */
+/* Adds some rows, one after the other, to trees. */
 ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
                                            column_trees *trees, row_set rows, ptrdiff_t i,
                                            ptrdiff_t i_tree, const T *dy, const T *x,
@@ -266,7 +266,7 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
     const float_step around = load_float_step(trees->centre + LANES + i);
     tree_sums tree = rows.begin_trees ? no_tree() : load_tree(trees, i_tree);
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
-        UNROLL for (int t = 0; t < 2; t++)
+        UNROLL for (int t = 0; t < ROWS_MOST; t++)
             if (t < rows.count)
                 tree.of[j] = add_tree_sums(tree.of[j], term(&terms, t, j, around));
     if (rows.end_trees)
@@ -283,7 +283,7 @@ ADD_ROWS(add_leaky_products_of_rows, add_rows_to_trees, leaky_product_term)
 static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
                                       const double *pivot, double *first, double *second)
 {
-    NAME(sum_matrix)(NAME(add_moments_of_rows), 1, x, x, matrix, pivot, first, second);
+    NAME(sum_matrix)(NAME(add_moments_of_rows), 1, ROWS_MOST, x, x, matrix, pivot, first, second);
 }
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
@@ -292,11 +292,11 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, 2, UNMASKED, dy, x, matrix, mean, gate,
                           first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, 2, UNMASKED, dy, x, matrix, mean, gate,
                           first, second);
     else
-        NAME(sum_matrix)(NAME(add_products_of_rows), 1, dy, x, matrix, mean, first, second);
+        NAME(sum_matrix)(NAME(add_products_of_rows), 1, 2, dy, x, matrix, mean, first, second);
 }
