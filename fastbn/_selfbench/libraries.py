@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import Repeat, Round, Sampler, repeated, wall_clock
+from .sampling import FIRST_CALLS_S, Repeat, Round, Sampler, repeated, wall_clock
 
 Array = NDArray[np.float32]
 
@@ -145,7 +145,8 @@ class Server:
         if repeat is None:
             return Round([], 0.0)._asdict()
         end = time.perf_counter() + seconds
-        return Sampler(wall_clock(repeat)).samples_until(end)._asdict()
+        sampler = Sampler(wall_clock(repeat), first_calls_s=min(FIRST_CALLS_S, seconds / 2))
+        return sampler.samples_until(end)._asdict()
 
 
 def start(library: str, threads: int) -> Server:

@@ -21,7 +21,7 @@ DISTURBED = 0.1
 # A call this slow is not made an extra time to warm up.
 SLOW_S = 0.1
 # Libraries may do something else in the first calls: compile, or try what is faster. So many are
-# not measured, or as many as take this long.
+# not measured, or as many as take this long, unless something else is said.
 FIRST_CALLS = 64
 FIRST_CALLS_S = 0.2
 
@@ -92,9 +92,10 @@ class Sampler:
         clock: Clock,
         sample_s: float = SAMPLE_S,
         restore: Callable[[], object] | None = None,
+        first_calls_s: float = FIRST_CALLS_S,
     ) -> None:
         self.clock, self.restore, self.calls = clock, restore, 1
-        end = time.perf_counter() + FIRST_CALLS_S
+        end = time.perf_counter() + first_calls_s
         for _ in range(FIRST_CALLS):
             self.sample()
             if time.perf_counter() >= end:

@@ -262,11 +262,11 @@ def test_each_sample_is_the_mean_of_as_many_calls_as_a_clock_can_measure(clock):
         asked.append(calls)
         clock(1e-4 * calls)
 
-    found = samples_of(repeat, 0.01)
+    found = samples_of(repeat, 0.1)
     assert found.quiet
     assert found.ms == pytest.approx([0.1] * len(found.ms))
     assert asked[0] == 1
-    assert sum(asked) * 1e-4 == pytest.approx(0.01, rel=0.3)
+    assert sum(asked) * 1e-4 == pytest.approx(0.1, rel=0.3)
     assert set(asked[-len(found.ms) :]) == {asked[-1]}
     assert asked[-1] * 1e-4 >= sampling.SAMPLE_S
 
@@ -280,7 +280,7 @@ def test_samples_in_which_threads_waited_count_only_if_all_did(clock, always):
         busy = always or not busy
         clock(5e-3 if busy else 2e-3, 1e-3 if busy else 0)
 
-    found = samples_of(repeat, 0.1)
+    found = samples_of(repeat, 1.0)
     assert found.quiet != always
     assert len(found.ms) > 5
     assert found.ms == pytest.approx([5.0 if always else 2.0] * len(found.ms))
