@@ -448,7 +448,7 @@ os.sched_setaffinity(0, {here})
 fastbn.set_num_threads(1)
 call(1)
 before = time.thread_time()
-call(100)
+call(1000)
 alone = time.thread_time() - before
 fastbn.set_num_threads(None)
 others = set(os.listdir("/proc/self/task"))
@@ -462,7 +462,7 @@ try:
     neighbour.stdout.readline()
     call(5)  # the first of them waits
     before = cpu_seconds(thread)
-    call(100)
+    call(1000)
     print((cpu_seconds(thread) - before) / alone)
 finally:
     neighbour.kill()
