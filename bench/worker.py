@@ -39,7 +39,7 @@ def sampler_of(prepared: PreparedCall, case: Case) -> Sampler:
         sample_ns = prepared.sample_ns
         return Sampler(lambda calls: Sample(calls * sample_ns() * 1e-9, 0.0), sample_s=0.0)
     clock = wall_clock(prepared.repeat or repeated(prepared.call))
-    if case.runs_away:
+    if case.runs_away and prepared.restore is not None:
         return Sampler(clock, SAMPLE_RUNNING_AWAY_S, prepared.restore)
     return Sampler(clock, SAMPLE_S)
 

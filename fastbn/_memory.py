@@ -33,10 +33,10 @@ def release_memory() -> int:
 
     A result of 4 MiB and more takes the memory of a freed one of the same size, if there is one. At
     most two of a size are kept for that, in all at most 256 MiB and a sixteenth of the memory that
-    the machine and the process's cgroup grant. The system can take most of it by itself when it
-    needs memory, and a result that gets none releases it. Call this where the process should look
-    small at once, or before other libraries need all the memory there is. The environment variable
-    ``FASTBN_REUSE_MEMORY=0`` switches all of this off.
+    the machine and the process's cgroup grant. Where it takes little time to tell it so, the system
+    can take most of it by itself when it needs memory, and a result that gets none releases it.
+    Call this where the process should look small at once, or before other libraries need all the
+    memory there is. The environment variable ``FASTBN_REUSE_MEMORY=0`` switches all of this off.
 
     Returns
     -------

@@ -237,8 +237,8 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
 #undef ADD
 }
 
-/* Two rows at a time, or four where there is no mask, so that sums are loaded and stored less often;
- * one with a mask of single elements. */
+/* Some rows at a time, so that sums are loaded and stored less often: `together` where there is no
+ * mask, two of whole rows, one with a mask of single elements. */
 ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int mode,
                                      const T *dy,
                                      const T *x, const fastbn_matrix *matrix,
