@@ -64,7 +64,7 @@ cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogi
     So memory is read while results are written. Where the caches have it all, it only costs.
     """
     cdef Ahead ahead
-    cdef bint is_in_l3 = inputs_of(job) * array_bytes(job) <= 2 * l3_bytes
+    cdef bint is_in_l3 = input_bytes(job) <= 2 * l3_bytes
     cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_in_l3 else AHEAD_GROUP_BYTES
     memset(&ahead, 0, sizeof(Ahead))
     if (job.group_by_group and bytes_in_caches(job) > cache_bytes and group_bytes(job) <= most

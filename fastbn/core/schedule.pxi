@@ -31,6 +31,11 @@ cdef Py_ssize_t array_bytes(const Job *job) noexcept nogil:
     return job.cut.batches * batch_bytes(job)
 
 
+cdef Py_ssize_t input_bytes(const Job *job) noexcept nogil:
+    """The size of all arrays that a job reads in each walk."""
+    return inputs_of(job) * array_bytes(job)
+
+
 cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
     """The bytes that a group of one batch reads."""
     return max(job.cut.n * job.cut.group * job.cut.s * job.itemsize * inputs_of(job), 1)

@@ -11,8 +11,8 @@ cdef enum:
     # Of more bytes, no cache keeps an output for its next reader.
     LARGER_THAN_CACHES = 100663296
     # The calls that try a kind of stores, of which the first half is not timed: it finds in the
-    # caches what other calls have left. Inputs that fit the third-level cache, where they are alone
-    # there beside non-temporal stores, are there to the full after some ten calls.
+    # caches what other calls have left. What fits the third-level cache is there to the full after
+    # some ten calls: all arrays or, with non-temporal stores, the inputs alone.
     CALLS_OF_WAY = 4
     CALLS_OF_WAY_IN_CACHE = 16
 
@@ -59,13 +59,13 @@ cdef bint overwrites_input(const Job *job) noexcept nogil:
 
 cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
     """The bytes of inputs and output, which may be one of them."""
-    return (inputs_of(job) + (not overwrites_input(job))) * array_bytes(job)
+    return input_bytes(job) + (0 if overwrites_input(job) else array_bytes(job))
 
 
 cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
     """The trial of jobs like this one; NULL where its size decides, or a limit that is set."""
     cdef Py_ssize_t of_all = bytes_in_caches(job)
-    cdef bint fits_cache = inputs_of(job) * array_bytes(job) <= l3_bytes
+    cdef bint fits_cache = input_bytes(job) <= l3_bytes
     cdef uint64_t key = 1
     if (nontemporal_bytes >= 0 or of_all < trial_bytes or not allows_nontemporal(job)
             or of_all > LARGER_THAN_CACHES and not overwrites_input(job)):
