@@ -18,6 +18,11 @@ enum {
     /* The rows of a matrix that are added to the sums of its columns together. */
     ROWS_MOST = 4,
     STREAM_BYTES = FASTBN_STREAM_BYTES,
+    /* How far apart the values of a column lie, which have room for LANES + COLUMNS: 5.1 and 3 KiB.
+     * If one lay a little behind another, but for 4 KiB, loads of the next columns would wait for
+     * what has just been stored. */
+    DOUBLES_APART = 656,
+    FLOATS_APART = 768,
     /* The terms of a lane that are added in float32. */
     TREE = FASTBN_TREE,
     /* The elements of which bytes tell, before these become bits, where derivatives are 1. */
@@ -119,7 +124,7 @@ NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const doubl
 /* The sums of columns, behind LANES more: of few columns, the last step, which overlaps the one
  * before it, reaches back before the first. */
 typedef struct {
-    double centre[LANES + COLUMNS], first[LANES + COLUMNS], second[LANES + COLUMNS];
+    double centre[DOUBLES_APART], first[DOUBLES_APART], second[DOUBLES_APART];
 } column_sums;
 
 static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *matrix,
@@ -134,7 +139,7 @@ static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *mat
 /* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in
  * double. Those of the last step, which overlaps the one before it, have a place of their own. */
 typedef struct {
-    float centre[LANES + COLUMNS], first[COLUMNS + LANES], second[COLUMNS + LANES];
+    float centre[FLOATS_APART], first[FLOATS_APART], second[FLOATS_APART];
 } column_trees;
 
 /* Rows of a matrix that are added up together. */

@@ -32,8 +32,9 @@ ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T 
     UNROLL for (int j = 0; j < STEPS; j++) {
         if (is_skipped(lanes, j, VD))
             continue;
-        const vd g = only_valid(lanes, j, NAME(widen)(dy + j * VD));
+        vd g = only_valid(lanes, j, NAME(widen)(dy + j * VD));
         const vd d = only_valid(lanes, j, NAME(widen)(x + j * VD) - mean.at[j]);
+        IN_REGISTER(g);
         sums.first[j] += g;
         sums.second[j] += g * d;
     }
@@ -49,9 +50,10 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(int kind, step_sums sums, const
     PREFETCH(dy + ahead);
     PREFETCH(x + ahead);
     UNROLL for (int k = 0; k < NAME(GATE_STEPS); k++) {
-        const NAME(passed) passed =
-            NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), NAME(load)(x + k * VA_LANES),
-                       &gate->activation, gate->low[k], gate->high[k]);
+        VA v = NAME(load)(x + k * VA_LANES);
+        IN_REGISTER(v);
+        const NAME(passed) passed = NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), v,
+                                               &gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
             if (is_skipped(lanes, j, VD))

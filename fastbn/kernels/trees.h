@@ -45,8 +45,9 @@ ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t,
         PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     }
-    const vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
+    vf g = only_valid_floats(lanes, j, NAME(load)(dy + j * VF));
     const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
+    IN_REGISTER(g);
     return (tree_sum){g, g * d};
 }
 
@@ -60,8 +61,10 @@ ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *ter
         PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     }
+    vf v = NAME(load)(x + j * VF);
+    IN_REGISTER(v);
     const NAME(passed) passed =
-        NAME(pass)(kind, NAME(load)(dy + j * VF), NAME(load)(x + j * VF), &terms->gate->activation,
+        NAME(pass)(kind, NAME(load)(dy + j * VF), v, &terms->gate->activation,
                    terms->gate->low[j], terms->gate->high[j]);
     const vf g = only_valid_floats(lanes, j, passed.dy);
     const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
