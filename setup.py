@@ -17,7 +17,7 @@ from setuptools.errors import CompileError, LinkError
 # not of its target, is left out of the build. (AVX2 implies F16C, for which not all can ask.)
 ISAS = {
     "base": ([], None, "1"),
-    "avx2": (["-mavx2", "-mf16c"], "__AVX2__", 'HAS("avx2")'),
+    "avx2": (["-mavx2", "-mfma", "-mf16c"], "__AVX2__", 'HAS("avx2") && HAS("fma")'),
     "avx512": (
         [
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),

@@ -20,7 +20,7 @@ from cpython.pystate cimport PyThreadState
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from cython.parallel cimport prange
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
+from libc.math cimport INFINITY, NAN, fabs, fmod, isfinite, isnan, pow
 from libc.stdint cimport INT32_MAX, INT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -112,8 +112,9 @@ cdef extern from "kernels.h" nogil:
         SumColumnProducts *column_products
         SumMoments *tree_moments
         SumProducts *tree_products
-        SumColumnMoments *column_tree_moments
         SumColumnProducts *column_tree_products
+        SumMoments *raw_moments
+        SumColumnMoments *column_raw_moments
         void (*pivots)(const void *x, const Py_ssize_t *at, Py_ssize_t count, Py_ssize_t stride,
                        Py_ssize_t channels, double *pivot) noexcept nogil
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
@@ -137,6 +138,8 @@ cdef extern from "kernels.h" nogil:
                        double *invstd) noexcept nogil
         void (*mean_and_m2)(const double *pivot, const double *first, const double *second,
                             double n, Py_ssize_t count, double *mean, double *m2) noexcept nogil
+        bint (*raw_mean_and_m2)(const double *first, const double *second, double n,
+                                Py_ssize_t count, double *mean, double *m2) noexcept nogil
         void (*move_towards)(const double *target, double divisor, double factor,
                              Py_ssize_t count, double *moved) noexcept nogil
         void (*fence_nontemporal)() noexcept nogil
@@ -260,7 +263,7 @@ cdef struct Job:
     ApplyBlock apply
     Schedule schedule
     bint refine_pivot             # whether a pivot must be near the mean
-    bint in_float32               # whether blocks are summed in float32 where that is exact enough
+    bint in_float32               # whether sums may be as exact as float32, where that is faster
     bint in_float64               # whether the gradient of x is computed in float64, for its range
     Trial *trial                  # of kinds of stores; NULL if there is none
     int way                       # what it says: 1 for non-temporal stores

@@ -23,7 +23,7 @@ cdef Matrix leftover_matrix(const Job *job, const Block *block) noexcept nogil:
     return matrix
 
 
-cdef void sum_columns(const Job *job, const Block *block, bint in_float32, const double *centre,
+cdef void sum_columns(const Job *job, const Block *block, int arithmetic, const double *centre,
                       double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
@@ -31,28 +31,30 @@ cdef void sum_columns(const Job *job, const Block *block, bint in_float32, const
     cdef const Gate *gate = gate_of(job, block, &gate_memory)
     memset(first, 0, folded.channels * sizeof(double))
     memset(second, 0, folded.channels * sizeof(double))
-    add_columns(job, &folded, in_float32, offset_of(job, block, block.n0), centre, gate, first,
+    add_columns(job, &folded, arithmetic, offset_of(job, block, block.n0), centre, gate, first,
                 second)
-    add_columns(job, &leftover, in_float32, offset_of(job, block, block.n1), centre, gate, first,
+    add_columns(job, &leftover, arithmetic, offset_of(job, block, block.n1), centre, gate, first,
                 second)
 
 
-cdef void add_columns(const Job *job, const Matrix *matrix, bint in_float32, Py_ssize_t at,
+cdef void add_columns(const Job *job, const Matrix *matrix, int arithmetic, Py_ssize_t at,
                       const double *centre, const Gate *gate, double *first,
                       double *second) noexcept nogil:
     cdef SumColumnMoments *moments = job.kernels.column_moments
     cdef SumColumnProducts *products = job.kernels.column_products
     if matrix.rows == 0:
         return
-    if in_float32:
-        moments, products = job.kernels.column_tree_moments, job.kernels.column_tree_products
+    if arithmetic == RAW:
+        moments = job.kernels.column_raw_moments
+    elif arithmetic == IN_FLOAT32:
+        products = job.kernels.column_tree_products
     if job.dy == NULL:
         moments(job.x + at, matrix, centre, first, second)
     else:
         products(job.dy + at, job.x + at, matrix, centre, gate, first, second)
 
 
-cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_float32,
+cdef void sum_columns_in_chunks(const Job *job, const Block *block, int arithmetic,
                                 const double *centre, double *first,
                                 double *second) noexcept nogil:
     """The sums of a block of doubles, a few rows at a time; left-over rows go with the last."""
@@ -65,7 +67,7 @@ cdef void sum_columns_in_chunks(const Job *job, const Block *block, bint in_floa
         chunk.n0 = block.n0 + i * ADDITIONS
         chunk.n1 = min(chunk.n0 + ADDITIONS, block.n1)
         chunk.leftover_rows = block.leftover_rows if i == chunks - 1 else 0
-        sum_columns(job, &chunk, in_float32, centre, first, second)
+        sum_columns(job, &chunk, arithmetic, centre, first, second)
         add(&firsts, first, block.c1 - block.c0)
         add(&seconds, second, block.c1 - block.c0)
     write_sums(&firsts, block.c1 - block.c0, first)

@@ -1,15 +1,15 @@
 # Which layout walks a block.
 
 
-cdef void sum_block(const Job *job, const Block *block, bint in_float32, const double *centre,
+cdef void sum_block(const Job *job, const Block *block, int arithmetic, const double *centre,
                     double *first, double *second) noexcept nogil:
-    """Sum a block around a centre for each channel, in float32 or in double."""
+    """Sum a block around a centre for each channel; raw moments need none."""
     if not job.cut.column_layout:
-        sum_runs(job, block, in_float32, centre, first, second)
+        sum_runs(job, block, arithmetic, centre, first, second)
     elif job.refine_pivot:
-        sum_columns_in_chunks(job, block, in_float32, centre, first, second)
+        sum_columns_in_chunks(job, block, arithmetic, centre, first, second)
     else:
-        sum_columns(job, block, in_float32, centre, first, second)
+        sum_columns(job, block, arithmetic, centre, first, second)
 
 
 cdef void normalize_block(const Job *job, const Block *block) noexcept nogil:

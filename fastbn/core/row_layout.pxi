@@ -78,7 +78,7 @@ cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noe
     return offset_of(job, block, block.n1 - 1 if backwards else block.n0)
 
 
-cdef void sum_runs(const Job *job, const Block *block, bint in_float32, const double *centre,
+cdef void sum_runs(const Job *job, const Block *block, int arithmetic, const double *centre,
                    double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Runs runs = runs_of(job, block, False)
@@ -86,7 +86,9 @@ cdef void sum_runs(const Job *job, const Block *block, bint in_float32, const do
     cdef SumMoments *moments = job.kernels.moments
     cdef SumProducts *products = job.kernels.products
     cdef Gate gate
-    if in_float32:
+    if arithmetic == RAW:
+        moments = job.kernels.raw_moments
+    elif arithmetic == IN_FLOAT32:
         moments, products = job.kernels.tree_moments, job.kernels.tree_products
     if job.dy == NULL:
         moments(job.x + at, &runs, centre, first, second)

@@ -1,5 +1,11 @@
 # Partial sums of blocks, and how they merge: in the order of the blocks, whoever has computed them.
 
+# How a block is summed: deviations in float64 or in float32, or x and x^2 in float64.
+cdef enum:
+    IN_FLOAT64
+    IN_FLOAT32
+    RAW
+
 # Sums that keep what rounding takes from them, and add it in the end.
 cdef struct Sums:
     double sum[COLUMNS]
@@ -43,7 +49,9 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     cdef double *m2 = mean + job.cut.c
     if valid.count == 0:
         return
-    if job.in_float32 and valid.count >= MOMENTS_MIN:
+    if job.in_float32 and has_raw_moments(&job.cut):
+        raw_moments(job, &block, &valid, mean, m2)
+    elif job.in_float32 and valid.count >= MOMENTS_MIN:
         float32_moments(job, &block, &valid, mean, m2)
     else:
         exact_moments(job, &block, &valid, mean, m2)
@@ -66,12 +74,12 @@ cdef void exact_moments(const Job *job, const Block *block, const BlockValid *va
     read_channels(job, block, valid.first, pivot)
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
-    sum_block(job, block, False, pivot, first, second)
+    sum_block(job, block, IN_FLOAT64, pivot, first, second)
     if job.refine_pivot:
         for c in range(channels):
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
-        sum_block(job, block, False, pivot, first, second)
+        sum_block(job, block, IN_FLOAT64, pivot, first, second)
     job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
 
 
@@ -82,11 +90,51 @@ cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
                                job.cut.s * job.itemsize, block.c1 - block.c0, to)
 
 
-# ------------------------------------------------------------------ sums in float32
+# ------------------------------------------------------------------ as exact as float32
 
 cdef enum:
-    # Moments of fewer valid positions are summed in float64: rounding errors of few numbers do not
-    # average out, and looking for a pivot costs as much as is gained. Products have their pivot.
+    # Runs of fewer elements have raw moments, and columns have: there sums in float32 would gain
+    # nothing. They have half of the additions that wait for each other, which counts in long runs.
+    RAW_RUN_MOST = 256
+
+
+cdef bint has_raw_moments(const Cut *cut) noexcept nogil:
+    return cut.column_layout or cut.s < RAW_RUN_MOST
+
+
+cdef void raw_moments(const Job *job, const Block *block, const BlockValid *valid, double *mean,
+                      double *m2) noexcept nogil:
+    """Mean and m2 of a block from the sums of x and of x^2 in float64.
+
+    The squares are exact. Where m2 is small beside count * mean^2 their difference has lost digits,
+    and the channel is summed again around a pivot.
+    """
+    cdef double first[COLUMNS]
+    cdef double second[COLUMNS]
+    sum_block(job, block, RAW, NULL, first, second)
+    if job.kernels.raw_mean_and_m2(first, second, <double>valid.count, block.c1 - block.c0, mean,
+                                   m2):
+        sum_again(job, block, valid, mean, m2)
+
+
+cdef void sum_again(const Job *job, const Block *block, const BlockValid *valid, double *mean,
+                    double *m2) noexcept nogil:
+    """Find mean and m2 of the channels whose m2 is NaN by exact sums.
+
+    The others keep what they have, since channels do not depend on their neighbours.
+    """
+    cdef double exact_mean[COLUMNS]
+    cdef double exact_m2[COLUMNS]
+    cdef Py_ssize_t c
+    exact_moments(job, block, valid, exact_mean, exact_m2)
+    for c in range(block.c1 - block.c0):
+        if isnan(m2[c]):
+            mean[c], m2[c] = exact_mean[c], exact_m2[c]
+
+
+cdef enum:
+    # Deviations at fewer valid positions are summed in float64: rounding errors of few numbers do
+    # not average out, and a pivot costs as much as is gained. Products have their pivot.
     MOMENTS_MIN = 512
     PRODUCTS_MIN = 128
     # The positions among whose elements a pivot is looked for.
@@ -99,31 +147,26 @@ cdef double FLOAT32_TINY = 2.0 ** -100
 
 cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,
                           double *mean, double *m2) noexcept nogil:
-    """The same in float32, where rounding errors are of the size of the deviations.
+    """Mean and m2 of a block in float32, where rounding errors are of the size of the deviations.
 
     So the pivot must be near the mean: subtracting (sum of deviations)^2 / count multiplies the
     relative error of m2 by 1 + (pivot - mean)^2 / variance. Channels where that is more than 2 are
-    summed again in float64, and so are those whose squares have left float32's range; the others
-    keep what they have, since channels do not depend on their neighbours.
+    summed again in float64, and so are those whose squares have left float32's range.
     """
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
-    cdef double exact_mean[COLUMNS]
-    cdef double exact_m2[COLUMNS]
-    cdef bint summed_again = False
+    cdef bint loses = False
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
-    sum_block(job, block, True, pivot, first, second)
+    sum_block(job, block, IN_FLOAT32, pivot, first, second)
     job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
     for c in range(channels):
-        if (not leaves_float32(first[c], second[c], valid.count)
-                and first[c] / valid.count * first[c] <= m2[c]):
-            continue
-        if not summed_again:
-            exact_moments(job, block, valid, exact_mean, exact_m2)
-            summed_again = True
-        mean[c], m2[c] = exact_mean[c], exact_m2[c]
+        if (leaves_float32(first[c], second[c], valid.count)
+                or not first[c] / valid.count * first[c] <= m2[c]):
+            m2[c], loses = NAN, True
+    if loses:
+        sum_again(job, block, valid, mean, m2)
 
 
 cdef bint leaves_float32(double first, double second, Py_ssize_t count) noexcept nogil:
@@ -228,7 +271,7 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept n
     if job.in_float32 and valid.count >= PRODUCTS_MIN:
         float32_products(job, &block, &valid, mean, first, second)
     else:
-        sum_block(job, &block, False, mean, first, second)
+        sum_block(job, &block, IN_FLOAT64, mean, first, second)
 
 
 cdef void float32_products(const Job *job, const Block *block, const BlockValid *valid,
@@ -238,14 +281,14 @@ cdef void float32_products(const Job *job, const Block *block, const BlockValid 
     cdef double exact_second[COLUMNS]
     cdef bint summed_again = False
     cdef Py_ssize_t c
-    sum_block(job, block, True, mean, first, second)
+    sum_block(job, block, IN_FLOAT32, mean, first, second)
     for c in range(block.c1 - block.c0):
         if not leaves_float32(first[c], second[c], valid.count):
             # Of the mean, float32 has taken the first 24 bits.
             second[c] -= (mean[c] - <double><float>mean[c]) * first[c]
             continue
         if not summed_again:
-            sum_block(job, block, False, mean, exact_first, exact_second)
+            sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)
             summed_again = True
         first[c], second[c] = exact_first[c], exact_second[c]
 

@@ -53,6 +53,21 @@ static inline void mean_and_m2(const double *pivot, const double *first, const d
     }
 }
 
+static inline int raw_mean_and_m2(const double *first, const double *second, double n,
+                                  ptrdiff_t count, double *mean, double *m2)
+{
+    long long lost = 0;
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double of_channel = first[c] / n, square = first[c] * of_channel;
+        const double around_mean = second[c] - square;
+        const int keeps = square <= FASTBN_RAW_MOST * around_mean;
+        mean[c] = of_channel;
+        m2[c] = keeps ? around_mean : NAN;
+        lost |= keeps ? 0 : 1;
+    }
+    return lost != 0;
+}
+
 static inline void move_towards(const double *target, double divisor, double factor,
                                 ptrdiff_t count, double *moved)
 {
@@ -133,7 +148,8 @@ static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *mat
     memset(sums->centre, 0, sizeof(double) * LANES);
     memset(sums->first, 0, sizeof(double) * (size_t)(LANES + matrix->len));
     memset(sums->second, 0, sizeof(double) * (size_t)(LANES + matrix->len));
-    spread_double(matrix, centre_of_channel, sums->centre + LANES);
+    if (centre_of_channel != NULL)
+        spread_double(matrix, centre_of_channel, sums->centre + LANES);
 }
 
 /* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in

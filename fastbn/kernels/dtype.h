@@ -87,14 +87,16 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
 #if ARITHMETIC_BITS == 32
     NAME(tree_moments),
     NAME(tree_products),
-    NAME(column_tree_moments),
     NAME(column_tree_products),
+    NAME(raw_moments),
+    NAME(column_raw_moments),
     NAME(pivots),
 #else
     NAME(moments),
     NAME(products),
-    NAME(column_moments),
     NAME(column_products),
+    NAME(moments),
+    NAME(column_moments),
     NULL,
 #endif
     NAME(normalize),
@@ -106,6 +108,7 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
     count_valid,
     invstd,
     mean_and_m2,
+    raw_mean_and_m2,
     move_towards,
     FENCE_NONTEMPORAL,
 };

@@ -24,6 +24,10 @@ enum {
     FASTBN_ADDITIONS = 128,
     /* So many terms are added in float32 at most, where sums are trees. */
     FASTBN_TREE = 8,
+    /* Raw moments leave so much less of a double's 53 bits at most: of 2,048 additions, each of
+     * which may round by 2^-54 in the same direction, the variance has an error below 2^-26 then,
+     * and one about 2^-33 where rounding errors average out. */
+    FASTBN_RAW_MOST = 65536,
     /* The most columns of a strip, and channels of a block of results. */
     FASTBN_COLUMNS = 512,
     /* The most channels of a block of sums in the row layout. */
@@ -138,8 +142,11 @@ typedef struct {
      * are added in it. For float64 they are the ones above. */
     fastbn_moments *tree_moments;
     fastbn_products *tree_products;
-    fastbn_column_moments *column_tree_moments;
     fastbn_column_products *column_tree_products;
+    /* The sums of x and of x^2, whatever the pivot, which may be NULL. The squares of float64 are not
+     * exact: for it they are the ones above. */
+    fastbn_moments *raw_moments;
+    fastbn_column_moments *column_raw_moments;
 
     /* pivot = a finite number near the mean of each channel, found in `count` of its elements: those
      * of the first channel are the elements `at` of x, of the next one the elements `stride` further
@@ -177,6 +184,10 @@ typedef struct {
      * these, first and second are the sums */
     void (*mean_and_m2)(const double *pivot, const double *first, const double *second, double n,
                         ptrdiff_t count, double *mean, double *m2);
+    /* The same of raw moments. m2 is NaN where it would have lost digits, since the square of the mean
+     * is more than FASTBN_RAW_MOST times the variance; returns whether any is. */
+    int (*raw_mean_and_m2)(const double *first, const double *second, double n, ptrdiff_t count,
+                           double *mean, double *m2);
     /* moved = (1 - factor) * moved + factor * target / divisor */
     void (*move_towards)(const double *target, double divisor, double factor, ptrdiff_t count,
                          double *moved);

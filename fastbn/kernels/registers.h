@@ -24,7 +24,9 @@
  *                                  elsewhere. The same for vf
  *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
  *                                  none. The same for vf
- *   sum_of_lanes(vd)               lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...
+ *   multiply_add_vd(a, b, c)       a * b + c where a * b is exact: by one instruction or two
+ *   sums_of_lanes(v)               lane k has the sum of the lanes of v[k], one of VD registers:
+ *                                  lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...
  *   HAS_NONTEMPORAL                1 or 0; where it is 1,
  *   copy_register_nontemporal(to, from)  copies sizeof(vf) bytes by a non-temporal store, to an
  *                                  aligned address, and
@@ -254,25 +256,50 @@ ALWAYS_INLINE void store_sums(double *first, double *second, step_sums r)
     }
 }
 
-/* The sum of a step's lanes: lane i is added to lane i + 8, then to lane i + 4 and so on, whatever
- * the width of a register is. */
-ALWAYS_INLINE double sum_of_step(vd *v)
+/* The sums of a step, added up to those of one register: lane i is added to lane i + 8, then to lane
+ * i + 4 and so on, whatever the width of a register is. */
+ALWAYS_INLINE vd fold_step(const double *sums)
 {
+    vd v[STEPS];
+    UNROLL for (int j = 0; j < STEPS; j++)
+        v[j] = load_float64(sums + j * VD);
     UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
         UNROLL for (int j = 0; j < half; j++)
             v[j] += v[j + half];
-    return sum_of_lanes(v[0]);
+    return v[0];
 }
 
-/* The sums of the lanes of each channel. They have a loop of their own, in which the additions of one
- * channel, which wait for each other, do not keep others waiting. */
+ALWAYS_INLINE double sum_of_step(const double *sums)
+{
+    double lanes[VD];
+    store_float64(lanes, fold_step(sums));
+    UNROLL for (int half = VD / 2; half > 0; half /= 2)
+        UNROLL for (int i = 0; i < half; i++)
+            lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* One of both sums, of as many channels as a register has lanes. */
+ALWAYS_INLINE vd sums_of_channels(double sums[][2][LANES], int which)
+{
+    vd folded[VD];
+    UNROLL for (int k = 0; k < VD; k++)
+        folded[k] = fold_step(sums[k][which]);
+    return sums_of_lanes(folded);
+}
+
+/* Both sums of the lanes of each channel. */
 ALWAYS_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
                              double *second)
 {
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        step_sums s = load_sums(sums[c][0], sums[c][1]);
-        first[c] = sum_of_step(s.first);
-        second[c] = sum_of_step(s.second);
+    ptrdiff_t c = 0;
+    for (; c + VD <= channels; c += VD) {
+        store_float64(first + c, sums_of_channels(sums + c, 0));
+        store_float64(second + c, sums_of_channels(sums + c, 1));
+    }
+    for (; c < channels; c++) {
+        first[c] = sum_of_step(sums[c][0]);
+        second[c] = sum_of_step(sums[c][1]);
     }
 }
 

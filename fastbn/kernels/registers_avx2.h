@@ -146,13 +146,20 @@ ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
     memcpy(p, &four, sizeof four);
 }
 
-ALWAYS_INLINE double sum_of_lanes(vd v)
+ALWAYS_INLINE vd multiply_add_vd(vd a, vd b, vd c)
 {
-    typedef double vd2 __attribute__((vector_size(16)));
-    vd2 halves[2];
-    memcpy(halves, &v, sizeof halves);
-    const vd2 two = halves[0] + halves[1];
-    return two[0] + two[1];
+    return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+
+ALWAYS_INLINE vd sums_of_lanes(const vd *v)
+{
+#define HALVES(a, b, which) ((vd)_mm256_permute2f128_pd((__m256d)(a), (__m256d)(b), which))
+#define ADD_HALVES(a, b) (HALVES(a, b, 0x20) + HALVES(a, b, 0x31))
+    const vd even = ADD_HALVES(v[0], v[2]), odd = ADD_HALVES(v[1], v[3]);
+#undef ADD_HALVES
+#undef HALVES
+    return (vd)_mm256_unpacklo_pd((__m256d)even, (__m256d)odd) +
+           (vd)_mm256_unpackhi_pd((__m256d)even, (__m256d)odd);
 }
 
 #define HAS_NONTEMPORAL 1

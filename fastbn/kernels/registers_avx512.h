@@ -130,17 +130,23 @@ ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
     _mm_storel_epi64((__m128i *)p, _mm_movm_epi8(_mm512_movepi64_mask((__m512i)v)));
 }
 
-ALWAYS_INLINE double sum_of_lanes(vd v)
+ALWAYS_INLINE vd multiply_add_vd(vd a, vd b, vd c)
 {
-    typedef double vd4 __attribute__((vector_size(32)));
-    typedef double vd2 __attribute__((vector_size(16)));
-    vd4 halves[2];
-    memcpy(halves, &v, sizeof halves);
-    const vd4 four = halves[0] + halves[1];
-    vd2 quarters[2];
-    memcpy(quarters, &four, sizeof quarters);
-    const vd2 two = quarters[0] + quarters[1];
-    return two[0] + two[1];
+    return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+
+ALWAYS_INLINE vd sums_of_lanes(const vd *v)
+{
+#define QUARTERS(a, b, which) ((vd)_mm512_shuffle_f64x2((__m512d)(a), (__m512d)(b), which))
+#define ADD_HALVES(a, b) (QUARTERS(a, b, 0x44) + QUARTERS(a, b, 0xee))
+#define ADD_QUARTERS(a, b) (QUARTERS(a, b, 0x88) + QUARTERS(a, b, 0xdd))
+    const vd even = ADD_QUARTERS(ADD_HALVES(v[0], v[2]), ADD_HALVES(v[4], v[6]));
+    const vd odd = ADD_QUARTERS(ADD_HALVES(v[1], v[3]), ADD_HALVES(v[5], v[7]));
+#undef ADD_QUARTERS
+#undef ADD_HALVES
+#undef QUARTERS
+    return (vd)_mm512_unpacklo_pd((__m512d)even, (__m512d)odd) +
+           (vd)_mm512_unpackhi_pd((__m512d)even, (__m512d)odd);
 }
 
 #define HAS_NONTEMPORAL 1

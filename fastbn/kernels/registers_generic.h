@@ -153,7 +153,7 @@ ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
         p[i] = (uint8_t)bits[i];
 }
 
-ALWAYS_INLINE double sum_of_lanes(vd v) { return v[0] + v[1]; }
+ALWAYS_INLINE vd sums_of_lanes(const vd *v) { return (vd){v[0][0] + v[0][1], v[1][0] + v[1][1]}; }
 
 #else
 
@@ -189,9 +189,11 @@ ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no) { return bits & 1 ? ye
 ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v) { memcpy(p, &v, 1); }
 ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v) { memcpy(p, &v, 1); }
 
-ALWAYS_INLINE double sum_of_lanes(vd v) { return v; }
+ALWAYS_INLINE vd sums_of_lanes(const vd *v) { return v[0]; }
 
 #endif
+
+ALWAYS_INLINE vd multiply_add_vd(vd a, vd b, vd c) { return a * b + c; }
 
 #if defined(__SSE2__)
 #  define HAS_NONTEMPORAL 1

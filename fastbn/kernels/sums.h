@@ -22,6 +22,35 @@ ALWAYS_INLINE step_sums NAME(add_moments)(step_sums sums, const T *dy, const T *
     return sums;
 }
 
+#if ARITHMETIC_BITS == 32
+/* The j-th piece of a step in double; a register of 16-bit elements is converted once for both of its
+ * pieces. */
+ALWAYS_INLINE vd NAME(widen_piece)(const T *x, int j)
+{
+    enum { PIECES = VF / VD };
+    if (sizeof(T) == sizeof(A))
+        return NAME(widen)(x + j * VD);
+    return widen_lanes(NAME(load)(x + j / PIECES * VF), j % PIECES);
+}
+
+/* The squares are exact, so that only their addition rounds. */
+ALWAYS_INLINE step_sums NAME(add_raw_moments)(step_sums sums, const T *dy, const T *x,
+                                              ptrdiff_t ahead, step centre, const NAME(gate) *gate,
+                                              valid_lanes lanes)
+{
+    (void)dy, (void)centre, (void)gate;
+    PREFETCH(x + ahead);
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        if (is_skipped(lanes, j, VD))
+            continue;
+        const vd v = only_valid(lanes, j, NAME(widen_piece)(x, j));
+        sums.first[j] += v;
+        sums.second[j] = multiply_add_vd(v, v, sums.second[j]);
+    }
+    return sums;
+}
+#endif
+
 ALWAYS_INLINE step_sums NAME(add_products)(step_sums sums, const T *dy, const T *x,
                                            ptrdiff_t ahead, step mean, const NAME(gate) *gate,
                                            valid_lanes lanes)
@@ -90,7 +119,8 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_chunk)(ptrdiff_t len)
 
 /* ------------------------------------------------------------------ the row layout */
 
-/* Sums stay in registers for a run, and in memory from a sample to the next. */
+/* Sums stay in registers for a run, and in memory from a sample to the next. Raw moments have no
+ * centre. */
 ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, const T *x,
                                   const fastbn_runs *runs, const double *centre,
                                   const fastbn_gate *gate, double *first, double *second)
@@ -110,7 +140,7 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
         fastbn_ahead ahead = runs->ahead;
         of_chunk = ends ? 0 : of_chunk;
         for (ptrdiff_t c = 0; c < runs->channels; c++, dy += len, x += len) {
-            const step around = same_step(centre[c]);
+            const step around = same_step(centre == NULL ? 0 : centre[c]);
             NAME(gate) own;
             if (gate != NULL)
                 own = NAME(gate_of_run)(&gates, c);
@@ -153,6 +183,18 @@ static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *
         NAME(sum_runs)(NAME(add_moments), 1, x, x, runs, pivot, NULL, first, second);
 }
 
+#if ARITHMETIC_BITS == 32
+static void NAME(raw_moments)(const void *x, const fastbn_runs *runs, const double *pivot,
+                              double *first, double *second)
+{
+    (void)pivot;
+    if (runs->mask == NULL)
+        NAME(sum_runs)(NAME(add_raw_moments), 0, x, x, runs, NULL, NULL, first, second);
+    else
+        NAME(sum_runs)(NAME(add_raw_moments), 1, x, x, runs, NULL, NULL, first, second);
+}
+#endif
+
 static void NAME(products)(const void *dy, const void *x, const fastbn_runs *runs,
                            const double *mean, const fastbn_gate *gate, double *first,
                            double *second)
@@ -185,10 +227,10 @@ ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums
     double *first = sums->first + LANES + i, *second = sums->second + LANES + i;
     const step around = load_step(sums->centre + LANES + i);
     step_sums s = load_sums(first, second);
-    s = add(s, dy, x, rows.ahead, around, gate, lanes);
-    if (rows.count > 1)
-        s = add(s, dy + rows.stride, x + rows.stride, rows.ahead + rows.ahead_of_next, around, gate,
-                lanes);
+    UNROLL for (int t = 0; t < ROWS_MOST; t++)
+        if (t < rows.count)
+            s = add(s, dy + t * rows.stride, x + t * rows.stride,
+                    rows.ahead + t * rows.ahead_of_next, around, gate, lanes);
     store_sums(first, second, s);
 }
 
@@ -201,6 +243,9 @@ ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums
         NAME(add_rows)(NAME(add), sums, trees, rows, i, i_tree, dy, x, gate, lanes); \
     }
 ADD_ROWS(add_row_moments, add_rows_to_sums, add_moments)
+#if ARITHMETIC_BITS == 32
+ADD_ROWS(add_row_raw_moments, add_rows_to_sums, add_raw_moments)
+#endif
 ADD_ROWS(add_row_products, add_rows_to_sums, add_products)
 ADD_ROWS(add_row_relu_products, add_rows_to_sums, add_relu_products)
 ADD_ROWS(add_row_leaky_products, add_rows_to_sums, add_leaky_products)
@@ -307,6 +352,15 @@ static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, con
 {
     NAME(sum_matrix)(NAME(add_row_moments), 0, 2, x, x, matrix, pivot, first, second);
 }
+
+#if ARITHMETIC_BITS == 32
+static void NAME(column_raw_moments)(const void *x, const fastbn_matrix *matrix,
+                                     const double *pivot, double *first, double *second)
+{
+    (void)pivot;
+    NAME(sum_matrix)(NAME(add_row_raw_moments), 0, ROWS_MOST, x, x, matrix, NULL, first, second);
+}
+#endif
 
 static void NAME(column_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                   const double *mean, const fastbn_gate *gate, double *first,

@@ -113,27 +113,7 @@ static void NAME(pivots)(const void *x_, const ptrdiff_t *at, ptrdiff_t count, p
 {
     const T *x = x_;
     const A share = (A)1 / (A)count;
-    const VA infinity = (VA){0} + (A)INFINITY;
-    ptrdiff_t c = 0;
-    for (; stride == 1 && c + VA_LANES <= channels; c += VA_LANES) {
-#define ELEMENT(i) NAME(load)(x + at[i] + c)
-#define DISTANCE(i) GREATER_A(ELEMENT(i) - mean, mean - ELEMENT(i))
-        VA mean = ELEMENT(0);
-        for (ptrdiff_t i = 1; i < count; i++)
-            mean += (ELEMENT(i) - ELEMENT(0)) * share;
-        VA nearest = ELEMENT(0), distance = DISTANCE(0);
-        for (ptrdiff_t i = 1; i < count; i++) {
-            nearest = IF_OUTSIDE_A(DISTANCE(i), distance, infinity, ELEMENT(i), nearest);
-            distance = LESS_A(DISTANCE(i), distance);
-        }
-#undef DISTANCE
-#undef ELEMENT
-        A finite[sizeof(VA) / sizeof(A)];
-        memcpy(finite, &nearest, sizeof finite);
-        for (ptrdiff_t j = 0; j < VA_LANES; j++)
-            pivot[c + j] = isfinite(finite[j]) ? finite[j] : 0;
-    }
-    for (; c < channels; c++) {
+    for (ptrdiff_t c = 0; c < channels; c++) {
 #define ELEMENT(i) NAME(decode)(x[at[i] + c * stride])
         const A first = ELEMENT(0);
         A mean = first, nearest = first, distance;
@@ -278,16 +258,9 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
         store_tree(trees, i_tree, tree);
 }
 
-ADD_ROWS(add_moments_of_rows, add_rows_to_trees, moment_term)
 ADD_ROWS(add_products_of_rows, add_rows_to_trees, product_term)
 ADD_ROWS(add_relu_products_of_rows, add_rows_to_trees, relu_product_term)
 ADD_ROWS(add_leaky_products_of_rows, add_rows_to_trees, leaky_product_term)
-
-static void NAME(column_tree_moments)(const void *x, const fastbn_matrix *matrix,
-                                      const double *pivot, double *first, double *second)
-{
-    NAME(sum_matrix)(NAME(add_moments_of_rows), 1, ROWS_MOST, x, x, matrix, pivot, first, second);
-}
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                        const double *mean, const fastbn_gate *gate, double *first,
