@@ -46,6 +46,21 @@ def test_float32_statistics_are_within_one_ulp(rng, distribution, shape, layout)
     support.assert_within(m2 / count, exact_var, reference.ulp(exact_var, np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@each("shape, layout", itertools.product([(4, 9, 7, 7), (70, 9), (600, 9, 5)], LAYOUTS))
+def test_variances_are_right_whatever_the_mean_is_beside_them(rng, dtype, shape, layout):
+    """A channel for each ratio of mean and deviation, on both sides of where raw moments end."""
+    ratios = np.array([0, 1, 30, 200, 255, 257, 300, 3000, 1e5])
+    x = rng.standard_normal(shape) + ratios.reshape(1, 9, *[1] * len(shape[2:]))
+    x = layout((x / 10).astype(support.dtype_of(dtype)))
+    _, exact_mean, exact_var = reference.moments(x.astype(np.float32))
+    _, mean, invstd = F.batch_norm_forward(x, eps=1e-12)
+    size = np.maximum(np.abs(exact_mean), np.sqrt(exact_var))
+    support.assert_within(mean, exact_mean, reference.ulp(size, np.float32))
+    var = 1 / invstd**2 - 1e-12
+    support.assert_within(var, exact_var, reference.ulp(exact_var + 1e-12, np.float32))
+
+
 @every_distribution
 def test_float32_running_statistics_are_within_two_ulp(rng, distribution, shape, layout):
     x = sample(rng, distribution, shape, np.float32, layout)
