@@ -289,8 +289,8 @@ ALWAYS_INLINE vd sums_of_channels(double sums[][2][LANES], int which)
 }
 
 /* Both sums of the lanes of each channel. */
-ALWAYS_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
-                             double *second)
+NOT_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
+                          double *second)
 {
     ptrdiff_t c = 0;
     for (; c + VD <= channels; c += VD) {
