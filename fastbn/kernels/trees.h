@@ -1,4 +1,5 @@
-/* Sums in float32, for one dtype; dtype.h includes this file.
+/* Sums in float32, for one dtype; dtype.h includes this file. Moments of columns are raw ones, in
+ * sums.h.
  *
  * Up to TREE terms of a lane are added in float32: those of a run pair after pair if they are TREE,
  * fewer of them, and those of columns, one after the other. These sums are added in double. Lanes and
