@@ -59,12 +59,12 @@ def peak(call):
 x, dy = buffer(), buffer()
 residual = buffer() if {added} else None
 bn = fastbn.BatchNorm2d(64, activation={activation!r})
-# First calls start threads and map code from files, a megabyte at once on some systems.
-warm = np.array(x[:2], order="K")
-bn(warm, out=warm), bn.backward(warm, out=warm)
 bn.weight[:{aside}] = 0
 if {frozen}:
     bn.freeze()
+# First calls start threads and map code from files, a megabyte at once on some systems.
+warm, added = np.array(x[:2], order="K"), np.array(x[:2], order="K") if {added} else None
+bn(warm, out=warm, residual=added), bn.backward(warm, out=warm, residual_out=added)
 tracemalloc.start()
 peak(lambda: bn(x, out=x, residual=residual))
 peak(lambda: bn.backward(dy, out=dy, residual_out=residual))
