@@ -334,7 +334,7 @@ cdef void reduce_to_products(Job *job, double *sum_dy, double *sum_dy_xhat) noex
 
 
 cdef void sum_in_float32(Job *job) noexcept nogil:
-    """Let the job sum in float32: its sums are not what the caller asks for."""
+    """Let sums be as exact as float32: they are not what the caller asks for."""
     job.in_float32 = job.itemsize < <Py_ssize_t>sizeof(double)
 
 

@@ -54,18 +54,18 @@ cdef void add_columns(const Job *job, const Matrix *matrix, int arithmetic, Py_s
         products(job.dy + at, job.x + at, matrix, centre, gate, first, second)
 
 
-cdef void sum_columns_in_chunks(const Job *job, const Block *block, int arithmetic,
+cdef void sum_columns_in_chunks(const Job *job, const Block *block, Py_ssize_t rows, int arithmetic,
                                 const double *centre, double *first,
                                 double *second) noexcept nogil:
-    """The sums of a block of doubles, a few rows at a time; left-over rows go with the last."""
+    """The sums of a block, so many rows at a time; left-over rows go with the last."""
     cdef Sums firsts, seconds
     cdef Block chunk = block[0]
-    cdef Py_ssize_t i, chunks = max(ceil_div(block.n1 - block.n0, ADDITIONS), 1)
+    cdef Py_ssize_t i, chunks = max(ceil_div(block.n1 - block.n0, rows), 1)
     begin(&firsts, NULL, block.c1 - block.c0)
     begin(&seconds, NULL, block.c1 - block.c0)
     for i in range(chunks):
-        chunk.n0 = block.n0 + i * ADDITIONS
-        chunk.n1 = min(chunk.n0 + ADDITIONS, block.n1)
+        chunk.n0 = block.n0 + i * rows
+        chunk.n1 = min(chunk.n0 + rows, block.n1)
         chunk.leftover_rows = block.leftover_rows if i == chunks - 1 else 0
         sum_columns(job, &chunk, arithmetic, centre, first, second)
         add(&firsts, first, block.c1 - block.c0)

@@ -3,11 +3,16 @@
 
 cdef void sum_block(const Job *job, const Block *block, int arithmetic, const double *centre,
                     double *first, double *second) noexcept nogil:
-    """Sum a block around a centre for each channel; raw moments need none."""
+    """Sum a block in one of the arithmetics, around a centre for each channel.
+
+    Raw moments have none, so that it may be NULL.
+    """
     if not job.cut.column_layout:
         sum_runs(job, block, arithmetic, centre, first, second)
     elif job.refine_pivot:
-        sum_columns_in_chunks(job, block, arithmetic, centre, first, second)
+        sum_columns_in_chunks(job, block, ADDITIONS, arithmetic, centre, first, second)
+    elif arithmetic == RAW and block.n1 - block.n0 > RAW_ROWS_MOST:
+        sum_columns_in_chunks(job, block, RAW_ROWS_MOST, arithmetic, centre, first, second)
     else:
         sum_columns(job, block, arithmetic, centre, first, second)
 

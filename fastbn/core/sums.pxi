@@ -3,8 +3,13 @@
 # How a block is summed: deviations in float64 or in float32, or x and x^2 in float64.
 cdef enum:
     IN_FLOAT64
-    IN_FLOAT32
+    IN_FLOAT32  # of products and, in the row layout, of moments
     RAW
+
+cdef enum:
+    # The rows of a matrix whose raw moments are added one after the other: FASTBN_RAW_MOST tells
+    # what they may lose.
+    RAW_ROWS_MOST = 4096
 
 # Sums that keep what rounding takes from them, and add it in the end.
 cdef struct Sums:
@@ -93,13 +98,13 @@ cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
 # ------------------------------------------------------------------ as exact as float32
 
 cdef enum:
-    # Runs of fewer elements have raw moments, and columns have: there sums in float32 would gain
-    # nothing. They have half of the additions that wait for each other, which counts in long runs.
-    RAW_RUN_MOST = 256
+    # Columns, and shorter runs, have raw moments. In longer ones sums in float32 are faster, since
+    # half as many additions wait for each other.
+    FLOAT32_RUN_MIN = 256
 
 
 cdef bint has_raw_moments(const Cut *cut) noexcept nogil:
-    return cut.column_layout or cut.s < RAW_RUN_MOST
+    return cut.column_layout or cut.s < FLOAT32_RUN_MIN
 
 
 cdef void raw_moments(const Job *job, const Block *block, const BlockValid *valid, double *mean,
@@ -121,15 +126,48 @@ cdef void sum_again(const Job *job, const Block *block, const BlockValid *valid,
                     double *m2) noexcept nogil:
     """Find mean and m2 of the channels whose m2 is NaN by exact sums.
 
-    The others keep what they have, since channels do not depend on their neighbours.
+    Neighbours are summed together, and so are columns that lie less than a step apart.
+    """
+    cdef Py_ssize_t apart = LANES if job.cut.column_layout else 1
+    cdef Py_ssize_t begin = 0, end, channels = block.c1 - block.c0
+    if job.cut.fold > 1:  # folded rows have no narrower strips
+        sum_channels_again(job, block, valid, begin, channels, mean, m2)
+        return
+    while begin < channels:
+        end = begin + 1
+        if isnan(m2[begin]):
+            end = end_of_lost(m2, begin, channels, apart)
+            sum_channels_again(job, block, valid, begin, end, mean, m2)
+        begin = end
+
+
+cdef Py_ssize_t end_of_lost(const double *m2, Py_ssize_t begin, Py_ssize_t channels,
+                            Py_ssize_t apart) noexcept nogil:
+    """Behind the last channel whose m2 is NaN before so many channels in a row have theirs."""
+    cdef Py_ssize_t end = begin + 1, c = end
+    while c < min(end + apart, channels):
+        c += 1
+        if isnan(m2[c - 1]):
+            end = c
+    return end
+
+
+cdef void sum_channels_again(const Job *job, const Block *block, const BlockValid *valid,
+                             Py_ssize_t begin, Py_ssize_t end, double *mean,
+                             double *m2) noexcept nogil:
+    """Sum some channels of a block again; what is right already is kept.
+
+    Channels do not depend on their neighbours.
     """
     cdef double exact_mean[COLUMNS]
     cdef double exact_m2[COLUMNS]
     cdef Py_ssize_t c
-    exact_moments(job, block, valid, exact_mean, exact_m2)
-    for c in range(block.c1 - block.c0):
+    cdef Block some = block[0]
+    some.c0, some.c1 = block.c0 + begin, block.c0 + end
+    exact_moments(job, &some, valid, exact_mean, exact_m2)
+    for c in range(begin, end):
         if isnan(m2[c]):
-            mean[c], m2[c] = exact_mean[c], exact_m2[c]
+            mean[c], m2[c] = exact_mean[c - begin], exact_m2[c - begin]
 
 
 cdef enum:

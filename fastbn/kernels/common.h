@@ -18,9 +18,9 @@ enum {
     /* The rows of a matrix that are added to the sums of its columns together. */
     ROWS_MOST = 4,
     STREAM_BYTES = FASTBN_STREAM_BYTES,
-    /* How far apart the values of a column lie, which have room for LANES + COLUMNS: 5.1 and 3 KiB.
-     * If one lay a little behind another, but for 4 KiB, loads of the next columns would wait for
-     * what has just been stored. */
+    /* How many doubles, or floats, lie between two values of a column; LANES + COLUMNS have to fit.
+     * That is 5.1 or 3 KiB: if two were a multiple of 4 KiB apart, or a little more, loads of the
+     * next columns would wait for what has just been stored. */
     DOUBLES_APART = 656,
     FLOATS_APART = 768,
     /* The terms of a lane that are added in float32. */
@@ -56,7 +56,7 @@ static inline void mean_and_m2(const double *pivot, const double *first, const d
 static inline int raw_mean_and_m2(const double *first, const double *second, double n,
                                   ptrdiff_t count, double *mean, double *m2)
 {
-    long long lost = 0;
+    long long lost = 0; /* as wide as a double, and without branches: the loop is vectorized */
     for (ptrdiff_t c = 0; c < count; c++) {
         const double of_channel = first[c] / n, square = first[c] * of_channel;
         const double around_mean = second[c] - square;
@@ -142,6 +142,7 @@ typedef struct {
     double centre[DOUBLES_APART], first[DOUBLES_APART], second[DOUBLES_APART];
 } column_sums;
 
+/* Without centres there are zeros for them. */
 static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *matrix,
                                      const double *centre_of_channel)
 {

@@ -61,6 +61,36 @@ def test_variances_are_right_whatever_the_mean_is_beside_them(rng, dtype, shape,
     support.assert_within(var, exact_var, reference.ulp(exact_var + 1e-12, np.float32))
 
 
+@pytest.mark.parametrize("channels", [[5], [0, 1, 2, 40], [3, 17, 18, 39], range(41)], ids=str)
+@pytest.mark.parametrize("width", [41, 130])
+@each("value", [np.nan, np.inf, 1.1, 1e4])
+@each("layout", LAYOUTS)
+def test_channels_that_are_summed_again_leave_the_others_alone(rng, width, channels, value, layout):
+    usual = rng.standard_normal((6, width, 3, 7)).astype(np.float32)
+    mask = rng.random((6, 1, 3, 7)) < 0.8
+    lost = usual + np.float32(value)
+    lost[:, ::3] = value
+    is_lost = np.isin(np.arange(width), channels)
+    mixed = np.where(is_lost[:, np.newaxis, np.newaxis], lost, usual)
+    of_lost, of_usual, of_mixed = (
+        F.batch_norm_forward(layout(x), mask=mask) for x in (lost, usual, mixed)
+    )
+    for a, b, c in zip(of_lost, of_usual, of_mixed, strict=True):
+        along = is_lost.reshape(-1, *[1] * (a.ndim - 2))
+        np.testing.assert_array_equal(c, np.where(along, a, b))
+
+
+@pytest.mark.slow
+def test_moments_of_a_million_rows_are_right():
+    """More rows of a block than are added one after the other, with rounding of one sign."""
+    x = np.empty((1_200_000, 49), np.float16)
+    x[::2], x[1::2] = 1000, 1008
+    mean, var = np.zeros(49), np.zeros(49)
+    F.batch_norm(x, mean, var, training=True, momentum=1.0)
+    np.testing.assert_allclose(mean, 1004, rtol=2**-40)
+    np.testing.assert_allclose(var, 16 * (1 + 1 / (len(x) - 1)), rtol=2**-30)
+
+
 @every_distribution
 def test_float32_running_statistics_are_within_two_ulp(rng, distribution, shape, layout):
     x = sample(rng, distribution, shape, np.float32, layout)
