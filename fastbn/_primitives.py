@@ -124,7 +124,8 @@ def batch_norm_forward(
     """Normalize by the statistics of the batch itself.
 
     `batch_norm_stats` and `batch_norm_elemt` with ``invstd = 1 / sqrt(m2 / count + eps)``, but
-    with a channel finished while it is in the cache.
+    with a channel finished while it is in the cache, and, where x is not float64, with statistics
+    that are no more exact than a result in float32 needs.
 
     Parameters
     ----------
