@@ -125,17 +125,6 @@ ALWAYS_INLINE void add_runs(ptrdiff_t channels, ptrdiff_t run, const double *fro
     }
 }
 
-/* Adds one value per column to one per channel. */
-NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const double *from,
-                                        double *to)
-{
-    const ptrdiff_t channels = matrix->channels;
-#define ADD(run) add_runs(channels, run, from + j, to)
-    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
-        FOR_RUNS_OF(matrix->run, ADD)
-#undef ADD
-}
-
 /* The sums of columns, behind LANES more: of few columns, the last step, which overlaps the one
  * before it, reaches back before the first. */
 typedef struct {
@@ -151,6 +140,51 @@ static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *mat
     memset(sums->second, 0, sizeof(double) * (size_t)(LANES + matrix->len));
     if (centre_of_channel != NULL)
         spread_double(matrix, centre_of_channel, sums->centre + LANES);
+}
+
+/* Adds the sums of the columns from the j-th one on, of channels that have a step or more each. Those
+ * of the lanes of a channel are added up like those of a run. */
+static inline void add_long_runs(const fastbn_matrix *matrix, const column_sums *sums, ptrdiff_t j,
+                                 double *first_of_channel, double *second_of_channel)
+{
+    double of_lanes[COLUMNS / LANES][2][LANES], first[COLUMNS / LANES], second[COLUMNS / LANES];
+    const ptrdiff_t channels = matrix->channels, run = matrix->run;
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        const double *at = sums->first + LANES + j + c * run;
+        const double *at_second = sums->second + LANES + j + c * run;
+        step_sums s = no_sums();
+        ptrdiff_t i = 0;
+        for (; i + LANES <= run; i += LANES)
+            s = add_sums(s, load_sums(at + i, at_second + i));
+        if (i < run)
+            s = add_sums(s, sums_from_lane(load_sums(at + run - LANES, at_second + run - LANES),
+                                           LANES - (run - i)));
+        store_sums(of_lanes[c][0], of_lanes[c][1], s);
+    }
+    add_lanes(of_lanes, channels, first, second);
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        first_of_channel[c] += first[c];
+        second_of_channel[c] += second[c];
+    }
+}
+
+/* Adds the sums of columns to those of their channels. */
+NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const column_sums *sums,
+                                        double *first_of_channel, double *second_of_channel)
+{
+    const ptrdiff_t channels = matrix->channels;
+#define ADD_FIRST(run) add_runs(channels, run, sums->first + LANES + j, first_of_channel)
+#define ADD_SECOND(run) add_runs(channels, run, sums->second + LANES + j, second_of_channel)
+    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run) {
+        if (matrix->run >= LANES) {
+            add_long_runs(matrix, sums, j, first_of_channel, second_of_channel);
+            continue;
+        }
+        FOR_RUNS_OF(matrix->run, ADD_FIRST)
+        FOR_RUNS_OF(matrix->run, ADD_SECOND)
+    }
+#undef ADD_FIRST
+#undef ADD_SECOND
 }
 
 /* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in

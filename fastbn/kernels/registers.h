@@ -372,6 +372,16 @@ ONLY_VALID(only_valid, vd, masked_vd, zero_vd_below, VD)
 ONLY_VALID(only_valid_floats, vf, masked_vf, zero_vf_below, VF)
 #undef ONLY_VALID
 
+/* Sums, with zeros in the lanes below `skip`. */
+ALWAYS_INLINE step_sums sums_from_lane(step_sums sums, ptrdiff_t skip)
+{
+    UNROLL for (int j = 0; j < STEPS; j++) {
+        sums.first[j] = zero_vd_below(skip, j, sums.first[j]);
+        sums.second[j] = zero_vd_below(skip, j, sums.second[j]);
+    }
+    return sums;
+}
+
 /* The two sums of a tree, for the lanes of a register and for all lanes of a step. */
 typedef struct {
     vf first, second;

@@ -329,8 +329,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
     }
     if (by_trees && in_trees > 0)
         end_column_trees(&trees, &sums, len);
-    add_columns_to_channels(matrix, sums.first + LANES, first_of_channel);
-    add_columns_to_channels(matrix, sums.second + LANES, second_of_channel);
+    add_columns_to_channels(matrix, &sums, first_of_channel, second_of_channel);
 }
 
 /* The sums of columns with the mask that the matrix has. */
