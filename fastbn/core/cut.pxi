@@ -115,10 +115,21 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
     cut.width = width * cut.fold
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold
-    cut.block_n = max(rows_of_block(cut), ceil_div(height, COLUMN_LAYOUT_BLOCKS_MAX))
-    cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
+    cut.block_n = ceil_div(height, blocks_of(height, rows_of_block(cut)))
+    cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, max(cut.block_n, 1)), 1)
     cut.block_s = cut.s
     cut.blocks_along_s = 1
+
+
+cdef Py_ssize_t blocks_of(Py_ssize_t height, Py_ssize_t most) noexcept nogil:
+    """How many blocks of so many rows at most there are: a power of 2, not above a limit.
+
+    They have nearly the same size then, and are the same share of the rows for every thread.
+    """
+    cdef Py_ssize_t blocks = 1
+    while blocks * most < height and blocks < COLUMN_LAYOUT_BLOCKS_MAX:
+        blocks *= 2
+    return blocks
 
 
 cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
@@ -187,6 +198,8 @@ cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups,
     if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
         cut.blocks = max(cut.blocks, min(ceil_div(4 * threads, max(groups, 1)),
                                          ceil_div(height, COEFFICIENT_ROWS)))
+        # The same share of the rows for each, which it may have in its caches.
+        cut.blocks = ceil_div(cut.blocks, threads) * threads
     cut.block_n = max(ceil_div(height, cut.blocks), 1)
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
 
