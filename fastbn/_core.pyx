@@ -164,8 +164,8 @@ cdef extern from "platform.h" nogil:
     ctypedef struct fastbn_range:
         pass
     void fastbn_set_range(fastbn_range *range, Py_ssize_t first, Py_ssize_t end)
-    Py_ssize_t fastbn_take_first(fastbn_range *range)
-    Py_ssize_t fastbn_take_last(fastbn_range *range)
+    Py_ssize_t fastbn_take_first(fastbn_range *range, Py_ssize_t left)
+    Py_ssize_t fastbn_take_last(fastbn_range *range, Py_ssize_t left)
     const char *fastbn_compiler()
     const char *fastbn_openmp()
 
@@ -224,6 +224,7 @@ def borrow_threads(library):
 
 include "core/threads.pxi"
 include "core/trials.pxi"
+include "core/caches.pxi"
 include "core/cut.pxi"
 
 # ------------------------------------------------------------------ a job and its three steps

@@ -2,7 +2,7 @@
 
 # Cores with a second-level cache of 1 MiB or more, such as those of a Zen 5, read memory so fast
 # that they have to ask for it earlier than those with less.
-cdef bint has_large_l2 = fastbn_cache_bytes(2) >= 1048576
+cdef bint has_large_l2 = l2_bytes >= 1048576
 
 # Memory is prefetched when it is so many bytes away, of all inputs: what lies further on in a run
 # is left to the hardware.

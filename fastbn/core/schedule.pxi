@@ -7,14 +7,6 @@ cdef enum:
     # part of their time that can be felt.
     LET_OTHERS_RUN_BYTES = 32768
 
-# The third-level cache, as far as it counts. A virtual machine may report the cache of a whole
-# socket, of which its neighbours leave it a part: on one that reported 480 MiB, non-temporal copies
-# won from 40 to 48 MiB on.
-cdef Py_ssize_t l3_bytes = min(fastbn_cache_bytes(3) or 16777216, 100663296)
-
-# What all threads together walk twice should be smaller than half of it, which others use too.
-cdef Py_ssize_t cache_bytes = l3_bytes // 2
-
 
 cdef int inputs_of(const Job *job) noexcept nogil:
     """The arrays that a job reads in each walk."""
@@ -69,6 +61,9 @@ cdef struct Tasks:
     Py_ssize_t g0, groups
     int threads
     bint backwards                # whether each thread walks its range from the last to the first
+    # How many tasks of a range no other thread takes: 0 or, where each thread may have what its
+    # tasks are about in its second-level cache, 1. To fetch that takes longer than to wait.
+    int left
     fastbn_range ranges[THREADS_MAX]
     double busy                   # the seconds for which the calling thread has worked,
     Py_ssize_t done               # and the tasks that it has done
@@ -90,6 +85,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
+    tasks.left = count >= 4 * tasks.threads and bytes_in_caches(job) <= tasks.threads * l2_bytes
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
@@ -108,14 +104,14 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
     cdef int i
     cdef double start = fastbn_seconds()
     while True:
-        t = take_task(tasks, own, tasks.backwards)
+        t = take_task(tasks, own, tasks.backwards, 0)
         if t < 0:
             break
         tasks.task(tasks.job, tasks.g0, tasks.groups, t)
         done += 1
     for i in range(1, tasks.threads):
         while True:
-            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards)
+            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards, tasks.left)
             if t < 0:
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
@@ -125,11 +121,11 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
         tasks.done = done
 
 
-cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last) noexcept nogil:
-    """Take the first or the last task of a range; less than 0 if there is none."""
+cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t left) noexcept nogil:
+    """Take the first or the last task of a range; less than 0 if no more than so many are left."""
     if last:
-        return fastbn_take_last(&tasks.ranges[owner])
-    return fastbn_take_first(&tasks.ranges[owner])
+        return fastbn_take_last(&tasks.ranges[owner], left)
+    return fastbn_take_first(&tasks.ranges[owner], left)
 
 
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
