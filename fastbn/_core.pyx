@@ -266,8 +266,9 @@ cdef struct Job:
     bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether sums may be as exact as float32, where that is faster
     bint in_float64               # whether the gradient of x is computed in float64, for its range
-    Trial *trial                  # of kinds of stores; NULL if there is none
-    int way                       # what it says: 1 for non-temporal stores
+    int tries                     # what its first calls try both ways of, if anything
+    Trial *trial                  # of that
+    int way                       # what it says
     bint nontemporal              # whether the output is written by non-temporal stores
     bint group_by_group           # whether a group's second walk comes before the next one's first
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
@@ -436,6 +437,7 @@ include "core/column_layout.pxi"
 include "core/layouts.pxi"
 include "core/schedule.pxi"
 include "core/stores.pxi"
+include "core/tried.pxi"
 include "core/arrays.pxi"
 
 

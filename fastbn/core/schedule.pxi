@@ -289,14 +289,17 @@ cdef void execute_steps(Job *job, int threads) noexcept nogil:
     cdef Job leftover
     cdef double start = 0.0
     job.in_float64 = needs_float64(job)
-    job.trial = trial_of(job, threads)
-    if job.trial != NULL:
+    job.tries = what_it_tries(job, threads)
+    if job.tries != NOTHING:
+        job.trial = trial_with(key_of(job, threads), calls_of_way(job))
         job.way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
+    if job.tries == THREADS and job.way == 1:
+        threads = 1
     job.schedule(job, threads)
     if job.leftover_samples > 0:
         leftover = leftover_job(job)
         leftover.schedule(&leftover, threads)
-    if job.trial != NULL:
+    if job.tries != NOTHING:
         note_call(job.trial, job.way, fastbn_seconds() - start)
     note_end(bytes_moved(job))
 

@@ -10,11 +10,6 @@ cdef enum:
     NONTEMPORAL_RUN_BYTES = 1024
     # Of more bytes, no cache keeps an output for its next reader.
     LARGER_THAN_CACHES = 100663296
-    # The calls that try a kind of stores, of which the first half is not timed: it finds in the
-    # caches what other calls have left. What fits the third-level cache is there to the full after
-    # some ten calls: all arrays or, with non-temporal stores, the inputs alone.
-    CALLS_OF_WAY = 4
-    CALLS_OF_WAY_IN_CACHE = 16
 
 # Of inputs and output together: fewer bytes stay in the cache, and are not worth a trial.
 cdef Py_ssize_t trial_bytes = min(l3_bytes // 4, 8388608)
@@ -62,27 +57,11 @@ cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
     return input_bytes(job) + (0 if overwrites_input(job) else array_bytes(job))
 
 
-cdef Trial *trial_of(const Job *job, int threads) noexcept nogil:
-    """The trial of jobs like this one; NULL where its size decides, or a limit that is set."""
+cdef bint tries_stores(const Job *job) noexcept nogil:
+    """Tell whether trials decide, not the size of a job or a limit that is set."""
     cdef Py_ssize_t of_all = bytes_in_caches(job)
-    cdef bint fits_cache = input_bytes(job) <= l3_bytes
-    cdef uint64_t key = 1
-    if (nontemporal_bytes >= 0 or of_all < trial_bytes or not allows_nontemporal(job)
-            or of_all > LARGER_THAN_CACHES and not overwrites_input(job)):
-        return NULL
-    mix(&key, <uint64_t>job.apply)
-    mix(&key, <uint64_t>job.schedule)
-    mix(&key, <uint64_t>job.kernels)
-    mix(&key, job.cut.batches)
-    mix(&key, job.cut.n)
-    mix(&key, job.cut.c)
-    mix(&key, job.cut.s)
-    mix(&key, threads)
-    mix(&key, (job.reduce != NULL) + 2 * overwrites_input(job) + 4 * job.cut.column_layout
-        + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
-        + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
-        + 512 * job.has_epilogue)
-    return trial_with(key, CALLS_OF_WAY_IN_CACHE if fits_cache else CALLS_OF_WAY)
+    return (nontemporal_bytes < 0 and of_all >= trial_bytes and allows_nontemporal(job)
+            and (of_all <= LARGER_THAN_CACHES or overwrites_input(job)))
 
 
 cdef bint uses_nontemporal(const Job *job) noexcept nogil:
@@ -90,7 +69,7 @@ cdef bint uses_nontemporal(const Job *job) noexcept nogil:
     cdef Py_ssize_t of_all = bytes_in_caches(job)
     if not allows_nontemporal(job):
         return False
-    if job.trial != NULL:
+    if job.tries == STORES:
         return job.way
     return of_all > (likely_bytes if nontemporal_bytes < 0 else nontemporal_bytes)
 
@@ -112,8 +91,3 @@ cdef bint allows_nontemporal(const Job *job) noexcept nogil:
         return True
     return (job.itemsize >= <Py_ssize_t>sizeof(float) and job.alive == NULL
             and (job.cut.column_layout or job.cut.s * job.itemsize >= STREAM_BYTES))
-
-
-cdef int likely_way(const Job *job) noexcept nogil:
-    """1 if non-temporal stores are likely to win, 0 otherwise."""
-    return not overwrites_input(job) and bytes_in_caches(job) > likely_bytes

@@ -100,18 +100,24 @@ cdef bint avoids_waits() noexcept nogil:
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
     """The number of threads for a call that reads and writes so many bytes."""
     global alone_since
-    cdef Py_ssize_t least = BYTES_PER_THREAD
-    cdef double now = 0.0
-    cdef int threads
-    if is_shared(moved):
-        now = fastbn_seconds()
-        if now - last_end < SOON:
-            least = BYTES_PER_AWAKE_THREAD
-    threads = <int>min(<Py_ssize_t>most, max(moved // least, 1))
+    cdef int threads = threads_worth_it(moved, most)
     if threads == 1 or alone <= 0.0 or not avoids_waits():
         return threads
-    alone_since = now
+    alone_since = fastbn_seconds()
     return 1
+
+
+cdef int threads_worth_it(Py_ssize_t moved, int most) noexcept nogil:
+    """How many threads so many bytes are worth, if none has to wait for its CPU."""
+    cdef Py_ssize_t least = BYTES_PER_THREAD
+    if is_shared(moved) and fastbn_seconds() - last_end < SOON:
+        least = BYTES_PER_AWAKE_THREAD
+    return <int>min(<Py_ssize_t>most, max(moved // least, 1))
+
+
+cdef bint may_share(Py_ssize_t moved, int most) noexcept nogil:
+    """Whether several threads are worth it, and one may take their place."""
+    return avoids_waits() and alone <= 0.0 and threads_worth_it(moved, most) > 1
 
 
 cdef bint is_shared(Py_ssize_t moved) noexcept nogil:

@@ -9,7 +9,7 @@ import fingerprint
 import numpy as np
 import pytest
 from internals import core
-from support import parameters, same_bits, some
+from support import channels_last, parameters, same_bits, some
 
 import fastbn
 from fastbn import functional as F
@@ -201,6 +201,24 @@ def test_trials_of_stores_change_no_bit(rng, dtype):
             arrays = results()
             if call % 4 == 0:  # four of the sixteen calls that try a kind
                 assert all(map(same_bits, arrays, expected))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_trials_of_threads_change_no_bit(rng, last):
+    # The first 48 calls of a kind and shape that follow each other try all threads, and one.
+    x, dy = some(rng, (2, 256, 14, 14), np.float32), some(rng, (2, 256, 14, 14), np.float32)
+    x, dy = (channels_last(a) if last else a for a in (x, dy))
+    y, dx, same = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    bn = fastbn.BatchNorm2d(256)
+
+    def results():
+        same[...] = x
+        return bn(x, out=y), bn.backward(dy, out=dx), bn(same, out=same)
+
+    with fastbn.threads(1):
+        expected = [array.copy() for array in results()]
+    for _ in range(50):
+        assert all(map(same_bits, results(), expected))
 
 
 @contextmanager
