@@ -192,11 +192,12 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
 cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups,
                         int threads) noexcept nogil:
     """Cut so many groups of columns, where no sums are asked for, into blocks of long stretches."""
-    cdef Py_ssize_t height = cut.n // cut.fold
+    cdef Py_ssize_t wanted, height = cut.n // cut.fold
     cdef Py_ssize_t row = cut.group * cut.s * cut.fold * itemsize
     cut.blocks = max(ceil_div(height * row, LONG_RUN_BYTES), 1)
     if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
-        cut.blocks = max(cut.blocks, min(ceil_div(4 * threads, max(groups, 1)),
+        wanted = min(4, max(height // (2 * COEFFICIENT_ROWS * threads), 1)) * threads
+        cut.blocks = max(cut.blocks, min(ceil_div(wanted, max(groups, 1)),
                                          ceil_div(height, COEFFICIENT_ROWS)))
         # The same share of the rows for each, which it may have in its caches.
         cut.blocks = ceil_div(cut.blocks, threads) * threads
