@@ -21,8 +21,8 @@ cdef Limits limits_of(Py_ssize_t itemsize, int type_num) noexcept nogil:
 cdef bint is_recoverable(const Limits *limits, double reach, double weight,
                          double bias) noexcept nogil:
     """Tell whether a channel's output neither under- nor overflows, nor drowns in the bias."""
-    return (fabs(weight) >= limits.least and fabs(weight) * reach <= limits.greatest
-            and fabs(bias) <= limits.ratio * fabs(weight))
+    return ((fabs(weight) >= limits.least) & (fabs(weight) * reach <= limits.greatest)
+            & (fabs(bias) <= limits.ratio * fabs(weight)))
 
 
 cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double slope,
@@ -36,20 +36,32 @@ cdef Py_ssize_t next_unrecoverable(const Limits *limits, double count, double sl
     cdef double biases[COLUMNS]
     cdef double reach = pow(count, 0.5) + limits.ratio  # no normalized value of n exceeds sqrt(n)
     cdef Block block
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, recoverable
     block.batch = 0
     while c < channels:
         block.c0, block.c1 = c, min(c + COLUMNS, channels)
         read_vector(weight, &block, weights)
         read_vector(bias, &block, biases)
-        for i in range(block.c1 - block.c0):
-            # A channel that leaves the range on the side of the slope is as lost as one that
-            # leaves it on the other side.
-            if (not is_recoverable(limits, reach, weights[i], biases[i])
-                    or not is_recoverable(limits, reach, slope * weights[i], slope * biases[i])):
-                return c + i
+        recoverable = 0
+        for i in range(block.c1 - block.c0):  # without branches: nearly always it is all of them
+            recoverable += is_recoverable_on_both_sides(limits, reach, slope, weights[i], biases[i])
+        i = 0
+        if recoverable < block.c1 - block.c0:
+            while is_recoverable_on_both_sides(limits, reach, slope, weights[i], biases[i]):
+                i += 1
+            return c + i
         c = block.c1
     return channels
+
+
+cdef bint is_recoverable_on_both_sides(const Limits *limits, double reach, double slope,
+                                       double weight, double bias) noexcept nogil:
+    """The same of an output whose negative values were multiplied by a slope.
+
+    A channel that leaves the range on that side is as lost as one that leaves it on the other one.
+    """
+    return (is_recoverable(limits, reach, weight, bias)
+            & is_recoverable(limits, reach, slope * weight, slope * bias))
 
 
 def unrecoverable_channels(cnp.dtype dtype not None, double count, cnp.ndarray weight not None,

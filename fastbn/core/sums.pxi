@@ -238,6 +238,23 @@ cdef Py_ssize_t position_of(const Job *job, const Block *block, Py_ssize_t i) no
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
+    """Merge the blocks of each channel, if there are several; find invstd if that is asked for."""
+    cdef Block block = block_of(&job.cut, g, 0)
+    cdef Py_ssize_t channels = block.c1 - block.c0
+    cdef double *mean = results_of(job, job.mean_out, &block)
+    cdef double *m2 = results_of(job, job.m2_out, &block)
+    cdef const double *of_block = partial_sums_of(job, &block, 0)
+    if job.cut.blocks == 1 and valid_of(job, g, 0).count > 0:
+        memcpy(mean, of_block, channels * sizeof(double))
+        memcpy(m2, of_block + job.cut.c, channels * sizeof(double))
+    else:
+        merge_blocks(job, g, mean, m2)
+    if job.invstd_out != NULL:
+        job.kernels.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
+                           results_of(job, job.invstd_out, &block))
+
+
+cdef void merge_blocks(const Job *job, Py_ssize_t g, double *mean, double *m2) noexcept nogil:
     """Merge the blocks of each channel in their order, by Chan's formula."""
     cdef Py_ssize_t b, c
     cdef double count = 0.0, added, weight, delta
@@ -246,8 +263,6 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     cdef Sums means, m2s
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
-    cdef double *mean = results_of(job, job.mean_out, &block)
-    cdef double *m2 = results_of(job, job.m2_out, &block)
     cdef const double *added_mean
     cdef const double *added_m2
     for b in range(job.cut.blocks):
@@ -277,9 +292,6 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     for c in range(channels):
         if isnan(mean[c]):
             mean[c] = sum_of_means(job, g, c)
-    if job.invstd_out != NULL:
-        job.kernels.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
-                           results_of(job, job.invstd_out, &block))
 
 
 cdef double sum_of_means(const Job *job, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
