@@ -164,8 +164,8 @@ cdef extern from "platform.h" nogil:
     ctypedef struct fastbn_range:
         pass
     void fastbn_set_range(fastbn_range *range, Py_ssize_t first, Py_ssize_t end)
-    Py_ssize_t fastbn_take_first(fastbn_range *range, Py_ssize_t left)
-    Py_ssize_t fastbn_take_last(fastbn_range *range, Py_ssize_t left)
+    Py_ssize_t fastbn_take_first(fastbn_range *range, Py_ssize_t reserved)
+    Py_ssize_t fastbn_take_last(fastbn_range *range, Py_ssize_t reserved)
     const char *fastbn_compiler()
     const char *fastbn_openmp()
 
@@ -266,9 +266,9 @@ cdef struct Job:
     bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether sums may be as exact as float32, where that is faster
     bint in_float64               # whether the gradient of x is computed in float64, for its range
-    int tries                     # what its first calls try both ways of, if anything
-    Trial *trial                  # of that
-    int way                       # what it says
+    int tries                     # what it tries: STORES, THREADS or NOTHING
+    Trial *trial                  # the trial of that, if there is one
+    int way                       # 0 or 1: the way that the trial has chosen for this call
     bint nontemporal              # whether the output is written by non-temporal stores
     bint group_by_group           # whether a group's second walk comes before the next one's first
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
@@ -336,7 +336,7 @@ cdef void reduce_to_products(Job *job, double *sum_dy, double *sum_dy_xhat) noex
 
 
 cdef void sum_in_float32(Job *job) noexcept nogil:
-    """Let sums be as exact as float32: they are not what the caller asks for."""
+    """Let sums be no more exact than results in float32 need: nothing else is made of them."""
     job.in_float32 = job.itemsize < <Py_ssize_t>sizeof(double)
 
 

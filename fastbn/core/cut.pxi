@@ -21,8 +21,9 @@ cdef enum:
     # Elements of a channel that are summed before they merge: few enough for the rounding of the
     # sums not to matter in float64, enough for the merge to cost nothing.
     ROW_LAYOUT_BLOCK = 32768
-    # Rows of a matrix that are summed before they merge; more where there are many. Of rows that
-    # have RUN_MIN elements of a channel or more: so many of these, but no fewer than so many rows.
+    # Rows of a matrix that are summed before they merge, or down to half as many; more where there
+    # are many. Of rows that have RUN_MIN elements of a channel or more: so many of these, but no
+    # fewer than so many rows, or half as many.
     COLUMN_LAYOUT_BLOCK = 512
     COLUMN_LAYOUT_BLOCK_ELEMENTS = 4096
     COLUMN_LAYOUT_BLOCK_MIN = 64
@@ -121,13 +122,13 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
     cut.blocks_along_s = 1
 
 
-cdef Py_ssize_t blocks_of(Py_ssize_t height, Py_ssize_t most) noexcept nogil:
-    """How many blocks of so many rows at most there are: a power of 2, not above a limit.
+cdef Py_ssize_t blocks_of(Py_ssize_t height, Py_ssize_t rows) noexcept nogil:
+    """How many blocks to aim at for so many rows in each: a power of 2, not above a limit.
 
-    They have nearly the same size then, and are the same share of the rows for every thread.
+    Threads, of which there mostly are 2, 4 or 8, then have nearly the same share of the rows each.
     """
     cdef Py_ssize_t blocks = 1
-    while blocks * most < height and blocks < COLUMN_LAYOUT_BLOCKS_MAX:
+    while blocks * rows < height and blocks < COLUMN_LAYOUT_BLOCKS_MAX:
         blocks *= 2
     return blocks
 
@@ -192,15 +193,17 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
 cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups,
                         int threads) noexcept nogil:
     """Cut so many groups of columns, where no sums are asked for, into blocks of long stretches."""
-    cdef Py_ssize_t wanted, height = cut.n // cut.fold
+    cdef Py_ssize_t wanted, shares, height = cut.n // cut.fold
     cdef Py_ssize_t row = cut.group * cut.s * cut.fold * itemsize
     cut.blocks = max(ceil_div(height * row, LONG_RUN_BYTES), 1)
     if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
         wanted = min(4, max(height // (2 * COEFFICIENT_ROWS * threads), 1)) * threads
         cut.blocks = max(cut.blocks, min(ceil_div(wanted, max(groups, 1)),
                                          ceil_div(height, COEFFICIENT_ROWS)))
-        # The same share of the rows for each, which it may have in its caches.
-        cut.blocks = ceil_div(cut.blocks, threads) * threads
+        # The same share of the rows for each thread, which it may have in its caches.
+        shares = ceil_div(cut.blocks, threads) * threads
+        if shares * COEFFICIENT_ROWS <= height:
+            cut.blocks = shares
     cut.block_n = max(ceil_div(height, cut.blocks), 1)
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, cut.block_n), 1)
 

@@ -63,7 +63,7 @@ cdef struct Tasks:
     bint backwards                # whether each thread walks its range from the last to the first
     # How many tasks of a range no other thread takes: 0 or, where each thread may have what its
     # tasks are about in its second-level cache, 1. To fetch that takes longer than to wait.
-    int left
+    int reserved
     fastbn_range ranges[THREADS_MAX]
     double busy                   # the seconds for which the calling thread has worked,
     Py_ssize_t done               # and the tasks that it has done
@@ -85,7 +85,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
-    tasks.left = count >= 4 * tasks.threads and bytes_in_caches(job) <= tasks.threads * l2_bytes
+    tasks.reserved = count >= 4 * tasks.threads and bytes_in_caches(job) <= tasks.threads * l2_bytes
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
@@ -111,7 +111,7 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
         done += 1
     for i in range(1, tasks.threads):
         while True:
-            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards, tasks.left)
+            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards, tasks.reserved)
             if t < 0:
                 break
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
@@ -121,11 +121,11 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
         tasks.done = done
 
 
-cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t left) noexcept nogil:
-    """Take the first or the last task of a range; less than 0 if no more than so many are left."""
+cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t reserved) noexcept nogil:
+    """Take the first or the last task of a range; less than 0 if all are reserved."""
     if last:
-        return fastbn_take_last(&tasks.ranges[owner], left)
-    return fastbn_take_first(&tasks.ranges[owner], left)
+        return fastbn_take_last(&tasks.ranges[owner], reserved)
+    return fastbn_take_first(&tasks.ranges[owner], reserved)
 
 
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,

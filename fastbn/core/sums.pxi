@@ -126,29 +126,27 @@ cdef void sum_again(const Job *job, const Block *block, const BlockValid *valid,
                     double *m2) noexcept nogil:
     """Find mean and m2 of the channels whose m2 is NaN by exact sums.
 
-    Neighbours are summed together, and so are columns that lie less than a step apart.
+    In the column layout with as many of their neighbours as a step of the kernels takes anyway;
+    folded rows have no narrower strips.
     """
-    cdef Py_ssize_t apart = LANES if job.cut.column_layout else 1
-    cdef Py_ssize_t begin = 0, end, channels = block.c1 - block.c0
-    if job.cut.fold > 1:  # folded rows have no narrower strips
-        sum_channels_again(job, block, valid, begin, channels, mean, m2)
-        return
+    cdef Py_ssize_t begin = 0, end, step = 1, channels = block.c1 - block.c0
+    if job.cut.column_layout:
+        step = channels if job.cut.fold > 1 else ceil_div(LANES, job.cut.s)
     while begin < channels:
-        end = begin + 1
-        if isnan(m2[begin]):
-            end = end_of_lost(m2, begin, channels, apart)
+        end = end_of_lost(m2, begin, channels, step)
+        if end > begin:
             sum_channels_again(job, block, valid, begin, end, mean, m2)
-        begin = end
+        begin = end + step
 
 
 cdef Py_ssize_t end_of_lost(const double *m2, Py_ssize_t begin, Py_ssize_t channels,
-                            Py_ssize_t apart) noexcept nogil:
-    """Behind the last channel whose m2 is NaN before so many channels in a row have theirs."""
-    cdef Py_ssize_t end = begin + 1, c = end
-    while c < min(end + apart, channels):
+                            Py_ssize_t step) noexcept nogil:
+    """The end of the steps from a channel on each of which has a channel whose m2 is NaN."""
+    cdef Py_ssize_t end = begin, c = begin
+    while c < min(end + step, channels):
         c += 1
         if isnan(m2[c - 1]):
-            end = c
+            end = c = min(end + step, channels)
     return end
 
 

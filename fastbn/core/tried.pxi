@@ -1,14 +1,14 @@
-# What the first calls of a job try both ways of: kinds of stores or, where arrays are too small for
-# that to matter, threads. What is written depends on neither.
+# What the first calls of a job try, in two ways: kinds of stores or, where arrays are too small for
+# these to matter, numbers of threads. What is written depends on neither.
 #
 # Whether several threads pay for small arrays depends on how far the caches of their cores are from
-# each other: on two cores of one machine they took less time for 256 KiB that are read and written,
-# on two of another one more for 1 MiB.
+# each other. On one machine two threads took less time than one where 256 KiB are read and written,
+# on another one they took more where it is 1 MiB.
 
 cdef enum:
     NOTHING
-    STORES     # way 1: non-temporal ones
-    THREADS    # way 1: one
+    STORES     # way 0: ordinary ones; way 1: non-temporal ones
+    THREADS    # way 0: as many as the bytes are worth; way 1: one thread
 
 cdef enum:
     # The calls that try a way, of which the first half is not timed: it finds in the caches what
@@ -19,6 +19,7 @@ cdef enum:
 
 
 cdef int what_it_tries(const Job *job, int threads) noexcept nogil:
+    """Which of these a job of up to so many threads tries."""
     if tries_stores(job):
         return STORES
     if bytes_in_caches(job) < trial_bytes and may_share(bytes_moved(job), threads):
@@ -47,9 +48,10 @@ cdef uint64_t key_of(const Job *job, int threads) noexcept nogil:
     mix(&key, job.cut.n)
     mix(&key, job.cut.c)
     mix(&key, job.cut.s)
+    mix(&key, job.leftover_samples)
     mix(&key, threads)
     mix(&key, (job.reduce != NULL) + 2 * overwrites_input(job) + 4 * job.cut.column_layout
         + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
         + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
-        + 512 * job.has_epilogue)
+        + 512 * job.has_epilogue + 1024 * (job.dy != NULL) + 2048 * (job.out != NULL))
     return key

@@ -24,10 +24,10 @@ enum {
     FASTBN_ADDITIONS = 128,
     /* So many terms are added in float32 at most, where sums are trees. */
     FASTBN_TREE = 8,
-    /* Raw moments are used where the square of the mean is at most so many times the variance, of
-     * which their rounding errors are so many times as large a part. After 4,096 additions to a
-     * lane, or column, each of which may round by 2^-54 in the same direction, the variance has an
-     * error below 2^-25, and one about 2^-33 where rounding errors average out. */
+    /* Raw moments are used where the square of the mean is at most so many times the variance. Their
+     * difference has the relative error of the sums, so many times. After 4,096 additions to a lane,
+     * or column, each of which may round by 2^-54 in the same direction, the variance has an error
+     * below 2^-25, and one about 2^-33 where rounding errors average out. */
     FASTBN_RAW_MOST = 65536,
     /* The most columns of a strip, and channels of a block of results. */
     FASTBN_COLUMNS = 512,

@@ -226,19 +226,19 @@ static int64_t look_at(fastbn_range *range)
 static int32_t first_of(int64_t range) { return (int32_t)(range >> 32); }
 static int32_t end_of(int64_t range) { return (int32_t)(range & INT32_MAX); }
 
-ptrdiff_t fastbn_take_first(fastbn_range *range, ptrdiff_t left)
+ptrdiff_t fastbn_take_first(fastbn_range *range, ptrdiff_t reserved)
 {
     int64_t seen = look_at(range);
-    while (first_of(seen) + left < end_of(seen))
+    while (first_of(seen) + reserved < end_of(seen))
         if (replace(range, &seen, seen + ((int64_t)1 << 32)))
             return first_of(seen);
     return -1;
 }
 
-ptrdiff_t fastbn_take_last(fastbn_range *range, ptrdiff_t left)
+ptrdiff_t fastbn_take_last(fastbn_range *range, ptrdiff_t reserved)
 {
     int64_t seen = look_at(range);
-    while (first_of(seen) + left < end_of(seen))
+    while (first_of(seen) + reserved < end_of(seen))
         if (replace(range, &seen, seen - 1))
             return end_of(seen) - 1;
     return -1;

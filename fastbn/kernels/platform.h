@@ -37,9 +37,9 @@ typedef struct {
 
 void fastbn_set_range(fastbn_range *range, ptrdiff_t first, ptrdiff_t end);
 
-/* Each returns a number that no other call returns; -1 when there are no more than so many left. */
-ptrdiff_t fastbn_take_first(fastbn_range *range, ptrdiff_t left);
-ptrdiff_t fastbn_take_last(fastbn_range *range, ptrdiff_t left);
+/* Each returns a number that no other call returns; -1 when only `reserved` ones are left, or fewer. */
+ptrdiff_t fastbn_take_first(fastbn_range *range, ptrdiff_t reserved);
+ptrdiff_t fastbn_take_last(fastbn_range *range, ptrdiff_t reserved);
 
 /* A clock; it stands still in a build without OpenMP. */
 double fastbn_seconds(void);

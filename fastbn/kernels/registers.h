@@ -24,8 +24,8 @@
  *                                  elsewhere. The same for vf
  *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
  *                                  none. The same for vf
- *   multiply_add_vd(a, b, c)       a * b + c for a and b whose product is exact, which one rounding
- *                                  or two give the same bits
+ *   multiply_add_vd(a, b, c)       a * b + c for a and b whose product is exact, so that one
+ *                                  instruction and two give the same bits
  *   sums_of_lanes(v)               lane k has the sum of the lanes of v[k], one of VD registers:
  *                                  lane i is added to lane i + VD / 2, then to lane i + VD / 4, ...
  *   HAS_NONTEMPORAL                1 or 0; where it is 1,

@@ -62,12 +62,13 @@ def test_variances_are_right_whatever_the_mean_is_beside_them(rng, dtype, shape,
 
 
 @pytest.mark.parametrize("channels", [[5], [0, 1, 2, 40], [3, 17, 18, 39], range(41)], ids=str)
-@pytest.mark.parametrize("width", [41, 130])
+@pytest.mark.parametrize("shape", [(6, 41, 3, 7), (6, 130, 3, 7), (70, 50, 5, 5)], ids=str)
 @each("value", [np.nan, np.inf, 1.1, 1e4])
 @each("layout", LAYOUTS)
-def test_channels_that_are_summed_again_leave_the_others_alone(rng, width, channels, value, layout):
-    usual = rng.standard_normal((6, width, 3, 7)).astype(np.float32)
-    mask = rng.random((6, 1, 3, 7)) < 0.8
+def test_channels_that_are_summed_again_leave_the_others_alone(rng, shape, channels, value, layout):
+    samples, width, *spatial = shape
+    usual = rng.standard_normal(shape).astype(np.float32)
+    mask = rng.random((samples, 1, *spatial)) < 0.8 if samples < 70 else None
     lost = usual + np.float32(value)
     lost[:, ::3] = value
     is_lost = np.isin(np.arange(width), channels)
