@@ -941,7 +941,7 @@ def test_a_real_model_evaluates_and_trains_the_same():
         torch.manual_seed(2)
         m.train()
         optimizer, of_model = torch.optim.SGD(m.parameters(), 1e-4), []
-        for _ in range(3):
+        for _ in range(2):  # each step makes differences of the last bits twenty times as large
             optimizer.zero_grad()
             loss = F.cross_entropy(m(x), labels)
             loss.backward()
