@@ -153,12 +153,10 @@ static inline void add_long_runs(const fastbn_matrix *matrix, const column_sums 
         const double *at = sums->first + LANES + j + c * run;
         const double *at_second = sums->second + LANES + j + c * run;
         step_sums s = no_sums();
-        ptrdiff_t i = 0;
-        for (; i + LANES <= run; i += LANES)
-            s = add_sums(s, load_sums(at + i, at_second + i));
-        if (i < run)
-            s = add_sums(s, sums_from_lane(load_sums(at + run - LANES, at_second + run - LANES),
-                                           LANES - (run - i)));
+        for (ptrdiff_t i = 0; i < run; i += LANES) {
+            const ptrdiff_t begin = smaller(i, run - LANES); /* the last step overlaps another */
+            s = add_sums(s, sums_from_lane(load_sums(at + begin, at_second + begin), i - begin));
+        }
         store_sums(of_lanes[c][0], of_lanes[c][1], s);
     }
     add_lanes(of_lanes, channels, first, second);
@@ -168,23 +166,27 @@ static inline void add_long_runs(const fastbn_matrix *matrix, const column_sums 
     }
 }
 
+/* The same of channels that have fewer columns each, of one of both sums. */
+NOT_INLINE void add_short_runs(const fastbn_matrix *matrix, const double *from, double *to)
+{
+    const ptrdiff_t channels = matrix->channels;
+#define ADD(run) add_runs(channels, run, from + j, to)
+    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
+        FOR_RUNS_OF(matrix->run, ADD)
+#undef ADD
+}
+
 /* Adds the sums of columns to those of their channels. */
 NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const column_sums *sums,
                                         double *first_of_channel, double *second_of_channel)
 {
-    const ptrdiff_t channels = matrix->channels;
-#define ADD_FIRST(run) add_runs(channels, run, sums->first + LANES + j, first_of_channel)
-#define ADD_SECOND(run) add_runs(channels, run, sums->second + LANES + j, second_of_channel)
-    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run) {
-        if (matrix->run >= LANES) {
-            add_long_runs(matrix, sums, j, first_of_channel, second_of_channel);
-            continue;
-        }
-        FOR_RUNS_OF(matrix->run, ADD_FIRST)
-        FOR_RUNS_OF(matrix->run, ADD_SECOND)
+    if (matrix->run < LANES) {
+        add_short_runs(matrix, sums->first + LANES, first_of_channel);
+        add_short_runs(matrix, sums->second + LANES, second_of_channel);
+        return;
     }
-#undef ADD_FIRST
-#undef ADD_SECOND
+    for (ptrdiff_t j = 0; j < matrix->len; j += matrix->channels * matrix->run)
+        add_long_runs(matrix, sums, j, first_of_channel, second_of_channel);
 }
 
 /* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in
