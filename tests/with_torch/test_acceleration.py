@@ -925,14 +925,15 @@ def efficientnet():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_real_model_evaluates_and_trains_the_same():
-    original = efficientnet()
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 2), (torch.float64, 3)])
+def test_a_real_model_evaluates_and_trains_the_same(dtype, steps):
+    original = efficientnet().to(dtype)
     model = accelerate(copy.deepcopy(original))
     found = report(model)
     assert len(found.replaced) == 49
     assert set(found.fused.values()) == {"relu6"}
     assert len(found.fused) == 33
-    x, labels = torch.randn(4, 3, 96, 96), torch.arange(4)
+    x, labels = torch.randn(4, 3, 96, 96, dtype=dtype), torch.arange(4)
     with torch.no_grad():
         y, expected = model.eval()(x), original.eval()(x)
     assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -941,7 +942,7 @@ def test_a_real_model_evaluates_and_trains_the_same():
         torch.manual_seed(2)
         m.train()
         optimizer, of_model = torch.optim.SGD(m.parameters(), 1e-4), []
-        for _ in range(2):  # each step makes differences of the last bits twenty times as large
+        for _ in range(steps):  # each makes differences of the last bits twenty times as large
             optimizer.zero_grad()
             loss = F.cross_entropy(m(x), labels)
             loss.backward()
