@@ -131,7 +131,7 @@ typedef struct {
     double centre[DOUBLES_APART], first[DOUBLES_APART], second[DOUBLES_APART];
 } column_sums;
 
-/* Without centres there are zeros for them. */
+/* Raw moments have no centres: those of the columns are left as they are then, and not used. */
 static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *matrix,
                                      const double *centre_of_channel)
 {
