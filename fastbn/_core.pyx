@@ -247,6 +247,16 @@ cdef struct Vector:
     const Kernels *kernels
     double value
 
+# Running statistics, and how they move towards those of a batch: the variance is m2 / divisor.
+cdef struct Running:
+    Vector mean, var
+    double divisor, factor
+
+# The sums of the gradients of weight and bias, which begin with a batch's or are added to.
+cdef struct GradientSums:
+    Vector weight, bias           # without data if there are none
+    bint weight_is_new, bias_is_new
+
 # The valid positions of a block.
 cdef struct BlockValid:
     Py_ssize_t count              # how many there are of each channel
@@ -296,6 +306,10 @@ cdef struct Job:
     double *invstd_out
     double *sum_dy_out
     double *sum_dy_xhat_out
+    # Or NULL. What the merge of a job's only batch moves towards its statistics, and what it adds
+    # its sums to: the thread that has found those of a channel has them in its cache.
+    const Running *running
+    const GradientSums *gradients
     double eps
     double count                  # the elements of a channel that the sums are over
     double *counts                # the same for each batch, if there is a mask
@@ -427,6 +441,7 @@ cdef const unsigned char *mask_of(const Job *job, const Block *block,
 
 
 include "core/coefficients.pxi"
+include "core/running.pxi"
 include "core/range.pxi"
 include "core/valid.pxi"
 include "core/activation.pxi"
@@ -506,23 +521,7 @@ def move_towards(cnp.ndarray running not None, cnp.ndarray batches not None, div
     cdef Vector moved = vector_of(running, 0), target = vector_of(batches, 0)
     cdef Py_ssize_t k, channels = cnp.PyArray_DIMS(running)[cnp.PyArray_NDIM(running) - 1]
     for k in range(len(factors)):
-        move_once(&moved, &target, k, channels, divisors[k], factors[k])
-
-
-cdef void move_once(const Vector *moved, const Vector *target, Py_ssize_t batch,
-                    Py_ssize_t channels, double divisor, double factor) noexcept nogil:
-    cdef double values[COLUMNS]
-    cdef double targets[COLUMNS]
-    cdef Block block
-    cdef Py_ssize_t i
-    for i in range(ceil_div(channels, COLUMNS)):
-        block = some_channels(i, channels)
-        block.batch = batch
-        read_vector(moved, &block, values)
-        read_vector(target, &block, targets)
-        moved.kernels.move_towards(targets, divisor, factor, block.c1 - block.c0, values)
-        moved.kernels.store_from_double(values, moved.stride, block.c1 - block.c0,
-                                        <char *>start_of_vector(moved, &block))
+        move_batch(&moved, &target, k, channels, divisors[k], factors[k])
 
 
 cdef void init_backward_job_on(Job *job, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mask,

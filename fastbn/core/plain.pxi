@@ -141,17 +141,23 @@ cdef bint is_plain_target(object value, cnp.ndarray x, object out) noexcept:
         value is None or cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value))
 
 
-cdef bint is_plain_gradient(object gradient, object parameter, cnp.ndarray x,
-                            object out) noexcept:
+cdef bint is_plain_gradient(object gradient, object parameter, cnp.ndarray x, cnp.ndarray dy,
+                            object out, object residual_out) noexcept:
     """Tell whether it is a sum of gradients that can be added to, or None for a new one.
 
-    NumPy rounds sums from float64, kernels round those of 16 bits from float32.
+    It is added to while x and dy are read. NumPy rounds sums from float64, kernels round those of
+    16 bits from float32.
     """
+    cdef cnp.ndarray array
     if parameter is None:
         return gradient is None
+    if gradient is None:
+        return cnp.PyArray_ITEMSIZE(<cnp.ndarray>parameter) > 2
     if not is_plain_target(gradient, x, out):
         return False
-    return cnp.PyArray_ITEMSIZE(<cnp.ndarray>(parameter if gradient is None else gradient)) > 2
+    array = <cnp.ndarray>gradient
+    return (cnp.PyArray_ITEMSIZE(array) > 2 and is_apart(array, x) and is_apart(array, dy)
+            and (residual_out is None or is_apart(array, <cnp.ndarray>residual_out)))
 
 
 cdef bint is_plain_counter(object counter, Py_ssize_t batches) noexcept:

@@ -40,6 +40,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     """
     cdef cnp.ndarray array, target, derived = None
     cdef Py_ssize_t channels, batches
+    cdef GradientSums gradients
     cdef double *doubles
     if (saved.kept_channels is not None or saved.mask is not None
             or (residual_out is not None and not saved.has_residual)
@@ -50,13 +51,13 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
             or not is_plain_output(out, array, <cnp.ndarray>dy)
             or not is_plain_vector(weight, array, out)
             or not is_plain_vector(bias, array, out)
-            or not is_plain_gradient(weight_grad, weight, array, out)
-            or not is_plain_gradient(bias_grad, bias, array, out)
             or not is_plain_residual_out(residual_out, array, dy, out)
             or not is_plain_vector(weight, array, residual_out)
             or not is_plain_vector(bias, array, residual_out)
-            or not is_plain_gradient(weight_grad, weight, array, residual_out)
-            or not is_plain_gradient(bias_grad, bias, array, residual_out)
+            or not is_plain_gradient(weight_grad, weight, array, dy, out, residual_out)
+            or not is_plain_gradient(bias_grad, bias, array, dy, out, residual_out)
+            or (weight_grad is not None and bias_grad is not None
+                and not is_apart(<cnp.ndarray>weight_grad, <cnp.ndarray>bias_grad))
             or not (saved.kept is not None or saved.is_unchanged())):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
@@ -71,11 +72,11 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
         derived = result_like(array, residual_out)
     of_weight = new_gradient(weight_grad, weight)
     of_bias = new_gradient(bias_grad, bias)
+    gradients.weight, gradients.weight_is_new = vector_of(of_weight, 0), weight_grad is None
+    gradients.bias, gradients.bias_is_new = vector_of(of_bias, 0), bias_grad is None
     doubles = new_doubles(VECTORS_OF_BACKWARD * batches * channels)
     try:
-        layer_backward(<cnp.ndarray>dy, saved, target, derived, batches, doubles)
-        add_gradient(of_weight, doubles + batches * channels, weight_grad is None)
-        add_gradient(of_bias, doubles, bias_grad is None)
+        layer_backward(<cnp.ndarray>dy, saved, target, derived, &gradients, batches, doubles)
     finally:
         free(doubles)
     return target, derived, of_weight, of_bias
@@ -89,8 +90,9 @@ cdef enum:
 
 
 cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
-                        cnp.ndarray derived, Py_ssize_t batches, double *doubles) except -1:
-    """The gradient of the input and, in the first two of the vectors, the sums over all batches.
+                        cnp.ndarray derived, const GradientSums *gradients, Py_ssize_t batches,
+                        double *doubles) except -1:
+    """The gradient of the input, and the sums of those of weight and bias over all batches.
 
     The gradient of the residual, if there was one, is written to `derived`.
     """
@@ -123,7 +125,7 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
         gate = gate_with(gate.activation, dy, dy if saved.alive is None else None, saved.alive)
         dy = derived
     if saved.frozen:
-        return differentiate_frozen(dy, x, saved, &means, &invstds, out, doubles)
+        return differentiate_frozen(dy, x, saved, &means, &invstds, out, gradients, doubles)
     if saved.num_groups > 0:
         for i in range(4):
             sums[i] = vector_of_batches(doubles + i * size, channels)
@@ -133,11 +135,13 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
         execute(&norm.job)
     else:
         init_job_of_batches(&job, x, saved.batch_size, saved.batch_size == 1)
+        job.gradients = gradients if saved.batch_size == 0 else NULL
         differentiate(&job, dy, &weights, &means, &invstds, &gate, out, channels, doubles,
                       doubles + size)
     if saved.num_groups > 0 or saved.batch_size > 0:
         add_batches(doubles, channels, batches)
         add_batches(doubles + size, channels, batches)
+        add_all_gradients(gradients, channels, doubles + size, doubles)
     return 0
 
 
@@ -178,7 +182,7 @@ cdef int differentiate(Job *job, cnp.ndarray dy, const Vector *weight, const Vec
 
 cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward saved,
                               const Vector *mean, const Vector *invstd, cnp.ndarray out,
-                              double *doubles) except -1:
+                              const GradientSums *gradients, double *doubles) except -1:
     """The gradient of x where the statistics are constants, and the sums before it."""
     cdef Job sums, results
     cdef Py_ssize_t c, channels = cnp.PyArray_DIMS(x)[1]
@@ -187,6 +191,7 @@ cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward sa
     sums.dy = cnp.PyArray_BYTES(dy)
     sums.mean, sums.invstd = mean[0], invstd[0]
     reduce_to_products(&sums, doubles, doubles + channels)
+    sums.gradients = gradients
     execute(&sums)
     for c in range(channels):
         scale[c] = (<double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.invstd))[c]
@@ -208,30 +213,19 @@ cdef void add_batches(double *values, Py_ssize_t channels, Py_ssize_t batches) n
             values[c] += values[b * channels + c]
 
 
+cdef void add_all_gradients(const GradientSums *gradients, Py_ssize_t channels,
+                            const double *of_weight, const double *of_bias) noexcept nogil:
+    """Add to the gradients of weight and bias in all channels, or begin them."""
+    cdef Block block
+    cdef Py_ssize_t i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        add_gradients(gradients, &block, of_weight + block.c0, of_bias + block.c0)
+
+
 cdef object new_gradient(object gradient, object parameter):
     """The sum of gradients that is there, or a new one of the parameter's dtype."""
     if gradient is not None or parameter is None:
         return gradient
     return new_vector(cnp.PyArray_DIMS(<cnp.ndarray>parameter)[0],
                       cnp.PyArray_TYPE(<cnp.ndarray>parameter))
-
-
-cdef void add_gradient(cnp.ndarray gradient, const double *added, bint is_new) noexcept:
-    """Add to a sum of gradients, or begin it."""
-    cdef Vector total
-    cdef double sums[COLUMNS]
-    cdef Block block
-    cdef Py_ssize_t c, i, channels
-    if gradient is None:
-        return
-    total, channels = vector_of(gradient, 0), cnp.PyArray_DIMS(gradient)[0]
-    for i in range(ceil_div(channels, COLUMNS)):
-        block = some_channels(i, channels)
-        if is_new:
-            memcpy(sums, added + block.c0, (block.c1 - block.c0) * sizeof(double))
-        else:
-            read_vector(&total, &block, sums)
-            for c in range(block.c1 - block.c0):
-                sums[c] += added[block.c0 + c]
-        total.kernels.store_from_double(sums, total.stride, block.c1 - block.c0,
-                                        <char *>start_of_vector(&total, &block))

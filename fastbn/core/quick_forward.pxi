@@ -223,7 +223,10 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
     cdef Activation follows
     cdef cnp.ndarray target
     cdef Py_ssize_t size = saved.batch_size, batches, leftover, samples = cnp.PyArray_DIMS(x)[0]
-    cdef Py_ssize_t positions = values_per_channel(x) // samples
+    cdef Py_ssize_t positions = values_per_channel(x) // samples, b
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    cdef Running running
+    cdef const double *mean
     cdef double *m2
     if ((running_mean is None) != (running_var is None)
             or not (momentum is None or PyFloat_CheckExact(momentum))
@@ -231,7 +234,9 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
             or not is_plain_target(running_mean, x, out)
             or not is_plain_target(running_var, x, out)
             or (running_mean is not None
-                and not is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var))):
+                and not (is_apart(<cnp.ndarray>running_mean, <cnp.ndarray>running_var)
+                         and is_apart_from_inputs(running_mean, x, weight, bias, residual)
+                         and is_apart_from_inputs(running_var, x, weight, bias, residual)))):
         return None
     batches, leftover = batches_of(x, size), 0 if size == 0 else samples % size
     if (not is_plain_counter(counter, batches)
@@ -249,12 +254,18 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
         save_options(saved, x, weight, bias, activation, &follows, residual)
     target = result_like(x, out)
     saved.mean, saved.invstd = new_statistics(x, size), new_statistics(x, size)
-    m2 = new_doubles(batches * cnp.PyArray_DIMS(x)[1])
+    m2 = new_doubles(batches * channels)
     try:
+        if running_mean is not None:
+            running.mean, running.var = vector_of(running_mean, 0), vector_of(running_var, 0)
+            aim_at_batch(&running, x, size, 0, momentum, counter, unbiased)
         normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, saved,
-                          by_instance, m2)
-        if running_mean is not None:  # not before: they may share memory with weight and bias
-            move_to_batches(running_mean, running_var, counter, momentum, unbiased, saved, x, m2)
+                          by_instance, m2, NULL if running_mean is None else &running)
+        if running_mean is not None and batches > 1:  # one batch after the other
+            mean = <const double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.mean)
+            for b in range(batches):
+                aim_at_batch(&running, x, size, b, momentum, counter, unbiased)
+                move_all_channels(&running, channels, mean + b * channels, m2 + b * channels)
         if counter is not None:
             counter_of(counter)[0] += batches
     finally:
@@ -264,8 +275,12 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
 
 cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
                            cnp.ndarray out, Activation activation, cnp.ndarray residual,
-                           SavedForBackward saved, bint by_instance, double *m2) except -1:
-    """Normalize batches of a plain x by their statistics, which are written."""
+                           SavedForBackward saved, bint by_instance, double *m2,
+                           const Running *running) except -1:
+    """Normalize batches of a plain x by their statistics, which are written.
+
+    Running statistics move towards those of a single batch.
+    """
     cdef Job job
     cdef double *memory = NULL
     cdef Py_ssize_t batches = batches_of(x, saved.batch_size), channels = cnp.PyArray_DIMS(x)[1]
@@ -280,6 +295,7 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
                           output_vector(saved.invstd, &job.invstd))
         job.weight, job.bias = weights, biases
         job.eps = eps
+        job.running = running if batches == 1 else NULL
         sum_in_float32(&job)
         apply_normalize(&job, cnp.PyArray_BYTES(out))
         set_epilogue(&job, activation, residual, saved.alive)
@@ -308,22 +324,32 @@ cdef void init_job_of_batches(Job *job, cnp.ndarray x, Py_ssize_t batch_size,
              cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x), False, 0)
 
 
-cdef void move_to_batches(cnp.ndarray running_mean, cnp.ndarray running_var, object counter,
-                          object momentum, bint unbiased, SavedForBackward saved, cnp.ndarray x,
-                          const double *m2) noexcept:
-    """Move running statistics towards those of one batch after the other."""
-    cdef Vector mean = vector_of(running_mean, 0), var = vector_of(running_var, 0)
-    cdef Vector means = vector_of(saved.mean, 0), m2s
-    cdef Py_ssize_t b, samples = cnp.PyArray_DIMS(x)[0], channels = cnp.PyArray_DIMS(x)[1]
-    cdef Py_ssize_t size = samples if saved.batch_size == 0 else saved.batch_size
-    cdef Py_ssize_t positions = values_per_channel(x) // samples
-    cdef double count, factor = 0.0
-    m2s = vector_of_batches(m2, channels)
-    for b in range(batches_of(x, saved.batch_size)):
-        if momentum is not None:
-            factor = PyFloat_AS_DOUBLE(momentum)
-        elif counter is not None:
-            factor = 1.0 / <double>(counter_of(counter)[0] + b + 1)
-        count = <double>(min(size, samples - b * size) * positions)
-        move_once(&mean, &means, b, channels, 1.0, factor)
-        move_once(&var, &m2s, b, channels, count - 1.0 if unbiased else count, factor)
+cdef bint is_apart_from_inputs(cnp.ndarray running, cnp.ndarray x, object weight, object bias,
+                               object residual) noexcept:
+    """Tell whether a vector can be moved before all of a forward's inputs have been read."""
+    return (is_apart(running, x) and (weight is None or is_apart(running, <cnp.ndarray>weight))
+            and (bias is None or is_apart(running, <cnp.ndarray>bias))
+            and (residual is None or is_apart(running, <cnp.ndarray>residual)))
+
+
+cdef void aim_at_batch(Running *running, cnp.ndarray x, Py_ssize_t batch_size, Py_ssize_t batch,
+                       object momentum, object counter, bint unbiased) noexcept:
+    """Let running statistics move towards those of a batch next."""
+    cdef Py_ssize_t samples = cnp.PyArray_DIMS(x)[0], size = batch_size or samples
+    cdef double count = <double>(
+        min(size, samples - batch * size) * (values_per_channel(x) // samples))
+    running.divisor, running.factor = count - 1.0 if unbiased else count, 0.0
+    if momentum is not None:
+        running.factor = PyFloat_AS_DOUBLE(momentum)
+    elif counter is not None:
+        running.factor = 1.0 / <double>(counter_of(counter)[0] + batch + 1)
+
+
+cdef void move_all_channels(const Running *running, Py_ssize_t channels, const double *mean,
+                            const double *m2) noexcept nogil:
+    """Move running statistics towards those of a batch."""
+    cdef Block block
+    cdef Py_ssize_t i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        move_running(running, &block, mean + block.c0, m2 + block.c0)

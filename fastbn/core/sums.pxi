@@ -250,6 +250,8 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     if job.invstd_out != NULL:
         job.kernels.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
                            results_of(job, job.invstd_out, &block))
+    if job.running != NULL:
+        move_running(job.running, &block, mean, m2)
 
 
 cdef void merge_blocks(const Job *job, Py_ssize_t g, double *mean, double *m2) noexcept nogil:
@@ -367,3 +369,5 @@ cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
     read_vector(&job.invstd, &block, invstd)
     for c in range(channels):
         sum_dy_xhat[c] *= invstd[c]
+    if job.gradients != NULL:
+        add_gradients(job.gradients, &block, sum_dy_xhat, sum_dy)

@@ -528,6 +528,12 @@ WRONG = {
         bn, "running_mean", byte_swapped(bn.running_mean)
     ),
     "statistics that are the weight": lambda bn, x: setattr(bn, "running_var", bn.weight),
+    "statistics that are the bias": lambda bn, x: setattr(bn, "running_mean", bn.bias),
+    "statistics in the input": lambda bn, x: setattr(bn, "running_var", x.reshape(-1)[1:4]),
+    "statistics in the residual": lambda bn, x: {
+        "residual": (residual := x.copy()),
+        "x": setattr(bn, "running_mean", residual.reshape(-1)[1:4]) or x,
+    },
     "a full counter": lambda bn, x: bn.num_batches_tracked.fill(2**63 - 1),
     "a negative counter": lambda bn, x: bn.num_batches_tracked.fill(-1),
     "a small counter": lambda bn, x: setattr(bn, "num_batches_tracked", np.array(3, np.int8)),
@@ -580,6 +586,18 @@ def test_unusual_backwards_do_and_say_the_same(rng, both_paths, name, in_place, 
         yield bn.backward(changed.pop("dy", dy), **changed)
 
     both_paths(call, bn, x, dy)
+
+
+@each("name", ["x", "dy"])
+def test_sums_of_gradients_in_what_a_backward_reads(rng, both_paths, name):
+    x, dy = some(rng, (4, 3, 5, 7)), some(rng, (4, 3, 5, 7))
+
+    def call(bn, x, dy):
+        yield bn(x)
+        bn.weight_grad = {"x": x, "dy": dy}[name].reshape(-1)[1:4]
+        yield bn.backward(dy)
+
+    both_paths(call, layer_of(3), x, dy)
 
 
 @each("offset", range(-4, 5))
