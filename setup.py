@@ -41,7 +41,9 @@ if not any(flag.startswith("-g") for flag in os.environ.get("CFLAGS", "").split(
     FLAGS.append("-g0")
 FLAGS_MSVC = ["/O2", "/fp:precise"]
 
-KERNELS = [f"fastbn/kernels/{d}.c" for d in ("float32", "float64", "float16", "bfloat16")]
+KERNELS = [
+    f"fastbn/kernels/{name}.c" for name in ("float32", "float64", "float16", "bfloat16", "common")
+]
 
 ISA_PROBE = """
 #if !defined({macro})

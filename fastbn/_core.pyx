@@ -133,6 +133,8 @@ cdef extern from "kernels.h" nogil:
         void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
                                     Py_ssize_t first, Py_ssize_t count,
                                     const Activation *activation, void *to) noexcept nogil
+
+    ctypedef struct CommonKernels "fastbn_common_kernels":
         Py_ssize_t (*count_valid)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
                        double *invstd) noexcept nogil
@@ -146,6 +148,7 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct Isa "fastbn_isa":
         const char *name
+        const CommonKernels *common
         const Kernels *float32
         const Kernels *float64
         const Kernels *float16
@@ -397,7 +400,7 @@ cdef void read_invstd(const Job *job, const Block *block, double *to) noexcept n
         read_vector(&job.invstd, block, to)
         return
     read_vector(&job.var, block, to)
-    job.kernels.invstd(to, 1.0, job.eps, block.c1 - block.c0, to)
+    isa_in_use.common.invstd(to, 1.0, job.eps, block.c1 - block.c0, to)
 
 
 cdef double *results_of(const Job *job, double *vectors, const Block *block) noexcept nogil:

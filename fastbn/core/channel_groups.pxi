@@ -45,7 +45,7 @@ cdef void combine_moments(const GroupNormJob *norm, Py_ssize_t sample,
         between += deviation * deviation
         within += m2[c]
     total = within + count * between
-    job.kernels.invstd(&total, max(count * <double>channels, 1.0), job.eps, 1, &invstd)
+    isa_in_use.common.invstd(&total, max(count * <double>channels, 1.0), job.eps, 1, &invstd)
     if count == 0.0:  # sums over nothing, times infinity, would be NaN
         invstd = 0.0
     for c in range(channels):

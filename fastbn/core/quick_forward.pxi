@@ -205,8 +205,8 @@ cdef cnp.ndarray invstd_of(cnp.ndarray running_var, object eps):
     """invstd, in float64, of running statistics."""
     cdef cnp.ndarray invstd = doubles_of(running_var)
     cdef double *values = <double *>cnp.PyArray_BYTES(invstd)
-    isa_in_use.float64.invstd(values, 1.0, PyFloat_AS_DOUBLE(eps), cnp.PyArray_DIMS(invstd)[0],
-                              values)
+    isa_in_use.common.invstd(values, 1.0, PyFloat_AS_DOUBLE(eps), cnp.PyArray_DIMS(invstd)[0],
+                             values)
     return invstd
 
 

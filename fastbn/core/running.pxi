@@ -15,7 +15,7 @@ cdef void move_channels(const Vector *moved, const Block *block, const double *t
     cdef double values[COLUMNS]
     cdef Py_ssize_t channels = block.c1 - block.c0
     read_vector(moved, block, values)
-    moved.kernels.move_towards(target, divisor, factor, channels, values)
+    isa_in_use.common.move_towards(target, divisor, factor, channels, values)
     write_vector(moved, block, values)
 
 

@@ -166,7 +166,7 @@ cdef Py_ssize_t count_in_parts(ValidPositions *valid, cnp.ndarray mask) noexcept
     valid.mask, valid.size = <const unsigned char *>cnp.PyArray_BYTES(mask), cnp.PyArray_SIZE(mask)
     valid.part_size = max((valid.size + MASK_PARTS - 1) // MASK_PARTS, SHORTEST_MASK_PART)
     for start in range(0, valid.size, valid.part_size):
-        valid.counts[part] = isa_in_use.float32.count_valid(
+        valid.counts[part] = isa_in_use.common.count_valid(
             valid.mask + start, min(valid.part_size, valid.size - start))
         total += valid.counts[part]
         part += 1

@@ -159,7 +159,7 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
         walk_pieces(job, &block, keep_piece)
     job.apply(job, &block)
     if job.nontemporal:
-        job.kernels.fence_nontemporal()
+        isa_in_use.common.fence_nontemporal()
 
 
 # ------------------------------------------------------------------ a whole job

@@ -84,7 +84,7 @@ cdef bint allows_nontemporal(const Job *job) noexcept nogil:
     """
     cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize
-    if (job.out == NULL or job.kernels.fence_nontemporal == NULL
+    if (job.out == NULL or isa_in_use.common.fence_nontemporal == NULL
             or job.cut.groups > 1 and run < NONTEMPORAL_RUN_BYTES):
         return False
     if not overwrites_input(job):

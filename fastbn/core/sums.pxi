@@ -85,7 +85,7 @@ cdef void exact_moments(const Job *job, const Block *block, const BlockValid *va
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
         sum_block(job, block, IN_FLOAT64, pivot, first, second)
-    job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
+    isa_in_use.common.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
 
 
 cdef void read_channels(const Job *job, const Block *block, Py_ssize_t at,
@@ -116,9 +116,9 @@ cdef void raw_moments(const Job *job, const Block *block, const BlockValid *vali
     """
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
+    cdef Py_ssize_t channels = block.c1 - block.c0
     sum_block(job, block, RAW, NULL, first, second)
-    if job.kernels.raw_mean_and_m2(first, second, <double>valid.count, block.c1 - block.c0, mean,
-                                   m2):
+    if isa_in_use.common.raw_mean_and_m2(first, second, <double>valid.count, channels, mean, m2):
         sum_again(job, block, valid, mean, m2)
 
 
@@ -196,7 +196,7 @@ cdef void float32_moments(const Job *job, const Block *block, const BlockValid *
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
     sum_block(job, block, IN_FLOAT32, pivot, first, second)
-    job.kernels.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
+    isa_in_use.common.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
     for c in range(channels):
         if (leaves_float32(first[c], second[c], valid.count)
                 or not first[c] / valid.count * first[c] <= m2[c]):
@@ -248,8 +248,8 @@ cdef void merge_moments(const Job *job, Py_ssize_t g) noexcept nogil:
     else:
         merge_blocks(job, g, mean, m2)
     if job.invstd_out != NULL:
-        job.kernels.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
-                           results_of(job, job.invstd_out, &block))
+        isa_in_use.common.invstd(m2, max(count_of(job, block.batch), 1.0), job.eps, channels,
+                                 results_of(job, job.invstd_out, &block))
     if job.running != NULL:
         move_running(job.running, &block, mean, m2)
 

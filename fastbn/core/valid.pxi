@@ -9,7 +9,7 @@ cdef void set_mask(Job *job, const unsigned char *mask) noexcept nogil:
     """
     cdef Py_ssize_t samples = job.cut.batches * job.samples + job.leftover_samples
     if job.cut.column_layout and job.cut.s >= RUN_MIN:
-        if job.kernels.count_valid(mask, samples * job.cut.s) == samples * job.cut.s:
+        if isa_in_use.common.count_valid(mask, samples * job.cut.s) == samples * job.cut.s:
             return
     job.mask = mask
 
@@ -52,7 +52,7 @@ cdef BlockValid valid_in_mask(const Job *job, Py_ssize_t g, Py_ssize_t b) noexce
     if length == job.cut.s:  # the samples of the mask lie one behind the other
         length, samples = length * samples, 1
     for _n in range(samples):
-        count = job.kernels.count_valid(mask, length)
+        count = isa_in_use.common.count_valid(mask, length)
         if count > 0 and valid.first < 0:
             found = memchr(mask, 255, length)
             valid.first = <const unsigned char *>found - job.mask

@@ -1,5 +1,5 @@
-/* What the kernels of all dtypes have in common: limits, values of channels and of their columns, sums
- * of columns, the ends of runs. */
+/* What the kernels of all dtypes have in common: limits, values of columns and their sums, the ends of
+ * runs. Functions that are long, and know no dtype, are in common.c. */
 #ifndef FASTBN_KERNELS_COMMON_H
 #define FASTBN_KERNELS_COMMON_H
 
@@ -7,6 +7,8 @@
 
 #define PASTE_(a, b) a##b
 #define PASTE(a, b) PASTE_(a, b)
+/* The name of a function of common.c, which is compiled once per instruction set. */
+#define COMMON(f) PASTE(PASTE(f, _), PASTE(ISA, _common))
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
@@ -36,44 +38,9 @@ enum {
 
 static inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
-static inline void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
-{
-    for (ptrdiff_t c = 0; c < count; c++)
-        to[c] = 1.0 / sqrt(m2[c] / n + eps);
-}
-
-static inline void mean_and_m2(const double *pivot, const double *first, const double *second,
-                               double n, ptrdiff_t count, double *mean, double *m2)
-{
-    for (ptrdiff_t c = 0; c < count; c++) {
-        const double shift = first[c] / n, around_mean = second[c] - first[c] * shift;
-        mean[c] = pivot[c] + shift;
-        /* Rounding can take a variance of nearly zero below it. */
-        m2[c] = around_mean < 0 ? 0 : around_mean;
-    }
-}
-
-static inline int raw_mean_and_m2(const double *first, const double *second, double n,
-                                  ptrdiff_t count, double *mean, double *m2)
-{
-    long long lost = 0; /* as wide as a double, and without branches: the loop is vectorized */
-    for (ptrdiff_t c = 0; c < count; c++) {
-        const double of_channel = first[c] / n, square = first[c] * of_channel;
-        const double around_mean = second[c] - square;
-        const int keeps = square <= FASTBN_RAW_MOST * around_mean;
-        mean[c] = of_channel;
-        m2[c] = keeps ? around_mean : NAN;
-        lost |= keeps ? 0 : 1;
-    }
-    return lost != 0;
-}
-
-static inline void move_towards(const double *target, double divisor, double factor,
-                                ptrdiff_t count, double *moved)
-{
-    for (ptrdiff_t c = 0; c < count; c++)
-        moved[c] = (1 - factor) * moved[c] + factor * (target[c] / divisor);
-}
+/* Both sums of the lanes of each channel. */
+HIDDEN void COMMON(add_lanes)(double sums[][2][LANES], ptrdiff_t channels, double *first,
+                              double *second);
 
 /* The last LANES elements of a run; those of a shorter run behind zeros, in the buffer. */
 ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, void *buffer)
@@ -85,45 +52,9 @@ ALWAYS_INLINE const void *last_step(const void *x, ptrdiff_t len, size_t size, v
     return buffer;
 }
 
-/* Where the length of a run is known at compile time, it takes no loop. */
-#define FOR_RUNS_OF(run, DO) \
-    switch (run) { \
-    case 1: DO(1); break; \
-    case 2: DO(2); break; \
-    case 4: DO(4); break; \
-    default: DO(run); \
-    }
-
 /* One value per column, from one per channel. */
-#define SPREAD(type) \
-    ALWAYS_INLINE void spread_over_runs_##type(ptrdiff_t channels, ptrdiff_t run, \
-                                               const type *from, type *to) \
-    { \
-        for (ptrdiff_t c = 0; c < channels; c++) \
-            for (ptrdiff_t i = 0; i < run; i++) \
-                to[c * run + i] = from[c]; \
-    } \
-    NOT_INLINE void spread_##type(const fastbn_matrix *matrix, const type *from, type *to) \
-    { \
-        const ptrdiff_t channels = matrix->channels, len = matrix->len; \
-        FOR_RUNS_OF(matrix->run, SPREAD_##type) \
-        for (ptrdiff_t done = channels * matrix->run; done < len; done *= 2) \
-            memcpy(to + done, to, sizeof(type) * (size_t)smaller(done, len - done)); \
-    }
-#define SPREAD_float(run) spread_over_runs_float(channels, run, from, to)
-#define SPREAD_double(run) spread_over_runs_double(channels, run, from, to)
-SPREAD(float)
-SPREAD(double)
-
-ALWAYS_INLINE void add_runs(ptrdiff_t channels, ptrdiff_t run, const double *from, double *to)
-{
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        double sum = to[c];
-        for (ptrdiff_t i = 0; i < run; i++)
-            sum += from[c * run + i];
-        to[c] = sum;
-    }
-}
+HIDDEN void COMMON(spread_float)(const fastbn_matrix *matrix, const float *from, float *to);
+HIDDEN void COMMON(spread_double)(const fastbn_matrix *matrix, const double *from, double *to);
 
 /* The sums of columns, behind LANES more: of few columns, the last step, which overlaps the one
  * before it, reaches back before the first. */
@@ -139,55 +70,12 @@ static inline void begin_column_sums(column_sums *sums, const fastbn_matrix *mat
     memset(sums->first, 0, sizeof(double) * (size_t)(LANES + matrix->len));
     memset(sums->second, 0, sizeof(double) * (size_t)(LANES + matrix->len));
     if (centre_of_channel != NULL)
-        spread_double(matrix, centre_of_channel, sums->centre + LANES);
-}
-
-/* Adds the sums of the columns from the j-th one on, of channels that have a step or more each. Those
- * of the lanes of a channel are added up like those of a run. */
-static inline void add_long_runs(const fastbn_matrix *matrix, const column_sums *sums, ptrdiff_t j,
-                                 double *first_of_channel, double *second_of_channel)
-{
-    double of_lanes[COLUMNS / LANES][2][LANES], first[COLUMNS / LANES], second[COLUMNS / LANES];
-    const ptrdiff_t channels = matrix->channels, run = matrix->run;
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        const double *at = sums->first + LANES + j + c * run;
-        const double *at_second = sums->second + LANES + j + c * run;
-        step_sums s = no_sums();
-        for (ptrdiff_t i = 0; i < run; i += LANES) {
-            const ptrdiff_t begin = smaller(i, run - LANES); /* the last step overlaps another */
-            s = add_sums(s, sums_from_lane(load_sums(at + begin, at_second + begin), i - begin));
-        }
-        store_sums(of_lanes[c][0], of_lanes[c][1], s);
-    }
-    add_lanes(of_lanes, channels, first, second);
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        first_of_channel[c] += first[c];
-        second_of_channel[c] += second[c];
-    }
-}
-
-/* The same of channels that have fewer columns each, of one of both sums. */
-NOT_INLINE void add_short_runs(const fastbn_matrix *matrix, const double *from, double *to)
-{
-    const ptrdiff_t channels = matrix->channels;
-#define ADD(run) add_runs(channels, run, from + j, to)
-    for (ptrdiff_t j = 0; j < matrix->len; j += channels * matrix->run)
-        FOR_RUNS_OF(matrix->run, ADD)
-#undef ADD
+        COMMON(spread_double)(matrix, centre_of_channel, sums->centre + LANES);
 }
 
 /* Adds the sums of columns to those of their channels. */
-NOT_INLINE void add_columns_to_channels(const fastbn_matrix *matrix, const column_sums *sums,
-                                        double *first_of_channel, double *second_of_channel)
-{
-    if (matrix->run < LANES) {
-        add_short_runs(matrix, sums->first + LANES, first_of_channel);
-        add_short_runs(matrix, sums->second + LANES, second_of_channel);
-        return;
-    }
-    for (ptrdiff_t j = 0; j < matrix->len; j += matrix->channels * matrix->run)
-        add_long_runs(matrix, sums, j, first_of_channel, second_of_channel);
-}
+HIDDEN void COMMON(add_columns_to_channels)(const fastbn_matrix *matrix, const column_sums *sums,
+                                            double *first_of_channel, double *second_of_channel);
 
 /* The sums in float32 of columns, to which up to TREE rows are added before they go to the sums in
  * double. Those of the last step, which overlaps the one before it, have a place of their own. */
@@ -244,13 +132,7 @@ ALWAYS_INLINE void add_tree_to_columns(tree_sums tree, column_sums *sums, ptrdif
     store_sums(first, second, add_tree(load_sums(first, second), tree));
 }
 
-static inline void end_column_trees(const column_trees *trees, column_sums *sums, ptrdiff_t len)
-{
-    const ptrdiff_t whole = len / LANES * LANES;
-    for (ptrdiff_t i = 0; i < whole; i += LANES)
-        add_tree_to_columns(load_tree(trees, i), sums, i);
-    if (whole < len)
-        add_tree_to_columns(load_tree(trees, whole), sums, len - LANES);
-}
+/* Adds all trees to the sums of their columns. */
+HIDDEN void COMMON(end_column_trees)(const column_trees *trees, column_sums *sums, ptrdiff_t len);
 
 #endif

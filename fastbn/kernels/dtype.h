@@ -31,7 +31,7 @@
 #define ZERO_OUTSIDE_A PASTE(zero_outside_, VA)
 #define IF_BITS_A PASTE(if_bits_, VA)
 #define STORE_BYTES_A PASTE(store_bytes_, VA)
-#define SPREAD_A PASTE(spread_, A)
+#define SPREAD_A COMMON(PASTE(spread_, A))
 
 #define NAME(f) PASTE(f##_, DTYPE)
 #define VA_LANES ((ptrdiff_t)(sizeof(VA) / sizeof(A)))
@@ -105,10 +105,4 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
     NAME(column_gradient),
     NAME(gate_bounds),
     NAME(activation_gradient),
-    count_valid,
-    invstd,
-    mean_and_m2,
-    raw_mean_and_m2,
-    move_towards,
-    FENCE_NONTEMPORAL,
 };

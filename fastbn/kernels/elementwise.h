@@ -316,7 +316,7 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
     if (NOTES_ARE_TAKEN(fused, beside.alive)) { \
         noted += n; \
         if (noted >= ALIVE_BYTES / 2 || (ends)) { \
-            gather_bits(notes, beside.first + i0 + n - noted, noted, beside.alive); \
+            COMMON(gather_bits)(notes, beside.first + i0 + n - noted, noted, beside.alive); \
             noted = 0; \
         } \
         w.most = ALIVE_BYTES - noted; \
@@ -575,7 +575,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         NAME(writer) w; \
         NAME(init_writer)(&w, nontemporal, len, most, 0); \
         if (masked) \
-            find_masks(matrix, len / LANES * LANES, masks); \
+            COMMON(find_masks)(matrix, len / LANES * LANES, masks); \
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \

@@ -176,7 +176,10 @@ typedef struct {
     void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
                                 ptrdiff_t first, ptrdiff_t count,
                                 const fastbn_activation *activation, void *to);
+} fastbn_kernels;
 
+/* What knows no dtype. */
+typedef struct {
     /* How many of the first `len` positions are valid. */
     ptrdiff_t (*count_valid)(const unsigned char *mask, ptrdiff_t len);
     /* invstd = 1 / sqrt(m2 / n + eps) */
@@ -195,10 +198,11 @@ typedef struct {
     /* Makes non-temporal stores visible to other threads; NULL where there are no such stores, and
      * `nontemporal` changes nothing. */
     void (*fence_nontemporal)(void);
-} fastbn_kernels;
+} fastbn_common_kernels;
 
 typedef struct {
     const char *name;
+    const fastbn_common_kernels *common;
     const fastbn_kernels *float32, *float64, *float16, *bfloat16;
 } fastbn_isa;
 

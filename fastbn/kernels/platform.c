@@ -20,10 +20,12 @@
 #endif
 
 #define X(name, supported) \
+    extern const fastbn_common_kernels fastbn_common_kernels_##name; \
     extern const fastbn_kernels fastbn_kernels_##name##_float32, fastbn_kernels_##name##_float64, \
         fastbn_kernels_##name##_float16, fastbn_kernels_##name##_bfloat16; \
     static const fastbn_isa isa_##name = { \
         #name, \
+        &fastbn_common_kernels_##name, \
         &fastbn_kernels_##name##_float32, \
         &fastbn_kernels_##name##_float64, \
         &fastbn_kernels_##name##_float16, \

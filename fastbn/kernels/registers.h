@@ -51,6 +51,8 @@
 #  define ALWAYS_INLINE static inline __attribute__((always_inline))
 /* For what would be long where it is inlined. Not every dtype uses each. */
 #  define NOT_INLINE static __attribute__((noinline, unused))
+/* Of this library alone, so that calls go straight to it. */
+#  define HIDDEN __attribute__((visibility("hidden")))
 #  define CACHE_ALIGNED __attribute__((aligned(64)))
 #  define UNROLL _Pragma("GCC unroll 16")
 #  define NO_UNROLL _Pragma("GCC unroll 1")
@@ -59,6 +61,7 @@
 #else
 #  define ALWAYS_INLINE static __inline
 #  define NOT_INLINE static
+#  define HIDDEN
 #  define CACHE_ALIGNED __declspec(align(64))
 #  define UNROLL
 #  define NO_UNROLL
@@ -254,53 +257,6 @@ ALWAYS_INLINE void store_sums(double *first, double *second, step_sums r)
     UNROLL for (int j = 0; j < STEPS; j++) {
         store_float64(first + j * VD, r.first[j]);
         store_float64(second + j * VD, r.second[j]);
-    }
-}
-
-/* The sums of a step, added up to those of one register: lane i is added to lane i + 8, then to lane
- * i + 4 and so on, whatever the width of a register is. */
-ALWAYS_INLINE vd fold_step(const double *sums)
-{
-    vd v[STEPS];
-    UNROLL for (int j = 0; j < STEPS; j++)
-        v[j] = load_float64(sums + j * VD);
-    UNROLL for (int half = STEPS / 2; half > 0; half /= 2)
-        UNROLL for (int j = 0; j < half; j++)
-            v[j] += v[j + half];
-    return v[0];
-}
-
-ALWAYS_INLINE double sum_of_step(const double *sums)
-{
-    double lanes[VD];
-    store_float64(lanes, fold_step(sums));
-    UNROLL for (int half = VD / 2; half > 0; half /= 2)
-        UNROLL for (int i = 0; i < half; i++)
-            lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-/* One of both sums, of as many channels as a register has lanes. */
-ALWAYS_INLINE vd sums_of_channels(double sums[][2][LANES], int which)
-{
-    vd folded[VD];
-    UNROLL for (int k = 0; k < VD; k++)
-        folded[k] = fold_step(sums[k][which]);
-    return sums_of_lanes(folded);
-}
-
-/* Both sums of the lanes of each channel. */
-NOT_INLINE void add_lanes(double sums[][2][LANES], ptrdiff_t channels, double *first,
-                          double *second)
-{
-    ptrdiff_t c = 0;
-    for (; c + VD <= channels; c += VD) {
-        store_float64(first + c, sums_of_channels(sums + c, 0));
-        store_float64(second + c, sums_of_channels(sums + c, 1));
-    }
-    for (; c < channels; c++) {
-        first[c] = sum_of_step(sums[c][0]);
-        second[c] = sum_of_step(sums[c][1]);
     }
 }
 

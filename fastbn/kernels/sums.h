@@ -171,7 +171,7 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
                 store_sums(sums[c][0], sums[c][1], s);
         }
     }
-    add_lanes(sums, runs->channels, first, second);
+    COMMON(add_lanes)(sums, runs->channels, first, second);
 }
 
 static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *pivot,
@@ -304,7 +304,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
     if (gate != NULL)
         NAME(spread_gates)(matrix, gate, &gates);
     if (mode == MASKED)
-        find_masks(matrix, len - LANES, masks);
+        COMMON(find_masks)(matrix, len - LANES, masks);
     for (ptrdiff_t r = next_row(matrix, mode, 0), other, count; r < rows;
          r = next_row(matrix, mode, count > 1 ? other + together - 1 : r + 1)) {
         const uint8_t *mask = mode == MASKED ? matrix->mask + r * matrix->mask_stride : NULL;
@@ -328,8 +328,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
         in_trees = (in_trees + count) % TREE;
     }
     if (by_trees && in_trees > 0)
-        end_column_trees(&trees, &sums, len);
-    add_columns_to_channels(matrix, &sums, first_of_channel, second_of_channel);
+        COMMON(end_column_trees)(&trees, &sums, len);
+    COMMON(add_columns_to_channels)(matrix, &sums, first_of_channel, second_of_channel);
 }
 
 /* The sums of columns with the mask that the matrix has. */

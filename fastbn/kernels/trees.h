@@ -210,7 +210,7 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
             store_sums(sums[c][0], sums[c][1], s);
         }
     }
-    add_lanes(sums, runs->channels, first, second);
+    COMMON(add_lanes)(sums, runs->channels, first, second);
 }
 
 static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const double *pivot,
