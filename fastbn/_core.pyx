@@ -134,6 +134,9 @@ cdef extern from "kernels.h" nogil:
                                     Py_ssize_t first, Py_ssize_t count,
                                     const Activation *activation, void *to) noexcept nogil
 
+    ctypedef struct Recovery "fastbn_recovery":
+        double least, greatest, reach, ratio
+
     ctypedef struct CommonKernels "fastbn_common_kernels":
         Py_ssize_t (*count_valid)(const unsigned char *mask, Py_ssize_t len) noexcept nogil
         void (*invstd)(const double *m2, double n, double eps, Py_ssize_t count,
@@ -144,6 +147,8 @@ cdef extern from "kernels.h" nogil:
                                 Py_ssize_t count, double *mean, double *m2) noexcept nogil
         void (*move_towards)(const double *target, double divisor, double factor,
                              Py_ssize_t count, double *moved) noexcept nogil
+        bint (*all_recoverable)(const double *weight, const double *bias, double slope,
+                                const Recovery *recovery, Py_ssize_t count) noexcept nogil
         void (*fence_nontemporal)() noexcept nogil
 
     ctypedef struct Isa "fastbn_isa":

@@ -171,14 +171,14 @@ cdef bint is_invertible(const Activation *activation, cnp.ndarray x) noexcept:
 cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
                           const Activation *activation, Py_ssize_t count) noexcept:
     """Tell whether the output of a forward in place determines all channels."""
-    cdef Limits limits = limits_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x))
+    cdef Recovery recovery = recovery_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x),
+                                         <double>count)
     cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     cdef double slope = 1.0 if activation.kind == LINEAR else activation.slope
     if weight is None and bias is None and activation.kind == LINEAR:
         return True
-    return next_unrecoverable(&limits, <double>count, slope, &weights, &biases, 0,
-                              channels) == channels
+    return next_unrecoverable(&recovery, slope, &weights, &biases, 0, channels) == channels
 
 
 # ------------------------------------------------------------------ by running statistics
@@ -246,12 +246,12 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
     follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     if keeps:
         saved.in_place = is_in_place(x, out)
+        save_options(saved, x, weight, bias, activation, &follows, residual)
         if saved.in_place:
             if residual is not None or not is_invertible(&follows, x):
                 saved.kept = new_like(x, None)
-            elif not all_recoverable(x, weight, bias, &follows, values_per_channel(x)):
+            elif not all_recoverable(x, saved.weight, saved.bias, &follows, values_per_channel(x)):
                 return None
-        save_options(saved, x, weight, bias, activation, &follows, residual)
     target = result_like(x, out)
     saved.mean, saved.invstd = new_statistics(x, size), new_statistics(x, size)
     m2 = new_doubles(batches * channels)

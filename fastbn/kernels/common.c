@@ -288,6 +288,20 @@ static void move_towards(const double *target, double divisor, double factor,
         moved[c] = (1 - factor) * moved[c] + factor * (target[c] / divisor);
 }
 
+static int all_recoverable(const double *weight, const double *bias, double slope,
+                           const fastbn_recovery *recovery, ptrdiff_t count)
+{
+    const fastbn_recovery of = *recovery;
+    long long lost = 0; /* as in raw_mean_and_m2 */
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double w = fabs(slope * weight[c]), b = fabs(slope * bias[c]);
+        const int keeps = (w >= of.least) & (w * of.reach <= of.greatest) & (b <= of.ratio * w);
+        lost |= keeps ? 0 : 1;
+    }
+    return lost == 0;
+}
+
 const fastbn_common_kernels PASTE(fastbn_common_kernels_, ISA) = {
-    count_valid, invstd, mean_and_m2, raw_mean_and_m2, move_towards, FENCE_NONTEMPORAL,
+    count_valid,  invstd,          mean_and_m2,       raw_mean_and_m2,
+    move_towards, all_recoverable, FENCE_NONTEMPORAL,
 };

@@ -178,6 +178,13 @@ typedef struct {
                                 const fastbn_activation *activation, void *to);
 } fastbn_kernels;
 
+/* What tells whether a backward can recover a channel from the output of a forward in place: the
+ * weight is a normal number of the output's dtype, and so is the greatest value that it is multiplied
+ * by, `reach`; and the bias is at most `ratio` times as large. */
+typedef struct {
+    double least, greatest, reach, ratio;
+} fastbn_recovery;
+
 /* What knows no dtype. */
 typedef struct {
     /* How many of the first `len` positions are valid. */
@@ -195,6 +202,9 @@ typedef struct {
     /* moved = (1 - factor) * moved + factor * target / divisor */
     void (*move_towards)(const double *target, double divisor, double factor, ptrdiff_t count,
                          double *moved);
+    /* Whether all channels can be recovered whose outputs were multiplied by a slope. */
+    int (*all_recoverable)(const double *weight, const double *bias, double slope,
+                           const fastbn_recovery *recovery, ptrdiff_t count);
     /* Makes non-temporal stores visible to other threads; NULL where there are no such stores, and
      * `nontemporal` changes nothing. */
     void (*fence_nontemporal)(void);
