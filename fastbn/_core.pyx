@@ -147,6 +147,7 @@ cdef extern from "kernels.h" nogil:
                                 Py_ssize_t count, double *mean, double *m2) noexcept nogil
         void (*move_towards)(const double *target, double divisor, double factor,
                              Py_ssize_t count, double *moved) noexcept nogil
+        bint (*any_huge)(const double *mean, Py_ssize_t count) noexcept nogil
         bint (*all_recoverable)(const double *weight, const double *bias, double slope,
                                 const Recovery *recovery, Py_ssize_t count) noexcept nogil
         void (*fence_nontemporal)() noexcept nogil

@@ -1,18 +1,9 @@
-# Where x - mean may leave the range of float32.
-#
-# That takes a mean of 2^103, half a unit in the last place of the greatest float32, or more: to
-# take a smaller one from the greatest float32 changes nothing.
+# Where x - mean may leave the range of float32, since the mean is huge.
 
 
 cdef bint has_huge_mean(const Job *job, const double *means, Py_ssize_t channels) noexcept nogil:
     """Tell whether the mean of any channel is so large."""
-    cdef Py_ssize_t c
-    if job.itemsize == sizeof(double):
-        return False
-    for c in range(channels):
-        if is_huge(means[c]):
-            return True
-    return False
+    return job.itemsize < <Py_ssize_t>sizeof(double) and isa_in_use.common.any_huge(means, channels)
 
 
 cdef bint needs_float64(const Job *job) noexcept nogil:
@@ -37,10 +28,6 @@ cdef bint needs_float64(const Job *job) noexcept nogil:
     return False
 
 
-cdef bint is_huge(double mean) noexcept nogil:
-    return fabs(mean) >= 2.0 ** 103 and isfinite(mean)
-
-
 cdef bint scale_down_first(const Job *job, const Block *block, Affine *affine,
                            Affine *first) noexcept nogil:
     """Divide affine in two where means are huge: `first` comes before it.
@@ -54,7 +41,7 @@ cdef bint scale_down_first(const Job *job, const Block *block, Affine *affine,
         return False
     for c in range(block.c1 - block.c0):
         first.centre[c], first.scale[c], first.shift[c] = 0.0, 1.0, -0.0
-        if is_huge(affine.centre[c]):
+        if isa_in_use.common.any_huge(&affine.centre[c], 1):
             first.scale[c] = 2.0 ** -24
             affine.centre[c] *= 2.0 ** -24
             affine.scale[c] *= 2.0 ** 24

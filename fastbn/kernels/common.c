@@ -71,9 +71,11 @@ void COMMON(add_lanes)(double sums[][2][LANES], ptrdiff_t channels, double *firs
     ALWAYS_INLINE void spread_over_runs_##type(ptrdiff_t channels, ptrdiff_t run, \
                                                const type *from, type *to) \
     { \
-        for (ptrdiff_t c = 0; c < channels; c++) \
+        for (ptrdiff_t c = 0; c < channels; c++) { \
+            const type value = from[c]; /* which no store changes, as far as the compiler knows */ \
             for (ptrdiff_t i = 0; i < run; i++) \
-                to[c * run + i] = from[c]; \
+                to[c * run + i] = value; \
+        } \
     } \
     void COMMON(spread_##type)(const fastbn_matrix *matrix, const type *from, type *to) \
     { \
@@ -251,6 +253,11 @@ void COMMON(gather_bits)(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8
 
 static void invstd(const double *m2, double n, double eps, ptrdiff_t count, double *to)
 {
+    if (n == 1.0) { /* m2 is a variance: a third of the time is that of a division */
+        for (ptrdiff_t c = 0; c < count; c++)
+            to[c] = 1.0 / sqrt(m2[c] + eps);
+        return;
+    }
     for (ptrdiff_t c = 0; c < count; c++)
         to[c] = 1.0 / sqrt(m2[c] / n + eps);
 }
@@ -284,8 +291,23 @@ static int raw_mean_and_m2(const double *first, const double *second, double n,
 static void move_towards(const double *target, double divisor, double factor,
                          ptrdiff_t count, double *moved)
 {
+    if (divisor == 1.0) {
+        for (ptrdiff_t c = 0; c < count; c++)
+            moved[c] = (1 - factor) * moved[c] + factor * target[c];
+        return;
+    }
     for (ptrdiff_t c = 0; c < count; c++)
         moved[c] = (1 - factor) * moved[c] + factor * (target[c] / divisor);
+}
+
+static int any_huge(const double *mean, ptrdiff_t count)
+{
+    long long found = 0; /* as in raw_mean_and_m2 */
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double size = fabs(mean[c]);
+        found |= (size >= FASTBN_HUGE) & (size < INFINITY) ? 1 : 0;
+    }
+    return found != 0;
 }
 
 static int all_recoverable(const double *weight, const double *bias, double slope,
@@ -302,6 +324,6 @@ static int all_recoverable(const double *weight, const double *bias, double slop
 }
 
 const fastbn_common_kernels PASTE(fastbn_common_kernels_, ISA) = {
-    count_valid,  invstd,          mean_and_m2,       raw_mean_and_m2,
-    move_towards, all_recoverable, FENCE_NONTEMPORAL,
+    count_valid,  invstd,   mean_and_m2,     raw_mean_and_m2,
+    move_towards, any_huge, all_recoverable, FENCE_NONTEMPORAL,
 };

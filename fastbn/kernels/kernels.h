@@ -40,6 +40,10 @@ enum {
     FASTBN_STREAM_BYTES = 3072,
 };
 
+/* From this mean on, x - mean may leave the range of float32: half a unit in the last place of its
+ * greatest number. To take a smaller one from that number changes nothing. */
+#define FASTBN_HUGE 0x1p103
+
 /* y = (x - centre) * scale + shift, for each channel */
 typedef struct {
     double centre[FASTBN_COLUMNS], scale[FASTBN_COLUMNS], shift[FASTBN_COLUMNS];
@@ -202,6 +206,8 @@ typedef struct {
     /* moved = (1 - factor) * moved + factor * target / divisor */
     void (*move_towards)(const double *target, double divisor, double factor, ptrdiff_t count,
                          double *moved);
+    /* Whether any mean is finite and FASTBN_HUGE or more. */
+    int (*any_huge)(const double *mean, ptrdiff_t count);
     /* Whether all channels can be recovered whose outputs were multiplied by a slope. */
     int (*all_recoverable)(const double *weight, const double *bias, double slope,
                            const fastbn_recovery *recovery, ptrdiff_t count);
