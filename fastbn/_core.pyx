@@ -256,6 +256,12 @@ cdef struct Vector:
     const Kernels *kernels
     double value
 
+# Where a job writes what it finds about batches: each of (batches, c).
+cdef struct Statistics:
+    double *mean
+    double *m2
+    double *invstd
+
 # Running statistics, and how they move towards those of a batch: the variance is m2 / divisor.
 cdef struct Running:
     Vector mean, var
@@ -350,6 +356,13 @@ cdef void reduce_to_moments(Job *job, double *mean, double *m2, double *invstd) 
     """Let the job find the statistics of x; invstd may be NULL."""
     job.mean_out, job.m2_out, job.invstd_out = mean, m2, invstd
     job.reduce, job.merge = reduce_moments, merge_moments
+
+
+cdef void normalize_by(Job *job, const Statistics *found) noexcept nogil:
+    """Let the job find the statistics of x, and normalize by them."""
+    reduce_to_moments(job, found.mean, found.m2, found.invstd)
+    job.mean = vector_of_batches(found.mean, job.cut.c)
+    job.invstd = vector_of_batches(found.invstd, job.cut.c)
 
 
 cdef void reduce_to_products(Job *job, double *sum_dy, double *sum_dy_xhat) noexcept nogil:
@@ -510,10 +523,9 @@ def forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size, cnp
             double slope=0.0, cnp.ndarray residual=None, cnp.ndarray alive=None):
     """Write x, normalized by its own statistics, into out, and those statistics."""
     cdef Job job
-    cdef Vector unread
+    cdef Statistics found = statistics_in(mean, m2, invstd)
     init_job_on(&job, x, mask, batch_size)
-    reduce_to_moments(&job, output_vector(mean, &job.mean), output_vector(m2, &unread),
-                      output_vector(invstd, &job.invstd))
+    normalize_by(&job, &found)
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = eps
     sum_in_float32(&job)

@@ -85,6 +85,14 @@ cdef double *output_vector(cnp.ndarray array, Vector *vector) noexcept:
     return <double *>vector.data
 
 
+cdef Statistics statistics_in(cnp.ndarray mean, cnp.ndarray m2, cnp.ndarray invstd) noexcept:
+    """New float64 arrays of one value per channel, or per batch and channel."""
+    cdef Statistics found
+    found.mean, found.m2 = <double *>cnp.PyArray_BYTES(mean), <double *>cnp.PyArray_BYTES(m2)
+    found.invstd = <double *>cnp.PyArray_BYTES(invstd)
+    return found
+
+
 cdef void init_job_on(Job *job, cnp.ndarray x, cnp.ndarray mask, Py_ssize_t batch_size) noexcept:
     """Make a job on x that has no steps yet. Its layout must not be 0."""
     cdef const cnp.npy_intp *shape = cnp.PyArray_DIMS(x)

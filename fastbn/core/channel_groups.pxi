@@ -177,21 +177,21 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
                   activation=None, double slope=0.0, cnp.ndarray residual=None,
                   cnp.ndarray alive=None):
     """Write x, normalized in groups of channels, into out, and the statistics of the groups."""
-    normalize_groups(x, mask, groups, weight, bias, eps, out, mean, m2, invstd,
+    cdef Statistics found = statistics_in(mean, m2, invstd)
+    normalize_groups(x, mask, groups, weight, bias, eps, out, &found,
                      activation_of(activation, slope), residual, alive, None)
 
 
 cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cnp.ndarray weight,
-                          cnp.ndarray bias, double eps, cnp.ndarray out, cnp.ndarray mean,
-                          cnp.ndarray m2, cnp.ndarray invstd, Activation activation,
-                          cnp.ndarray residual, cnp.ndarray alive, cnp.ndarray kept) except -1:
+                          cnp.ndarray bias, double eps, cnp.ndarray out, const Statistics *found,
+                          Activation activation, cnp.ndarray residual, cnp.ndarray alive,
+                          cnp.ndarray kept) except -1:
     """`group_forward`, which also copies x to `kept` if that is an array."""
     cdef GroupNormJob norm
-    cdef Vector unread
     init_group_norm(&norm, x, mask, groups)
-    reduce_to_moments(&norm.job, output_vector(mean, &norm.job.mean), output_vector(m2, &unread),
-                      NULL)
-    norm.invstd_out, norm.combine = output_vector(invstd, &norm.job.invstd), combine_moments
+    normalize_by(&norm.job, found)
+    norm.job.invstd_out, norm.invstd_out = NULL, found.invstd  # that of groups, not of channels
+    norm.combine = combine_moments
     norm.job.weight, norm.job.bias = vector_of(weight, 1), vector_of(bias, 0)
     norm.job.eps = eps
     sum_in_float32(&norm.job)
@@ -241,21 +241,21 @@ cdef void init_group_backward(GroupNormJob *norm, cnp.ndarray dy, cnp.ndarray x,
 
 def group_gates(cnp.ndarray x not None, cnp.ndarray weight):
     """Tell whether no weight is too small, beside the largest, to divide the sums of a group by."""
-    return has_group_gates(x, weight)
+    cdef Vector weights = vector_of(weight, 1)
+    return has_group_gates(x, &weights)
 
 
-cdef bint has_group_gates(cnp.ndarray x, cnp.ndarray weight) noexcept:
-    cdef Vector vector = vector_of(weight, 1)
+cdef bint has_group_gates(cnp.ndarray x, const Vector *weight) noexcept:
     cdef double values[COLUMNS]
     cdef double least = INFINITY, greatest = 0.0
     cdef double ratio = 1e-200 if cnp.PyArray_ITEMSIZE(x) == 8 else 1e-25
     cdef Block block
-    cdef Py_ssize_t i, c
-    if weight is None:
+    cdef Py_ssize_t i, c, channels = cnp.PyArray_DIMS(x)[1]
+    if weight.data == NULL:
         return True
-    for i in range(ceil_div(cnp.PyArray_DIMS(weight)[0], COLUMNS)):
-        block = some_channels(i, cnp.PyArray_DIMS(weight)[0])
-        read_vector(&vector, &block, values)
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        read_vector(weight, &block, values)
         for c in range(block.c1 - block.c0):
             if not fabs(values[c]) > 0.0:
                 return False

@@ -229,16 +229,12 @@ cdef cnp.ndarray new_bits(Py_ssize_t count):
     return <cnp.ndarray>cnp.PyArray_ZEROS(1, &shape, cnp.NPY_UINT8, 0)
 
 
-cdef object doubles_of(cnp.ndarray vector):
-    """A copy of weight or bias, or None."""
-    cdef Vector values
-    cdef cnp.ndarray copy
-    if vector is None:
-        return None
-    copy, values = new_vector(cnp.PyArray_DIMS(vector)[0], cnp.NPY_FLOAT64), vector_of(vector, 0)
-    values.kernels.load_as_double(values.data, values.stride, cnp.PyArray_DIMS(vector)[0],
-                                  <double *>cnp.PyArray_BYTES(copy))
-    return copy
+cdef void read_all(const Vector *vector, Py_ssize_t channels, double *to) noexcept nogil:
+    """Read the values of all channels, which may be more than a block has."""
+    cdef Block block
+    memset(&block, 0, sizeof(Block))
+    block.c1 = channels
+    read_vector(vector, &block, to)
 
 
 cdef double *new_doubles(Py_ssize_t count) except NULL:
@@ -248,14 +244,9 @@ cdef double *new_doubles(Py_ssize_t count) except NULL:
     return doubles
 
 
-cdef cnp.ndarray new_statistics(cnp.ndarray x, Py_ssize_t batch_size):
-    """A new vector of one double per channel, or with a batch size per batch and channel."""
-    cdef cnp.npy_intp shape[2]
-    shape[0] = batches_of(x, batch_size)
-    shape[1] = cnp.PyArray_DIMS(x)[1]
-    if batch_size == 0:
-        return new_vector(shape[1], cnp.NPY_FLOAT64)
-    return <cnp.ndarray>cnp.PyArray_SimpleNew(2, shape, cnp.NPY_FLOAT64)
+cdef cnp.ndarray new_statistics(cnp.ndarray x):
+    """A new vector of one double per channel."""
+    return new_vector(cnp.PyArray_DIMS(x)[1], cnp.NPY_FLOAT64)
 
 
 cdef Py_ssize_t batches_of(cnp.ndarray x, Py_ssize_t batch_size) noexcept:

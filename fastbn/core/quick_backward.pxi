@@ -41,6 +41,7 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
     cdef cnp.ndarray array, target, derived = None
     cdef Py_ssize_t channels, batches
     cdef GradientSums gradients
+    cdef Vector weights
     cdef double *doubles
     if (saved.kept_channels is not None or saved.mask is not None
             or (residual_out is not None and not saved.has_residual)
@@ -60,12 +61,12 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
                 and not is_apart(<cnp.ndarray>weight_grad, <cnp.ndarray>bias_grad))
             or not (saved.kept is not None or saved.is_unchanged())):
         return None
-    channels = cnp.PyArray_DIMS(array)[1]
+    weights, channels = saved.weights(), cnp.PyArray_DIMS(array)[1]
     batches = batches_of(array, 1 if saved.num_groups > 0 else saved.batch_size)
     # NumPy adds many batches of one channel in another order.
     if (batches > 1 and channels == 1
             or saved.frozen and (saved.activation is not None or saved.has_residual)
-            or saved.num_groups > 0 and not has_group_gates(array, saved.weight)):
+            or saved.num_groups > 0 and not has_group_gates(array, &weights)):
         return None
     target = result_like(array, out)
     if saved.has_residual:
@@ -98,8 +99,8 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
     """
     cdef cnp.ndarray x = saved.x if saved.kept is None else saved.kept
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], size = batches * channels
-    cdef Vector weights = vector_of(saved.weight, 1), biases = vector_of(saved.bias, 0)
-    cdef Vector means = vector_of(saved.mean, 0), invstds = vector_of(saved.invstd, 1)
+    cdef Vector weights = saved.weights(), biases = saved.biases()
+    cdef Vector means = saved.means(), invstds = saved.invstds()
     cdef Vector sums[4]
     cdef Vector of_groups
     cdef GateOfJob gate
@@ -185,18 +186,20 @@ cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward sa
                               const GradientSums *gradients, double *doubles) except -1:
     """The gradient of x where the statistics are constants, and the sums before it."""
     cdef Job sums, results
+    cdef Vector weights = saved.weights(), invstds = saved.invstds()
     cdef Py_ssize_t c, channels = cnp.PyArray_DIMS(x)[1]
     cdef double *scale = doubles + 2 * channels
+    cdef double *weight = doubles + 3 * channels
     init_job_on(&sums, x, None, 0)
     sums.dy = cnp.PyArray_BYTES(dy)
     sums.mean, sums.invstd = mean[0], invstd[0]
     reduce_to_products(&sums, doubles, doubles + channels)
     sums.gradients = gradients
     execute(&sums)
+    read_all(&invstds, channels, scale)
+    read_all(&weights, channels, weight)
     for c in range(channels):
-        scale[c] = (<double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.invstd))[c]
-        if saved.weight is not None:
-            scale[c] *= (<double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.weight))[c]
+        scale[c] *= weight[c]
     init_job_on(&results, dy, None, 0)
     results.mean, results.invstd = constant(0.0), vector_of_doubles(scale)
     apply_normalize(&results, cnp.PyArray_BYTES(out))

@@ -26,15 +26,20 @@ def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activ
     follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     saved = SavedForBackward.__new__(SavedForBackward)
     saved.frozen, saved.in_place = True, is_in_place(x, out)
-    if saved.in_place:
-        # Running statistics bound no normalized value; 16 bits would not hold every one.
-        if (follows.kind != LINEAR or residual is not None
-                or cnp.PyArray_ITEMSIZE(<cnp.ndarray>x) == 2):
-            saved.kept = new_like(x, None)
-        elif not all_recoverable(x, weight, bias, &follows, values_per_channel(x)):
-            return None
+    # Running statistics bound no normalized value; 16 bits would not hold every one.
+    if saved.in_place and (follows.kind != LINEAR or residual is not None
+                           or cnp.PyArray_ITEMSIZE(<cnp.ndarray>x) == 2):
+        saved.kept = new_like(x, None)
+    saved.allocate(1, cnp.PyArray_DIMS(x)[1])
     save_options(saved, x, weight, bias, activation, &follows, residual)
-    saved.mean, saved.invstd = doubles_of(running_mean), invstd_of(running_var, eps)
+    if saved.in_place and saved.kept is None and not all_recoverable(
+            x, saved, &follows, values_per_channel(x)):
+        return None
+    means, variances = vector_of(running_mean, 0), vector_of(running_var, 0)
+    read_all(&means, saved.channels, saved.mean_memory())
+    read_all(&variances, saved.channels, saved.invstd_memory())
+    isa_in_use.common.invstd(saved.invstd_memory(), 1.0, PyFloat_AS_DOUBLE(eps), saved.channels,
+                             saved.invstd_memory())
     y = by_running(x, out, running_mean, running_var, weight, bias, eps, follows, residual, saved)
     save_array(saved, x, y)
     return y, saved
@@ -46,15 +51,21 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, un
 
     Returns y, mean and invstd.
     """
-    cdef SavedForBackward saved
-    cdef cnp.ndarray y
+    cdef Statistics found
+    cdef cnp.ndarray mean, invstd, y
     if not is_plain_input(x, None, None) or not is_plain_forward(
             x, out, weight, bias, eps, activation, slope, residual):
         return None
-    saved = SavedForBackward.__new__(SavedForBackward)
-    y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
-              activation, slope, residual, saved, False, False)
-    return None if y is None else (y, saved.mean, saved.invstd)
+    mean, invstd = new_statistics(x), new_statistics(x)
+    found.mean = <double *>cnp.PyArray_BYTES(mean)
+    found.invstd = <double *>cnp.PyArray_BYTES(invstd)
+    found.m2 = new_doubles(cnp.PyArray_DIMS(x)[1])
+    try:
+        y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
+                  activation, slope, residual, &found, None, False, False)
+    finally:
+        free(found.m2)
+    return None if y is None else (y, mean, invstd)
 
 
 def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps,
@@ -66,6 +77,7 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
     backward can recover all channels, or none: then it keeps a copy of x. Instances are batches of
     one sample, without running statistics.
     """
+    cdef Statistics found
     cdef SavedForBackward saved
     cdef cnp.ndarray y
     if not is_plain_input(x, ranks, num_features) or not is_plain_forward(
@@ -75,8 +87,10 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
         return None
     saved = SavedForBackward.__new__(SavedForBackward)
     saved.batch_size = 0 if batch_size is None else batch_size
+    saved.allocate(batches_of(x, saved.batch_size), cnp.PyArray_DIMS(x)[1])
+    found = statistics_of(saved)
     y = train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, unbiased,
-              activation, slope, residual, saved, by_instance, keeps)
+              activation, slope, residual, &found, saved, by_instance, keeps)
     if y is None:
         return None
     if keeps:
@@ -90,8 +104,10 @@ def try_groups(x, out, num_groups, weight, bias, eps, activation, slope, residua
 
     Returns y and, if it keeps that, what the backward needs.
     """
+    cdef Statistics found
+    cdef Vector weights
     cdef SavedForBackward saved
-    cdef cnp.ndarray array, y, m2
+    cdef cnp.ndarray array, y
     cdef Py_ssize_t groups, channels
     if not is_plain_input(x, None, num_features) or not is_plain_forward(
             x, out, weight, bias, eps, activation, slope, residual):
@@ -106,25 +122,33 @@ def try_groups(x, out, num_groups, weight, bias, eps, activation, slope, residua
     follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     saved = SavedForBackward.__new__(SavedForBackward)
     saved.num_groups = groups
+    saved.allocate(cnp.PyArray_DIMS(array)[0], channels)
     if keeps:
         saved.in_place = is_in_place(x, out)
+        weights = vector_of(weight, 1)
+        save_options(saved, array, weight, bias, activation, &follows, residual)
         if saved.in_place and (
                 follows.kind != LINEAR or residual is not None
-                or not has_group_gates(array, weight)
-                or not all_recoverable(array, weight, bias, &follows,
-                                       values_per_group(array, groups))):
+                or not has_group_gates(array, &weights)
+                or not all_recoverable(array, saved, &follows, values_per_group(array, groups))):
             saved.kept = new_like(array, None)
-        save_options(saved, array, weight, bias, activation, &follows, residual)
-    saved.mean, saved.invstd = new_statistics(array, 1), new_statistics(array, 1)
-    m2, y = new_statistics(array, 1), result_like(array, out)
-    normalize_groups(array, None, groups, weight, bias, PyFloat_AS_DOUBLE(eps), y, saved.mean, m2,
-                     saved.invstd, follows, residual, saved.alive, saved.kept)
+    y, found = result_like(array, out), statistics_of(saved)
+    normalize_groups(array, None, groups, weight, bias, PyFloat_AS_DOUBLE(eps), y, &found, follows,
+                     residual, saved.alive, saved.kept)
     if keeps:
         save_array(saved, array, y)
     return y, saved
 
 
 # ------------------------------------------------------------------ what is saved
+
+cdef Statistics statistics_of(SavedForBackward saved) noexcept:
+    """Where a forward writes those that are saved."""
+    cdef Statistics found
+    found.m2, found.mean = saved.m2_memory(), saved.mean_memory()
+    found.invstd = saved.invstd_memory()
+    return found
+
 
 cdef bint is_in_place(cnp.ndarray x, object out) noexcept:
     return out is not None and is_same(<cnp.ndarray>out, x)
@@ -144,9 +168,14 @@ cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight,
 
     Before the forward: running statistics may share memory with the parameters.
     """
-    saved.weight = doubles_of(weight)
-    if saved.in_place or follows.kind != LINEAR:
-        saved.bias = doubles_of(bias)
+    cdef Vector weights, biases
+    weights, biases = vector_of(weight, 1), vector_of(bias, 0)
+    saved.has_weight = weight is not None
+    if saved.has_weight:
+        read_all(&weights, saved.channels, saved.weight_memory())
+    saved.has_bias = bias is not None and (saved.in_place or follows.kind != LINEAR)
+    if saved.has_bias:
+        read_all(&biases, saved.channels, saved.bias_memory())
     saved.activation, saved.negative_slope = activation, follows.slope
     saved.has_residual = residual is not None
     if (saved.has_residual or saved.frozen) and follows.kind != LINEAR:
@@ -168,17 +197,17 @@ cdef bint is_invertible(const Activation *activation, cnp.ndarray x) noexcept:
     return least <= activation.slope <= 1.0 / least
 
 
-cdef bint all_recoverable(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
-                          const Activation *activation, Py_ssize_t count) noexcept:
+cdef bint all_recoverable(cnp.ndarray x, SavedForBackward saved, const Activation *activation,
+                          Py_ssize_t count) noexcept:
     """Tell whether the output of a forward in place determines all channels."""
     cdef Recovery recovery = recovery_of(cnp.PyArray_ITEMSIZE(x), cnp.PyArray_TYPE(x),
                                          <double>count)
-    cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
-    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
+    cdef Vector weights = saved.weights(), biases = saved.biases()
     cdef double slope = 1.0 if activation.kind == LINEAR else activation.slope
-    if weight is None and bias is None and activation.kind == LINEAR:
+    if not saved.has_weight and not saved.has_bias and activation.kind == LINEAR:
         return True
-    return next_unrecoverable(&recovery, slope, &weights, &biases, 0, channels) == channels
+    return next_unrecoverable(&recovery, slope, &weights, &biases, 0,
+                              saved.channels) == saved.channels
 
 
 # ------------------------------------------------------------------ by running statistics
@@ -201,33 +230,23 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
     return target
 
 
-cdef cnp.ndarray invstd_of(cnp.ndarray running_var, object eps):
-    """invstd, in float64, of running statistics."""
-    cdef cnp.ndarray invstd = doubles_of(running_var)
-    cdef double *values = <double *>cnp.PyArray_BYTES(invstd)
-    isa_in_use.common.invstd(values, 1.0, PyFloat_AS_DOUBLE(eps), cnp.PyArray_DIMS(invstd)[0],
-                             values)
-    return invstd
-
-
 # ------------------------------------------------------------------ by the batch's own statistics
 
 cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object running_var,
                        object counter, object weight, object bias, object momentum, object eps,
                        object unbiased, object activation, object slope, object residual,
-                       SavedForBackward saved, bint by_instance, bint keeps):
+                       const Statistics *found, SavedForBackward saved, bint by_instance,
+                       bint keeps):
     """The forward of a plain input in training; None if anything else is not plain.
 
-    The batch size is what is saved of it.
+    The statistics are written. The batch size is what is saved of it, if anything is saved.
     """
     cdef Activation follows
-    cdef cnp.ndarray target
-    cdef Py_ssize_t size = saved.batch_size, batches, leftover, samples = cnp.PyArray_DIMS(x)[0]
-    cdef Py_ssize_t positions = values_per_channel(x) // samples, b
-    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     cdef Running running
-    cdef const double *mean
-    cdef double *m2
+    cdef cnp.ndarray target
+    cdef Py_ssize_t samples = cnp.PyArray_DIMS(x)[0], channels = cnp.PyArray_DIMS(x)[1]
+    cdef Py_ssize_t size = 0 if saved is None else saved.batch_size, batches, leftover, b
+    cdef Py_ssize_t positions = values_per_channel(x) // samples
     if ((running_mean is None) != (running_var is None)
             or not (momentum is None or PyFloat_CheckExact(momentum))
             or not (unbiased is True or unbiased is False)
@@ -250,32 +269,27 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
         if saved.in_place:
             if residual is not None or not is_invertible(&follows, x):
                 saved.kept = new_like(x, None)
-            elif not all_recoverable(x, saved.weight, saved.bias, &follows, values_per_channel(x)):
+            elif not all_recoverable(x, saved, &follows, values_per_channel(x)):
                 return None
     target = result_like(x, out)
-    saved.mean, saved.invstd = new_statistics(x, size), new_statistics(x, size)
-    m2 = new_doubles(batches * channels)
-    try:
-        if running_mean is not None:
-            running.mean, running.var = vector_of(running_mean, 0), vector_of(running_var, 0)
-            aim_at_batch(&running, x, size, 0, momentum, counter, unbiased)
-        normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, saved,
-                          by_instance, m2, NULL if running_mean is None else &running)
-        if running_mean is not None and batches > 1:  # one batch after the other
-            mean = <const double *>cnp.PyArray_BYTES(<cnp.ndarray>saved.mean)
-            for b in range(batches):
-                aim_at_batch(&running, x, size, b, momentum, counter, unbiased)
-                move_all_channels(&running, channels, mean + b * channels, m2 + b * channels)
-        if counter is not None:
-            counter_of(counter)[0] += batches
-    finally:
-        free(m2)
+    if running_mean is not None:
+        running.mean, running.var = vector_of(running_mean, 0), vector_of(running_var, 0)
+        aim_at_batch(&running, x, size, 0, momentum, counter, unbiased)
+    normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, found,
+                      saved, by_instance, NULL if running_mean is None else &running)
+    if running_mean is not None and batches > 1:  # one batch after the other
+        for b in range(batches):
+            aim_at_batch(&running, x, size, b, momentum, counter, unbiased)
+            move_all_channels(&running, channels, found.mean + b * channels,
+                              found.m2 + b * channels)
+    if counter is not None:
+        counter_of(counter)[0] += batches
     return target
 
 
 cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
                            cnp.ndarray out, Activation activation, cnp.ndarray residual,
-                           SavedForBackward saved, bint by_instance, double *m2,
+                           const Statistics *found, SavedForBackward saved, bint by_instance,
                            const Running *running) except -1:
     """Normalize batches of a plain x by their statistics, which are written.
 
@@ -283,23 +297,23 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
     """
     cdef Job job
     cdef double *memory = NULL
-    cdef Py_ssize_t batches = batches_of(x, saved.batch_size), channels = cnp.PyArray_DIMS(x)[1]
+    cdef Py_ssize_t batch_size = 0 if saved is None else saved.batch_size
+    cdef Py_ssize_t batches = batches_of(x, batch_size), channels = cnp.PyArray_DIMS(x)[1]
     cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     if by_instance and is_flat(x):
         memory = new_doubles(2 * batches * channels)
         weights = repeated(&weights, channels, batches, memory)
         biases = repeated(&biases, channels, batches, memory + batches * channels)
     try:
-        init_job_of_batches(&job, x, saved.batch_size, by_instance)
-        reduce_to_moments(&job, output_vector(saved.mean, &job.mean), m2,
-                          output_vector(saved.invstd, &job.invstd))
+        init_job_of_batches(&job, x, batch_size, by_instance)
+        normalize_by(&job, found)
         job.weight, job.bias = weights, biases
         job.eps = eps
         job.running = running if batches == 1 else NULL
         sum_in_float32(&job)
         apply_normalize(&job, cnp.PyArray_BYTES(out))
-        set_epilogue(&job, activation, residual, saved.alive)
-        keep(&job, saved.kept)
+        set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
+        keep(&job, None if saved is None else saved.kept)
         return execute(&job)
     finally:
         free(memory)

@@ -40,7 +40,13 @@ cdef class SavedForBackward:
         What the forward has noted about the derivatives of its activation.
     """
 
-    cdef readonly object x, mean, invstd, kept, kept_channels, mask, weight, bias, activation, alive
+    cdef readonly object x, kept, kept_channels, mask, activation, alive
+    # The four vectors, as arrays that were given, or in memory that is allocated once for all, in
+    # the order of m2, which only the forward needs, mean, invstd, weight and bias.
+    cdef object given_mean, given_invstd, given_weight, given_bias
+    cdef cnp.ndarray memory
+    cdef Py_ssize_t batches, channels
+    cdef bint has_weight, has_bias
     cdef readonly double negative_slope
     cdef readonly bint has_residual
     cdef int ndim
@@ -54,12 +60,12 @@ cdef class SavedForBackward:
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
                  mask=None, Py_ssize_t batch_size=0, weight=None, bias=None, epilogue=None,
                  Py_ssize_t num_groups=0):
-        self.x, self.mean, self.invstd = x, mean, invstd
+        self.x, self.given_mean, self.given_invstd = x, mean, invstd
         self.in_place, self.frozen = in_place, frozen
         if kept is not None:
             self.kept_channels, self.kept = kept
-        self.mask, self.batch_size = mask, batch_size
-        self.weight, self.bias, self.num_groups = weight, bias, num_groups
+        self.given_weight, self.given_bias = weight, bias
+        self.mask, self.batch_size, self.num_groups = mask, batch_size, num_groups
         if epilogue is not None:
             self.activation, self.negative_slope = epilogue.activation, epilogue.negative_slope
             self.has_residual, self.alive = epilogue.residual is not None, epilogue.alive
@@ -72,6 +78,86 @@ cdef class SavedForBackward:
     @property
     def shape(self):
         return tuple([self.dims[i] for i in range(self.ndim)])
+
+    @property
+    def mean(self):
+        return self.given_mean if self.memory is None else self.in_memory(self.mean_memory())
+
+    @property
+    def invstd(self):
+        return self.given_invstd if self.memory is None else self.in_memory(self.invstd_memory())
+
+    @property
+    def weight(self):
+        if self.memory is None:
+            return self.given_weight
+        return self.row_in_memory(self.weight_memory()) if self.has_weight else None
+
+    @property
+    def bias(self):
+        if self.memory is None:
+            return self.given_bias
+        return self.row_in_memory(self.bias_memory()) if self.has_bias else None
+
+    cdef object in_memory(self, const double *values):
+        """A view of one double per channel or, with ghost batches or groups, per batch as well."""
+        cdef Py_ssize_t start = values - self.m2_memory()
+        view = self.memory[start : start + self.batches * self.channels]
+        return view.reshape(self.batches, self.channels) if self.has_batches() else view
+
+    cdef object row_in_memory(self, const double *values):
+        cdef Py_ssize_t start = values - self.m2_memory()
+        return self.memory[start : start + self.channels]
+
+    cdef int allocate(self, Py_ssize_t batches, Py_ssize_t channels) except -1:
+        """Take memory for the four vectors, and for m2."""
+        self.batches, self.channels = batches, channels
+        self.memory = new_vector((3 * batches + 2) * channels, cnp.NPY_FLOAT64)
+        return 0
+
+    cdef double *m2_memory(self) noexcept:
+        return <double *>cnp.PyArray_BYTES(self.memory)
+
+    cdef double *mean_memory(self) noexcept:
+        return self.m2_memory() + self.batches * self.channels
+
+    cdef double *invstd_memory(self) noexcept:
+        return self.mean_memory() + self.batches * self.channels
+
+    cdef double *weight_memory(self) noexcept:
+        return self.invstd_memory() + self.batches * self.channels
+
+    cdef double *bias_memory(self) noexcept:
+        return self.weight_memory() + self.channels
+
+    cdef bint has_batches(self) noexcept:
+        """Tell whether there are a mean and an invstd of each batch, or sample."""
+        return self.batch_size > 0 or self.num_groups > 0
+
+    cdef Vector means(self) noexcept:
+        if self.memory is None:
+            return vector_of(self.given_mean, 0)
+        return self.vector_in_memory(self.mean_memory())
+
+    cdef Vector invstds(self) noexcept:
+        if self.memory is None:
+            return vector_of(self.given_invstd, 0)
+        return self.vector_in_memory(self.invstd_memory())
+
+    cdef Vector weights(self) noexcept:
+        if self.memory is None:
+            return vector_of(self.given_weight, 1)
+        return vector_of_doubles(self.weight_memory()) if self.has_weight else constant(1.0)
+
+    cdef Vector biases(self) noexcept:
+        if self.memory is None:
+            return vector_of(self.given_bias, 0)
+        return vector_of_doubles(self.bias_memory()) if self.has_bias else constant(0.0)
+
+    cdef Vector vector_in_memory(self, const double *values) noexcept:
+        if self.has_batches():
+            return vector_of_batches(values, self.channels)
+        return vector_of_doubles(values)
 
     cdef void save(self, cnp.ndarray x) noexcept:
         """Save the input or the output, and its shape."""
