@@ -80,7 +80,7 @@ cdef bint allows_nontemporal(const Job *job) noexcept nogil:
     Strips that are not the whole width of a matrix are short runs. So are groups of runs where
     there are many threads; but ordinary stores take longer there, too: for runs of 64 to 800 bytes
     up to 1.8 times the CPU time of a training forward. In place, where they do not save a read,
-    they must be made without a buffer, or for long stretches of the column layout.
+    only long runs, and long stretches of the column layout, are worth a trial.
     """
     cdef Py_ssize_t channels = job.cut.group if job.cut.column_layout else job.cut.c
     cdef Py_ssize_t run = channels * job.cut.s * job.itemsize

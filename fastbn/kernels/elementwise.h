@@ -99,30 +99,36 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         NAME(store)((to) + last, end); \
     } while (0)
 
-/* Stores the runs of several channels, one behind the other, of at least a register each: AT(c, i,
- * is_first) is the register at i, counted from the first run on, with the coefficients of channel c.
- *
- * Stores are aligned like those of STORE_RUN. A register that reaches over the end of a run into the
- * next one has the results of both. */
-#define STORE_RUNS(to, channels, len, AT) \
+/* Stores the runs of several channels, one behind the other, of at least a register each, from an
+ * element up to a stop, between which there are whole registers: AT(c, i, is_first) is the register
+ * at i, counted from the first run on, with the coefficients of channel c, and STORE(to, v) stores
+ * it. A register that reaches over the end of a run into the next one has the results of both. */
+#define EACH_RUN(to, channels, len, start, stop, AT, STORE) \
     do { \
-        const ptrdiff_t last = (channels) * (len)-VA_LANES; \
-        const VA begin = AT(0, 0, 1), end = AT((channels)-1, last, 0); \
-        ptrdiff_t i = NAME(unaligned)(to); \
+        ptrdiff_t i = (start); \
         for (ptrdiff_t c = 0, border = (len); c < (channels); c++, border += (len)) { \
-            NO_UNROLL for (; i + NAME(STRETCH) <= border; i += NAME(STRETCH)) \
+            const ptrdiff_t end = smaller(border, stop); \
+            NO_UNROLL for (; i + NAME(STRETCH) <= end; i += NAME(STRETCH)) \
                 UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                    NAME(store)((to) + i + j, AT(c, i + j, j % NAME(LINE) == 0)); \
-            NO_UNROLL for (; i + VA_LANES <= border; i += VA_LANES) \
-                NAME(store)((to) + i, AT(c, i, 1)); \
+                    STORE((to) + i + j, AT(c, i + j, j % NAME(LINE) == 0)); \
+            NO_UNROLL for (; i + VA_LANES <= end; i += VA_LANES) \
+                STORE((to) + i, AT(c, i, 1)); \
             if (i < border && c + 1 < (channels)) { \
                 const uint32_t of_this_run = ((uint32_t)1 << (border - i)) - 1; \
-                NAME(store)((to) + i, IF_BITS_A(of_this_run, AT(c, i, 1), AT(c + 1, i, 0))); \
+                STORE((to) + i, IF_BITS_A(of_this_run, AT(c, i, 1), AT(c + 1, i, 0))); \
                 i += VA_LANES; \
             } \
         } \
-        NAME(store)(to, begin); \
-        NAME(store)((to) + last, end); \
+    } while (0)
+
+/* Stores such runs as a whole, aligned like STORE_RUN. */
+#define STORE_RUNS(to, channels, len, AT) \
+    do { \
+        const ptrdiff_t whole = (channels) * (len), last = whole - VA_LANES; \
+        const VA first_results = AT(0, 0, 1), last_results = AT((channels)-1, last, 0); \
+        EACH_RUN(to, channels, len, NAME(unaligned)(to), whole, AT, NAME(store)); \
+        NAME(store)(to, first_results); \
+        NAME(store)((to) + last, last_results); \
     } while (0)
 
 /* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores, from the last to the
@@ -130,6 +136,11 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
  * ordinary ones. These are computed first: in place, they share lines with what is streamed. A run
  * has several lines. */
 #if HAS_NONTEMPORAL
+ALWAYS_INLINE void NAME(stream)(T *to, VA v)
+{
+    copy_register_nontemporal((char *)to, (const char *)&v);
+}
+
 #  define STREAM_RUN(to, len, backwards, AT) \
     do { \
         enum { LINE = NAME(LINE) }; \
@@ -154,8 +165,26 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
             copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
     }
+/* Stores runs of several channels like STORE_RUNS, but whole lines like STREAM_RUN, forwards. A run
+ * has a line, or more. */
+#  define STREAM_RUNS(to, channels, len, AT) \
+    do { \
+        enum { LINE = NAME(LINE) }; \
+        const ptrdiff_t whole = (channels) * (len); \
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t stop = whole - (whole - head) % LINE; \
+        T first[LINE], last[LINE]; \
+        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
+            NAME(store)(first + i, AT(0, i, 0)); \
+            NAME(store)(last + i, AT((channels)-1, whole - LINE + i, 0)); \
+        } \
+        EACH_RUN(to, channels, len, head, stop, AT, NAME(stream)); \
+        memcpy(to, first, (size_t)head * sizeof(T)); \
+        memcpy((to) + stop, last + LINE - (whole - stop), (size_t)(whole - stop) * sizeof(T)); \
+    } while (0)
 #else
 #  define STREAM_RUN(to, len, backwards, AT) (void)0
+#  define STREAM_RUNS(to, channels, len, AT) (void)0
 #endif
 
 /* Where a kernel writes: straight to the output or, for non-temporal stores of short runs, into a
@@ -174,13 +203,13 @@ typedef struct {
     T buffer[NAME(BUFFER)];
 } NAME(writer);
 
-/* For runs of `len` elements, whose lines are streamed backwards or not. */
-ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int nontemporal, ptrdiff_t len,
+/* For runs of `len` elements, whose lines are streamed backwards or not, if they may be. */
+ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int may_stream, int nontemporal, ptrdiff_t len,
                                      ptrdiff_t most, int backwards)
 {
     w->backwards = backwards;
     w->most = most;
-    w->streams = NAME(MAY_STREAM) && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
+    w->streams = may_stream && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
     w->buffers = nontemporal && !w->streams;
 }
 
@@ -226,29 +255,35 @@ ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
 
 /* How many elements are written next. Where only a part of them is streamed, it ends with a line, and
  * what is left has several lines, too. */
-ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, ptrdiff_t left)
+ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, int may_stream, ptrdiff_t left)
 {
     const ptrdiff_t n = smaller(smaller(left, w->most), w->capacity - w->filled);
-    if (!NAME(MAY_STREAM) || !w->streams || n == left)
+    if (!may_stream || !w->streams || n == left)
         return n;
     const ptrdiff_t part = smaller(n, left / 2);
     return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
-/* Whether the runs of a sample may be stored as a whole: they go neither through the writer nor are
- * there notes about them. */
+/* Whether the runs of a sample are stored as a whole, and whether they are streamed so: there are no
+ * notes about them then, and they go neither through a buffer nor backwards. */
 ALWAYS_INLINE int NAME(stores_runs)(const NAME(writer) *w, const fastbn_runs *runs)
 {
     return !w->streams && !w->buffers && w->most == PTRDIFF_MAX && runs->len >= VA_LANES;
 }
 
+ALWAYS_INLINE int NAME(streams_runs)(const NAME(writer) *w, const fastbn_runs *runs)
+{
+    return NAME(MAY_STREAM) && (w->streams || w->buffers) && !w->backwards &&
+           w->most == PTRDIFF_MAX && runs->len >= NAME(LINE);
+}
+
 /* Writes a run, as many elements at a time as there is room for; they begin at `i0`, and DONE is done
  * behind them. */
-#define WRITE_RUN(w, len, AT, ONE, DONE) \
+#define WRITE_RUN(w, may_stream, len, AT, ONE, DONE) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
-        n = NAME(fitting)(w, (len)-i0); \
-        if (NAME(MAY_STREAM) && (w)->streams) \
+        n = NAME(fitting)(w, may_stream, (len)-i0); \
+        if ((may_stream) && (w)->streams) \
             STREAM_RUN(to, n, (w)->backwards, AT); \
         else \
             STORE_RUN(to, n, AT, ONE); \
@@ -331,7 +366,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(writer) w;
-    NAME(init_writer)(&w, nontemporal, runs->len, MOST(fused), follows_closely(y_, x_));
+    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, MOST(fused), follows_closely(y_, x_));
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
@@ -341,14 +376,18 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
-        if (!masked && fused != NAME(WHOLE) && NAME(stores_runs)(&w, runs)) {
+        const int streams_runs = NAME(streams_runs)(&w, runs);
+        if (!masked && fused != NAME(WHOLE) && (streams_runs || NAME(stores_runs)(&w, runs))) {
             enum { i0 = 0 };
             const NAME(beside) beside = NAME(beside_of)(fused, epilogue, n * runs->stride);
             T *y = (T *)y_ + n * runs->stride;
 #define AT(c, i, is_first) \
     FINISH(fused, Y(NAME(fetch)(x + (i), is_first, prefetch_distance(ahead, i)), k.centre[c], \
                     k.scale[c], k.shift[c]), i, is_first, prefetch_distance(residual_ahead, i))
-            STORE_RUNS(y, runs->channels, runs->len, AT);
+            if (NAME(MAY_STREAM) && streams_runs)
+                STREAM_RUNS(y, runs->channels, runs->len, AT);
+            else
+                STORE_RUNS(y, runs->channels, runs->len, AT);
 #undef AT
             continue;
         }
@@ -364,7 +403,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
                                     k.shift[c]), i), i0 + (i))
-            WRITE_RUN(&w, runs->len, AT, ONE,
+            WRITE_RUN(&w, NAME(MAY_STREAM), runs->len, AT, ONE,
                       KEEP_NOTES(fused, c + 1 == runs->channels && i0 + n == runs->len))
 #undef AT
 #undef ONE
@@ -425,7 +464,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
     NAME(gradient_coefficients) k;
     NAME(gates) gates;
     NAME(writer) w;
-    NAME(init_writer)(&w, nontemporal, runs->len, PTRDIFF_MAX,
+    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, PTRDIFF_MAX,
                       follows_closely(dx_, x_) || follows_closely(dx_, dy_));
     NAME(narrow_gradient)(gradient, runs->channels, &k);
     if (gated)
@@ -447,10 +486,14 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
     (gated ? GATED(c, DY_AT(i, is_first), X_AT(i, is_first)) \
            : DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], k.x_mean[c], \
                 k.slope[c], k.scale[c]))
-        if (!masked && NAME(stores_runs)(&w, runs)) {
+        const int streams_runs = NAME(streams_runs)(&w, runs);
+        if (!masked && (streams_runs || NAME(stores_runs)(&w, runs))) {
             enum { i0 = 0 };
             T *dx = (T *)dx_ + n * runs->stride;
-            STORE_RUNS(dx, runs->channels, runs->len, DX_AT);
+            if (NAME(MAY_STREAM) && streams_runs)
+                STREAM_RUNS(dx, runs->channels, runs->len, DX_AT);
+            else
+                STORE_RUNS(dx, runs->channels, runs->len, DX_AT);
             continue;
         }
         NAME(start)(&w, (T *)dx_ + n * runs->stride);
@@ -461,7 +504,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
            : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean[c], \
                             k.rest[c], k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
-            WRITE_RUN(&w, runs->len, AT, ONE, (void)0)
+            WRITE_RUN(&w, NAME(MAY_STREAM), runs->len, AT, ONE, (void)0)
 #undef AT
 #undef ONE
             ahead.border -= runs->len;
@@ -559,8 +602,8 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 #  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) (void)0
 #endif
 
-/* Writes the rows of a matrix. The mask of a row is spread over its columns; one that is left out as
- * a whole is zeros. */
+/* Writes the rows of a matrix, which are too short to be streamed one by one. The mask of a row is
+ * spread over its columns; one that is left out as a whole is zeros. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
     if (NAME(streams_rows)(matrix, nontemporal, most)) \
         STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
@@ -573,7 +616,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         mask_step masks[COLUMNS / LANES + 1]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \
-        NAME(init_writer)(&w, nontemporal, len, most, 0); \
+        NAME(init_writer)(&w, 0, nontemporal, len, most, 0); \
         if (masked) \
             COMMON(find_masks)(matrix, len / LANES * LANES, masks); \
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
@@ -587,7 +630,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
             BEGIN; \
             if (masked) \
                 spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
-            WRITE_RUN(&w, len, AT, ONE, DONE) \
+            WRITE_RUN(&w, 0, len, AT, ONE, DONE) \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \
         } \
@@ -886,7 +929,9 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef STREAM_LINES
 #undef WRITE_RUN
 #undef STREAM_RUN
+#undef STREAM_RUNS
 #undef STORE_RUNS
+#undef EACH_RUN
 #undef STORE_RUN
 #undef DX
 #undef Y

@@ -35,8 +35,9 @@ enum {
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
-    /* Non-temporal stores of shorter runs go through a buffer, since the lines at their ends cost
-     * more; and those of 16 bits, of which a register does not fill one. */
+    /* Non-temporal stores of shorter runs, where each is written by itself, go through a buffer, since
+     * the lines at their ends cost more; and those of 16 bits, of which a register does not fill
+     * one. */
     FASTBN_STREAM_BYTES = 3072,
 };
 
