@@ -321,8 +321,8 @@ cdef struct Job:
     double *invstd_out
     double *sum_dy_out
     double *sum_dy_xhat_out
-    # Or NULL. What the merge of a job's only batch moves towards its statistics, and what it adds
-    # its sums to: the thread that has found those of a channel has them in its cache.
+    # What the merge of a channel's sums moves towards its statistics, and what it adds the sums to:
+    # that thread has them in its cache. NULL for neither, and where there are several batches.
     const Running *running
     const GradientSums *gradients
     double eps

@@ -145,8 +145,8 @@ cdef bint is_plain_gradient(object gradient, object parameter, cnp.ndarray x, cn
                             object out, object residual_out) noexcept:
     """Tell whether it is a sum of gradients that can be added to, or None for a new one.
 
-    It is added to while x and dy are read. NumPy rounds sums from float64, kernels round those of
-    16 bits from float32.
+    It is added to while x and dy may be read. NumPy rounds sums from float64, kernels round those
+    of 16 bits from float32.
     """
     cdef cnp.ndarray array
     if parameter is None:

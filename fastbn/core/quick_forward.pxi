@@ -164,10 +164,7 @@ cdef Py_ssize_t values_per_group(cnp.ndarray x, Py_ssize_t groups) noexcept:
 
 cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
                       object activation, const Activation *follows, object residual) except -1:
-    """Save the parameters and what follows the normalization.
-
-    Before the forward: running statistics may share memory with the parameters.
-    """
+    """Save the parameters and what follows the normalization, before the forward."""
     cdef Vector weights, biases
     weights, biases = vector_of(weight, 1), vector_of(bias, 0)
     saved.has_weight = weight is not None

@@ -41,8 +41,8 @@ cdef class SavedForBackward:
     """
 
     cdef readonly object x, kept, kept_channels, mask, activation, alive
-    # The four vectors, as arrays that were given, or in memory that is allocated once for all, in
-    # the order of m2, which only the forward needs, mean, invstd, weight and bias.
+    # mean, invstd, weight and bias are arrays that were given, or lie in memory that is allocated
+    # once for all of them, behind m2, which the forward alone needs.
     cdef object given_mean, given_invstd, given_weight, given_bias
     cdef cnp.ndarray memory
     cdef Py_ssize_t batches, channels

@@ -165,6 +165,7 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
         UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
             copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
     }
+
 /* Stores runs of several channels like STORE_RUNS, but whole lines like STREAM_RUN, forwards. A run
  * has a line, or more. */
 #  define STREAM_RUNS(to, channels, len, AT) \
@@ -187,8 +188,8 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
 #  define STREAM_RUNS(to, channels, len, AT) (void)0
 #endif
 
-/* Where a kernel writes: straight to the output or, for non-temporal stores of short runs, into a
- * buffer that is copied to the output in whole cache lines when it is full. */
+/* Where a kernel writes: straight to the output or, where non-temporal stores of what it writes at a
+ * time would not be whole lines, into a buffer that is copied there in whole lines when it is full. */
 enum {
     NAME(BUFFER) = BUFFER_BYTES / sizeof(T),
     /* A register of results that are not narrower fills a non-temporal store. */
@@ -264,13 +265,13 @@ ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, int may_stream, ptr
     return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
-/* Whether the runs of a sample are stored as a whole, and whether they are streamed so: there are no
- * notes about them then, and they go neither through a buffer nor backwards. */
+/* Whether the runs of a sample are stored as a whole: there are no notes about them. */
 ALWAYS_INLINE int NAME(stores_runs)(const NAME(writer) *w, const fastbn_runs *runs)
 {
     return !w->streams && !w->buffers && w->most == PTRDIFF_MAX && runs->len >= VA_LANES;
 }
 
+/* Whether they are streamed as a whole, instead of one by one or through the buffer. */
 ALWAYS_INLINE int NAME(streams_runs)(const NAME(writer) *w, const fastbn_runs *runs)
 {
     return NAME(MAY_STREAM) && (w->streams || w->buffers) && !w->backwards &&
@@ -366,7 +367,8 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
     ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(writer) w;
-    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, MOST(fused), follows_closely(y_, x_));
+    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, MOST(fused),
+                      follows_closely(y_, x_));
     NAME(narrow_affine)(affine, runs->channels, &k);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
@@ -602,8 +604,8 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 #  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) (void)0
 #endif
 
-/* Writes the rows of a matrix, which are too short to be streamed one by one. The mask of a row is
- * spread over its columns; one that is left out as a whole is zeros. */
+/* Writes the rows of a matrix. They are not streamed one by one, for which those of float32 are too
+ * short. The mask of a row is spread over its columns; one that is left out as a whole is zeros. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
     if (NAME(streams_rows)(matrix, nontemporal, most)) \
         STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
