@@ -179,8 +179,20 @@ def batch_norm_forward(
            [1., 1.]])
     """
     if mask is None and ghost_batch_size is None:
-        options = 0.0, eps, True, activation, negative_slope, residual
-        result = _core.try_train(x, out, None, None, weight, bias, *options)
+        result = _core.try_train(
+            x,
+            out,
+            None,
+            None,
+            weight,
+            bias,
+            0.0,
+            eps,
+            True,
+            activation,
+            negative_slope,
+            residual,
+        )
         if result is not None:
             return result
     x = checks.as_input(x)
@@ -391,8 +403,9 @@ def batch_norm_backward(
     """
     is_plain = mask is None and ghost_batch_size is None and y is None
     if is_plain and residual is None and residual_out is None:
-        gate = bias, activation, negative_slope
-        gradients = _core.try_backward(dy, x, weight, mean, invstd, out, *gate)
+        gradients = _core.try_backward(
+            dy, x, weight, mean, invstd, out, bias, activation, negative_slope
+        )
         if gradients is not None:
             return gradients
     x = checks.as_input(x)

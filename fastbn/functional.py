@@ -182,16 +182,39 @@ def _quick_batch_norm(
     residual: ArrayLike | None,
 ) -> Array | None:
     """`batch_norm` of a plain call; None for any other."""
-    running = running_mean, running_var
-    epilogue = activation, negative_slope, residual
     if not training:
         if type(momentum) is not float or type(unbiased) is not bool:
             return None
-        return _core.try_evaluate(x, out, *running, weight, bias, eps, *epilogue, None, None)
+        return _core.try_evaluate(
+            x,
+            out,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            eps,
+            activation,
+            negative_slope,
+            residual,
+            None,
+            None,
+        )
     if momentum is None:
         return None
-    options = momentum, eps, unbiased
-    result = _core.try_train(x, out, *running, weight, bias, *options, *epilogue)
+    result = _core.try_train(
+        x,
+        out,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        momentum,
+        eps,
+        unbiased,
+        activation,
+        negative_slope,
+        residual,
+    )
     return None if result is None else result[0]
 
 
@@ -283,8 +306,26 @@ def instance_norm(
     epilogue = activation, negative_slope, residual
     has_none = running_mean is None and running_var is None
     if mask is None and use_input_stats and has_none and momentum is not None:
-        own = None, None, None, weight, bias, momentum, eps, unbiased, *epilogue
-        result = _core.try_layer_train(input, out, *own, None, None, 1, True, False)
+        result = _core.try_layer_train(
+            input,
+            out,
+            None,
+            None,
+            None,
+            weight,
+            bias,
+            momentum,
+            eps,
+            unbiased,
+            activation,
+            negative_slope,
+            residual,
+            None,
+            None,
+            1,
+            True,
+            False,
+        )
         if result is not None:
             return result[0]
     x = checks.as_input(input)
@@ -385,7 +426,19 @@ def group_norm(
     epilogue = activation, negative_slope, residual
     parameters = num_groups, weight, bias, eps
     if mask is None:
-        result = _core.try_groups(input, out, *parameters, *epilogue, None, False)
+        result = _core.try_groups(
+            input,
+            out,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            activation,
+            negative_slope,
+            residual,
+            None,
+            False,
+        )
         if result is not None:
             return result[0]
     x = checks.as_input(input)

@@ -401,9 +401,15 @@ class Norm(LayerState):
         residual_out: Array | None,
     ) -> tuple[Array, Array | None] | None:
         """`backward` of a plain call; None for any other."""
-        gradients = self.weight_grad, self.bias_grad
         result = _core.try_layer_backward(
-            dy, saved, self.weight, self.bias, *gradients, out, residual_out
+            dy,
+            saved,
+            self.weight,
+            self.bias,
+            self.weight_grad,
+            self.bias_grad,
+            out,
+            residual_out,
         )
         if result is None:
             return None
