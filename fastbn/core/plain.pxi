@@ -244,11 +244,6 @@ cdef double *new_doubles(Py_ssize_t count) except NULL:
     return doubles
 
 
-cdef cnp.ndarray new_statistics(cnp.ndarray x):
-    """A new vector of one double per channel."""
-    return new_vector(cnp.PyArray_DIMS(x)[1], cnp.NPY_FLOAT64)
-
-
 cdef Py_ssize_t batches_of(cnp.ndarray x, Py_ssize_t batch_size) noexcept:
     """The batches of so many samples, of which the last may have fewer; 0 stands for all."""
     cdef Py_ssize_t samples = cnp.PyArray_DIMS(x)[0]
@@ -261,7 +256,7 @@ cdef Vector repeated(const Vector *vector, Py_ssize_t channels, Py_ssize_t batch
     cdef Py_ssize_t b
     if vector.data == NULL:
         return vector[0]
-    vector.kernels.load_as_double(vector.data, vector.stride, channels, to)
+    read_all(vector, channels, to)
     for b in range(1, batches):
         memcpy(to + b * channels, to, channels * sizeof(double))
     return vector_of_batches(to, channels)

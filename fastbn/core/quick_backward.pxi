@@ -155,13 +155,10 @@ cdef void recovered_operands(Py_ssize_t channels, const Vector *invstd, const Ve
     cdef double *means = to
     cdef double *invstds = to + channels
     cdef double *weights = to + 2 * channels
-    cdef Block block
-    cdef Py_ssize_t c, i
-    for i in range(ceil_div(channels, COLUMNS)):
-        block = some_channels(i, channels)
-        read_vector(bias, &block, means + block.c0)
-        read_vector(weight, &block, weights + block.c0)
-        read_vector(invstd, &block, invstds + block.c0)
+    cdef Py_ssize_t c
+    read_all(bias, channels, means)
+    read_all(weight, channels, weights)
+    read_all(invstd, channels, invstds)
     for c in range(channels):
         invstds[c], weights[c] = 1.0 / weights[c], invstds[c] * weights[c] * weights[c]
 
@@ -214,16 +211,6 @@ cdef void add_batches(double *values, Py_ssize_t channels, Py_ssize_t batches) n
     for b in range(1, batches):
         for c in range(channels):
             values[c] += values[b * channels + c]
-
-
-cdef void add_all_gradients(const GradientSums *gradients, Py_ssize_t channels,
-                            const double *of_weight, const double *of_bias) noexcept nogil:
-    """Add to the gradients of weight and bias in all channels, or begin them."""
-    cdef Block block
-    cdef Py_ssize_t i
-    for i in range(ceil_div(channels, COLUMNS)):
-        block = some_channels(i, channels)
-        add_gradients(gradients, &block, of_weight + block.c0, of_bias + block.c0)
 
 
 cdef object new_gradient(object gradient, object parameter):

@@ -53,13 +53,16 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, un
     """
     cdef Statistics found
     cdef cnp.ndarray mean, invstd, y
+    cdef Py_ssize_t channels
     if not is_plain_input(x, None, None) or not is_plain_forward(
             x, out, weight, bias, eps, activation, slope, residual):
         return None
-    mean, invstd = new_statistics(x), new_statistics(x)
+    channels = cnp.PyArray_DIMS(x)[1]
+    mean = new_vector(channels, cnp.NPY_FLOAT64)
+    invstd = new_vector(channels, cnp.NPY_FLOAT64)
     found.mean = <double *>cnp.PyArray_BYTES(mean)
     found.invstd = <double *>cnp.PyArray_BYTES(invstd)
-    found.m2 = new_doubles(cnp.PyArray_DIMS(x)[1])
+    found.m2 = new_doubles(channels)
     try:
         y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
                   activation, slope, residual, &found, None, False, False)
@@ -165,8 +168,7 @@ cdef Py_ssize_t values_per_group(cnp.ndarray x, Py_ssize_t groups) noexcept:
 cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias,
                       object activation, const Activation *follows, object residual) except -1:
     """Save the parameters and what follows the normalization, before the forward."""
-    cdef Vector weights, biases
-    weights, biases = vector_of(weight, 1), vector_of(bias, 0)
+    cdef Vector weights = vector_of(weight, 1), biases = vector_of(bias, 0)
     saved.has_weight = weight is not None
     if saved.has_weight:
         read_all(&weights, saved.channels, saved.weight_memory())
@@ -354,13 +356,3 @@ cdef void aim_at_batch(Running *running, cnp.ndarray x, Py_ssize_t batch_size, P
         running.factor = PyFloat_AS_DOUBLE(momentum)
     elif counter is not None:
         running.factor = 1.0 / <double>(counter_of(counter)[0] + batch + 1)
-
-
-cdef void move_all_channels(const Running *running, Py_ssize_t channels, const double *mean,
-                            const double *m2) noexcept nogil:
-    """Move running statistics towards those of a batch."""
-    cdef Block block
-    cdef Py_ssize_t i
-    for i in range(ceil_div(channels, COLUMNS)):
-        block = some_channels(i, channels)
-        move_running(running, &block, mean + block.c0, m2 + block.c0)

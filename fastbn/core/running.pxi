@@ -9,6 +9,16 @@ cdef void move_running(const Running *running, const Block *block, const double 
     move_channels(&running.var, block, m2, running.divisor, running.factor)
 
 
+cdef void move_all_channels(const Running *running, Py_ssize_t channels, const double *mean,
+                            const double *m2) noexcept nogil:
+    """The same of all channels."""
+    cdef Block block
+    cdef Py_ssize_t i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        move_running(running, &block, mean + block.c0, m2 + block.c0)
+
+
 cdef void move_channels(const Vector *moved, const Block *block, const double *target,
                         double divisor, double factor) noexcept nogil:
     """Set the values of a block's channels to (1 - factor) * value + factor * target / divisor."""
@@ -37,6 +47,16 @@ cdef void add_gradients(const GradientSums *gradients, const Block *block, const
     """Add to the gradients of weight and bias in a block's channels, or begin them."""
     add_channels(&gradients.weight, block, of_weight, gradients.weight_is_new)
     add_channels(&gradients.bias, block, of_bias, gradients.bias_is_new)
+
+
+cdef void add_all_gradients(const GradientSums *gradients, Py_ssize_t channels,
+                            const double *of_weight, const double *of_bias) noexcept nogil:
+    """The same in all channels."""
+    cdef Block block
+    cdef Py_ssize_t i
+    for i in range(ceil_div(channels, COLUMNS)):
+        block = some_channels(i, channels)
+        add_gradients(gradients, &block, of_weight + block.c0, of_bias + block.c0)
 
 
 cdef void add_channels(const Vector *total, const Block *block, const double *added,
