@@ -96,7 +96,7 @@ cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
     cdef Py_ssize_t channels = norm.channels, most, tasks
     cdef Py_ssize_t run = max(cut.s * norm.job.itemsize, 1)
     if cut.column_layout:
-        most = COLUMNS // (max(cut.s, 1) * cut.fold)
+        most = STRIP // (max(cut.s, 1) * cut.fold)
     elif cut.blocks_along_s > 1:  # a block of a channel does not end where the next one begins
         most = 1
     else:

@@ -28,6 +28,8 @@ cdef enum:
     COLUMN_LAYOUT_BLOCK_ELEMENTS = 4096
     COLUMN_LAYOUT_BLOCK_MIN = 64
     COLUMN_LAYOUT_BLOCKS_MAX = 256
+    # The columns of a strip. The last one may have a cache line more, which COLUMNS allows for.
+    STRIP = 512
     # A group of channels that is walked twice should stay in a cache of the second level, but its
     # runs should not be much shorter than a page.
     GROUP_BYTES = 524288
@@ -140,7 +142,7 @@ cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
         return COLUMN_LAYOUT_BLOCK
     rows = max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN)
     # Wide rows have strips enough for many threads.
-    rows = min(rows * max(cut.width // (4 * COLUMNS), 1), max(rows, COLUMN_LAYOUT_BLOCK))
+    rows = min(rows * max(cut.width // (4 * STRIP), 1), max(rows, COLUMN_LAYOUT_BLOCK))
     return max(rows // cut.fold, 1)
 
 
@@ -179,7 +181,7 @@ cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
 
 cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     """Choose how wide the strips of the column layout are."""
-    cdef Py_ssize_t most = max(COLUMNS // (max(cut.s, 1) * cut.fold), 1)
+    cdef Py_ssize_t most = max(STRIP // (max(cut.s, 1) * cut.fold), 1)
     cdef Py_ssize_t strips = max(ceil_div(cut.c, most), 1)
     cdef Py_ssize_t step = LANES if cut.s < LANES else 1  # channels
     # Enough strips for all threads, if there are few blocks. A folded row is one strip.
@@ -213,7 +215,6 @@ cdef void begin_on_lines(Cut *cut, const char *out, Py_ssize_t itemsize) noexcep
     cdef Py_ssize_t lead = <Py_ssize_t>(<size_t>out % CACHE_LINE) // itemsize
     if cut.groups > 1 and cut.s == 1 and cut.c * itemsize % CACHE_LINE == 0 and lead < cut.group:
         cut.earlier = lead
-        cut.groups = ceil_div(cut.c + lead, cut.group)
 
 
 cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
@@ -223,7 +224,7 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     block.batch = g // cut.groups
     g -= block.batch * cut.groups
     block.c0 = max(g * cut.group - cut.earlier, 0)
-    block.c1 = min((g + 1) * cut.group - cut.earlier, cut.c)
+    block.c1 = cut.c if g == cut.groups - 1 else (g + 1) * cut.group - cut.earlier
     block.n0 = row * cut.block_n
     block.n1 = min(block.n0 + cut.block_n, cut.n // cut.fold)
     block.s0 = (b - row * blocks_along_s) * cut.block_s

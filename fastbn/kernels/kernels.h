@@ -29,8 +29,9 @@ enum {
      * or column, each of which may round by 2^-54 in the same direction, the variance has an error
      * below 2^-25, and one about 2^-33 where rounding errors average out. */
     FASTBN_RAW_MOST = 65536,
-    /* The most columns of a strip, and channels of a block of results. */
-    FASTBN_COLUMNS = 512,
+    /* The most columns of a strip, and channels of a block of results: 512, and a cache line of 16-bit
+     * elements. */
+    FASTBN_COLUMNS = 544,
     /* The most channels of a block of sums in the row layout. */
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */

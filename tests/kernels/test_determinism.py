@@ -298,3 +298,26 @@ def test_the_addresses_of_arrays_change_no_bit(rng, shifts, channels_last):
     assert all(map(same_bits, results(in_x, dy, in_out), expected))
     y = F.batch_norm_elemt(seen(x)[:4], expected[2], expected[3])
     assert same_bits(expected[0][:4], y)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("stored_from", [0, 2**62])
+def test_a_last_strip_of_columns_may_be_a_line_wider(rng, dtype, threads, stored_from):
+    # Strips of 512 columns, or of fewer, begin on lines of the output.
+    shape = (7, 5, 3, 1024)
+    x, dy = some(rng, shape, dtype), some(rng, shape, dtype)
+
+    def results(shift):
+        def out():
+            return np.moveaxis(at(shift, x), -1, 1)
+
+        bn = fastbn.BatchNorm2d(1024, activation="relu")
+        y = bn(np.moveaxis(x, -1, 1), out=out())
+        dx = bn.backward(np.moveaxis(dy, -1, 1), out=out())
+        return y, dx, bn.running_mean, bn.weight_grad, bn.bias_grad
+
+    with fastbn.threads(threads), nontemporal_from(stored_from):
+        expected = results(0)
+        for shift in (dtype.itemsize, 64 - dtype.itemsize):
+            assert all(map(same_bits, results(shift), expected))
