@@ -34,6 +34,14 @@ cdef enum:
     # runs should not be much shorter than a page.
     GROUP_BYTES = 524288
     GROUP_RUN_BYTES = 2048
+    # A group of a single sample, no sums of which wait for the next one, may have more channels
+    # than kernels take at a time, up to so many bytes.
+    SAMPLE_BYTES = 131072
+    # How many groups a thread has at least, if these are long enough: others take the last ones of
+    # a thread that is slow. Where the second-level caches have all arrays, a group costs more than
+    # that saves.
+    GROUPS_OF_THREAD = 4
+    GROUPS_OF_THREAD_IN_CACHES = 2
     # A group that is walked once may have long runs, and coefficients that serve so many elements
     # of a channel or, in the column layout, so many rows.
     LONG_RUN_BYTES = 524288
@@ -150,9 +158,14 @@ cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noe
     """Choose how many channels are summed together in the row layout."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
     cdef Py_ssize_t long_runs = ceil_div(GROUP_RUN_BYTES, run)
-    cut.group = min(max(GROUP_BYTES // max(cut.n * run * inputs, 1), long_runs), GROUP)
+    cdef Py_ssize_t most = GROUP, tasks = GROUPS_OF_THREAD * threads
+    if cut.n == 1:
+        most = max(min(SAMPLE_BYTES // (run * inputs), STRIP), GROUP)
+    if cut.batches * cut.n * cut.c * run * (inputs + 1) <= threads * l2_bytes:
+        tasks = GROUPS_OF_THREAD_IN_CACHES * threads
+    cut.group = min(max(GROUP_BYTES // max(cut.n * run * inputs, 1), long_runs), most)
     if threads > 1:  # enough groups for all threads to be busy to the end, if runs stay long
-        cut.group = min(cut.group, max(cut.batches * cut.c // (4 * threads), long_runs))
+        cut.group = min(cut.group, max(cut.batches * cut.c // tasks, long_runs))
         cut.group = min(cut.group, ceil_div(cut.batches * cut.c, threads))
     if cut.blocks_along_s > 1:  # a block of a channel does not end where the next channel begins
         cut.group = 1

@@ -81,6 +81,20 @@ cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noe
 cdef void sum_runs(const Job *job, const Block *block, int arithmetic, const double *centre,
                    double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
+    cdef Block some = block[0]
+    cdef const double *centre_of_some = centre
+    cdef Py_ssize_t i
+    for i in range(ceil_div(block.c1 - block.c0, GROUP)):
+        some.c0 = block.c0 + i * GROUP
+        some.c1 = min(some.c0 + GROUP, block.c1)
+        if centre != NULL:  # raw moments have none
+            centre_of_some = centre + i * GROUP
+        sum_group(job, &some, arithmetic, centre_of_some, first + i * GROUP, second + i * GROUP)
+
+
+cdef void sum_group(const Job *job, const Block *block, int arithmetic, const double *centre,
+                    double *first, double *second) noexcept nogil:
+    """The same of as many channels as a kernel takes."""
     cdef Runs runs = runs_of(job, block, False)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef SumMoments *moments = job.kernels.moments

@@ -32,7 +32,7 @@ enum {
     /* The most columns of a strip, and channels of a block of results: 512, and a cache line of 16-bit
      * elements. */
     FASTBN_COLUMNS = 544,
-    /* The most channels of a block of sums in the row layout. */
+    /* The most channels whose runs are summed at a time in the row layout. */
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
