@@ -37,11 +37,11 @@ cdef enum:
     # A group of a single sample, no sums of which wait for the next one, may have more channels
     # than kernels take at a time, up to so many bytes.
     SAMPLE_BYTES = 131072
-    # How many groups a thread has at least, if these are long enough: others take the last ones of
-    # a thread that is slow. Where the second-level caches have all arrays, a group costs more than
+    # How many tasks a thread has at least, if these are long enough: others take the last ones of a
+    # thread that is slow. Where the second-level caches have all arrays, a task costs more than
     # that saves.
-    GROUPS_OF_THREAD = 4
-    GROUPS_OF_THREAD_IN_CACHES = 2
+    TASKS_OF_THREAD = 4
+    TASKS_OF_THREAD_IN_CACHES = 2
     # A group that is walked once may have long runs, and coefficients that serve so many elements
     # of a channel or, in the column layout, so many rows.
     LONG_RUN_BYTES = 524288
@@ -154,15 +154,24 @@ cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
     return max(rows // cut.fold, 1)
 
 
+cdef Py_ssize_t tasks_for(const Cut *cut, Py_ssize_t itemsize, int inputs,
+                          int threads) noexcept nogil:
+    """How many tasks so many threads need, if these are long enough."""
+    cdef Py_ssize_t elements = cut.batches * cut.n * cut.c * cut.s
+    if threads == 1:
+        return 1
+    if elements * itemsize * (inputs + 1) <= threads * l2_bytes:
+        return TASKS_OF_THREAD_IN_CACHES * threads
+    return TASKS_OF_THREAD * threads
+
+
 cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
     """Choose how many channels are summed together in the row layout."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
     cdef Py_ssize_t long_runs = ceil_div(GROUP_RUN_BYTES, run)
-    cdef Py_ssize_t most = GROUP, tasks = GROUPS_OF_THREAD * threads
+    cdef Py_ssize_t most = GROUP, tasks = tasks_for(cut, itemsize, inputs, threads)
     if cut.n == 1:
         most = max(min(SAMPLE_BYTES // (run * inputs), STRIP), GROUP)
-    if cut.batches * cut.n * cut.c * run * (inputs + 1) <= threads * l2_bytes:
-        tasks = GROUPS_OF_THREAD_IN_CACHES * threads
     cut.group = min(max(GROUP_BYTES // max(cut.n * run * inputs, 1), long_runs), most)
     if threads > 1:  # enough groups for all threads to be busy to the end, if runs stay long
         cut.group = min(cut.group, max(cut.batches * cut.c // tasks, long_runs))
@@ -177,17 +186,20 @@ cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noe
         cut.groups = ceil_div(cut.c, cut.group)
 
 
-cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int threads) noexcept nogil:
+cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
     """Cut the row layout, where no sums are asked for, into blocks of long stretches of memory."""
-    cdef Py_ssize_t tasks
+    cdef Py_ssize_t run = max(cut.s * itemsize, 1), samples, blocks
+    cdef Py_ssize_t tasks = tasks_for(cut, itemsize, inputs, threads)
     cut.group = 1
     if cut.blocks_along_s <= 1:
-        cut.group = min(LONG_RUN_BYTES // max(cut.s * itemsize, 1), min(cut.c, COLUMNS))
-        cut.block_n = max(COEFFICIENT_ELEMENTS // max(cut.s, 1), 1)
-        tasks = cut.batches * ceil_div(cut.c, max(cut.group, 1)) * ceil_div(cut.n, cut.block_n)
-        if threads > 1 and tasks < 4 * threads:
-            cut.group = cut.group * tasks // (4 * threads)
-        cut.group = max(cut.group, 1)
+        # All channels of as many samples as are a long stretch; for the threads' sake of fewer
+        # samples and, where coefficients would not serve enough elements, of fewer channels.
+        cut.group = max(min(LONG_RUN_BYTES // run, min(cut.c, STRIP)), 1)
+        samples = cut.n * cut.batches * ceil_div(cut.c, cut.group) // tasks
+        samples = min(LONG_RUN_BYTES // (cut.group * run), samples)
+        cut.block_n = max(samples, COEFFICIENT_ELEMENTS // max(cut.s, 1), 1)
+        blocks = max(cut.batches * ceil_div(cut.n, cut.block_n), 1)
+        cut.group = max(min(cut.group, ceil_div(cut.c, ceil_div(tasks, blocks))), 1)
     cut.groups = ceil_div(cut.c, cut.group)
     cut.blocks = ceil_div(cut.n, cut.block_n) * cut.blocks_along_s
 
@@ -205,14 +217,15 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cut.groups = ceil_div(cut.c, cut.group)
 
 
-cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups,
+cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, int inputs, Py_ssize_t groups,
                         int threads) noexcept nogil:
     """Cut so many groups of columns, where no sums are asked for, into blocks of long stretches."""
     cdef Py_ssize_t wanted, shares, height = cut.n // cut.fold
     cdef Py_ssize_t row = cut.group * cut.s * cut.fold * itemsize
     cut.blocks = max(ceil_div(height * row, LONG_RUN_BYTES), 1)
     if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
-        wanted = min(4, max(height // (2 * COEFFICIENT_ROWS * threads), 1)) * threads
+        wanted = min(tasks_for(cut, itemsize, inputs, threads),
+                     max(height // (2 * COEFFICIENT_ROWS * threads), 1) * threads)
         cut.blocks = max(cut.blocks, min(ceil_div(wanted, max(groups, 1)),
                                          ceil_div(height, COEFFICIENT_ROWS)))
         # The same share of the rows for each thread, which it may have in its caches.

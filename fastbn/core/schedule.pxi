@@ -176,7 +176,7 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
             job.merge(job, g)
     if job.apply != NULL:
         if job.cut.column_layout:
-            recut_columns(&results.cut, job.itemsize, groups, threads)
+            recut_columns(&results.cut, job.itemsize, inputs_of(job), groups, threads)
         # Backwards after a walk that has left the ends of its ranges in the caches.
         parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads,
                      job.reduce != NULL)
@@ -201,7 +201,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     elif job.reduce != NULL:
         group_runs(&job.cut, job.itemsize, inputs_of(job), threads)
     else:
-        recut_runs(&job.cut, job.itemsize, threads)
+        recut_runs(&job.cut, job.itemsize, inputs_of(job), threads)
     job.nontemporal = uses_nontemporal(job)
     find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
