@@ -23,6 +23,22 @@ cdef Matrix leftover_matrix(const Job *job, const Block *block) noexcept nogil:
     return matrix
 
 
+cdef bint leaves_out_rows(const Job *job) noexcept nogil:
+    """Whether a mask leaves out whole rows, which kernels heed faster than single columns of folded
+    ones."""
+    return job.mask != NULL and job.cut.s == 1 and job.cut.c > MASKED_WIDTH
+
+
+cdef Matrix unfolded_matrix(const Job *job, const Block *block) noexcept nogil:
+    """All rows of a block."""
+    cdef Matrix matrix = folded_matrix(job, block)
+    matrix.rows = matrix.rows * job.cut.fold + block.leftover_rows
+    matrix.stride //= job.cut.fold
+    matrix.len = matrix.channels * matrix.run
+    matrix.mask_stride = job.cut.s
+    return matrix
+
+
 cdef void sum_columns(const Job *job, const Block *block, int arithmetic, const double *centre,
                       double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
@@ -31,10 +47,28 @@ cdef void sum_columns(const Job *job, const Block *block, int arithmetic, const 
     cdef const Gate *gate = gate_of(job, block, &gate_memory)
     memset(first, 0, folded.channels * sizeof(double))
     memset(second, 0, folded.channels * sizeof(double))
-    add_columns(job, &folded, arithmetic, offset_of(job, block, block.n0), centre, gate, first,
-                second)
+    if leaves_out_rows(job):
+        add_sections(job, block, arithmetic, centre, gate, first, second)
+    else:
+        add_columns(job, &folded, arithmetic, offset_of(job, block, block.n0), centre, gate, first,
+                    second)
     add_columns(job, &leftover, arithmetic, offset_of(job, block, block.n1), centre, gate, first,
                 second)
+
+
+cdef void add_sections(const Job *job, const Block *block, int arithmetic, const double *centre,
+                       const Gate *gate, double *first, double *second) noexcept nogil:
+    """Add the first rows of all folded ones, then the second ones and so on.
+
+    These have the columns, and thus the sums, that they have in folded rows.
+    """
+    cdef Matrix section = folded_matrix(job, block)
+    cdef Py_ssize_t i, at = offset_of(job, block, block.n0)
+    section.len = section.channels
+    for i in range(job.cut.fold):
+        add_columns(job, &section, arithmetic, at, centre, gate, first, second)
+        section.mask += 1
+        at += job.cut.c * job.itemsize
 
 
 cdef void add_columns(const Job *job, const Matrix *matrix, int arithmetic, Py_ssize_t at,
@@ -81,6 +115,8 @@ cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
     cdef const char *x = job.x
     cdef bint nontemporal = job.nontemporal
+    if leaves_out_rows(job):
+        folded, leftover.rows = unfolded_matrix(job, block), 0
     affine_of(job, block, &affine)
     if scale_down_first(job, block, &affine, &first):
         if leftover.rows > 0:
@@ -107,6 +143,8 @@ cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    if leaves_out_rows(job):
+        folded, leftover.rows = unfolded_matrix(job, block), 0
     gradient_of(job, block, &gradient)
     if job.in_float64:
         gradient_in_float64(job, &gradient, gate, end, &leftover)

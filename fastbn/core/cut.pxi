@@ -55,8 +55,14 @@ cdef enum:
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
     # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
-    # to sums in memory waits for the one before it.
-    FOLDED_WIDTH = 96
+    # to sums in memory waits for the one before it. Of few rows, an eighth at most is folded, or as
+    # many as have fewer columns.
+    FOLDED_WIDTH = 256
+    FOLDED_WIDTH_LEAST = 96
+    # Where a mask leaves out whole rows, rows of more channels are unfolded again.
+    MASKED_WIDTH = 48
+    # A few folded rows are several blocks, too, of so many elements.
+    FOLDED_BLOCK_ELEMENTS = 32768
     CACHE_LINE = 64
 
 
@@ -122,14 +128,25 @@ cdef void cut_row_layout(Cut *cut) noexcept nogil:
 cdef void cut_column_layout(Cut *cut) noexcept nogil:
     cdef Py_ssize_t width = cut.c * cut.s, height
     cut.column_layout = True
-    cut.fold = max(FOLDED_WIDTH // max(width, 1), 1)
+    cut.fold = fold_of(max(width, 1), cut.n)
     cut.width = width * cut.fold
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold
-    cut.block_n = ceil_div(height, blocks_of(height, rows_of_block(cut)))
+    cut.block_n = ceil_div(height, blocks_of(height, rows_of_block(cut, height)))
+    cut.block_n += cut.block_n % 2  # pairs around their mean have exact sums if they stay together
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, max(cut.block_n, 1)), 1)
     cut.block_s = cut.s
     cut.blocks_along_s = 1
+
+
+cdef Py_ssize_t fold_of(Py_ssize_t width, Py_ssize_t rows) noexcept nogil:
+    """How many of the rows of a matrix are folded into one: if possible, of whole steps."""
+    cdef Py_ssize_t fold, most = min(FOLDED_WIDTH // width, rows // 8)
+    most = max(most, FOLDED_WIDTH_LEAST // width, 1)
+    for fold in range(most, 0, -1):
+        if width * fold % LANES == 0:
+            return fold
+    return most
 
 
 cdef Py_ssize_t blocks_of(Py_ssize_t height, Py_ssize_t rows) noexcept nogil:
@@ -143,11 +160,14 @@ cdef Py_ssize_t blocks_of(Py_ssize_t height, Py_ssize_t rows) noexcept nogil:
     return blocks
 
 
-cdef Py_ssize_t rows_of_block(const Cut *cut) noexcept nogil:
+cdef Py_ssize_t rows_of_block(const Cut *cut, Py_ssize_t height) noexcept nogil:
     """The folded rows that are summed before they merge, if there are not very many."""
     cdef Py_ssize_t rows
     if cut.s < RUN_MIN:
-        return COLUMN_LAYOUT_BLOCK
+        rows = COLUMN_LAYOUT_BLOCK
+        if cut.fold > 1:
+            rows = max(height // 4, FOLDED_BLOCK_ELEMENTS // max(cut.width, 1))
+        return min(rows, COLUMN_LAYOUT_BLOCK)
     rows = max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN)
     # Wide rows have strips enough for many threads.
     rows = min(rows * max(cut.width // (4 * STRIP), 1), max(rows, COLUMN_LAYOUT_BLOCK))

@@ -8,27 +8,28 @@
  * out. */
 enum { UNMASKED, MASKED, WHOLE_ROWS };
 
+/* A row of one column for each channel has one byte. */
 static inline int masks_rows(const fastbn_matrix *matrix)
 {
-    return matrix->mask != NULL && matrix->mask_stride == 1;
+    return matrix->mask != NULL && matrix->run == 1 && matrix->len == matrix->channels;
 }
 
 /* Whether a row is left out as a whole. */
 static inline int leaves_out(const fastbn_matrix *matrix, ptrdiff_t r)
 {
-    return masks_rows(matrix) && !matrix->mask[r];
+    return masks_rows(matrix) && !matrix->mask[r * matrix->mask_stride];
 }
 
 static inline int masks_columns(const fastbn_matrix *matrix)
 {
-    return matrix->mask != NULL && matrix->mask_stride > 1;
+    return matrix->mask != NULL && !masks_rows(matrix);
 }
 
 /* The first row from the r-th one on that is not left out; their number if there is none. */
 static inline ptrdiff_t next_row(const fastbn_matrix *matrix, int mode, ptrdiff_t r)
 {
     if (mode == WHOLE_ROWS)
-        while (r < matrix->rows && !matrix->mask[r])
+        while (r < matrix->rows && leaves_out(matrix, r))
             r++;
     return r;
 }
