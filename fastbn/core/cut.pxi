@@ -61,8 +61,10 @@ cdef enum:
     FOLDED_WIDTH_LEAST = 96
     # Where a mask leaves out whole rows, rows of more channels are unfolded again.
     MASKED_WIDTH = 48
-    # A few folded rows are several blocks, too, of so many elements.
+    # A few rows are several blocks, too: of so many elements, if rows are folded, or else of so
+    # many rows, if that makes four blocks, and no row is wider than a strip; wide ones have strips.
     FOLDED_BLOCK_ELEMENTS = 32768
+    SHORT_BLOCK = 96
     CACHE_LINE = 64
 
 
@@ -164,9 +166,12 @@ cdef Py_ssize_t rows_of_block(const Cut *cut, Py_ssize_t height) noexcept nogil:
     """The folded rows that are summed before they merge, if there are not very many."""
     cdef Py_ssize_t rows
     if cut.s < RUN_MIN:
-        rows = COLUMN_LAYOUT_BLOCK
         if cut.fold > 1:
             rows = max(height // 4, FOLDED_BLOCK_ELEMENTS // max(cut.width, 1))
+        elif height >= 4 * SHORT_BLOCK and cut.width <= STRIP:
+            rows = height // 4
+        else:
+            rows = height
         return min(rows, COLUMN_LAYOUT_BLOCK)
     rows = max(COLUMN_LAYOUT_BLOCK_ELEMENTS // cut.s, COLUMN_LAYOUT_BLOCK_MIN)
     # Wide rows have strips enough for many threads.
@@ -231,7 +236,7 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cdef Py_ssize_t step = LANES if cut.s < LANES else 1  # channels
     # Enough strips for all threads, if there are few blocks. A folded row is one strip.
     if cut.batches * cut.blocks < 2 * threads and threads > 1 and cut.fold == 1:
-        strips = max(strips, 2 * threads)
+        strips = max(strips, ceil_div(2 * threads, max(cut.batches * cut.blocks, 1)))
     # Strips have nearly the same width, in whole steps.
     cut.group = max(min(ceil_div(ceil_div(cut.c, strips), step) * step, most), 1)
     cut.groups = ceil_div(cut.c, cut.group)

@@ -82,7 +82,14 @@ def test_a_channel_of_a_huge_mean_leaves_the_others_alone(
 
 
 @pytest.mark.parametrize(
-    "path", ["a narrow last strip", "a narrow last strip of short runs", "strips of runs"]
+    "path",
+    [
+        "a narrow last strip",
+        "a narrow last strip of short runs",
+        "strips of runs",
+        "folded rows of many channels",
+        "a few rows as several blocks",
+    ],
 )
 def test_any_number_of_threads_gives_the_same_bits_with_a_mask(rng, dtype, path, set_num_threads):
     x, dy, weight, bias = fingerprint.arguments(path, dtype)
