@@ -32,7 +32,7 @@ PATHS = {
     "folded columns with a rest": ((160_005, 6), False),
     "folded channels-last": ((8, 5, 151, 153), True),
     "folded rows of many channels": ((9, 64, 40, 41), True),
-    "a few rows as several blocks": ((4, 256, 14, 14), True),
+    "a few rows as several blocks": ((3, 256, 7, 21), True),
     "one strip of columns, streamed": ((32, 64, 35, 34), True),
     "strips of short runs": ((38, 6000, 2, 2), False),
     "strips of columns": ((40, 700, 6, 7), True),

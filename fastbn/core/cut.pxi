@@ -55,8 +55,8 @@ cdef enum:
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
     # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
-    # to sums in memory waits for the one before it. Of few rows, an eighth at most is folded, or as
-    # many as have fewer columns.
+    # to sums in memory waits for the one before it. Where there are few rows, no more of them are
+    # folded than an eighth, or than have a second number of columns.
     FOLDED_WIDTH = 256
     FOLDED_WIDTH_LEAST = 96
     # Where a mask leaves out whole rows, rows of more channels are unfolded again.
@@ -135,7 +135,8 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold
     cut.block_n = ceil_div(height, blocks_of(height, rows_of_block(cut, height)))
-    cut.block_n += cut.block_n % 2  # pairs around their mean have exact sums if they stay together
+    # Of rows that are not folded, pairs around their mean have exact sums if they stay together.
+    cut.block_n += cut.block_n % 2
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, max(cut.block_n, 1)), 1)
     cut.block_s = cut.s
     cut.blocks_along_s = 1
@@ -167,9 +168,9 @@ cdef Py_ssize_t rows_of_block(const Cut *cut, Py_ssize_t height) noexcept nogil:
     cdef Py_ssize_t rows
     if cut.s < RUN_MIN:
         if cut.fold > 1:
-            rows = max(height // 4, FOLDED_BLOCK_ELEMENTS // max(cut.width, 1))
+            rows = max(ceil_div(height, 4), FOLDED_BLOCK_ELEMENTS // max(cut.width, 1))
         elif height >= 4 * SHORT_BLOCK and cut.width <= STRIP:
-            rows = height // 4
+            rows = ceil_div(height, 4)
         else:
             rows = height
         return min(rows, COLUMN_LAYOUT_BLOCK)
@@ -181,7 +182,8 @@ cdef Py_ssize_t rows_of_block(const Cut *cut, Py_ssize_t height) noexcept nogil:
 
 cdef Py_ssize_t tasks_for(const Cut *cut, Py_ssize_t itemsize, int inputs,
                           int threads) noexcept nogil:
-    """How many tasks so many threads need, if these are long enough."""
+    """How many tasks so many threads need, if these are long enough; in place, too, the output
+    counts as an array of its own."""
     cdef Py_ssize_t elements = cut.batches * cut.n * cut.c * cut.s
     if threads == 1:
         return 1

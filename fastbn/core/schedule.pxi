@@ -207,7 +207,8 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
     job.group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
-        groups_of(job) >= 4 * threads and group_bytes(job) * threads <= cache_bytes))
+        groups_of(job) >= tasks_for(&job.cut, job.itemsize, inputs_of(job), threads)
+        and group_bytes(job) * threads <= cache_bytes))
     if job.group_by_group:
         parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
     elif job.reduce == NULL:

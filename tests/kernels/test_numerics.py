@@ -297,3 +297,14 @@ def test_a_huge_constant_in_float64_has_no_variance():
     _, mean, m2 = F.batch_norm_stats(np.full((4, 2, 5, 5), 1e160))
     assert (mean == 1e160).all()
     assert (m2 == 0).all()
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e6])
+def test_blocks_lose_no_more_than_the_rounding_of_their_means(rng, spread):
+    # Channels-last, of 441 and 1640 rows: several blocks.
+    for shape in ((3, 256, 7, 21), (1, 64, 40, 41)):
+        x = support.channels_last(some(rng, shape, mean=spread, std=1))
+        count, mean, m2 = F.batch_norm_stats(x)
+        _, exact_mean, exact_var = reference.moments(x)
+        support.assert_close(mean, exact_mean, 1e-15)
+        support.assert_close(m2 / count, exact_var, 1e-13 + 1e-16 * spread)
