@@ -295,7 +295,7 @@ cdef struct Job:
     Trial *trial                  # the trial of that, if there is one
     int way                       # 0 or 1: the way that the trial has chosen for this call
     bint nontemporal              # whether the output is written by non-temporal stores
-    bint group_by_group           # whether a group's second walk comes before the next one's first
+    bint reads_ahead              # whether a group's second walk prefetches the next group
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are
     BlockValid *valid             # of (batches, blocks), if there is a mask

@@ -14,6 +14,12 @@ cdef enum:
     AHEAD_GROUP_BYTES = 2097152
 cdef Py_ssize_t ahead_group_bytes_in_l3 = 524288 if has_large_l2 else AHEAD_GROUP_BYTES
 
+# Where the third-level cache holds what all of several such cores read, there is no memory to wait
+# for. It is not larger than this, whatever a virtual machine reports.
+cdef enum:
+    HELD_BYTES = 33554432
+cdef Py_ssize_t held_bytes = min(l3_bytes, HELD_BYTES) if has_large_l2 else 0
+
 
 cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept nogil:
     """The runs of a block, from the first sample to the last or backwards."""
@@ -58,17 +64,24 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
     return ahead
 
 
-cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogil:
-    """Where a group's first walk begins after another's second one: in the next channels.
+cdef bint reads_ahead(const Job *job, int threads) noexcept nogil:
+    """Tell whether a group's second walk prefetches what another's first one reads next.
 
     So memory is read while results are written. Where the caches have it all, it only costs.
     """
-    cdef Ahead ahead
     cdef bint is_in_l3 = input_bytes(job) <= 2 * l3_bytes
     cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_in_l3 else AHEAD_GROUP_BYTES
+    # What is written elsewhere takes a part of the cache, too.
+    cdef Py_ssize_t held = held_bytes if overwrites_input(job) else held_bytes // 4 * 3
+    return (bytes_in_caches(job) > cache_bytes and group_bytes(job) <= most
+            and (threads == 1 or input_bytes(job) > held))
+
+
+cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogil:
+    """Where a group's first walk begins after another's second one: in the next channels."""
+    cdef Ahead ahead
     memset(&ahead, 0, sizeof(Ahead))
-    if (job.group_by_group and bytes_in_caches(job) > cache_bytes and group_bytes(job) <= most
-            and block.c1 < job.cut.c):
+    if job.reads_ahead and block.c1 < job.cut.c:
         ahead.near = ahead.jump = (block.c1 - block.c0) * job.cut.s
     return ahead
 

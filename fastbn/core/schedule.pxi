@@ -193,6 +193,7 @@ cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
 
 cdef void execute_batches(Job *job, int threads) noexcept nogil:
     """Execute a job on at most so many threads, except for its leftover samples."""
+    cdef bint group_by_group
     threads = threads_for(bytes_moved(job), threads)
     if job.cut.column_layout:
         group_columns(&job.cut, threads if job.reduce != NULL else 1)
@@ -206,10 +207,11 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
-    job.group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
+    group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
         groups_of(job) >= tasks_for(&job.cut, job.itemsize, inputs_of(job), threads)
         and group_bytes(job) * threads <= cache_bytes))
-    if job.group_by_group:
+    if group_by_group:
+        job.reads_ahead = reads_ahead(job, threads)
         parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
     elif job.reduce == NULL:
         execute_round(job, 0, groups_of(job), threads)
