@@ -32,7 +32,8 @@ cdef Runs runs_of(const Job *job, const Block *block, bint backwards) noexcept n
     runs.len = block.length
     runs.ahead = runs.residual_ahead = ahead_of(job, &runs)
     if backwards:  # a second walk: the cache has what it reads, but for a residual
-        runs.ahead = ahead_to_next_group(job, block)
+        if job.reads_ahead and block.c1 < job.cut.c:
+            runs.ahead = ahead_to_next_group(&runs)
         if runs.residual_ahead.border == 0:  # several samples ahead: that costs more than it gains
             memset(&runs.residual_ahead, 0, sizeof(Ahead))
     return runs
@@ -77,12 +78,11 @@ cdef bint reads_ahead(const Job *job, int threads) noexcept nogil:
             and (threads == 1 or input_bytes(job) > held))
 
 
-cdef Ahead ahead_to_next_group(const Job *job, const Block *block) noexcept nogil:
+cdef Ahead ahead_to_next_group(const Runs *runs) noexcept nogil:
     """Where a group's first walk begins after another's second one: in the next channels."""
     cdef Ahead ahead
-    memset(&ahead, 0, sizeof(Ahead))
-    if job.reads_ahead and block.c1 < job.cut.c:
-        ahead.near = ahead.jump = (block.c1 - block.c0) * job.cut.s
+    ahead.border = 0
+    ahead.near = ahead.jump = runs.channels * runs.len
     return ahead
 
 
