@@ -111,6 +111,7 @@ SHAPES = {
     "3d": [(5, 6, 3, 4, 5)],
 }
 LARGE = (9, 6, 61, 63)  # enough for several threads
+MANY = (60, 9, 5, 9)  # samples, so that runs are summed in columns
 BATCH_NORMS = {kind: getattr(fastbn, f"BatchNorm{kind}") for kind in SHAPES}
 INSTANCE_NORMS = {kind: getattr(fastbn, f"InstanceNorm{kind}") for kind in SHAPES}
 BATCH_OPTIONS = {
@@ -343,7 +344,8 @@ def instances(x, layout=contiguous, **options):
 
 def function_cases(dtype):
     """Functions with masks and ghost batches, the last of which has a remainder."""
-    for shape, layout in itertools.product([*SHAPES["2d"], LARGE], LAYOUTS):
+    shapes = [*itertools.product([*SHAPES["2d"], LARGE], LAYOUTS), (MANY, contiguous)]
+    for shape, layout in shapes:
         x, dy = drawn("x", shape, dtype, layout), drawn("dy", shape, dtype, layout)
         where = f"{layout.__name__} {shape}"
         for size in [1, 2, 4, shape[0]]:

@@ -104,4 +104,4 @@ cdef void init_job_on(Job *job, cnp.ndarray x, cnp.ndarray mask, Py_ssize_t batc
              cnp.PyArray_TYPE(x), not cnp.PyArray_CHKFLAGS(x, cnp.NPY_ARRAY_C_CONTIGUOUS),
              batch_size)
     if mask is not None:
-        set_mask(job, <const unsigned char *>cnp.PyArray_BYTES(mask))
+        job.mask = <const unsigned char *>cnp.PyArray_BYTES(mask)

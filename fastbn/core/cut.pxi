@@ -13,9 +13,8 @@
 # folded into one. Columns are walked in strips: a group of channels is a strip of columns.
 #
 # A block is what one thread sums into one partial sum for each channel of a group. The blocks and
-# the order in which they merge depend on the shape and on whether a mask leaves out anything, and
-# on nothing else. Groups depend on the number of threads, too, and so do the blocks of results
-# where these are cut anew; but no result depends on them.
+# the order in which they merge depend on the shape alone. Groups depend on the number of threads,
+# too, and so do the blocks of results where these are cut anew; but no result depends on them.
 
 cdef enum:
     # Elements of a channel that are summed before they merge: few enough for the rounding of the
@@ -47,10 +46,10 @@ cdef enum:
     LONG_RUN_BYTES = 524288
     COEFFICIENT_ELEMENTS = 1024
     COEFFICIENT_ROWS = 64
-    # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums
-    # without a mask if there are more than two samples for three elements of a run: what a run
-    # costs the row layout beside its elements, a column costs the column layout. Without sums, they
-    # have it up to a third length. The column layout's kernels take a mask of runs below LANES.
+    # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums if
+    # there are more than two samples for three elements of a run: what a run costs the row layout
+    # beside its elements, a column costs the column layout. Without sums, they have it up to a
+    # third length.
     RUN_MIN = LANES
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
@@ -60,7 +59,7 @@ cdef enum:
     FOLDED_WIDTH = 256
     FOLDED_WIDTH_LEAST = 96
     # Where a mask leaves out whole rows, rows of more channels are unfolded again.
-    MASKED_WIDTH = 48
+    MASKED_WIDTH = 64
     # A few rows are several blocks, too: of so many elements, if rows are folded, or else of so
     # many rows, if that makes four blocks, and no row is wider than a strip; wide ones have strips.
     FOLDED_BLOCK_ELEMENTS = 32768
@@ -107,12 +106,6 @@ cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
     else:
         cut_row_layout(&cut)
     return cut
-
-
-cdef void move_to_rows(Cut *cut, Py_ssize_t run_min) noexcept nogil:
-    """Give runs of at least so many elements the row layout."""
-    if cut.column_layout and cut.s >= run_min:
-        cut_row_layout(cut)
 
 
 cdef void cut_row_layout(Cut *cut) noexcept nogil:

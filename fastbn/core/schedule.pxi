@@ -220,11 +220,9 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
 
 
 cdef void settle_layout(const Job *job, Cut *cut) noexcept nogil:
-    """Let a cut of a job's samples have rows where it has a mask, or no sums."""
-    if job.mask != NULL:
-        move_to_rows(cut, RUN_MIN)
-    if job.reduce == NULL:
-        move_to_rows(cut, RUN_MIN_OF_RESULTS)
+    """Let a cut of a job's samples have rows where runs are not short and there are no sums."""
+    if job.reduce == NULL and cut.column_layout and cut.s >= RUN_MIN_OF_RESULTS:
+        cut_row_layout(cut)
 
 
 cdef Cut leftover_cut(const Job *job) noexcept nogil:

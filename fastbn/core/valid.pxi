@@ -1,19 +1,6 @@
 # The valid positions of a mask in each block.
 
 
-cdef void set_mask(Job *job, const unsigned char *mask) noexcept nogil:
-    """Let the job heed a mask.
-
-    One of nothing but valid positions is none where a mask would change the layout, and with it the
-    order of sums.
-    """
-    cdef Py_ssize_t samples = job.cut.batches * job.samples + job.leftover_samples
-    if job.cut.column_layout and job.cut.s >= RUN_MIN:
-        if isa_in_use.common.count_valid(mask, samples * job.cut.s) == samples * job.cut.s:
-            return
-    job.mask = mask
-
-
 cdef BlockValid valid_of(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """The valid positions of block b of group g."""
     cdef BlockValid valid

@@ -186,18 +186,31 @@ static mask_step mask_step_of(const int16_t *bytes)
     return step;
 }
 
-void COMMON(find_masks)(const fastbn_matrix *matrix, ptrdiff_t last, mask_step *steps)
+void COMMON(find_masks)(const fastbn_matrix *matrix, mask_step *steps)
 {
     const ptrdiff_t len = matrix->len;
-    int16_t bytes_[LANES + COLUMNS + LANES], *bytes = bytes_ + LANES;
+    int16_t bytes[COLUMNS + LANES];
+    if (matrix->run >= LANES)
+        return;
     bytes_of_columns(matrix, bytes);
-    for (int i = 0; i < LANES; i++) {
-        bytes_[i] = 0;
+    for (int i = 0; i < LANES; i++)
         bytes[len + i] = bytes[len - 1];
-    }
-    for (ptrdiff_t i = 0; i + LANES <= len; i += LANES)
+    for (ptrdiff_t i = 0; i < len; i += LANES)
         *steps++ = mask_step_of(bytes + i);
-    *steps = mask_step_of(bytes + last);
+}
+
+void COMMON(begin_valid_columns)(valid_columns *valid, const fastbn_matrix *matrix)
+{
+    COMMON(find_masks)(matrix, valid->steps);
+    for (int t = 0; t < ROWS_MOST; t++)
+        memset(valid->of_row[t], 0, LANES);
+}
+
+void COMMON(spread_masks)(valid_columns *valid, const fastbn_matrix *matrix, ptrdiff_t r,
+                          ptrdiff_t count)
+{
+    for (ptrdiff_t t = 0; t < count; t++)
+        spread_mask(matrix, r + t, valid->steps, valid->of_row[t] + LANES);
 }
 
 /* Counts the valid positions. Sums of bytes are widened before they overflow. */

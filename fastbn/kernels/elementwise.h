@@ -293,7 +293,7 @@ ALWAYS_INLINE int NAME(streams_runs)(const NAME(writer) *w, const fastbn_runs *r
     }
 
 /* A register of results at i of a run, and a single result, with 0 at invalid positions. */
-#define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), NULL, v) : (v))
+#define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), v) : (v))
 #define MASKED_LANE(a, i) (masked && !mask[i] ? (A)0 : (a))
 
 /* What a kernel is fused with: nothing; an activation that a clamp computes, alone, after a residual,
@@ -620,7 +620,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         NAME(writer) w; \
         NAME(init_writer)(&w, 0, nontemporal, len, most, 0); \
         if (masked) \
-            COMMON(find_masks)(matrix, len / LANES * LANES, masks); \
+            COMMON(find_masks)(matrix, masks); \
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
             const ptrdiff_t row = r * stride; \
             if (r == 0 || len != stride) \
@@ -631,7 +631,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
             } \
             BEGIN; \
             if (masked) \
-                spread_mask((matrix)->mask + r * (matrix)->mask_stride, masks, len, mask); \
+                spread_mask(matrix, r, masks, mask); \
             WRITE_RUN(&w, 0, len, AT, ONE, DONE) \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \

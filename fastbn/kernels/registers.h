@@ -12,9 +12,9 @@
  *   widen_float16(p)               a vd from VD elements at p
  *   store_float16(p, vf)           rounds to nearest even; NaNs stay NaNs
  *   load_, widen_, store_bfloat16  the same for bfloat16
- *   masked_vd(mask, index, vd),    the register, with zeros in the lanes for which the mask has 0
- *   masked_vf(mask, index, vf)     and not 255; lane i has byte i of the mask or, where index is
- *                                  not NULL, byte index[i]; MASK_BYTES bytes of both may be read
+ *   masked_vd(mask, vd),           the register, with zeros in the lanes for which the mask has 0
+ *   masked_vf(mask, vf)            and not 255; lane i has byte i; MASK_BYTES bytes may be read
+ *   pick_bytes(from, index, to)    LANES bytes: to[i] = from[index[i]]
  *   greater_vd(a, b), less_vd(a, b)  lane by lane: a where it is greater, or less, than b; b
  *                                  elsewhere, also where one of them is NaN
  *   if_outside_vd(v, low, high, yes, no)  lane by lane: `yes` where v < low or v > high, and `no`
@@ -282,12 +282,21 @@ ALWAYS_INLINE step same_step(double value)
 }
 
 /* Which lanes of a step are valid: those from `skip` on, except those whose byte of the mask, where
- * the step is masked, is 0. */
+ * the step is masked, is 0. The mask of the next one is `pitch` bytes further on. */
 typedef struct {
     int masked;
-    const uint8_t *mask, *index;
+    const uint8_t *mask;
+    ptrdiff_t pitch;
     long long skip;
 } valid_lanes;
+
+/* Those of a later step. */
+ALWAYS_INLINE valid_lanes lanes_of_next(valid_lanes lanes, ptrdiff_t t)
+{
+    if (lanes.masked)
+        lanes.mask += t * lanes.pitch;
+    return lanes;
+}
 
 /* Whether all lanes of the j-th register of a step have been added before; it has `count` lanes. */
 ALWAYS_INLINE int is_skipped(valid_lanes lanes, int j, int count)
@@ -318,10 +327,8 @@ ZERO_BELOW(zero_vf_below, vf, int, VF)
 #define ONLY_VALID(name, v_type, masked_v, zero_v_below, count) \
     ALWAYS_INLINE v_type name(valid_lanes lanes, int j, v_type v) \
     { \
-        if (lanes.masked && lanes.index == NULL) \
-            v = masked_v(lanes.mask + j * count, NULL, v); \
-        else if (lanes.masked) \
-            v = masked_v(lanes.mask, lanes.index + j * count, v); \
+        if (lanes.masked) \
+            v = masked_v(lanes.mask + j * count, v); \
         return lanes.skip ? zero_v_below(lanes.skip, j, v) : v; \
     }
 ONLY_VALID(only_valid, vd, masked_vd, zero_vd_below, VD)

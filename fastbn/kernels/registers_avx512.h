@@ -68,25 +68,28 @@ ALWAYS_INLINE void store_bfloat16(uint16_t *p, vf v)
     _mm256_storeu_si256((__m256i *)p, pack_bfloat16(v));
 }
 
-/* The bytes of a mask for so many lanes, as masked_vd and masked_vf take them. */
-ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, const uint8_t *index, int lanes)
+ALWAYS_INLINE void pick_bytes(const uint8_t *from, const uint8_t *index, uint8_t *to)
 {
-    if (index != NULL)
-        return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)mask),
-                                _mm_loadu_si128((const __m128i *)index));
+    _mm_storeu_si128((__m128i *)to, _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)from),
+                                                     _mm_loadu_si128((const __m128i *)index)));
+}
+
+/* The bytes of a mask for so many lanes, as masked_vd and masked_vf take them. */
+ALWAYS_INLINE __m128i mask_bytes(const uint8_t *mask, int lanes)
+{
     if (lanes > 8)
         return _mm_loadu_si128((const __m128i *)mask);
     return _mm_loadl_epi64((const __m128i *)mask);
 }
 
-ALWAYS_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+ALWAYS_INLINE vd masked_vd(const uint8_t *mask, vd v)
 {
-    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, index, VD)));
+    return (vd)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi64(mask_bytes(mask, VD)));
 }
 
-ALWAYS_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
 {
-    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, index, VF)));
+    return (vf)_mm512_and_si512((__m512i)v, _mm512_cvtepi8_epi32(mask_bytes(mask, VF)));
 }
 
 #define COMPARISONS(v_type, suffix, mask) \

@@ -84,26 +84,29 @@ BY_ELEMENT(float16)
 BY_ELEMENT(bfloat16)
 #undef BY_ELEMENT
 
-ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, const uint8_t *index, int i)
+ALWAYS_INLINE void pick_bytes(const uint8_t *from, const uint8_t *index, uint8_t *to)
 {
-    return (signed char)mask[index == NULL ? i : index[i]];
+    for (int i = 0; i < LANES; i++)
+        to[i] = from[index[i]];
 }
+
+ALWAYS_INLINE signed char mask_byte(const uint8_t *mask, int i) { return (signed char)mask[i]; }
 
 #if defined(__GNUC__)
 
 typedef long long lanes_of_vd __attribute__((vector_size(16)));
 typedef int lanes_of_vf __attribute__((vector_size(16)));
 
-NOT_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+NOT_INLINE vd masked_vd(const uint8_t *mask, vd v)
 {
-    const lanes_of_vd wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1)};
+    const lanes_of_vd wide = {mask_byte(mask, 0), mask_byte(mask, 1)};
     return (vd)((lanes_of_vd)v & wide);
 }
 
-NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+NOT_INLINE vf masked_vf(const uint8_t *mask, vf v)
 {
-    const lanes_of_vf wide = {mask_byte(mask, index, 0), mask_byte(mask, index, 1),
-                              mask_byte(mask, index, 2), mask_byte(mask, index, 3)};
+    const lanes_of_vf wide = {mask_byte(mask, 0), mask_byte(mask, 1), mask_byte(mask, 2),
+                              mask_byte(mask, 3)};
     return (vf)((lanes_of_vf)v & wide);
 }
 
@@ -157,14 +160,14 @@ ALWAYS_INLINE vd sums_of_lanes(const vd *v) { return (vd){v[0][0] + v[0][1], v[1
 
 #else
 
-NOT_INLINE vd masked_vd(const uint8_t *mask, const uint8_t *index, vd v)
+NOT_INLINE vd masked_vd(const uint8_t *mask, vd v)
 {
-    return mask_byte(mask, index, 0) ? v : 0.0;
+    return mask_byte(mask, 0) ? v : 0.0;
 }
 
-NOT_INLINE vf masked_vf(const uint8_t *mask, const uint8_t *index, vf v)
+NOT_INLINE vf masked_vf(const uint8_t *mask, vf v)
 {
-    return mask_byte(mask, index, 0) ? v : 0.0f;
+    return mask_byte(mask, 0) ? v : 0.0f;
 }
 
 #define COMPARISONS(v_type) \

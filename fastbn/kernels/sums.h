@@ -150,18 +150,18 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
             while (len - i > CHUNK) {
                 for (const ptrdiff_t end = i + CHUNK; i < end; i += LANES)
                     s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around, &own,
-                            (valid_lanes){masked, masked ? mask + i : NULL, NULL, 0});
+                            (valid_lanes){masked, masked ? mask + i : NULL, 0, 0});
                 total = add_sums(total, s);
                 s = no_sums();
             }
             for (; i + LANES <= len; i += LANES)
                 s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around, &own,
-                        (valid_lanes){masked, masked ? mask + i : NULL, NULL, 0});
+                        (valid_lanes){masked, masked ? mask + i : NULL, 0, 0});
             if (i < len)
                 s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
                         last_step(x, len, sizeof(T), x_buffer), 0, around, &own,
                         (valid_lanes){masked, masked ? last_step(mask, len, 1, mask_buffer) : NULL,
-                                  NULL, LANES - (len - i)});
+                                      0, LANES - (len - i)});
             ahead.border -= len;
             if (NAME(CHUNKED) && ends)
                 s = add_sums(total, s);
@@ -230,7 +230,7 @@ ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums
     UNROLL for (int t = 0; t < ROWS_MOST; t++)
         if (t < rows.count)
             s = add(s, dy + t * rows.stride, x + t * rows.stride,
-                    rows.ahead + t * rows.ahead_of_next, around, gate, lanes);
+                    rows.ahead + t * rows.ahead_of_next, around, gate, lanes_of_next(lanes, t));
     store_sums(first, second, s);
 }
 
@@ -251,24 +251,22 @@ ADD_ROWS(add_row_relu_products, add_rows_to_sums, add_relu_products)
 ADD_ROWS(add_row_leaky_products, add_rows_to_sums, add_leaky_products)
 
 /* Adds some rows to all of their columns. */
-ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, column_sums *sums,
+ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, column_sums *sums,
                                              column_trees *trees, row_set rows, const T *dy,
-                                             const T *x, ptrdiff_t len, const uint8_t *mask,
-                                             const mask_step *masks, const NAME(gates) *gates)
+                                             const T *x, ptrdiff_t len, const valid_columns *valid,
+                                             const NAME(gates) *gates)
 {
     const ptrdiff_t whole = len / LANES * LANES, end = len - LANES;
     T dy_buffer[ROWS_MOST][LANES], x_buffer[ROWS_MOST][LANES];
     NAME(gate) gate;
-#define ADD(i, i_tree, dy, x, masks, skip) \
+#define ADD(i, i_tree, dy, x, skip) \
     do { \
         if (gates != NULL) \
             gate = NAME(gate_of_columns)(gates, i); \
-        add(sums, trees, rows, i, i_tree, dy, x, &gate, \
-            mode == MASKED ? (valid_lanes){1, mask + (masks)->offset, (masks)->index, skip} \
-                           : (valid_lanes){0, NULL, NULL, skip}); \
+        add(sums, trees, rows, i, i_tree, dy, x, &gate, valid_lanes_of_columns(valid, i, skip)); \
     } while (0)
     for (ptrdiff_t i = 0; i < whole; i += LANES, rows.ahead += rows.ahead_grows)
-        ADD(i, i, dy + i, x + i, masks + i / LANES, 0);
+        ADD(i, i, dy + i, x + i, 0);
     if (whole < len) {
         const T *dy_end = last_step(dy, len, sizeof(T), dy_buffer[0]);
         const T *x_end = last_step(x, len, sizeof(T), x_buffer[0]);
@@ -279,22 +277,21 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, int mode, colu
             }
             rows.stride = LANES;
         }
-        ADD(end, whole, dy_end, x_end, masks + len / LANES, whole - end);
+        ADD(end, whole, dy_end, x_end, whole - end);
     }
 #undef ADD
 }
 
-/* Some rows at a time, so that sums are loaded and stored less often: `together` where there is no
- * mask, two of whole rows, one with a mask of single elements. */
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int mode,
-                                     const T *dy,
-                                     const T *x, const fastbn_matrix *matrix,
+/* Some rows at a time, `together`, so that sums are loaded and stored less often. A mask leaves out
+ * whole rows or, in a walk that is `masked`, columns of them. */
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int masked,
+                                     const T *dy, const T *x, const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
                                      double *first_of_channel, double *second_of_channel)
 {
     column_sums sums;
     column_trees trees;
-    mask_step masks[COLUMNS / LANES + 1];
+    valid_columns valid;
     NAME(gates) gates;
     const ptrdiff_t len = matrix->len, stride = matrix->stride, rows = matrix->rows;
     ptrdiff_t in_trees = 0;
@@ -303,24 +300,29 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
         begin_column_trees(&trees, &sums, len);
     if (gate != NULL)
         NAME(spread_gates)(matrix, gate, &gates);
-    if (mode == MASKED)
-        COMMON(find_masks)(matrix, len - LANES, masks);
-    for (ptrdiff_t r = next_row(matrix, mode, 0), other, count; r < rows;
-         r = next_row(matrix, mode, count > 1 ? other + together - 1 : r + 1)) {
-        const uint8_t *mask = mode == MASKED ? matrix->mask + r * matrix->mask_stride : NULL;
-        other = mode == MASKED ? rows : next_row(matrix, mode, r + 1);
-        count = other + together - 2 < rows ? together : 1;
-        const ptrdiff_t pitch = (count > 1 ? other - r : 1) * stride;
+    if (masked)
+        COMMON(begin_valid_columns)(&valid, matrix);
+    for (ptrdiff_t r = next_row(matrix, 0), last; r < rows; r = next_row(matrix, last + 1)) {
+        const ptrdiff_t distance = distance_of_rows(matrix, r, together);
+        const int count = distance > 0 ? together : 1;
+        const int begins = in_trees == 0, ends = in_trees + count == TREE;
+        last = r + distance * (count - 1);
+        if (masked)
+            COMMON(spread_masks)(&valid, matrix, r, count);
 /* A loop for each case: a branch for every step would take time. */
 #define WALK(count, begin, end) \
-    NAME(add_rows_to_columns)(add, mode, &sums, &trees, \
-                              row_set_of(count, begin, end, pitch, len), dy + r * stride, \
-                              x + r * stride, len, mask, masks, gate == NULL ? NULL : &gates)
+    NAME(add_rows_to_columns)(add, &sums, &trees, \
+                              row_set_of(count, begin, end, \
+                                         (count > 1 ? distance : 1) * stride, len), \
+                              dy + r * stride, x + r * stride, len, masked ? &valid : NULL, \
+                              gate == NULL ? NULL : &gates)
         if (count == 1)
-            WALK(1, in_trees == 0, in_trees + 1 == TREE);
-        else if (!by_trees || in_trees == 0)
+            WALK(1, begins, ends);
+        else if (masked && by_trees) /* one for all is less code: masks take time anyway */
+            WALK(together, begins, ends);
+        else if (!by_trees || begins)
             WALK(together, 1, 0);
-        else if (2 * together < TREE && in_trees + together < TREE)
+        else if (2 * together < TREE && !ends)
             WALK(together, 0, 0);
         else
             WALK(together, 0, 1);
@@ -337,13 +339,10 @@ ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, int toget
                                     const void *dy, const void *x, const fastbn_matrix *matrix,
                                     const double *centre, double *first, double *second)
 {
-    if (matrix->mask == NULL)
-        NAME(sum_columns)(add, by_trees, together, UNMASKED, dy, x, matrix, centre, NULL, first,
-                          second);
-    else if (masks_rows(matrix))
-        NAME(sum_columns)(add, by_trees, 2, WHOLE_ROWS, dy, x, matrix, centre, NULL, first, second);
+    if (masks_columns(matrix))
+        NAME(sum_columns)(add, by_trees, together, 1, dy, x, matrix, centre, NULL, first, second);
     else
-        NAME(sum_columns)(add, by_trees, 2, MASKED, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, together, 0, dy, x, matrix, centre, NULL, first, second);
 }
 
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
@@ -367,10 +366,10 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate,
                           first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate,
                           first, second);
     else
         NAME(sum_matrix)(NAME(add_row_products), 0, 2, dy, x, matrix, mean, first, second);

@@ -11,20 +11,11 @@ typedef struct {
     const T *dy, *x;
     ptrdiff_t pitch, ahead, ahead_of_next;
     valid_lanes lanes;
-    ptrdiff_t mask_pitch;
     const NAME(gate) *gate;
 } NAME(terms);
 
 /* The j-th register of the t-th term; the first one prefetches. */
 typedef tree_sum NAME(term)(const NAME(terms) *terms, ptrdiff_t t, int j, float_step centre);
-
-ALWAYS_INLINE valid_lanes NAME(lanes_of_term)(const NAME(terms) *terms, ptrdiff_t t)
-{
-    valid_lanes lanes = terms->lanes;
-    if (lanes.masked)
-        lanes.mask += t * terms->mask_pitch;
-    return lanes;
-}
 
 ALWAYS_INLINE tree_sum NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
                                          float_step pivot)
@@ -33,7 +24,7 @@ ALWAYS_INLINE tree_sum NAME(moment_term)(const NAME(terms) *terms, ptrdiff_t t, 
     if (j == 0)
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     const vf d =
-        only_valid_floats(NAME(lanes_of_term)(terms, t), j, NAME(load)(x + j * VF) - pivot.at[j]);
+        only_valid_floats(lanes_of_next(terms->lanes, t), j, NAME(load)(x + j * VF) - pivot.at[j]);
     return (tree_sum){d, d * d};
 }
 
@@ -41,7 +32,7 @@ ALWAYS_INLINE tree_sum NAME(product_term)(const NAME(terms) *terms, ptrdiff_t t,
                                           float_step mean)
 {
     const T *dy = terms->dy + t * terms->pitch, *x = terms->x + t * terms->pitch;
-    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
+    const valid_lanes lanes = lanes_of_next(terms->lanes, t);
     if (j == 0) {
         PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
@@ -57,7 +48,7 @@ ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *ter
                                                 int j, float_step mean)
 {
     const T *dy = terms->dy + t * terms->pitch, *x = terms->x + t * terms->pitch;
-    const valid_lanes lanes = NAME(lanes_of_term)(terms, t);
+    const valid_lanes lanes = lanes_of_next(terms->lanes, t);
     if (j == 0) {
         PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
@@ -139,7 +130,7 @@ ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x
                                              const NAME(gate) *gate)
 {
     return (NAME(terms)){dy + i, x + i, LANES, ahead, 0,
-                         {masked, masked ? mask + i : NULL, NULL, 0}, LANES, gate};
+                         {masked, masked ? mask + i : NULL, LANES, 0}, gate};
 }
 
 /* Adds the end of a run to a tree, from the i-th element on: less than TREE whole steps, and a step
@@ -246,7 +237,7 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
                                            ptrdiff_t i_tree, const T *dy, const T *x,
                                            const NAME(gate) *gate, valid_lanes lanes)
 {
-    const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, 0, gate};
+    const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, gate};
     const float_step around = load_float_step(trees->centre + LANES + i);
     tree_sums tree = rows.begin_trees ? no_tree() : load_tree(trees, i_tree);
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
@@ -269,10 +260,10 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, 2, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
                           first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, 2, UNMASKED, dy, x, matrix, mean, gate,
+        NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
                           first, second);
     else
         NAME(sum_matrix)(NAME(add_products_of_rows), 1, 2, dy, x, matrix, mean, first, second);

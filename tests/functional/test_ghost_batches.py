@@ -113,13 +113,21 @@ def test_any_strides_serve(rng, layout):
     support.assert_close(y, fastbn.BatchNorm2d(3, ghost_batch_size=3)(x), 1e-6)
 
 
+# Runs of 42, 49 and 16 elements; few samples, and so many that columns are summed.
 @BOTH
-def test_masks_and_ghost_batches_go_together(rng, layout):
-    x, dy = layout(some(rng, (11, 5, 6, 7))), layout(some(rng, (11, 5, 6, 7)))
-    mask = rng.random((11, 1, 6, 7)) < 0.5
-    ghosts, plain = pair(x.shape, 4)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((11, 5, 6, 7), 4), ((300, 8, 7, 7), 100), ((70, 3, 4, 4), 30)]
+)
+def test_masks_and_ghost_batches_go_together(rng, layout, shape, size):
+    x, dy = layout(some(rng, shape)), layout(some(rng, shape))
+    mask = rng.random((shape[0], 1, *shape[2:])) < 0.5
+    mask[size : 2 * size] = True  # of one ghost batch, which has the bits of no mask
+    ghosts, plain = pair(x.shape, size)
     y, dx = ghosts(x, mask=mask), ghosts.backward(dy)
-    each = [(plain(a, mask=m), plain.backward(b)) for a, b, m in parts(4, x, dy, mask)]
+    each = [
+        (plain(a, mask=None if m.all() else m), plain.backward(b))
+        for a, b, m in parts(size, x, dy, mask)
+    ]
     assert same_bits(y, np.concatenate([a for a, _ in each]))
     assert same_bits(dx, np.concatenate([b for _, b in each]))
     for name in ("running_mean", "running_var", "num_batches_tracked"):

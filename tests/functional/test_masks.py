@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.isa, pytest.mark.sanitize, pytest.mark.wheel]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sequences.py"
 
-# Runs and their tails, short runs and folded rows, several blocks and pieces of a channel.
+# Runs and their tails, short runs and folded rows, several blocks and pieces of a channel; many
+# samples of longer runs, whose rows are folded, and strips of them.
 SHAPES = [
     (6, 3),
     (40, 5),
@@ -45,6 +46,8 @@ SHAPES = [
     (3, 100, 9, 11),
     (3, 1, 180, 200),
     (700, 6, 2),
+    (130, 2, 7, 7),
+    (50, 9, 8, 8),
     (2, 3, 2, 3, 4),
 ]
 BOTH = each("layout", [contiguous, channels_last])
