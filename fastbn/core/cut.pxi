@@ -49,10 +49,11 @@ cdef enum:
     # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums if
     # there are more than two samples for three elements of a run: what a run costs the row layout
     # beside its elements, a column costs the column layout. Without sums, they have it up to a
-    # third length.
+    # third length. After sums in columns, results are walked run by run from a fourth length on.
     RUN_MIN = LANES
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
+    RUN_MIN_AFTER_SUMS = 64
     # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
     # to sums in memory waits for the one before it. Where there are few rows, no more of them are
     # folded than an eighth, or than have a second number of columns.

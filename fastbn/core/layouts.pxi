@@ -17,15 +17,20 @@ cdef void sum_block(const Job *job, const Block *block, int arithmetic, const do
         sum_columns(job, block, arithmetic, centre, first, second)
 
 
+cdef bint has_columns_of_results(const Job *job) noexcept nogil:
+    """Tell whether results are walked in columns. Runs of folded rows always are."""
+    return job.cut.column_layout and (job.cut.s < RUN_MIN_AFTER_SUMS or job.cut.fold > 1)
+
+
 cdef void normalize_block(const Job *job, const Block *block) noexcept nogil:
-    if job.cut.column_layout:
+    if has_columns_of_results(job):
         normalize_columns(job, block)
     else:
         normalize_runs(job, block)
 
 
 cdef void gradient_block(const Job *job, const Block *block) noexcept nogil:
-    if job.cut.column_layout:
+    if has_columns_of_results(job):
         gradient_columns(job, block)
     else:
         gradient_runs(job, block)
