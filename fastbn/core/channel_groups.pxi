@@ -156,7 +156,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     groups = groups_of(job)
     spans = groups // norm.span
     if threads == 1 or spans >= 4 * threads or groups * job.cut.blocks == spans:
-        job.reads_ahead = norm.span == 1 and reads_ahead(job, threads)
+        job.reads_ahead = norm.span == 1 and prefetches_groups(job, threads)
         parallel_for(job, execute_span, 0, spans, spans, threads)
         return
     parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)

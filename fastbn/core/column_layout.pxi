@@ -39,6 +39,16 @@ cdef Matrix unfolded_matrix(const Job *job, const Block *block) noexcept nogil:
     return matrix
 
 
+cdef void find_matrices(const Job *job, const Block *block, Matrix *rows,
+                        Matrix *leftover) noexcept nogil:
+    """The rows of a block to walk for results, and those that are left over."""
+    if leaves_out_rows(job):
+        rows[0] = leftover[0] = unfolded_matrix(job, block)
+        leftover.rows = 0
+    else:
+        rows[0], leftover[0] = folded_matrix(job, block), leftover_matrix(job, block)
+
+
 cdef void sum_columns(const Job *job, const Block *block, int arithmetic, const double *centre,
                       double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
@@ -110,21 +120,20 @@ cdef void sum_columns_in_chunks(const Job *job, const Block *block, Py_ssize_t r
 
 cdef void normalize_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Affine affine, first
-    cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    cdef Matrix rows, leftover
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
     cdef const char *x = job.x
     cdef bint nontemporal = job.nontemporal
-    if leaves_out_rows(job):
-        folded, leftover.rows = unfolded_matrix(job, block), 0
+    find_matrices(job, block, &rows, &leftover)
     affine_of(job, block, &affine)
     if scale_down_first(job, block, &affine, &first):
         if leftover.rows > 0:
             job.kernels.column_normalize(x + end, job.out + end, &leftover, &first, NULL, False)
-        job.kernels.column_normalize(x + at, job.out + at, &folded, &first, NULL, False)
+        job.kernels.column_normalize(x + at, job.out + at, &rows, &first, NULL, False)
         x, nontemporal = job.out, False
     normalize_matrix(job, x, end, &leftover, &affine, False)
-    normalize_matrix(job, x, at, &folded, &affine, nontemporal)
+    normalize_matrix(job, x, at, &rows, &affine, nontemporal)
 
 
 cdef void normalize_matrix(const Job *job, const char *x, Py_ssize_t at, const Matrix *matrix,
@@ -140,18 +149,17 @@ cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
     cdef Gate gate_memory
     cdef const Gate *gate = gate_of(job, block, &gate_memory)
-    cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
+    cdef Matrix rows, leftover
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
-    if leaves_out_rows(job):
-        folded, leftover.rows = unfolded_matrix(job, block), 0
+    find_matrices(job, block, &rows, &leftover)
     gradient_of(job, block, &gradient)
     if job.in_float64:
         gradient_in_float64(job, &gradient, gate, end, &leftover)
-        gradient_in_float64(job, &gradient, gate, at, &folded)
+        gradient_in_float64(job, &gradient, gate, at, &rows)
         return
     if leftover.rows > 0:
         job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, &leftover, &gradient,
                                     gate, False)
-    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &folded, &gradient, gate,
+    job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &rows, &gradient, gate,
                                 job.nontemporal)

@@ -36,11 +36,6 @@ cdef enum:
     # A group of a single sample, no sums of which wait for the next one, may have more channels
     # than kernels take at a time, up to so many bytes.
     SAMPLE_BYTES = 131072
-    # How many tasks a thread has at least, if these are long enough: others take the last ones of a
-    # thread that is slow. Where the second-level caches have all arrays, a task costs more than
-    # that saves.
-    TASKS_OF_THREAD = 4
-    TASKS_OF_THREAD_IN_CACHES = 2
     # A group that is walked once may have long runs, and coefficients that serve so many elements
     # of a channel or, in the column layout, so many rows.
     LONG_RUN_BYTES = 524288
@@ -49,7 +44,8 @@ cdef enum:
     # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums if
     # there are more than two samples for three elements of a run: what a run costs the row layout
     # beside its elements, a column costs the column layout. Without sums, they have it up to a
-    # third length. After sums in columns, results are walked run by run from a fourth length on.
+    # third length. After sums in columns, results are walked run by run from a fourth length on,
+    # unless rows are folded.
     RUN_MIN = LANES
     RUN_MIN_OF_SUMS = 129
     RUN_MIN_OF_RESULTS = 48
@@ -174,23 +170,12 @@ cdef Py_ssize_t rows_of_block(const Cut *cut, Py_ssize_t height) noexcept nogil:
     return max(rows // cut.fold, 1)
 
 
-cdef Py_ssize_t tasks_for(const Cut *cut, Py_ssize_t itemsize, int inputs,
-                          int threads) noexcept nogil:
-    """How many tasks so many threads need, if these are long enough; in place, too, the output
-    counts as an array of its own."""
-    cdef Py_ssize_t elements = cut.batches * cut.n * cut.c * cut.s
-    if threads == 1:
-        return 1
-    if elements * itemsize * (inputs + 1) <= threads * l2_bytes:
-        return TASKS_OF_THREAD_IN_CACHES * threads
-    return TASKS_OF_THREAD * threads
-
-
-cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
+cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads,
+                     Py_ssize_t tasks) noexcept nogil:
     """Choose how many channels are summed together in the row layout."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1)
     cdef Py_ssize_t long_runs = ceil_div(GROUP_RUN_BYTES, run)
-    cdef Py_ssize_t most = GROUP, tasks = tasks_for(cut, itemsize, inputs, threads)
+    cdef Py_ssize_t most = GROUP
     if cut.n == 1:
         most = max(min(SAMPLE_BYTES // (run * inputs), STRIP), GROUP)
     cut.group = min(max(GROUP_BYTES // max(cut.n * run * inputs, 1), long_runs), most)
@@ -207,10 +192,9 @@ cdef void group_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noe
         cut.groups = ceil_div(cut.c, cut.group)
 
 
-cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, int inputs, int threads) noexcept nogil:
+cdef void recut_runs(Cut *cut, Py_ssize_t itemsize, Py_ssize_t tasks) noexcept nogil:
     """Cut the row layout, where no sums are asked for, into blocks of long stretches of memory."""
     cdef Py_ssize_t run = max(cut.s * itemsize, 1), samples, blocks
-    cdef Py_ssize_t tasks = tasks_for(cut, itemsize, inputs, threads)
     cut.group = 1
     if cut.blocks_along_s <= 1:
         # All channels of as many samples as are a long stretch; for the threads' sake of fewer
@@ -238,15 +222,14 @@ cdef void group_columns(Cut *cut, int threads) noexcept nogil:
     cut.groups = ceil_div(cut.c, cut.group)
 
 
-cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, int inputs, Py_ssize_t groups,
-                        int threads) noexcept nogil:
+cdef void recut_columns(Cut *cut, Py_ssize_t itemsize, Py_ssize_t groups, int threads,
+                        Py_ssize_t tasks) noexcept nogil:
     """Cut so many groups of columns, where no sums are asked for, into blocks of long stretches."""
     cdef Py_ssize_t wanted, shares, height = cut.n // cut.fold
     cdef Py_ssize_t row = cut.group * cut.s * cut.fold * itemsize
     cut.blocks = max(ceil_div(height * row, LONG_RUN_BYTES), 1)
     if threads > 1:  # enough blocks for all of them, if coefficients still serve a few rows
-        wanted = min(tasks_for(cut, itemsize, inputs, threads),
-                     max(height // (2 * COEFFICIENT_ROWS * threads), 1) * threads)
+        wanted = min(tasks, max(height // (2 * COEFFICIENT_ROWS * threads), 1) * threads)
         cut.blocks = max(cut.blocks, min(ceil_div(wanted, max(groups, 1)),
                                          ceil_div(height, COEFFICIENT_ROWS)))
         # The same share of the rows for each thread, which it may have in its caches.

@@ -65,10 +65,11 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
     return ahead
 
 
-cdef bint reads_ahead(const Job *job, int threads) noexcept nogil:
+cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
     """Tell whether a group's second walk prefetches what another's first one reads next.
 
-    So memory is read while results are written. Where the caches have it all, it only costs.
+    So memory is read while results are written. Where the caches have it all, it only costs, but
+    for one thread that has the third-level cache to itself.
     """
     cdef bint is_in_l3 = input_bytes(job) <= 2 * l3_bytes
     cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_in_l3 else AHEAD_GROUP_BYTES

@@ -6,6 +6,11 @@ cdef enum:
     # Calls that read and write less keep Python's lock: to give it up and take it again would be a
     # part of their time that can be felt.
     LET_OTHERS_RUN_BYTES = 32768
+    # How many tasks a thread has at least, if these are long enough: others take the last ones of a
+    # thread that is slow. Where the second-level caches have all arrays, a task costs more than
+    # that saves.
+    TASKS_OF_THREAD = 4
+    TASKS_OF_THREAD_IN_L2 = 2
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
@@ -43,6 +48,18 @@ cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
 cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
     """The groups of all batches."""
     return job.cut.batches * job.cut.groups
+
+
+cdef bint is_in_l2(const Job *job, int threads) noexcept nogil:
+    """Tell whether the second-level caches of so many threads have all arrays."""
+    return bytes_in_caches(job) <= threads * l2_bytes
+
+
+cdef Py_ssize_t tasks_for(const Job *job, int threads) noexcept nogil:
+    """How many tasks so many threads need, if these are long enough."""
+    if threads == 1:
+        return 1
+    return threads * (TASKS_OF_THREAD_IN_L2 if is_in_l2(job, threads) else TASKS_OF_THREAD)
 
 
 # ------------------------------------------------------------------ tasks
@@ -85,7 +102,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
-    tasks.reserved = count >= 4 * tasks.threads and bytes_in_caches(job) <= tasks.threads * l2_bytes
+    tasks.reserved = count >= 4 * tasks.threads and is_in_l2(job, tasks.threads)
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
@@ -176,7 +193,7 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
             job.merge(job, g)
     if job.apply != NULL:
         if job.cut.column_layout:
-            recut_columns(&results.cut, job.itemsize, inputs_of(job), groups, threads)
+            recut_columns(&results.cut, job.itemsize, groups, threads, tasks_for(job, threads))
         # Backwards after a walk that has left the ends of its ranges in the caches.
         parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads,
                      job.reduce != NULL)
@@ -200,18 +217,18 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         if job.out != NULL:
             begin_on_lines(&job.cut, job.out, job.itemsize)
     elif job.reduce != NULL:
-        group_runs(&job.cut, job.itemsize, inputs_of(job), threads)
+        group_runs(&job.cut, job.itemsize, inputs_of(job), threads, tasks_for(job, threads))
     else:
-        recut_runs(&job.cut, job.itemsize, inputs_of(job), threads)
+        recut_runs(&job.cut, job.itemsize, tasks_for(job, threads))
     job.nontemporal = uses_nontemporal(job)
     find_gate_bounds(job, threads)
     if job.valid != NULL and job.cut.groups > 0:
         find_valid(job)
     group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
-        groups_of(job) >= tasks_for(&job.cut, job.itemsize, inputs_of(job), threads)
+        groups_of(job) >= tasks_for(job, threads)
         and group_bytes(job) * threads <= cache_bytes))
+    job.reads_ahead = group_by_group and prefetches_groups(job, threads)
     if group_by_group:
-        job.reads_ahead = reads_ahead(job, threads)
         parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
     elif job.reduce == NULL:
         execute_round(job, 0, groups_of(job), threads)
