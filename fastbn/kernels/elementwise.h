@@ -615,7 +615,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
         const ptrdiff_t ahead = stride * (PREFETCHED / len + 1); \
-        mask_step masks[COLUMNS / LANES + 1]; \
+        mask_step masks[COLUMNS / LANES]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \
         NAME(init_writer)(&w, 0, nontemporal, len, most, 0); \

@@ -43,7 +43,7 @@ static inline ptrdiff_t distance_of_rows(const fastbn_matrix *matrix, ptrdiff_t 
 }
 
 /* The mask of LANES neighbouring columns of runs shorter than that: lane i has byte offset + index[i]
- * of a row of the mask. */
+ * of a row of the mask. Such runs' columns have bytes that span no more than LANES. */
 typedef struct {
     ptrdiff_t offset;
     uint8_t index[LANES];
@@ -72,7 +72,7 @@ static inline void spread_mask(const fastbn_matrix *matrix, ptrdiff_t r, const m
 /* The masks of some rows that are added up together, behind LANES bytes: of few columns, the last
  * step, which overlaps the one before it, reaches back before the first. */
 typedef struct {
-    mask_step steps[COLUMNS / LANES + 1];
+    mask_step steps[COLUMNS / LANES];
     uint8_t of_row[ROWS_MOST][LANES + COLUMNS + LANES];
 } valid_columns;
 
@@ -80,7 +80,7 @@ HIDDEN void COMMON(begin_valid_columns)(valid_columns *valid, const fastbn_matri
 HIDDEN void COMMON(spread_masks)(valid_columns *valid, const fastbn_matrix *matrix, ptrdiff_t r,
                                  ptrdiff_t count);
 
-/* The valid lanes of a step of the first of them; all where that is NULL. */
+/* The valid lanes of a step of the first of these rows; all where there is no mask, and NULL. */
 ALWAYS_INLINE valid_lanes valid_lanes_of_columns(const valid_columns *valid, ptrdiff_t i,
                                                  long long skip)
 {

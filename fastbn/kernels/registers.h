@@ -14,7 +14,8 @@
  *   load_, widen_, store_bfloat16  the same for bfloat16
  *   masked_vd(mask, vd),           the register, with zeros in the lanes for which the mask has 0
  *   masked_vf(mask, vf)            and not 255; lane i has byte i; MASK_BYTES bytes may be read
- *   pick_bytes(from, index, to)    LANES bytes: to[i] = from[index[i]]
+ *   pick_bytes(from, index, to)    LANES bytes, to[i] = from[index[i]]; indices are below LANES, and
+ *                                  so many bytes may be read
  *   greater_vd(a, b), less_vd(a, b)  lane by lane: a where it is greater, or less, than b; b
  *                                  elsewhere, also where one of them is NaN
  *   if_outside_vd(v, low, high, yes, no)  lane by lane: `yes` where v < low or v > high, and `no`
@@ -282,7 +283,7 @@ ALWAYS_INLINE step same_step(double value)
 }
 
 /* Which lanes of a step are valid: those from `skip` on, except those whose byte of the mask, where
- * the step is masked, is 0. The mask of the next one is `pitch` bytes further on. */
+ * the step is masked, is 0. That of the next step, or of the same one of the next row, is `pitch` bytes further on. */
 typedef struct {
     int masked;
     const uint8_t *mask;

@@ -282,9 +282,9 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, column_sums *s
 #undef ADD
 }
 
-/* Some rows at a time, `together`, so that sums are loaded and stored less often. A mask leaves out
- * whole rows or, in a walk that is `masked`, columns of them. */
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int masked,
+/* Some rows at a time, `together`, so that sums are loaded and stored less often. A mask, if there is
+ * one, leaves out whole rows or, where it `masks_some` of their columns, these. */
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int masks_some,
                                      const T *dy, const T *x, const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
                                      double *first_of_channel, double *second_of_channel)
@@ -300,25 +300,26 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
         begin_column_trees(&trees, &sums, len);
     if (gate != NULL)
         NAME(spread_gates)(matrix, gate, &gates);
-    if (masked)
+    if (masks_some)
         COMMON(begin_valid_columns)(&valid, matrix);
     for (ptrdiff_t r = next_row(matrix, 0), last; r < rows; r = next_row(matrix, last + 1)) {
         const ptrdiff_t distance = distance_of_rows(matrix, r, together);
         const int count = distance > 0 ? together : 1;
         const int begins = in_trees == 0, ends = in_trees + count == TREE;
         last = r + distance * (count - 1);
-        if (masked)
+        if (masks_some)
             COMMON(spread_masks)(&valid, matrix, r, count);
 /* A loop for each case: a branch for every step would take time. */
 #define WALK(count, begin, end) \
     NAME(add_rows_to_columns)(add, &sums, &trees, \
                               row_set_of(count, begin, end, \
                                          (count > 1 ? distance : 1) * stride, len), \
-                              dy + r * stride, x + r * stride, len, masked ? &valid : NULL, \
+                              dy + r * stride, x + r * stride, len, \
+                              masks_some ? &valid : NULL, \
                               gate == NULL ? NULL : &gates)
         if (count == 1)
             WALK(1, begins, ends);
-        else if (masked && by_trees) /* one for all is less code: masks take time anyway */
+        else if (masks_some && by_trees) /* one for all is less code: masks take time anyway */
             WALK(together, begins, ends);
         else if (!by_trees || begins)
             WALK(together, 1, 0);
