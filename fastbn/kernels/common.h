@@ -12,8 +12,10 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    /* Columns are prefetched about so many elements ahead. */
+    /* Columns are prefetched about so many elements ahead; those of two arrays less, for hardware does
+     * most of it. */
     PREFETCHED = 512,
+    PREFETCHED_OF_TWO = 64,
     /* Sums of rows prefetch so many elements ahead, or more. */
     SUMS_PREFETCHED = 2048,
     BUFFER_BYTES = 4096,

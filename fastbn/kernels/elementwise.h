@@ -573,11 +573,11 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 /* Writes such rows like STREAM_RUN. Lines reach over the end of a row into the next one: behind the
  * coefficients of the last column there are those of the first ones. */
 #if HAS_NONTEMPORAL
-#  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) \
+#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) \
     do { \
         enum { LINE = NAME(LINE) }; \
         const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
-        const ptrdiff_t ahead = PREFETCHED; \
+        const ptrdiff_t ahead = prefetched; \
         const uint8_t *mask = NULL; /* there is none */ \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
         const ptrdiff_t tail = (rows * len - head) % LINE; \
@@ -601,20 +601,24 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         } \
     } while (0)
 #else
-#  define STREAM_ROWS(matrix, out, backwards, AT, BEGIN) (void)0
+#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) (void)0
 #endif
 
-/* Writes the rows of a matrix. They are not streamed one by one, for which those of float32 are too
- * short. The mask of a row is spread over its columns; one that is left out as a whole is zeros. */
-#define WRITE_ROWS(matrix, masked, out, nontemporal, most, backwards, AT, ONE, BEGIN, DONE) \
+/* Writes the rows of a matrix, and prefetches so many elements ahead. They are not streamed one by
+ * one, for which those of float32 are too short. The mask of a row is spread over its columns; one
+ * that is left out as a whole is zeros. */
+#define WRITE_ROWS(matrix, masked, out, nontemporal, most, prefetched, backwards, AT, ONE, BEGIN, \
+                   DONE) \
     if (NAME(streams_rows)(matrix, nontemporal, most)) \
-        STREAM_ROWS(matrix, out, backwards, AT, BEGIN); \
+        STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN); \
     else \
-        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE)
-#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, AT, ONE, BEGIN, DONE) \
+        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, prefetched, AT, ONE, BEGIN, \
+                              DONE)
+#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, prefetched, AT, ONE, BEGIN, \
+                              DONE) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
-        const ptrdiff_t ahead = stride * (PREFETCHED / len + 1); \
+        const ptrdiff_t ahead = stride * (prefetched / len + 1); \
         mask_step masks[COLUMNS / LANES]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \
@@ -675,8 +679,8 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
 #define ONE(i) \
     MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
                                     scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
-    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), follows_closely(y, x), AT, ONE,
-               beside = NAME(beside_of)(fused, epilogue, at + row),
+    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), PREFETCHED, follows_closely(y, x), AT,
+               ONE, beside = NAME(beside_of)(fused, epilogue, at + row),
                KEEP_NOTES(fused, i0 + n == len));
 #undef AT
 #undef ONE
@@ -755,7 +759,7 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
            : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
                             dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
                             slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
-    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX,
+    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX, PREFETCHED_OF_TWO,
                follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, (void)0, (void)0);
 #undef AT
 #undef ONE
