@@ -106,7 +106,7 @@ cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
         norm.span, cut.group = 1, cut.c
     elif channels <= most:
         # Enough for all threads; strips of columns are read faster where they are wide.
-        tasks = threads if cut.column_layout else 4 * threads
+        tasks = threads if cut.column_layout else TASKS_OF_THREAD * threads
         most = min(most, max(cut.batches * cut.c // tasks, 1))
         norm.span, cut.group = 1, channels * max(most // channels, 1)
     else:
@@ -155,7 +155,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     find_gate_bounds(job, threads)
     groups = groups_of(job)
     spans = groups // norm.span
-    if threads == 1 or spans >= 4 * threads or groups * job.cut.blocks == spans:
+    if threads == 1 or spans >= TASKS_OF_THREAD * threads or groups * job.cut.blocks == spans:
         job.reads_ahead = norm.span == 1 and prefetches_groups(job, threads)
         parallel_for(job, execute_span, 0, spans, spans, threads)
         return

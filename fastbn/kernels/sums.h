@@ -315,8 +315,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
                               row_set_of(count, begin, end, \
                                          (count > 1 ? distance : 1) * stride, len), \
                               dy + r * stride, x + r * stride, len, \
-                              masks_some ? &valid : NULL, \
-                              gate == NULL ? NULL : &gates)
+                              masks_some ? &valid : NULL, gate == NULL ? NULL : &gates)
         if (count == 1)
             WALK(1, begins, ends);
         else if (masks_some && by_trees) /* one for all is less code: masks take time anyway */
@@ -367,11 +366,11 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate,
-                          first, second);
+        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate, first,
+                          second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate,
-                          first, second);
+        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate, first,
+                          second);
     else
         NAME(sum_matrix)(NAME(add_row_products), 0, 2, dy, x, matrix, mean, first, second);
 }
