@@ -120,9 +120,9 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_chunk)(ptrdiff_t len)
 /* ------------------------------------------------------------------ the row layout */
 
 /* Sums stay in registers for a run, and in memory from a sample to the next. Raw moments have no
- * centre. */
-ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, const T *x,
-                                  const fastbn_runs *runs, const double *centre,
+ * centre. All steps of short runs prefetch as far ahead as the first one. */
+ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, int short_runs, const T *dy,
+                                  const T *x, const fastbn_runs *runs, const double *centre,
                                   const fastbn_gate *gate, double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES], totals[FASTBN_GROUP][2][LANES];
@@ -155,7 +155,7 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, const T *dy, 
                 s = no_sums();
             }
             for (; i + LANES <= len; i += LANES)
-                s = add(s, dy + i, x + i, prefetch_distance(ahead, i), around, &own,
+                s = add(s, dy + i, x + i, prefetch_distance(ahead, short_runs ? 0 : i), around, &own,
                         (valid_lanes){masked, masked ? mask + i : NULL, 0, 0});
             if (i < len)
                 s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
@@ -178,9 +178,9 @@ static void NAME(moments)(const void *x, const fastbn_runs *runs, const double *
                           double *first, double *second)
 {
     if (runs->mask == NULL)
-        NAME(sum_runs)(NAME(add_moments), 0, x, x, runs, pivot, NULL, first, second);
+        NAME(sum_runs)(NAME(add_moments), 0, 0, x, x, runs, pivot, NULL, first, second);
     else
-        NAME(sum_runs)(NAME(add_moments), 1, x, x, runs, pivot, NULL, first, second);
+        NAME(sum_runs)(NAME(add_moments), 1, 0, x, x, runs, pivot, NULL, first, second);
 }
 
 #if ARITHMETIC_BITS == 32
@@ -189,9 +189,9 @@ static void NAME(raw_moments)(const void *x, const fastbn_runs *runs, const doub
 {
     (void)pivot;
     if (runs->mask == NULL)
-        NAME(sum_runs)(NAME(add_raw_moments), 0, x, x, runs, NULL, NULL, first, second);
+        NAME(sum_runs)(NAME(add_raw_moments), 0, 1, x, x, runs, NULL, NULL, first, second);
     else
-        NAME(sum_runs)(NAME(add_raw_moments), 1, x, x, runs, NULL, NULL, first, second);
+        NAME(sum_runs)(NAME(add_raw_moments), 1, 1, x, x, runs, NULL, NULL, first, second);
 }
 #endif
 
@@ -201,13 +201,13 @@ static void NAME(products)(const void *dy, const void *x, const fastbn_runs *run
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_runs)(NAME(add_relu_products), 0, dy, x, runs, mean, gate, first, second);
+        NAME(sum_runs)(NAME(add_relu_products), 0, 0, dy, x, runs, mean, gate, first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_runs)(NAME(add_leaky_products), 0, dy, x, runs, mean, gate, first, second);
+        NAME(sum_runs)(NAME(add_leaky_products), 0, 0, dy, x, runs, mean, gate, first, second);
     else if (runs->mask == NULL)
-        NAME(sum_runs)(NAME(add_products), 0, dy, x, runs, mean, NULL, first, second);
+        NAME(sum_runs)(NAME(add_products), 0, 0, dy, x, runs, mean, NULL, first, second);
     else
-        NAME(sum_runs)(NAME(add_products), 1, dy, x, runs, mean, NULL, first, second);
+        NAME(sum_runs)(NAME(add_products), 1, 0, dy, x, runs, mean, NULL, first, second);
 }
 
 /* ------------------------------------------------------------------ the column layout */
