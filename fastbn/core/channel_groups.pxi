@@ -157,6 +157,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     spans = groups // norm.span
     if threads == 1 or spans >= TASKS_OF_THREAD * threads or groups * job.cut.blocks == spans:
         job.reads_ahead = norm.span == 1 and prefetches_groups(job, threads)
+        job.finds_cached = finds_in_caches(job, threads, norm.span * group_bytes(job))
         parallel_for(job, execute_span, 0, spans, spans, threads)
         return
     parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)

@@ -79,6 +79,16 @@ cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
             and (threads == 1 or input_bytes(job) > held))
 
 
+cdef bint finds_in_caches(const Job *job, int threads, Py_ssize_t walked) noexcept nogil:
+    """Tell whether results are computed from what nearby caches have: to prefetch it only costs.
+
+    Where there are sums, a thread has walked so many bytes for them before.
+    """
+    if job.reduce != NULL:
+        return walked <= l2_bytes
+    return is_in_l2(job, threads)
+
+
 cdef Ahead ahead_to_next_group(const Runs *runs) noexcept nogil:
     """Where a group's first walk begins after another's second one: in the next channels."""
     cdef Ahead ahead
@@ -133,6 +143,8 @@ cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Py_ssize_t at = start_of(job, block, backwards)
     cdef const char *x = job.x + at
     cdef bint nontemporal = job.nontemporal
+    if job.finds_cached and not (job.reads_ahead or job.has_epilogue or nontemporal):
+        memset(&runs.ahead, 0, sizeof(Ahead))
     affine_of(job, block, &affine)
     if scale_down_first(job, block, &affine, &first):
         job.kernels.normalize(x, job.out + at, &runs, &first, NULL, False)

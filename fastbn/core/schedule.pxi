@@ -228,6 +228,8 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         groups_of(job) >= tasks_for(job, threads)
         and group_bytes(job) * threads <= cache_bytes))
     job.reads_ahead = group_by_group and prefetches_groups(job, threads)
+    job.finds_cached = (job.reduce == NULL or group_by_group) and finds_in_caches(
+        job, threads, group_bytes(job))
     if group_by_group:
         parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
     elif job.reduce == NULL:

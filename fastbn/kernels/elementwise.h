@@ -358,8 +358,10 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
         w.most = ALIVE_BYTES - noted; \
     }
 
-ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, void *y_,
-                                        const fastbn_runs *runs, const fastbn_affine *affine,
+/* Without prefetches, runs of a register or more are stored as a whole. */
+ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, const void *x_,
+                                        void *y_, const fastbn_runs *runs,
+                                        const fastbn_affine *affine,
                                         const fastbn_epilogue *epilogue, int nontemporal)
 {
     NAME(affine) k;
@@ -379,17 +381,20 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, const void *x_, v
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
         const int streams_runs = NAME(streams_runs)(&w, runs);
-        if (!masked && fused != NAME(WHOLE) && (streams_runs || NAME(stores_runs)(&w, runs))) {
+        if (!prefetches || (!masked && fused != NAME(WHOLE) &&
+                            (streams_runs || NAME(stores_runs)(&w, runs)))) {
+            const ptrdiff_t channels = runs->channels, len = runs->len;
             enum { i0 = 0 };
             const NAME(beside) beside = NAME(beside_of)(fused, epilogue, n * runs->stride);
             T *y = (T *)y_ + n * runs->stride;
 #define AT(c, i, is_first) \
-    FINISH(fused, Y(NAME(fetch)(x + (i), is_first, prefetch_distance(ahead, i)), k.centre[c], \
-                    k.scale[c], k.shift[c]), i, is_first, prefetch_distance(residual_ahead, i))
+    FINISH(fused, Y(NAME(fetch)(x + (i), prefetches && (is_first), prefetch_distance(ahead, i)), \
+                    k.centre[c], k.scale[c], k.shift[c]), \
+           i, is_first, prefetch_distance(residual_ahead, i))
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(y, runs->channels, runs->len, AT);
+                STREAM_RUNS(y, channels, len, AT);
             else
-                STORE_RUNS(y, runs->channels, runs->len, AT);
+                STORE_RUNS(y, channels, len, AT);
 #undef AT
             continue;
         }
@@ -435,19 +440,21 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
 {
     const int fused = NAME(fused_with)(epilogue);
     if (runs->mask != NULL && fused != NAME(PLAIN))
-        NAME(normalize_runs)(1, NAME(WHOLE), x, y, runs, affine, epilogue, nontemporal);
+        NAME(normalize_runs)(1, NAME(WHOLE), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (runs->mask != NULL)
-        NAME(normalize_runs)(1, NAME(PLAIN), x, y, runs, affine, NULL, nontemporal);
+        NAME(normalize_runs)(1, NAME(PLAIN), 1, x, y, runs, affine, NULL, nontemporal);
     else if (fused == NAME(WHOLE))
-        NAME(normalize_runs)(0, NAME(WHOLE), x, y, runs, affine, epilogue, nontemporal);
+        NAME(normalize_runs)(0, NAME(WHOLE), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(NOTED))
-        NAME(normalize_runs)(0, NAME(NOTED), x, y, runs, affine, epilogue, nontemporal);
+        NAME(normalize_runs)(0, NAME(NOTED), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(ADDED))
-        NAME(normalize_runs)(0, NAME(ADDED), x, y, runs, affine, epilogue, nontemporal);
+        NAME(normalize_runs)(0, NAME(ADDED), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(ACTIVATED))
-        NAME(normalize_runs)(0, NAME(ACTIVATED), x, y, runs, affine, epilogue, nontemporal);
+        NAME(normalize_runs)(0, NAME(ACTIVATED), 1, x, y, runs, affine, epilogue, nontemporal);
+    else if (runs->ahead.near == 0 && !nontemporal && runs->len >= VA_LANES)
+        NAME(normalize_runs)(0, NAME(PLAIN), 0, x, y, runs, affine, NULL, 0);
     else
-        NAME(normalize_runs)(0, NAME(PLAIN), x, y, runs, affine, NULL, nontemporal);
+        NAME(normalize_runs)(0, NAME(PLAIN), 1, x, y, runs, affine, NULL, nontemporal);
 }
 
 /* dx from what has passed a gate. */
@@ -489,13 +496,14 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
            : DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], k.x_mean[c], \
                 k.slope[c], k.scale[c]))
         const int streams_runs = NAME(streams_runs)(&w, runs);
+        const ptrdiff_t channels = runs->channels, len = runs->len;
         if (!masked && (streams_runs || NAME(stores_runs)(&w, runs))) {
             enum { i0 = 0 };
             T *dx = (T *)dx_ + n * runs->stride;
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(dx, runs->channels, runs->len, DX_AT);
+                STREAM_RUNS(dx, channels, len, DX_AT);
             else
-                STORE_RUNS(dx, runs->channels, runs->len, DX_AT);
+                STORE_RUNS(dx, channels, len, DX_AT);
             continue;
         }
         NAME(start)(&w, (T *)dx_ + n * runs->stride);
