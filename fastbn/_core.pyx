@@ -20,7 +20,7 @@ from cpython.pystate cimport PyThreadState
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from cython.parallel cimport prange
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport INFINITY, NAN, fabs, fmod, isfinite, isnan, pow
+from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
 from libc.stdint cimport INT32_MAX, INT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset
@@ -143,10 +143,18 @@ cdef extern from "kernels.h" nogil:
                        double *invstd) noexcept nogil
         void (*mean_and_m2)(const double *pivot, const double *first, const double *second,
                             double n, Py_ssize_t count, double *mean, double *m2) noexcept nogil
+        bint (*float32_mean_and_m2)(const double *pivot, const double *first,
+                                    const double *second, double n, Py_ssize_t count,
+                                    double *mean, double *m2) noexcept nogil
         bint (*raw_mean_and_m2)(const double *first, const double *second, double n,
                                 Py_ssize_t count, double *mean, double *m2) noexcept nogil
+        bint (*float32_products)(const double *mean, const double *first, double n,
+                                 Py_ssize_t count, double *second) noexcept nogil
         void (*move_towards)(const double *target, double divisor, double factor,
                              Py_ssize_t count, double *moved) noexcept nogil
+        void (*multiply)(const double *by, Py_ssize_t count, double *multiplied) noexcept nogil
+        void (*gradient_coefficients)(const double *invstd, double n, Py_ssize_t count,
+                                      double *dy_mean, double *slope, double *scale) noexcept nogil
         bint (*any_huge)(const double *mean, Py_ssize_t count) noexcept nogil
         bint (*all_recoverable)(const double *weight, const double *bias, double slope,
                                 const Recovery *recovery, Py_ssize_t count) noexcept nogil

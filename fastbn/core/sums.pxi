@@ -176,10 +176,6 @@ cdef enum:
     # The positions among whose elements a pivot is looked for.
     PIVOT_SAMPLES = 16
 
-# Sums of squares, or of products, below this, for each element, have lost bits of terms that
-# float32 does not hold.
-cdef double FLOAT32_TINY = 2.0 ** -100
-
 
 cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,
                           double *mean, double *m2) noexcept nogil:
@@ -192,24 +188,11 @@ cdef void float32_moments(const Job *job, const Block *block, const BlockValid *
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
-    cdef bint loses = False
-    cdef Py_ssize_t c, channels = block.c1 - block.c0
     find_pivots(job, block, valid, pivot)
     sum_block(job, block, IN_FLOAT32, pivot, first, second)
-    isa_in_use.common.mean_and_m2(pivot, first, second, <double>valid.count, channels, mean, m2)
-    for c in range(channels):
-        if (leaves_float32(first[c], second[c], valid.count)
-                or not first[c] / valid.count * first[c] <= m2[c]):
-            m2[c], loses = NAN, True
-    if loses:
+    if isa_in_use.common.float32_mean_and_m2(pivot, first, second, <double>valid.count,
+                                             block.c1 - block.c0, mean, m2):
         sum_again(job, block, valid, mean, m2)
-
-
-cdef bint leaves_float32(double first, double second, Py_ssize_t count) noexcept nogil:
-    """Tell whether sums have overflowed, or may lack what has underflowed."""
-    if not (isfinite(first) and isfinite(second)):
-        return True
-    return fabs(second) < count * FLOAT32_TINY and not first == second == 0.0
 
 
 cdef void find_pivots(const Job *job, const Block *block, const BlockValid *valid,
@@ -329,45 +312,53 @@ cdef void float32_products(const Job *job, const Block *block, const BlockValid 
     """The same in float32; channels whose products have left its range are summed again."""
     cdef double exact_first[COLUMNS]
     cdef double exact_second[COLUMNS]
-    cdef bint summed_again = False
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, channels = block.c1 - block.c0
     sum_block(job, block, IN_FLOAT32, mean, first, second)
-    for c in range(block.c1 - block.c0):
-        if not leaves_float32(first[c], second[c], valid.count):
-            # Of the mean, float32 has taken the first 24 bits.
-            second[c] -= (mean[c] - <double><float>mean[c]) * first[c]
-            continue
-        if not summed_again:
-            sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)
-            summed_again = True
-        first[c], second[c] = exact_first[c], exact_second[c]
+    if not isa_in_use.common.float32_products(mean, first, <double>valid.count, channels, second):
+        return
+    sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)
+    for c in range(channels):
+        if isnan(second[c]):
+            first[c], second[c] = exact_first[c], exact_second[c]
 
 
 cdef void merge_products(const Job *job, Py_ssize_t g) noexcept nogil:
-    """Add up the blocks of each channel in their order."""
-    cdef Py_ssize_t b, c
+    """Add up the blocks of each channel, if there are several; find the sums of dy * xhat."""
     cdef double invstd[COLUMNS]
-    cdef Sums dy, dy_xhat
     cdef Block block = block_of(&job.cut, g, 0)
     cdef Py_ssize_t channels = block.c1 - block.c0
     cdef double *sum_dy = results_of(job, job.sum_dy_out, &block)
     cdef double *sum_dy_xhat = results_of(job, job.sum_dy_xhat_out, &block)
+    cdef const double *of_block = partial_sums_of(job, &block, 0)
+    if job.cut.blocks == 1:
+        memcpy(sum_dy, of_block, channels * sizeof(double))
+        memcpy(sum_dy_xhat, of_block + job.cut.c, channels * sizeof(double))
+    else:
+        add_blocks(job, g, sum_dy, sum_dy_xhat)
+    read_vector(&job.invstd, &block, invstd)
+    isa_in_use.common.multiply(invstd, channels, sum_dy_xhat)
+    if job.gradients != NULL:
+        add_gradients(job.gradients, &block, sum_dy_xhat, sum_dy)
+
+
+cdef void add_blocks(const Job *job, Py_ssize_t g, double *sum_dy,
+                     double *sum_products) noexcept nogil:
+    """Add up the blocks of each channel in their order."""
+    cdef Py_ssize_t b
+    cdef Sums dy, products
+    cdef Block block = block_of(&job.cut, g, 0)
+    cdef Py_ssize_t channels = block.c1 - block.c0
     cdef const double *first
     if job.cut.blocks == 0:
         begin(&dy, NULL, channels)
-        begin(&dy_xhat, NULL, channels)
+        begin(&products, NULL, channels)
     for b in range(job.cut.blocks):
         first = partial_sums_of(job, &block, b)
         if b == 0:
             begin(&dy, first, channels)
-            begin(&dy_xhat, first + job.cut.c, channels)
+            begin(&products, first + job.cut.c, channels)
         else:
             add(&dy, first, channels)
-            add(&dy_xhat, first + job.cut.c, channels)
+            add(&products, first + job.cut.c, channels)
     write_sums(&dy, channels, sum_dy)
-    write_sums(&dy_xhat, channels, sum_dy_xhat)
-    read_vector(&job.invstd, &block, invstd)
-    for c in range(channels):
-        sum_dy_xhat[c] *= invstd[c]
-    if job.gradients != NULL:
-        add_gradients(job.gradients, &block, sum_dy_xhat, sum_dy)
+    write_sums(&products, channels, sum_products)

@@ -286,10 +286,45 @@ static void mean_and_m2(const double *pivot, const double *first, const double *
     }
 }
 
+/* Whether sums in float32 have not overflowed, and lack nothing that has underflowed: the second is
+ * that of terms that are about `tiny` together, or all of them are 0. */
+ALWAYS_INLINE int stays_in_float32(double first, double second, double tiny)
+{
+    const int is_finite = (fabs(first) < INFINITY) & (fabs(second) < INFINITY);
+    return is_finite & ((fabs(second) >= tiny) | ((first == 0) & (second == 0)));
+}
+
+static int float32_mean_and_m2(const double *pivot, const double *first, const double *second,
+                               double n, ptrdiff_t count, double *mean, double *m2)
+{
+    long long lost = 0; /* as wide as a double, and without branches: the loop is vectorized */
+    mean_and_m2(pivot, first, second, n, count, mean, m2);
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double square = first[c] / n * first[c];
+        const int keeps = stays_in_float32(first[c], second[c], n * FASTBN_TINY) & (square <= m2[c]);
+        m2[c] = keeps ? m2[c] : NAN;
+        lost |= keeps ? 0 : 1;
+    }
+    return lost != 0;
+}
+
+static int float32_products(const double *mean, const double *first, double n, ptrdiff_t count,
+                            double *second)
+{
+    long long lost = 0; /* as in float32_mean_and_m2 */
+    for (ptrdiff_t c = 0; c < count; c++) {
+        const double rest = mean[c] - (double)(float)mean[c];
+        const int keeps = stays_in_float32(first[c], second[c], n * FASTBN_TINY);
+        second[c] = keeps ? second[c] - rest * first[c] : NAN;
+        lost |= keeps ? 0 : 1;
+    }
+    return lost != 0;
+}
+
 static int raw_mean_and_m2(const double *first, const double *second, double n,
                            ptrdiff_t count, double *mean, double *m2)
 {
-    long long lost = 0; /* as wide as a double, and without branches: the loop is vectorized */
+    long long lost = 0; /* as in float32_mean_and_m2 */
     for (ptrdiff_t c = 0; c < count; c++) {
         const double of_channel = first[c] / n, square = first[c] * of_channel;
         const double around_mean = second[c] - square;
@@ -313,9 +348,25 @@ static void move_towards(const double *target, double divisor, double factor,
         moved[c] = (1 - factor) * moved[c] + factor * (target[c] / divisor);
 }
 
+static void multiply(const double *by, ptrdiff_t count, double *multiplied)
+{
+    for (ptrdiff_t c = 0; c < count; c++)
+        multiplied[c] *= by[c];
+}
+
+static void gradient_coefficients(const double *invstd, double n, ptrdiff_t count, double *dy_mean,
+                                  double *slope, double *scale)
+{
+    for (ptrdiff_t c = 0; c < count; c++) {
+        dy_mean[c] /= n;
+        slope[c] = invstd[c] * (slope[c] / n);
+        scale[c] *= invstd[c];
+    }
+}
+
 static int any_huge(const double *mean, ptrdiff_t count)
 {
-    long long found = 0; /* as in raw_mean_and_m2 */
+    long long found = 0; /* as in float32_mean_and_m2 */
     for (ptrdiff_t c = 0; c < count; c++) {
         const double size = fabs(mean[c]);
         found |= (size >= FASTBN_HUGE) & (size < INFINITY) ? 1 : 0;
@@ -327,7 +378,7 @@ static int all_recoverable(const double *weight, const double *bias, double slop
                            const fastbn_recovery *recovery, ptrdiff_t count)
 {
     const fastbn_recovery of = *recovery;
-    long long lost = 0; /* as in raw_mean_and_m2 */
+    long long lost = 0; /* as in float32_mean_and_m2 */
     for (ptrdiff_t c = 0; c < count; c++) {
         const double w = fabs(slope * weight[c]), b = fabs(slope * bias[c]);
         const int keeps = (w >= of.least) & (w * of.reach <= of.greatest) & (b <= of.ratio * w);
@@ -337,6 +388,7 @@ static int all_recoverable(const double *weight, const double *bias, double slop
 }
 
 const fastbn_common_kernels PASTE(fastbn_common_kernels_, ISA) = {
-    count_valid,  invstd,   mean_and_m2,     raw_mean_and_m2,
-    move_towards, any_huge, all_recoverable, FENCE_NONTEMPORAL,
+    count_valid,     invstd,           mean_and_m2,  float32_mean_and_m2,
+    raw_mean_and_m2, float32_products, move_towards, multiply,
+    gradient_coefficients, any_huge, all_recoverable, FENCE_NONTEMPORAL,
 };

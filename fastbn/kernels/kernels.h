@@ -46,6 +46,10 @@ enum {
  * greatest number. To take a smaller one from that number changes nothing. */
 #define FASTBN_HUGE 0x1p103
 
+/* Sums of squares, or of products, below this, for each element, have lost bits of terms that float32
+ * does not hold. */
+#define FASTBN_TINY 0x1p-100
+
 /* y = (x - centre) * scale + shift, for each channel */
 typedef struct {
     double centre[FASTBN_COLUMNS], scale[FASTBN_COLUMNS], shift[FASTBN_COLUMNS];
@@ -201,13 +205,28 @@ typedef struct {
      * these, first and second are the sums */
     void (*mean_and_m2)(const double *pivot, const double *first, const double *second, double n,
                         ptrdiff_t count, double *mean, double *m2);
+    /* The same of sums in float32, whose rounding errors are of the size of the deviations. m2 is NaN
+     * where their square is more than the variance, or where these have left float32's range; returns
+     * whether any is. */
+    int (*float32_mean_and_m2)(const double *pivot, const double *first, const double *second,
+                               double n, ptrdiff_t count, double *mean, double *m2);
     /* The same of raw moments. m2 is NaN where it would have lost digits, since the square of the mean
      * is more than FASTBN_RAW_MOST times the variance; returns whether any is. */
     int (*raw_mean_and_m2)(const double *first, const double *second, double n, ptrdiff_t count,
                            double *mean, double *m2);
+    /* Of the mean, sums of n products in float32 have taken the first 24 bits: takes the rest off the
+     * second ones. They are NaN where sums have left float32's range; returns whether any is. */
+    int (*float32_products)(const double *mean, const double *first, double n, ptrdiff_t count,
+                            double *second);
     /* moved = (1 - factor) * moved + factor * target / divisor */
     void (*move_towards)(const double *target, double divisor, double factor, ptrdiff_t count,
                          double *moved);
+    /* multiplied *= by */
+    void (*multiply)(const double *by, ptrdiff_t count, double *multiplied);
+    /* The coefficients of the gradient of x that divide by n: of the sums of dy and of dy * xhat, in
+     * dy_mean and slope, and of the weight, in scale. */
+    void (*gradient_coefficients)(const double *invstd, double n, ptrdiff_t count, double *dy_mean,
+                                  double *slope, double *scale);
     /* Whether any mean is finite and FASTBN_HUGE or more. */
     int (*any_huge)(const double *mean, ptrdiff_t count);
     /* Whether all channels can be recovered whose outputs were multiplied by a slope. */
