@@ -82,6 +82,7 @@ cdef struct Tasks:
     # tasks are about in its second-level cache, 1. To fetch that takes longer than to wait.
     int reserved
     fastbn_range ranges[THREADS_MAX]
+    double start                  # when the tasks began,
     double busy                   # the seconds for which the calling thread has worked,
     Py_ssize_t done               # and the tasks that it has done
 
@@ -93,7 +94,6 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     cdef Tasks *shared = &tasks
     cdef Py_ssize_t t
     cdef int i
-    cdef double start
     threads = <int>min(<Py_ssize_t>threads, count)
     if threads <= 1 or count > INT32_MAX:
         for t in range(count):
@@ -106,12 +106,12 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
-    start = fastbn_seconds()
+    tasks.start = fastbn_seconds()
     if not fastbn_on_borrowed_threads(walk_range, shared, tasks.threads):
         for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
             walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
-                fastbn_seconds() - start - tasks.busy)
+                fastbn_seconds() - tasks.start - tasks.busy)
 
 
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
@@ -119,7 +119,6 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
     cdef Tasks *tasks = <Tasks *>tasks_
     cdef Py_ssize_t t, done = 0
     cdef int i
-    cdef double start = fastbn_seconds()
     while True:
         t = take_task(tasks, own, tasks.backwards, 0)
         if t < 0:
@@ -134,7 +133,7 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
             done += 1
     if own == 0:  # the calling thread's
-        tasks.busy = fastbn_seconds() - start
+        tasks.busy = fastbn_seconds() - tasks.start
         tasks.done = done
 
 
@@ -307,21 +306,23 @@ cdef int execute(Job *job) except -1:
 cdef void execute_steps(Job *job, int threads) noexcept nogil:
     """Execute a job for which there is memory."""
     cdef Job leftover
-    cdef double start = 0.0
+    cdef Py_ssize_t moved = bytes_moved(job)
+    note_begin(moved)
     job.in_float64 = needs_float64(job)
-    job.tries = what_it_tries(job, threads)
+    job.tries = what_it_tries(job, threads) if is_shared(moved) else NOTHING
     if job.tries != NOTHING:
         job.trial = trial_with(key_of(job, threads), calls_of_way(job))
-        job.way, start = way_of(job.trial, likely_way(job)), fastbn_seconds()
+        job.way = way_of(job.trial, likely_way(job))
     if job.tries == THREADS and job.way == 1:
         threads = 1
     job.schedule(job, threads)
     if job.leftover_samples > 0:
         leftover = leftover_job(job)
         leftover.schedule(&leftover, threads)
+    if is_shared(moved):
+        note_end()
     if job.tries != NOTHING:
-        note_call(job.trial, job.way, fastbn_seconds() - start)
-    note_end(bytes_moved(job))
+        note_call(job.trial, job.way, last_end - call_began)
 
 
 cdef int allocate(Job *job) except -1:

@@ -8,13 +8,15 @@ cdef extern from *:
     #  define FASTBN_THREAD_LOCAL _Thread_local
     #endif
     static FASTBN_THREAD_LOCAL int fastbn_threads_here;
-    static FASTBN_THREAD_LOCAL double fastbn_last_end, fastbn_saved, fastbn_credit;
+    static FASTBN_THREAD_LOCAL double fastbn_call_began, fastbn_last_end;
+    static FASTBN_THREAD_LOCAL double fastbn_saved, fastbn_credit;
     static FASTBN_THREAD_LOCAL double fastbn_alone, fastbn_alone_since, fastbn_caution;
     """
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
     # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
     int threads_here "fastbn_threads_here"
-    # When the last call ended that several threads could have shared.
+    # When this call began, and when the last one ended, that several threads could have shared.
+    double call_began "fastbn_call_began"
     double last_end "fastbn_last_end"
     # The seconds that sharing has saved in this call, and of late, at most MOST_CREDIT.
     double saved "fastbn_saved"
@@ -97,20 +99,27 @@ cdef bint avoids_waits() noexcept nogil:
     return (threads_here or threads_fixed) <= 0
 
 
+cdef void note_begin(Py_ssize_t moved) noexcept nogil:
+    """Remember when a call begins: to look at the clock takes a hundredth of a small one's time."""
+    global call_began
+    if is_shared(moved):
+        call_began = fastbn_seconds()
+
+
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
     """The number of threads for a call that reads and writes so many bytes."""
     global alone_since
     cdef int threads = threads_worth_it(moved, most)
     if threads == 1 or alone <= 0.0 or not avoids_waits():
         return threads
-    alone_since = fastbn_seconds()
+    alone_since = call_began
     return 1
 
 
 cdef int threads_worth_it(Py_ssize_t moved, int most) noexcept nogil:
     """How many threads so many bytes are worth, if none has to wait for its CPU."""
     cdef Py_ssize_t least = BYTES_PER_THREAD
-    if is_shared(moved) and fastbn_seconds() - last_end < SOON:
+    if is_shared(moved) and call_began - last_end < SOON:
         least = BYTES_PER_AWAKE_THREAD
     return <int>min(<Py_ssize_t>most, max(moved // least, 1))
 
@@ -139,11 +148,9 @@ cdef void note_shared(int threads, double busy, double part, double idle) noexce
     saved += by_others - idle
 
 
-cdef void note_end(Py_ssize_t moved) noexcept nogil:
+cdef void note_end() noexcept nogil:
     """Remember when a call ended, and let the next ones use one thread if sharing has cost much."""
     global last_end, saved, alone, alone_since
-    if not is_shared(moved):
-        return
     last_end = fastbn_seconds()
     if alone_since > 0.0:
         alone -= last_end - alone_since
