@@ -18,6 +18,16 @@ typedef struct {
     A centre[COLUMNS], scale[COLUMNS], shift[COLUMNS];
 } NAME(affine);
 
+/* Those of one channel. */
+typedef struct {
+    A centre, scale, shift;
+} NAME(affine_of_run);
+
+ALWAYS_INLINE NAME(affine_of_run) NAME(affine_of)(const NAME(affine) *k, ptrdiff_t c)
+{
+    return (NAME(affine_of_run)){k->centre[c], k->scale[c], k->shift[c]};
+}
+
 ALWAYS_INLINE void NAME(narrow_affine)(const fastbn_affine *affine, ptrdiff_t count,
                                        NAME(affine) *to)
 {
@@ -100,33 +110,38 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     } while (0)
 
 /* Stores the runs of several channels, one behind the other, of at least a register each, from an
- * element up to a stop, between which there are whole registers: AT(c, i, is_first) is the register
- * at i, counted from the first run on, with the coefficients of channel c, and STORE(to, v) stores
- * it. A register that reaches over the end of a run into the next one has the results of both. */
-#define EACH_RUN(to, channels, len, start, stop, AT, STORE) \
+ * element up to a stop, between which there are whole registers: AT(k, i, is_first) is the register
+ * at i, counted from the first run on, with coefficients k, OF(c) are those of channel c, of some
+ * type, and STORE(to, v) stores it. A register that reaches over the end of a run into the next one
+ * has the results of both. The coefficients are local values: what is stored cannot change them, so
+ * that they stay in registers. */
+#define EACH_RUN(to, channels, len, start, stop, type, OF, AT, STORE) \
     do { \
         ptrdiff_t i = (start); \
         for (ptrdiff_t c = 0, border = (len); c < (channels); c++, border += (len)) { \
             const ptrdiff_t end = smaller(border, stop); \
+            const type of_run = OF(c); \
             NO_UNROLL for (; i + NAME(STRETCH) <= end; i += NAME(STRETCH)) \
                 UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                    STORE((to) + i + j, AT(c, i + j, j % NAME(LINE) == 0)); \
+                    STORE((to) + i + j, AT(of_run, i + j, j % NAME(LINE) == 0)); \
             NO_UNROLL for (; i + VA_LANES <= end; i += VA_LANES) \
-                STORE((to) + i, AT(c, i, 1)); \
+                STORE((to) + i, AT(of_run, i, 1)); \
             if (i < border && c + 1 < (channels)) { \
-                const uint32_t of_this_run = ((uint32_t)1 << (border - i)) - 1; \
-                STORE((to) + i, IF_BITS_A(of_this_run, AT(c, i, 1), AT(c + 1, i, 0))); \
+                const uint32_t bits = ((uint32_t)1 << (border - i)) - 1; \
+                const type of_next = OF(c + 1); \
+                STORE((to) + i, IF_BITS_A(bits, AT(of_run, i, 1), AT(of_next, i, 0))); \
                 i += VA_LANES; \
             } \
         } \
     } while (0)
 
 /* Stores such runs as a whole, aligned like STORE_RUN. */
-#define STORE_RUNS(to, channels, len, AT) \
+#define STORE_RUNS(to, channels, len, type, OF, AT) \
     do { \
         const ptrdiff_t whole = (channels) * (len), last = whole - VA_LANES; \
-        const VA first_results = AT(0, 0, 1), last_results = AT((channels)-1, last, 0); \
-        EACH_RUN(to, channels, len, NAME(unaligned)(to), whole, AT, NAME(store)); \
+        const type of_first = OF(0), of_last = OF((channels)-1); \
+        const VA first_results = AT(of_first, 0, 1), last_results = AT(of_last, last, 0); \
+        EACH_RUN(to, channels, len, NAME(unaligned)(to), whole, type, OF, AT, NAME(store)); \
         NAME(store)(to, first_results); \
         NAME(store)((to) + last, last_results); \
     } while (0)
@@ -168,24 +183,25 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
 
 /* Stores runs of several channels like STORE_RUNS, but whole lines like STREAM_RUN, forwards. A run
  * has a line, or more. */
-#  define STREAM_RUNS(to, channels, len, AT) \
+#  define STREAM_RUNS(to, channels, len, type, OF, AT) \
     do { \
         enum { LINE = NAME(LINE) }; \
+        const type of_first = OF(0), of_last = OF((channels)-1); \
         const ptrdiff_t whole = (channels) * (len); \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
         const ptrdiff_t stop = whole - (whole - head) % LINE; \
         T first[LINE], last[LINE]; \
         UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
-            NAME(store)(first + i, AT(0, i, 0)); \
-            NAME(store)(last + i, AT((channels)-1, whole - LINE + i, 0)); \
+            NAME(store)(first + i, AT(of_first, i, 0)); \
+            NAME(store)(last + i, AT(of_last, whole - LINE + i, 0)); \
         } \
-        EACH_RUN(to, channels, len, head, stop, AT, NAME(stream)); \
+        EACH_RUN(to, channels, len, head, stop, type, OF, AT, NAME(stream)); \
         memcpy(to, first, (size_t)head * sizeof(T)); \
         memcpy((to) + stop, last + LINE - (whole - stop), (size_t)(whole - stop) * sizeof(T)); \
     } while (0)
 #else
 #  define STREAM_RUN(to, len, backwards, AT) (void)0
-#  define STREAM_RUNS(to, channels, len, AT) (void)0
+#  define STREAM_RUNS(to, channels, len, type, OF, AT) (void)0
 #endif
 
 /* Where a kernel writes: straight to the output or, where non-temporal stores of what it writes at a
@@ -364,62 +380,65 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, c
                                         const fastbn_affine *affine,
                                         const fastbn_epilogue *epilogue, int nontemporal)
 {
-    NAME(affine) k;
+    NAME(affine) coefficients;
     uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
     ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(writer) w;
     NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, MOST(fused),
                       follows_closely(y_, x_));
-    NAME(narrow_affine)(affine, runs->channels, &k);
+    NAME(narrow_affine)(affine, runs->channels, &coefficients);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
     if (fused != NAME(WHOLE)) /* the compiler does not know it */
         activation.is_clamped = 1;
+#define OF(c) NAME(affine_of)(&coefficients, c)
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
         const int streams_runs = NAME(streams_runs)(&w, runs);
-        if (!prefetches || (!masked && fused != NAME(WHOLE) &&
+        const ptrdiff_t channels = runs->channels, len = runs->len;
+        if (!prefetches || (!masked && fused != NAME(WHOLE) && fused != NAME(NOTED) &&
                             (streams_runs || NAME(stores_runs)(&w, runs)))) {
-            const ptrdiff_t channels = runs->channels, len = runs->len;
             enum { i0 = 0 };
             const NAME(beside) beside = NAME(beside_of)(fused, epilogue, n * runs->stride);
             T *y = (T *)y_ + n * runs->stride;
-#define AT(c, i, is_first) \
+#define AT(k, i, is_first) \
     FINISH(fused, Y(NAME(fetch)(x + (i), prefetches && (is_first), prefetch_distance(ahead, i)), \
-                    k.centre[c], k.scale[c], k.shift[c]), \
+                    (k).centre, (k).scale, (k).shift), \
            i, is_first, prefetch_distance(residual_ahead, i))
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(y, channels, len, AT);
+                STREAM_RUNS(y, channels, len, NAME(affine_of_run), OF, AT);
             else
-                STORE_RUNS(y, channels, len, AT);
+                STORE_RUNS(y, channels, len, NAME(affine_of_run), OF, AT);
 #undef AT
             continue;
         }
         NAME(start)(&w, (T *)y_ + n * runs->stride);
-        for (ptrdiff_t c = 0; c < runs->channels; c++, x += runs->len) {
+        for (ptrdiff_t c = 0; c < channels; c++, x += len) {
+            const NAME(affine_of_run) k = OF(c);
             const NAME(beside) beside =
-                NAME(beside_of)(fused, epilogue, n * runs->stride + c * runs->len);
+                NAME(beside_of)(fused, epilogue, n * runs->stride + c * len);
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define AT(i, is_first) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), is_first, AHEAD(i)), k.centre[c], \
-                                 k.scale[c], k.shift[c]), i, is_first, \
+    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), is_first, AHEAD(i)), k.centre, \
+                                 k.scale, k.shift), i, is_first, \
                         prefetch_distance(residual_ahead, i0 + (i))), i0 + (i))
 #define ONE(i) \
-    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre[c], k.scale[c], \
-                                    k.shift[c]), i), i0 + (i))
-            WRITE_RUN(&w, NAME(MAY_STREAM), runs->len, AT, ONE,
-                      KEEP_NOTES(fused, c + 1 == runs->channels && i0 + n == runs->len))
+    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre, k.scale, k.shift), i), \
+                i0 + (i))
+            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE,
+                      KEEP_NOTES(fused, c + 1 == channels && i0 + n == len))
 #undef AT
 #undef ONE
 #undef AHEAD
-            ahead.border -= runs->len;
-            residual_ahead.border -= runs->len;
+            ahead.border -= len;
+            residual_ahead.border -= len;
         }
         NAME(flush)(&w);
     }
+#undef OF
 }
 
 /* How an epilogue is fused. */
@@ -464,18 +483,31 @@ ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_mean, VA rest, VA x_m
     return DX(passed.dy, passed.x, dy_mean, rest, x_mean, slope, scale);
 }
 
+/* The coefficients of one channel; without a gate, its bounds are 0. */
+typedef struct {
+    A dy_mean, rest, x_mean, slope, scale, low, high;
+} NAME(gradient_of_run);
+
+ALWAYS_INLINE NAME(gradient_of_run) NAME(gradient_of)(const NAME(gradient_coefficients) *k,
+                                                      const NAME(gates) *gates, ptrdiff_t c)
+{
+    return (NAME(gradient_of_run)){k->dy_mean[c], k->rest[c], k->x_mean[c], k->slope[c], k->scale[c],
+                                   gates == NULL ? 0 : gates->low[c],
+                                   gates == NULL ? 0 : gates->high[c]};
+}
+
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, const void *x_,
                                        void *dx_, const fastbn_runs *runs,
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
     const int gated = kind != FASTBN_LINEAR;
-    NAME(gradient_coefficients) k;
+    NAME(gradient_coefficients) coefficients;
     NAME(gates) gates;
     NAME(writer) w;
     NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, PTRDIFF_MAX,
                       follows_closely(dx_, x_) || follows_closely(dx_, dy_));
-    NAME(narrow_gradient)(gradient, runs->channels, &k);
+    NAME(narrow_gradient)(gradient, runs->channels, &coefficients);
     if (gated)
         NAME(narrow_gates)(gate, runs->channels, &gates);
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
@@ -485,42 +517,44 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
 #define X_AT(i, is_first) NAME(fetch)(x + i0 + (i), is_first, AHEAD(i))
-#define SAME(table, c) NAME(all_lanes)(table[c])
-#define GATED(c, dy, x) \
-    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME(gates.low, c), \
-                              SAME(gates.high, c)), \
-                   SAME(k.dy_mean, c), SAME(k.rest, c), SAME(k.x_mean, c), SAME(k.slope, c), \
-                   SAME(k.scale, c))
-#define DX_AT(c, i, is_first) \
-    (gated ? GATED(c, DY_AT(i, is_first), X_AT(i, is_first)) \
-           : DX(DY_AT(i, is_first), X_AT(i, is_first), k.dy_mean[c], k.rest[c], k.x_mean[c], \
-                k.slope[c], k.scale[c]))
+#define SAME(a) NAME(all_lanes)(a)
+#define GATED(k, dy, x) \
+    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME((k).low), SAME((k).high)), \
+                   SAME((k).dy_mean), SAME((k).rest), SAME((k).x_mean), SAME((k).slope), \
+                   SAME((k).scale))
+#define OF(c) NAME(gradient_of)(&coefficients, gated ? &gates : NULL, c)
+#define DX_AT(k, i, is_first) \
+    (gated ? GATED(k, DY_AT(i, is_first), X_AT(i, is_first)) \
+           : DX(DY_AT(i, is_first), X_AT(i, is_first), (k).dy_mean, (k).rest, (k).x_mean, \
+                (k).slope, (k).scale))
         const int streams_runs = NAME(streams_runs)(&w, runs);
         const ptrdiff_t channels = runs->channels, len = runs->len;
         if (!masked && (streams_runs || NAME(stores_runs)(&w, runs))) {
             enum { i0 = 0 };
             T *dx = (T *)dx_ + n * runs->stride;
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(dx, channels, len, DX_AT);
+                STREAM_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT);
             else
-                STORE_RUNS(dx, channels, len, DX_AT);
+                STORE_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT);
             continue;
         }
         NAME(start)(&w, (T *)dx_ + n * runs->stride);
-        for (ptrdiff_t c = 0; c < runs->channels; c++, dy += runs->len, x += runs->len) {
-#define AT(i, is_first) MASKED_LANES(DX_AT(c, i, is_first), i0 + (i))
+        for (ptrdiff_t c = 0; c < channels; c++, dy += len, x += len) {
+            const NAME(gradient_of_run) k = OF(c);
+#define AT(i, is_first) MASKED_LANES(DX_AT(k, i, is_first), i0 + (i))
 #define ONE(i) \
-    (gated ? NAME(first_lane)(GATED(c, NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
+    (gated ? NAME(first_lane)(GATED(k, NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
-           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean[c], \
-                            k.rest[c], k.x_mean[c], k.slope[c], k.scale[c]), i0 + (i)))
-            WRITE_RUN(&w, NAME(MAY_STREAM), runs->len, AT, ONE, (void)0)
+           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean, \
+                            k.rest, k.x_mean, k.slope, k.scale), i0 + (i)))
+            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, (void)0)
 #undef AT
 #undef ONE
-            ahead.border -= runs->len;
+            ahead.border -= len;
         }
         NAME(flush)(&w);
 #undef DX_AT
+#undef OF
 #undef GATED
 #undef SAME
 #undef X_AT
@@ -617,7 +651,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
  * that is left out as a whole is zeros. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, prefetched, backwards, AT, ONE, BEGIN, \
                    DONE) \
-    if (NAME(streams_rows)(matrix, nontemporal, most)) \
+    if (!(masked) && NAME(streams_rows)(matrix, nontemporal, most)) \
         STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN); \
     else \
         WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, prefetched, AT, ONE, BEGIN, \
