@@ -78,9 +78,7 @@ cdef struct Tasks:
     Py_ssize_t g0, groups
     int threads
     bint backwards                # whether each thread walks its range from the last to the first
-    # How many tasks of a range no other thread takes: 0 or, where each thread may have what its
-    # tasks are about in its second-level cache, 1. To fetch that takes longer than to wait.
-    int reserved
+    int reserved                  # how many tasks of a range no other thread takes
     fastbn_range ranges[THREADS_MAX]
     double start                  # when the tasks began,
     double busy                   # the seconds for which the calling thread has worked,
@@ -102,7 +100,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
-    tasks.reserved = count >= 4 * tasks.threads and is_in_l2(job, tasks.threads)
+    tasks.reserved = tasks_reserved(job, count, tasks.threads)
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
@@ -112,6 +110,20 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
             walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
                 fastbn_seconds() - tasks.start - tasks.busy)
+
+
+cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept nogil:
+    """How many tasks of a range no other thread takes: to fetch memory takes longer than to wait.
+
+    Each thread may have what its tasks are about in its second-level cache. What the last call has
+    overwritten is in the cache of the core that did it, and the cores of some machines have caches
+    of their own: if others took tasks each time, that memory would go to and fro.
+    """
+    if count < 4 * threads:
+        return 0
+    if overwrites_input(job):
+        return <int>(count // (4 * threads))
+    return is_in_l2(job, threads)
 
 
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
