@@ -82,7 +82,7 @@ cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
 cdef bint finds_in_caches(const Job *job, int threads, Py_ssize_t walked) noexcept nogil:
     """Tell whether results are computed from what nearby caches have: to prefetch it only costs.
 
-    Where there are sums, a thread has walked so many bytes for them before.
+    Where there are sums, these are the `walked` bytes, which a thread has just summed.
     """
     if job.reduce != NULL:
         return walked <= l2_bytes

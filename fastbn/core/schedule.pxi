@@ -80,7 +80,6 @@ cdef struct Tasks:
     bint backwards                # whether each thread walks its range from the last to the first
     int reserved                  # how many tasks of a range no other thread takes
     fastbn_range ranges[THREADS_MAX]
-    double start                  # when the tasks began,
     double busy                   # the seconds for which the calling thread has worked,
     Py_ssize_t done               # and the tasks that it has done
 
@@ -92,6 +91,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     cdef Tasks *shared = &tasks
     cdef Py_ssize_t t
     cdef int i
+    cdef double start
     threads = <int>min(<Py_ssize_t>threads, count)
     if threads <= 1 or count > INT32_MAX:
         for t in range(count):
@@ -104,24 +104,26 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     for i in range(tasks.threads):
         fastbn_set_range(&tasks.ranges[i], count * i // tasks.threads,
                          count * (i + 1) // tasks.threads)
-    tasks.start = fastbn_seconds()
+    start = fastbn_seconds()
     if not fastbn_on_borrowed_threads(walk_range, shared, tasks.threads):
         for i in prange(tasks.threads, schedule="static", chunksize=1, num_threads=tasks.threads):
             walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
-                fastbn_seconds() - tasks.start - tasks.busy)
+                fastbn_seconds() - start - tasks.busy)
 
 
 cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept nogil:
     """How many tasks of a range no other thread takes: to fetch memory takes longer than to wait.
 
-    Each thread may have what its tasks are about in its second-level cache. What the last call has
-    overwritten is in the cache of the core that did it, and the cores of some machines have caches
-    of their own: if others took tasks each time, that memory would go to and fro.
+    In place it is a quarter of them. What the last call has overwritten is in the cache of the core
+    that did it, and the cores of some machines have caches of their own: if others took tasks each
+    time, that memory would go to and fro. Otherwise it is one where each thread may have what its
+    tasks are about in its second-level cache.
     """
+    cdef bint is_in_place = job.out != NULL and overwrites_input(job)
     if count < 4 * threads:
         return 0
-    if overwrites_input(job):
+    if is_in_place and bytes_in_caches(job) <= LARGER_THAN_CACHES:
         return <int>(count // (4 * threads))
     return is_in_l2(job, threads)
 
@@ -131,6 +133,7 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
     cdef Tasks *tasks = <Tasks *>tasks_
     cdef Py_ssize_t t, done = 0
     cdef int i
+    cdef double start = fastbn_seconds() if own == 0 else 0.0
     while True:
         t = take_task(tasks, own, tasks.backwards, 0)
         if t < 0:
@@ -145,7 +148,7 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
             tasks.task(tasks.job, tasks.g0, tasks.groups, t)
             done += 1
     if own == 0:  # the calling thread's
-        tasks.busy = fastbn_seconds() - tasks.start
+        tasks.busy = fastbn_seconds() - start
         tasks.done = done
 
 

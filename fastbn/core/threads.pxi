@@ -15,7 +15,7 @@ cdef extern from *:
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
     # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
     int threads_here "fastbn_threads_here"
-    # When this call began, and when the last one ended, that several threads could have shared.
+    # Of calls that several threads could share: when this one began, and when the last one ended.
     double call_began "fastbn_call_began"
     double last_end "fastbn_last_end"
     # The seconds that sharing has saved in this call, and of late, at most MOST_CREDIT.
@@ -100,7 +100,7 @@ cdef bint avoids_waits() noexcept nogil:
 
 
 cdef void note_begin(Py_ssize_t moved) noexcept nogil:
-    """Remember when a call begins: to look at the clock takes a hundredth of a small one's time."""
+    """Remember when a call begins, unless it is too small to be shared: a clock takes time, too."""
     global call_began
     if is_shared(moved):
         call_began = fastbn_seconds()

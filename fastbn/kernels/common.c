@@ -287,7 +287,7 @@ static void mean_and_m2(const double *pivot, const double *first, const double *
 }
 
 /* Whether sums in float32 have not overflowed, and lack nothing that has underflowed: the second is
- * that of terms that are about `tiny` together, or all of them are 0. */
+ * at least `tiny`, or both are 0. */
 ALWAYS_INLINE int stays_in_float32(double first, double second, double tiny)
 {
     const int is_finite = (fabs(first) < INFINITY) & (fabs(second) < INFINITY);
@@ -300,8 +300,8 @@ static int float32_mean_and_m2(const double *pivot, const double *first, const d
     long long lost = 0; /* as wide as a double, and without branches: the loop is vectorized */
     mean_and_m2(pivot, first, second, n, count, mean, m2);
     for (ptrdiff_t c = 0; c < count; c++) {
-        const double square = first[c] / n * first[c];
-        const int keeps = stays_in_float32(first[c], second[c], n * FASTBN_TINY) & (square <= m2[c]);
+        const int is_near = first[c] / n * first[c] <= m2[c];
+        const int keeps = stays_in_float32(first[c], second[c], n * FASTBN_TINY) & is_near;
         m2[c] = keeps ? m2[c] : NAN;
         lost |= keeps ? 0 : 1;
     }

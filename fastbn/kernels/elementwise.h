@@ -110,11 +110,11 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     } while (0)
 
 /* Stores the runs of several channels, one behind the other, of at least a register each, from an
- * element up to a stop, between which there are whole registers: AT(k, i, is_first) is the register
- * at i, counted from the first run on, with coefficients k, OF(c) are those of channel c, of some
- * type, and STORE(to, v) stores it. A register that reaches over the end of a run into the next one
- * has the results of both. The coefficients are local values: what is stored cannot change them, so
- * that they stay in registers. */
+ * element up to a stop, between which there are whole registers. OF(c) are the coefficients of
+ * channel c, a struct of type `type`. AT(k, i, is_first) is the register at i, counted from the
+ * first run on, with coefficients k, and STORE(to, v) stores it. A register that reaches over the
+ * end of a run into the next one has the results of both. The coefficients are local values: what
+ * is stored cannot change them, so that they stay in registers. */
 #define EACH_RUN(to, channels, len, start, stop, type, OF, AT, STORE) \
     do { \
         ptrdiff_t i = (start); \
@@ -374,7 +374,7 @@ ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epi
         w.most = ALIVE_BYTES - noted; \
     }
 
-/* Without prefetches, runs of a register or more are stored as a whole. */
+/* Without prefetches, runs are of a register or more, and there is nothing but ordinary stores. */
 ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, const void *x_,
                                         void *y_, const fastbn_runs *runs,
                                         const fastbn_affine *affine,
@@ -491,7 +491,11 @@ typedef struct {
 ALWAYS_INLINE NAME(gradient_of_run) NAME(gradient_of)(const NAME(gradient_coefficients) *k,
                                                       const NAME(gates) *gates, ptrdiff_t c)
 {
-    return (NAME(gradient_of_run)){k->dy_mean[c], k->rest[c], k->x_mean[c], k->slope[c], k->scale[c],
+    return (NAME(gradient_of_run)){k->dy_mean[c],
+                                   k->rest[c],
+                                   k->x_mean[c],
+                                   k->slope[c],
+                                   k->scale[c],
                                    gates == NULL ? 0 : gates->low[c],
                                    gates == NULL ? 0 : gates->high[c]};
 }

@@ -46,8 +46,8 @@ enum {
  * greatest number. To take a smaller one from that number changes nothing. */
 #define FASTBN_HUGE 0x1p103
 
-/* Sums of squares, or of products, below this, for each element, have lost bits of terms that float32
- * does not hold. */
+/* Sums of squares, or of products, below this, for each element, have lost bits of terms that
+ * float32 does not hold. */
 #define FASTBN_TINY 0x1p-100
 
 /* y = (x - centre) * scale + shift, for each channel */
@@ -97,7 +97,8 @@ typedef struct {
 
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
  * prefetched, later the one `jump` further on: hardware does not foresee the way to the next
- * sample. The addresses need not be memory of the process. */
+ * sample. The addresses need not be memory of the process. Where `near` is 0, caches have what is
+ * read, and nothing has to be prefetched. */
 typedef struct {
     ptrdiff_t near, border, jump;
 } fastbn_ahead;
@@ -205,17 +206,17 @@ typedef struct {
      * these, first and second are the sums */
     void (*mean_and_m2)(const double *pivot, const double *first, const double *second, double n,
                         ptrdiff_t count, double *mean, double *m2);
-    /* The same of sums in float32, whose rounding errors are of the size of the deviations. m2 is NaN
-     * where their square is more than the variance, or where these have left float32's range; returns
-     * whether any is. */
+    /* The same of sums in float32. m2 is NaN where they have left its range, and where the pivot is
+     * further from the mean than a standard deviation: there rounding errors, which are of the size
+     * of the deviations from the pivot, would count; returns whether any is. */
     int (*float32_mean_and_m2)(const double *pivot, const double *first, const double *second,
                                double n, ptrdiff_t count, double *mean, double *m2);
     /* The same of raw moments. m2 is NaN where it would have lost digits, since the square of the mean
      * is more than FASTBN_RAW_MOST times the variance; returns whether any is. */
     int (*raw_mean_and_m2)(const double *first, const double *second, double n, ptrdiff_t count,
                            double *mean, double *m2);
-    /* Of the mean, sums of n products in float32 have taken the first 24 bits: takes the rest off the
-     * second ones. They are NaN where sums have left float32's range; returns whether any is. */
+    /* Corrects the second sums of n products in float32, which take the mean for its first 24 bits.
+     * They are NaN where sums have left float32's range; returns whether any have. */
     int (*float32_products)(const double *mean, const double *first, double n, ptrdiff_t count,
                             double *second);
     /* moved = (1 - factor) * moved + factor * target / divisor */
@@ -223,8 +224,8 @@ typedef struct {
                          double *moved);
     /* multiplied *= by */
     void (*multiply)(const double *by, ptrdiff_t count, double *multiplied);
-    /* The coefficients of the gradient of x that divide by n: of the sums of dy and of dy * xhat, in
-     * dy_mean and slope, and of the weight, in scale. */
+    /* Coefficients of the gradient of x: from the sum of dy in dy_mean, that of dy * xhat in slope,
+     * and the weight in scale. */
     void (*gradient_coefficients)(const double *invstd, double n, ptrdiff_t count, double *dy_mean,
                                   double *slope, double *scale);
     /* Whether any mean is finite and FASTBN_HUGE or more. */

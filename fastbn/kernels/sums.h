@@ -155,8 +155,8 @@ ALWAYS_INLINE void NAME(sum_runs)(NAME(add_step) *add, int masked, int short_run
                 s = no_sums();
             }
             for (; i + LANES <= len; i += LANES)
-                s = add(s, dy + i, x + i, prefetch_distance(ahead, short_runs ? 0 : i), around, &own,
-                        (valid_lanes){masked, masked ? mask + i : NULL, 0, 0});
+                s = add(s, dy + i, x + i, prefetch_distance(ahead, short_runs ? 0 : i), around,
+                        &own, (valid_lanes){masked, masked ? mask + i : NULL, 0, 0});
             if (i < len)
                 s = add(s, last_step(dy, len, sizeof(T), dy_buffer),
                         last_step(x, len, sizeof(T), x_buffer), 0, around, &own,
