@@ -304,7 +304,7 @@ cdef struct Job:
     int way                       # 0 or 1: the way that the trial has chosen for this call
     bint nontemporal              # whether the output is written by non-temporal stores
     bint reads_ahead              # whether a group's second walk prefetches the next group
-    bint finds_cached             # whether results are computed from what nearby caches have
+    bint finds_cached             # whether its results need no prefetches, as caches have all
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are
     BlockValid *valid             # of (batches, blocks), if there is a mask

@@ -184,7 +184,7 @@ cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward sa
     """The gradient of x where the statistics are constants, and the sums before it."""
     cdef Job sums, results
     cdef Vector weights = saved.weights(), invstds = saved.invstds()
-    cdef Py_ssize_t c, channels = cnp.PyArray_DIMS(x)[1]
+    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     cdef double *scale = doubles + 2 * channels
     cdef double *weight = doubles + 3 * channels
     init_job_on(&sums, x, None, 0)
@@ -195,8 +195,7 @@ cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward sa
     execute(&sums)
     read_all(&invstds, channels, scale)
     read_all(&weights, channels, weight)
-    for c in range(channels):
-        scale[c] *= weight[c]
+    isa_in_use.common.multiply(weight, channels, scale)
     init_job_on(&results, dy, None, 0)
     results.mean, results.invstd = constant(0.0), vector_of_doubles(scale)
     apply_normalize(&results, cnp.PyArray_BYTES(out))

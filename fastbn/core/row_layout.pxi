@@ -80,10 +80,13 @@ cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
 
 
 cdef bint finds_in_caches(const Job *job, int threads, Py_ssize_t walked) noexcept nogil:
-    """Tell whether results are computed from what nearby caches have: to prefetch it only costs.
+    """Tell whether a plain forward's results are computed from what nearby caches have.
 
-    Where there are sums, these are the `walked` bytes, which a thread has just summed.
+    To prefetch it only costs. Where there are sums, these are the `walked` bytes, which a thread
+    has just summed.
     """
+    if job.reads_ahead or job.has_epilogue or job.nontemporal:
+        return False
     if job.reduce != NULL:
         return walked <= l2_bytes
     return is_in_l2(job, threads)
@@ -143,7 +146,7 @@ cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:
     cdef Py_ssize_t at = start_of(job, block, backwards)
     cdef const char *x = job.x + at
     cdef bint nontemporal = job.nontemporal
-    if job.finds_cached and not (job.reads_ahead or job.has_epilogue or nontemporal):
+    if job.finds_cached:
         memset(&runs.ahead, 0, sizeof(Ahead))
     affine_of(job, block, &affine)
     if scale_down_first(job, block, &affine, &first):

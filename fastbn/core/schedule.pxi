@@ -120,12 +120,9 @@ cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept 
     time, that memory would go to and fro. Otherwise it is one where each thread may have what its
     tasks are about in its second-level cache.
     """
-    cdef bint is_in_place = job.out != NULL and overwrites_input(job)
-    if count < 4 * threads:
-        return 0
-    if is_in_place and bytes_in_caches(job) <= LARGER_THAN_CACHES:
+    if overwrites_input(job) and bytes_in_caches(job) <= LARGER_THAN_CACHES:
         return <int>(count // (4 * threads))
-    return is_in_l2(job, threads)
+    return count >= 4 * threads and is_in_l2(job, threads)
 
 
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
@@ -321,10 +318,11 @@ cdef int execute(Job *job) except -1:
 cdef void execute_steps(Job *job, int threads) noexcept nogil:
     """Execute a job for which there is memory."""
     cdef Job leftover
-    cdef Py_ssize_t moved = bytes_moved(job)
-    note_begin(moved)
+    cdef bint may_be_shared = is_shared(bytes_moved(job))  # smaller ones look at no clock
+    if may_be_shared:
+        note_begin()
     job.in_float64 = needs_float64(job)
-    job.tries = what_it_tries(job, threads) if is_shared(moved) else NOTHING
+    job.tries = what_it_tries(job, threads) if may_be_shared else NOTHING
     if job.tries != NOTHING:
         job.trial = trial_with(key_of(job, threads), calls_of_way(job))
         job.way = way_of(job.trial, likely_way(job))
@@ -334,7 +332,7 @@ cdef void execute_steps(Job *job, int threads) noexcept nogil:
     if job.leftover_samples > 0:
         leftover = leftover_job(job)
         leftover.schedule(&leftover, threads)
-    if is_shared(moved):
+    if may_be_shared:
         note_end()
     if job.tries != NOTHING:
         note_call(job.trial, job.way, last_end - call_began)

@@ -48,13 +48,14 @@ def set_nontemporal_bytes(Py_ssize_t limit):
 
 
 cdef bint overwrites_input(const Job *job) noexcept nogil:
-    return (job.out == job.x or job.out == job.dy
-            or job.residual != NULL and job.out == job.residual)
+    return job.out != NULL and (
+        job.out == job.x or job.out == job.dy or job.out == job.residual)
 
 
 cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
-    """The bytes of inputs and output, which may be one of them."""
-    return input_bytes(job) + (0 if overwrites_input(job) else array_bytes(job))
+    """The bytes of inputs and output, if there is one; it may be one of them."""
+    cdef bint adds_output = job.out != NULL and not overwrites_input(job)
+    return input_bytes(job) + (array_bytes(job) if adds_output else 0)
 
 
 cdef bint tries_stores(const Job *job) noexcept nogil:

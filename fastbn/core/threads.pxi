@@ -99,11 +99,10 @@ cdef bint avoids_waits() noexcept nogil:
     return (threads_here or threads_fixed) <= 0
 
 
-cdef void note_begin(Py_ssize_t moved) noexcept nogil:
-    """Remember when a call begins, unless it is too small to be shared: a clock takes time, too."""
+cdef void note_begin() noexcept nogil:
+    """Remember when a call begins that several threads could share."""
     global call_began
-    if is_shared(moved):
-        call_began = fastbn_seconds()
+    call_began = fastbn_seconds()
 
 
 cdef int threads_for(Py_ssize_t moved, int most) noexcept nogil:
@@ -149,7 +148,7 @@ cdef void note_shared(int threads, double busy, double part, double idle) noexce
 
 
 cdef void note_end() noexcept nogil:
-    """Remember when a call ended, and let the next ones use one thread if sharing has cost much."""
+    """Remember when it ended, and let the next ones use one thread if sharing has cost much."""
     global last_end, saved, alone, alone_since
     last_end = fastbn_seconds()
     if alone_since > 0.0:
