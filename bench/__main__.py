@@ -158,6 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "device": options.device,
             "options": {k: v for k, v in vars(options).items() if v and k not in ("out", "name")},
             "rounds": rounds,
+            "turns": runner.TURNS,
             "budget_ms": budget_ms,
         },
         "libraries": {},

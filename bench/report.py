@@ -157,7 +157,7 @@ def _machine(result: dict[str, Any], threads: int) -> str:
     if "gpu" in machine:
         return (
             f"Measured on {machine['gpu']}, {result['date'][:10]} (checkout {result['commit']}), "
-            f"{settings['rounds']} rounds."
+            f"{_rounds(settings)}."
         )
     caches = ", ".join(f"{level} {size}" for level, size in machine["caches"].items())
     virtual = "virtual " if machine.get("virtual") else ""
@@ -167,10 +167,16 @@ def _machine(result: dict[str, Any], threads: int) -> str:
         f"Measured on {machine['cpu']} ({machine['cpus']} {virtual}CPUs, which say that they have "
         f"{caches}) with {threads} threads, "
         f"{result['date'][:10]}: fastbn {versions.get('fastbn')} (checkout {result['commit']}), "
-        f"{versions.get('instruction set', '')}. {settings['rounds']} rounds; other processes "
+        f"{versions.get('instruction set', '')}. {_rounds(settings)}; other processes "
         f"took {_number(result['others'])} CPUs meanwhile, and {disturbed} of "
         f"{len(result['results'])} figures suffered from it: threads waited for a CPU."
     )
+
+
+def _rounds(settings: dict[str, Any]) -> str:
+    """How often the libraries were asked: in a round once or, of late, in several turns."""
+    turns = f" of {settings['turns']} turns" if "turns" in settings else ""
+    return f"{settings['rounds']} rounds{turns}"
 
 
 def _table(header: list[str], body: Iterable[Iterable[str]], align: str = "--:") -> str:

@@ -1,4 +1,4 @@
-"""Measures the libraries, each in a process of its own, in turn and in several rounds."""
+"""Measures the libraries, each in a process of its own, in several rounds and turns."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ from bench.libraries import (
 
 ROOT = Path(__file__).parent.parent
 
-# How often a library is asked again in a round, while other processes disturb it.
+# How often a library is asked again in a turn, while other processes disturb it.
 ATTEMPTS = 4
+# The turns of a round, each with a part of the budget. The memory of a virtual machine may change
+# its speed every few seconds: what is compared should be measured in the same ones.
+TURNS = 4
 # Estimated arrays of x's size that a library holds for a case, and for one with a residual.
 ARRAYS_HELD, ARRAYS_HELD_WITH_RESIDUAL = 8, 13
 # The fraction of the memory that the libraries may take together.
@@ -83,24 +86,22 @@ class Entry(NamedTuple):
 
 @dataclass
 class Samples:
-    """The samples of an entry, by rounds."""
+    """The samples of an entry, by turns."""
 
     about: dict[str, Any]
-    rounds: list[Round] = field(default_factory=list)
+    turns: list[Round] = field(default_factory=list)
     calls: int = 1
 
     def record(self) -> dict[str, Any]:
         """Milliseconds: the median, and how the samples lie about it."""
-        samples = pooled_ms(self.rounds)
+        samples = pooled_ms(self.turns)
         return {
-            "median_ms": rounded(median_ms(self.rounds)),
+            "median_ms": rounded(median_ms(self.turns)),
             "min_ms": rounded(samples[0]),
             "p90_ms": rounded(samples[int(0.9 * (len(samples) - 1) + 0.5)]),
             "samples": len(samples),
             "calls_per_sample": self.calls,
-            "waited": rounded(
-                statistics.median(of.waited for of in counted(self.rounds)), digits=2
-            ),
+            "waited": rounded(statistics.median(of.waited for of in counted(self.turns)), digits=2),
             **self.about,
         }
 
@@ -113,9 +114,9 @@ def rounded(value: float, digits: int = 5) -> float:
 class Runner:
     """The processes of all libraries, and what they have answered.
 
-    A round goes through all cases, with new arrays, and asks the libraries in turn. So the samples
-    of a figure are spread over the whole run, and neither a disturbed minute nor the place that an
-    array has in memory decides it.
+    A round goes through all cases, with new arrays, and asks the libraries in several turns. So the
+    samples of a figure are spread over the whole run, and neither a disturbed minute nor the place
+    that an array has in memory decides it.
     """
 
     def __init__(self, settings: Settings, workers: list[Worker]) -> None:
@@ -154,7 +155,7 @@ class Runner:
                 **samples.record(),
             }
             for (case, library, variant), samples in self.samples.items()
-            if samples.rounds
+            if samples.turns
         ]
 
     def _is_asked(self, worker: Worker, case: Case) -> bool:
@@ -194,16 +195,17 @@ class Runner:
         return self.settings.layouts if worker.name in (FASTBN, FASTBN_UNFUSED) else None
 
     def _round(self, case: Case, entries: list[Entry], number: int) -> None:
-        """Ask every entry for samples; a round begins where the one before began, and one on."""
+        """Ask every entry for samples, in turns that begin one further on each time."""
         lengthy = case.operation == CALL or case.operation in PRODUCTS
         budget_ms = LONG_BUDGET_MS if lengthy else self.settings.budget_ms
-        start = number % max(len(entries), 1)
-        for entry in entries[start:] + entries[:start]:
-            answer = self._time(entry, case, budget_ms)
-            if answer is not None:
-                samples = self.samples[case, entry.worker.name, entry.variant]
-                samples.rounds.append(Round(**answer["round"]))
-                samples.calls = answer["calls"]
+        for turn in range(TURNS):
+            start = (number * TURNS + turn) % max(len(entries), 1)
+            for entry in entries[start:] + entries[:start]:
+                answer = self._time(entry, case, budget_ms / TURNS)
+                if answer is not None:
+                    samples = self.samples[case, entry.worker.name, entry.variant]
+                    samples.turns.append(Round(**answer["round"]))
+                    samples.calls = answer["calls"]
 
     def _time(self, entry: Entry, case: Case, budget_ms: float) -> dict[str, Any] | None:
         """The least disturbed of some answers, or the first with undisturbed samples."""
