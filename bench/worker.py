@@ -106,6 +106,7 @@ class Worker:
     def time(self, variant: str, budget_ms: float) -> dict[str, Any]:
         """A round of samples, and how many calls each of them is the mean of."""
         _, sampler = self.prepared[variant]
+        sampler.warm_up()
         found = sampler.samples_until(time.perf_counter() + budget_ms / 1e3)
         return {"round": found._asdict(), "calls": sampler.calls}
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from .machine import wait_for_sleep
 
@@ -30,6 +30,9 @@ class Process:
     It imports `module`, which is also looked for in `folder`, and calls its function `start` with
     the settings; what that returns answers (see serving.py).
     """
+
+    # The process that was asked last: its threads may spin for a while.
+    asked_last: ClassVar[Process | None] = None
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class Process:
     def close(self) -> None:
         """Let the process end."""
         assert self.process.stdin is not None
+        if Process.asked_last is self:
+            Process.asked_last = None
         assert self.process.stdout is not None
         with contextlib.suppress(OSError):  # It has ended, and left a request unread.
             self.process.stdin.close()
@@ -86,15 +91,20 @@ class Process:
             return {"unavailable": str(end)}
 
     def request(self, do: str, timeout_s: float = TIMEOUT_S, **message: Any) -> dict[str, Any]:
-        """Let it do something, return the answer when the process sleeps again."""
+        """Let it do something, and return the answer.
+
+        First wait until another process, if that was asked last, sleeps.
+        """
         assert self.process.stdin is not None
+        asked_last, Process.asked_last = Process.asked_last, self
+        if asked_last is not None and asked_last is not self:
+            wait_for_sleep(asked_last.process.pid)
         try:
             self.process.stdin.write(json.dumps({"do": do, **message}) + "\n")
             self.process.stdin.flush()
         except OSError:
             raise ProcessEnded(self._last_words()) from None
         answer = self._answer(timeout_s)
-        wait_for_sleep(self.process.pid)
         wall, cpu = answer.pop("idle")
         self.idle_wall += wall
         self.idle_cpu += cpu

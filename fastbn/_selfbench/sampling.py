@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,10 @@ SLOW_S = 0.1
 # not measured, or as many as take this long, unless something else is said.
 FIRST_CALLS = 64
 FIRST_CALLS_S = 0.2
+# After another process, caches hold what that one has used: so many calls bring back what they can
+# hold of the arrays, or as many as take this long, as larger arrays are not held.
+WARMING_CALLS = 16
+WARMING_S = 5e-3
 
 
 def repeated(call: Callable[[], object]) -> Repeat:
@@ -109,6 +114,14 @@ class Sampler:
         if self.restore is not None:
             self.restore()
         return self.clock(self.calls)
+
+    def warm_up(self) -> None:
+        """Bring back to the caches what other processes have put out of them."""
+        end = time.perf_counter() + WARMING_S
+        for _ in range(math.ceil(WARMING_CALLS / self.calls)):
+            self.sample()
+            if time.perf_counter() >= end:
+                break
 
     def samples_until(self, end: float) -> Round:
         """Take samples until `time.perf_counter` reaches the end, but one at least."""

@@ -271,6 +271,20 @@ def test_each_sample_is_the_mean_of_as_many_calls_as_a_clock_can_measure(clock):
     assert asked[-1] * 1e-4 >= sampling.SAMPLE_S
 
 
+@pytest.mark.parametrize(("milliseconds", "calls"), [(0.01, 16), (0.25, 16), (2.0, 3), (50.0, 1)])
+def test_some_calls_or_milliseconds_bring_arrays_back_to_the_caches(clock, milliseconds, calls):
+    asked = []
+
+    def repeat(number):
+        asked.append(number)
+        clock(1e-3 * milliseconds * number)
+
+    sampler = sampling.Sampler(sampling.wall_clock(repeat))
+    asked.clear()
+    sampler.warm_up()
+    assert calls <= sum(asked) < calls + sampler.calls
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_samples_in_which_threads_waited_count_only_if_all_did(clock, always):
     busy = True
