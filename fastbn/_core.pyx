@@ -233,9 +233,10 @@ def activation_gradient(cnp.ndarray dy not None, cnp.ndarray y, cnp.ndarray aliv
     execute(&job)
 
 
-include "core/channel_groups.pxi"
 include "core/recovery.pxi"
+include "core/samples.pxi"
 include "core/saved.pxi"
+include "core/channel_groups.pxi"
 include "core/results.pxi"
 include "core/tensors.pxi"
 include "core/plain.pxi"

@@ -186,8 +186,8 @@ def group_forward(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t groups, c
 cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cnp.ndarray weight,
                           cnp.ndarray bias, double eps, cnp.ndarray out, const Statistics *found,
                           Activation activation, cnp.ndarray residual, cnp.ndarray alive,
-                          cnp.ndarray kept) except -1:
-    """`group_forward`, which also copies x to `kept` if that is an array."""
+                          SavedForBackward saved) except -1:
+    """`group_forward`, which also keeps what is to be saved of an output in place."""
     cdef GroupNormJob norm
     init_group_norm(&norm, x, mask, groups)
     normalize_by(&norm.job, found)
@@ -198,7 +198,8 @@ cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cn
     sum_in_float32(&norm.job)
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
     set_epilogue(&norm.job, activation, residual, alive)
-    keep(&norm.job, kept)
+    keep(&norm.job, None if saved is None else saved.kept)
+    sample_output(&norm.job, out, saved)
     return execute(&norm.job)
 
 

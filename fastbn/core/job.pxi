@@ -10,6 +10,9 @@ ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
 # How the batches of a job are divided among threads.
 ctypedef void (*Schedule)(Job *job, int threads) noexcept nogil
 
+cdef enum:
+    SAMPLES = 64                  # elements by which a change of an array is noticed
+
 # One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
 cdef struct Vector:
     const char *data              # NULL stands for a vector of one and the same value
@@ -88,6 +91,8 @@ cdef struct Job:
     # that thread has them in its cache. NULL for neither, and where there are several batches.
     const Running *running
     const GradientSums *gradients
+    Py_ssize_t sampled            # the elements of the whole output, whose samples threads read
+    uint64_t *sample_bits         # to here; or NULL
     double eps
     double count                  # the elements of a channel that the sums are over
     double *counts                # the same for each batch, if there is a mask

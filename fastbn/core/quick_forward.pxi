@@ -137,7 +137,7 @@ def try_groups(x, out, num_groups, weight, bias, eps, activation, slope, residua
             saved.kept = new_like(array, None)
     y, found = result_like(array, out), statistics_of(saved)
     normalize_groups(array, None, groups, weight, bias, PyFloat_AS_DOUBLE(eps), y, &found, follows,
-                     residual, saved.alive, saved.kept)
+                     residual, saved.alive, saved)
     if keeps:
         save_array(saved, array, y)
     return y, saved
@@ -188,6 +188,13 @@ cdef void save_array(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexc
     saved.sample()
 
 
+cdef void sample_output(Job *job, cnp.ndarray out, SavedForBackward saved) noexcept:
+    """Let the job's threads read the samples of an output that is saved, where they should."""
+    if saved is not None and saved.in_place and reads_samples(job):
+        job.sampled, job.sample_bits = cnp.PyArray_SIZE(out), saved.bits
+        saved.has_bits = True
+
+
 cdef bint is_invertible(const Activation *activation, cnp.ndarray x) noexcept:
     """Tell whether an activation's result, in x's arithmetic, tells what was before it."""
     cdef double least = DBL_MIN if cnp.PyArray_ITEMSIZE(x) == 8 else FLT_MIN
@@ -225,6 +232,7 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
     apply_normalize(&job, cnp.PyArray_BYTES(target))
     set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
     keep(&job, None if saved is None else saved.kept)
+    sample_output(&job, target, saved)
     execute(&job)
     return target
 
@@ -313,6 +321,7 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
         apply_normalize(&job, cnp.PyArray_BYTES(out))
         set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
         keep(&job, None if saved is None else saved.kept)
+        sample_output(&job, out, saved)
         return execute(&job)
     finally:
         free(memory)

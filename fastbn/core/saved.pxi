@@ -3,9 +3,6 @@
 
 cdef enum:
     MAX_NDIM = 64                 # of an array of NumPy's
-    SAMPLES = 64                  # elements by which a change of what was saved is noticed
-    MASK_PARTS = 512              # whose valid positions are counted
-    SHORTEST_MASK_PART = 1024     # positions
 
 
 @cython.final
@@ -55,7 +52,8 @@ cdef class SavedForBackward:
     cdef readonly Py_ssize_t batch_size, num_groups
     cdef int samples              # elements of x that are compared before the backward
     cdef Py_ssize_t offsets[SAMPLES]
-    cdef cnp.npy_uint64 bits[SAMPLES]
+    cdef uint64_t bits[SAMPLES]
+    cdef bint has_bits            # whether the forward's threads have read them
 
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
                  mask=None, Py_ssize_t batch_size=0, weight=None, bias=None, epilogue=None,
@@ -171,21 +169,22 @@ cdef class SavedForBackward:
             self.dims, cnp.PyArray_DIMS(x), self.ndim * sizeof(cnp.npy_intp)) == 0
 
     cdef void sample(self) noexcept:
-        """Note some elements of x, an ndarray, by which `has_changed` will know it."""
+        """Choose elements of x, an ndarray, by which `has_changed` will know it, and read them."""
         cdef cnp.ndarray x = <cnp.ndarray>self.x
         if self.mask is None:
             self.samples = spread(x, self.offsets)
         else:
             self.samples = spread_over_valid(x, <cnp.ndarray>self.mask, self.offsets)
-        read_bits(x, self.offsets, self.samples, self.bits)
+        if not self.has_bits:
+            read_bits(x, self.offsets, self.samples, self.bits)
 
     cdef bint is_unchanged(self) noexcept:
         """Tell whether x, which has its shape, has the elements that were noted."""
-        cdef cnp.npy_uint64 bits[SAMPLES]
+        cdef uint64_t bits[SAMPLES]
         if self.samples == 0:  # x may be an array of CuPy's.
             return True
         read_bits(<cnp.ndarray>self.x, self.offsets, self.samples, bits)
-        return memcmp(bits, self.bits, self.samples * sizeof(cnp.npy_uint64)) == 0
+        return memcmp(bits, self.bits, self.samples * sizeof(uint64_t)) == 0
 
     def has_changed(self):
         """Tell whether x, which has its shape, has been written to since the forward.
@@ -193,144 +192,3 @@ cdef class SavedForBackward:
         Some of its elements tell, all of them if there are few.
         """
         return not self.is_unchanged()
-
-
-# Where the samples lie: one in each of so many equal parts, at no regular distance, since a regular
-# one may be a multiple of a row's length, and borders of images are often alike.
-
-cdef double sample_places[SAMPLES]    # as fractions of the elements of an array
-
-
-cdef void choose_sample_places() noexcept:
-    cdef int i
-    for i in range(SAMPLES):
-        sample_places[i] = (i + fmod(i * 0.6180339887498949, 1.0)) / SAMPLES
-
-
-choose_sample_places()
-
-
-cdef int choose_elements(Py_ssize_t size, Py_ssize_t *elements) noexcept:
-    """Choose the samples among so many elements, all if there are few; return how many."""
-    cdef double count = <double>size
-    cdef int i
-    if size <= SAMPLES:
-        for i in range(size):
-            elements[i] = i
-        return <int>size
-    for i in range(SAMPLES):
-        elements[i] = <Py_ssize_t>(sample_places[i] * count)
-    return SAMPLES
-
-
-cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
-    """Choose elements of x, as bytes from its first one; return how many."""
-    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef int i, samples = choose_elements(cnp.PyArray_SIZE(x), offsets)
-    if layout_of(x) != UNFIT:
-        for i in range(samples):
-            offsets[i] *= itemsize
-    else:
-        for i in range(samples):
-            offsets[i] = offset_of_element(x, offsets[i])
-    return samples
-
-
-cdef struct ValidPositions:
-    const unsigned char *mask
-    Py_ssize_t size
-    Py_ssize_t part_size          # positions of a part, of which the last one may have fewer
-    Py_ssize_t counts[MASK_PARTS]
-    # Where the search is: in which part, how many are valid up to its end, from which position on,
-    # and how many are valid before that.
-    Py_ssize_t part, up_to_end, position, before
-
-
-cdef Py_ssize_t count_in_parts(ValidPositions *valid, cnp.ndarray mask) noexcept:
-    """Count the valid positions of a C-contiguous mask; begin a search."""
-    cdef Py_ssize_t start, part = 0, total = 0
-    valid.mask, valid.size = <const unsigned char *>cnp.PyArray_BYTES(mask), cnp.PyArray_SIZE(mask)
-    valid.part_size = max((valid.size + MASK_PARTS - 1) // MASK_PARTS, SHORTEST_MASK_PART)
-    for start in range(0, valid.size, valid.part_size):
-        valid.counts[part] = isa_in_use.common.count_valid(
-            valid.mask + start, min(valid.part_size, valid.size - start))
-        total += valid.counts[part]
-        part += 1
-    valid.part, valid.up_to_end, valid.position, valid.before = -1, 0, 0, 0
-    return total
-
-
-cdef Py_ssize_t find_valid_position(ValidPositions *valid, Py_ssize_t n) noexcept:
-    """The position that n valid ones come before; n is at least that of the last search."""
-    cdef Py_ssize_t position, count
-    while n >= valid.up_to_end:
-        valid.part += 1
-        valid.position, valid.before = valid.part * valid.part_size, valid.up_to_end
-        valid.up_to_end += valid.counts[valid.part]
-    while valid.position + 8 <= valid.size:
-        count = valid_of_eight(valid.mask + valid.position)
-        if n < valid.before + count:
-            break
-        valid.position += 8
-        valid.before += count
-    position, count = valid.position, valid.before
-    while count < n or valid.mask[position] == 0:
-        count += valid.mask[position]
-        position += 1
-    return position
-
-
-cdef Py_ssize_t valid_of_eight(const unsigned char *mask) noexcept:
-    """How many of eight positions are valid: a sum of bytes that are 0 or 1."""
-    cdef cnp.npy_uint64 bytes
-    memcpy(&bytes, mask, 8)
-    return <Py_ssize_t>((bytes * <cnp.npy_uint64>0x0101010101010101) >> 56)
-
-
-cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets) noexcept:
-    """Choose elements of x at valid positions: nobody reads the others.
-
-    They are counted with the channels last, so that neighbouring samples are of several channels.
-    """
-    cdef ValidPositions valid
-    cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], channel, position
-    cdef int i, samples = choose_elements(count_in_parts(&valid, mask) * channels, offsets)
-    for i in range(samples):
-        position = find_valid_position(&valid, offsets[i] // channels)
-        channel = offsets[i] % channels
-        offsets[i] = (offset_of_element(x, position, skip_channels=True)
-                      + channel * cnp.PyArray_STRIDES(x)[1])
-    return samples
-
-
-cdef Py_ssize_t offset_of_element(cnp.ndarray array, Py_ssize_t element,
-                                  bint skip_channels=False) noexcept:
-    """The bytes from an array's first element to that of a number, counted in C order."""
-    cdef const cnp.npy_intp *shape = cnp.PyArray_DIMS(array)
-    cdef const cnp.npy_intp *strides = cnp.PyArray_STRIDES(array)
-    cdef Py_ssize_t offset = 0
-    cdef int axis
-    for axis in range(cnp.PyArray_NDIM(array) - 1, -1, -1):
-        if axis == 1 and skip_channels:
-            continue
-        offset += element % shape[axis] * strides[axis]
-        element //= shape[axis]
-    return offset
-
-
-cdef void read_bits(cnp.ndarray x, const Py_ssize_t *offsets, int count,
-                    cnp.npy_uint64 *bits) noexcept:
-    """Read some elements, as integers."""
-    cdef const char *start = cnp.PyArray_BYTES(x)
-    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef int i
-    memset(bits, 0, count * sizeof(cnp.npy_uint64))
-    if itemsize == 4:  # The sizes are constants, so that each copy is an instruction.
-        for i in range(count):
-            memcpy(bits + i, start + offsets[i], 4)
-    elif itemsize == 2:
-        for i in range(count):
-            memcpy(bits + i, start + offsets[i], 2)
-    else:
-        for i in range(count):
-            memcpy(bits + i, start + offsets[i], 8)

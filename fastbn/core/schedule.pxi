@@ -115,13 +115,13 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
 cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept nogil:
     """How many tasks of a range no other thread takes: to fetch memory takes longer than to wait.
 
-    In place it is a quarter of them. What the last call has overwritten is in the cache of the core
-    that did it, and the cores of some machines have caches of their own: if others took tasks each
-    time, that memory would go to and fro. Otherwise it is one where each thread may have what its
-    tasks are about in its second-level cache.
+    In place it is a quarter of them, one at least. What the last call has overwritten is in the
+    cache of the core that did it, and the cores of some machines have caches of their own: if
+    others took tasks each time, that memory would go to and fro. Otherwise it is one where each
+    thread may have what its tasks are about in its second-level cache.
     """
     if overwrites_input(job) and bytes_in_caches(job) <= LARGER_THAN_CACHES:
-        return <int>(count // (4 * threads))
+        return <int>max(count // (4 * threads), 1)
     return count >= 4 * threads and is_in_l2(job, threads)
 
 
@@ -188,6 +188,8 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
     job.apply(job, &block)
     if job.nontemporal:
         isa_in_use.common.fence_nontemporal()
+    if job.sample_bits != NULL:
+        read_samples_of(job, &block)
 
 
 # ------------------------------------------------------------------ a whole job

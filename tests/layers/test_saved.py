@@ -116,6 +116,54 @@ def test_it_is_noticed_with_a_mask(rng, make, shape, in_place):
     assert_refused(layer, dy)
 
 
+# Layers and inputs of all layouts of the core: rows and long rows, columns, folded ones with rows
+# left over, strips; ghost batches with samples left over.
+IN_PLACE = {
+    "rows": (fastbn.BatchNorm2d, (4, 8, 30, 31), contiguous),
+    "long rows": (fastbn.BatchNorm1d, (1, 2, 40000), contiguous),
+    "columns": (fastbn.BatchNorm2d, (300, 40, 3, 3), contiguous),
+    "columns, then rows": (fastbn.BatchNorm2d, (100, 6, 8, 9), contiguous),
+    "folded columns": (fastbn.BatchNorm2d, (41, 12, 9, 11), channels_last),
+    "strips": (fastbn.BatchNorm2d, (12, 700, 3, 3), channels_last),
+    "ghosts": (lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (10, 8, 20, 19), contiguous),
+    "channels-last ghosts": (
+        lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (10, 8, 20, 19), channels_last
+    ),
+    "instances": (fastbn.InstanceNorm2d, (6, 8, 24, 25), contiguous),
+    "channels-last instances": (fastbn.InstanceNorm2d, (6, 8, 24, 25), channels_last),
+    "groups": (lambda c: fastbn.GroupNorm(2, c), (6, 8, 24, 25), contiguous),
+    "channels-last groups": (lambda c: fastbn.GroupNorm(2, c), (6, 8, 24, 25), channels_last),
+    "frozen": (lambda c: fastbn.BatchNorm2d(c).freeze(), (6, 8, 24, 25), contiguous),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(("make", "shape", "layout"), IN_PLACE.values(), ids=IN_PLACE)
+def test_an_element_of_each_part_of_an_output_in_place_is_compared(
+    rng, set_num_threads, make, shape, layout, threads
+):
+    set_num_threads(threads)
+    layer, x = make(shape[1]), layout(some(rng, shape))
+    layer(x, out=x)
+    saved = layer._saved
+    elements = memory_of(x)
+    assert np.shares_memory(elements, x)
+    noticed = []
+    for i in range(x.size):
+        before, elements[i] = elements[i], elements[i] + 1
+        if saved.has_changed():
+            noticed.append(i)
+        elements[i] = before
+    assert not saved.has_changed()
+    assert [i * 64 // x.size for i in noticed] == list(range(64))
+
+
+def memory_of(x):
+    """The elements of a dense array in the order of its memory, as a view."""
+    axes = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    return x.transpose(axes).reshape(-1)
+
+
 def corner(shape):
     """A mask with valid positions in a corner of the last sample."""
     mask = np.zeros((shape[0], 1, *shape[2:]), bool)
