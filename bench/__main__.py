@@ -69,7 +69,7 @@ OPERATIONS_ON_FEW_SHAPES = (
 # What is not measured unless it is asked for: what has no goal, and what is in a run of its own.
 NOT_BY_DEFAULT = ("eval_inplace", "backward_inplace", *ACTIVATED)
 ROUNDS, QUICK_ROUNDS = 5, 3
-# How long a library is asked for samples in a round; at least for one.
+# How long a library is asked for samples in a round; at least for one in each of its turns.
 BUDGET_MS, QUICK_BUDGET_MS = 20.0, 10.0
 
 
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
     add("--libraries", type=names, help=f"of {known} (default: all of the device)")
-    add("--rounds", type=int, help="how often each library is asked (default: 5)")
+    add("--rounds", type=int, help="how many, of four turns each (default: 5)")
     mode = parser.add_mutually_exclusive_group()
     flag = {"action": "store_true"}
     mode.add_argument(

@@ -56,8 +56,8 @@ LARGE = 8 * 2**20
 
 NOTES = """\
 - Every library runs in a process of its own. A round goes through all cases, with new arrays, and \
-asks the libraries in turn; a time is the median of the samples of all rounds. Arrays are warm, as \
-far as the caches hold them, and begin 16 bytes behind a page, as NumPy's large ones do.
+asks the libraries in turns; a time is the median of the samples of all rounds. Arrays are warm, \
+as far as the caches hold them, and begin 16 bytes behind a page, as NumPy's large ones do.
 - The floor is measured by another process in the same rounds: a copy for a forward, the sum of \
 two arrays for a backward, with all threads (or one, if that is faster), by ordinary or by \
 streaming stores of whole cache lines, whichever is faster.
@@ -65,7 +65,7 @@ streaming stores of whole cache lines, whichever is faster.
 otherwise. torch-malloc is torch with an allocator that keeps its memory, which spares it the page \
 faults; torch-compile and jax run with it as well.
 - Samples in which the threads of a library had to wait for a CPU, because other processes were \
-busy, do not count; a round of no others was repeated up to three times.
+busy, do not count; where there were no others, they were taken anew up to three times.
 - Where a call makes a new array, the one before is there until it returns, as in a loop over \
 `y = bn(x)`.
 - Calls in place follow each other, too. Where that would let the values grow or shrink (not in a \
@@ -174,7 +174,7 @@ def _machine(result: dict[str, Any], threads: int) -> str:
 
 
 def _rounds(settings: dict[str, Any]) -> str:
-    """How often the libraries were asked: in a round once or, of late, in several turns."""
+    """How often the libraries were asked: once a round, unless it has turns."""
     turns = f" of {settings['turns']} turns" if "turns" in settings else ""
     return f"{settings['rounds']} rounds{turns}"
 

@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True, freethreading_compatible=True
-"""The loops over channels: how the work is cut, which thread does what, and how sums merge.
+"""What Python calls of the core, and the order of the core's parts.
 
-What a block is depends on the shape, and on whether a mask leaves out anything, and partial sums
-merge in a fixed order, so the result has the same bits for every number of threads.
+How the work is cut into blocks depends on the shape, and on whether a mask leaves out anything, and
+partial sums merge in a fixed order, so the result has the same bits for every number of threads.
 
 The functions trust their caller: arrays have the right shapes, dtypes and layouts.
 """
@@ -234,7 +234,7 @@ def activation_gradient(cnp.ndarray dy not None, cnp.ndarray y, cnp.ndarray aliv
 
 
 include "core/recovery.pxi"
-include "core/samples.pxi"
+include "core/probes.pxi"
 include "core/saved.pxi"
 include "core/channel_groups.pxi"
 include "core/results.pxi"

@@ -83,6 +83,10 @@ class Process:
         self.process.stdout.close()
         self.errors.close()
 
+    def is_there(self) -> bool:
+        """Tell whether the process has not ended."""
+        return self.process.poll() is None
+
     def about(self) -> dict[str, Any]:
         """What the library is, or why it is unavailable; its first answer."""
         try:
@@ -97,7 +101,7 @@ class Process:
         """
         assert self.process.stdin is not None
         asked_last, Process.asked_last = Process.asked_last, self
-        if asked_last is not None and asked_last is not self:
+        if asked_last is not None and asked_last is not self and asked_last.is_there():
             wait_for_sleep(asked_last.process.pid)
         try:
             self.process.stdin.write(json.dumps({"do": do, **message}) + "\n")

@@ -108,6 +108,7 @@ class Sampler:
         # The shorter of two, as one may have had to wait.
         while (took := min(self.sample(), self.sample()).took) < sample_s:
             self.calls = max(2 * self.calls, int(self.calls * sample_s / max(took, 1e-9)))
+        self.is_slow = took >= SLOW_S
 
     def sample(self) -> Sample:
         """Measure as many calls as a sample has."""
@@ -116,7 +117,9 @@ class Sampler:
         return self.clock(self.calls)
 
     def warm_up(self) -> None:
-        """Bring back to the caches what other processes have put out of them."""
+        """Wake the threads, and bring back to the caches what others have put out of them."""
+        if self.is_slow:
+            return
         end = time.perf_counter() + WARMING_S
         for _ in range(math.ceil(WARMING_CALLS / self.calls)):
             self.sample()
@@ -125,9 +128,7 @@ class Sampler:
 
     def samples_until(self, end: float) -> Round:
         """Take samples until `time.perf_counter` reaches the end, but one at least."""
-        found = [self.sample()]
-        if found[0].took < SLOW_S:  # That one woke the threads and fetched the memory.
-            found = []
+        found: list[Sample] = []
         while not found or time.perf_counter() < end:
             found.append(self.sample())
         counted = [sample for sample in found if sample.quiet] or found

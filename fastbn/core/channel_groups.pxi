@@ -199,7 +199,7 @@ cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cn
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
     set_epilogue(&norm.job, activation, residual, alive)
     keep(&norm.job, None if saved is None else saved.kept)
-    sample_output(&norm.job, out, saved)
+    probe_output(&norm.job, out, saved)
     return execute(&norm.job)
 
 

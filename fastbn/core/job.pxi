@@ -11,7 +11,7 @@ ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
 ctypedef void (*Schedule)(Job *job, int threads) noexcept nogil
 
 cdef enum:
-    SAMPLES = 64                  # elements by which a change of an array is noticed
+    PROBES = 64                   # elements by which a change of an array is noticed
 
 # One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
 cdef struct Vector:
@@ -91,8 +91,8 @@ cdef struct Job:
     # that thread has them in its cache. NULL for neither, and where there are several batches.
     const Running *running
     const GradientSums *gradients
-    Py_ssize_t sampled            # the elements of the whole output, whose samples threads read
-    uint64_t *sample_bits         # to here; or NULL
+    uint64_t *probe_bits          # where threads write the probes of the whole output; or NULL
+    Py_ssize_t probed             # how many elements that has
     double eps
     double count                  # the elements of a channel that the sums are over
     double *counts                # the same for each batch, if there is a mask

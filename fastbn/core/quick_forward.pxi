@@ -185,13 +185,13 @@ cdef int save_options(SavedForBackward saved, cnp.ndarray x, cnp.ndarray weight,
 cdef void save_array(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexcept:
     """Save the input or the output, by reference, after the forward."""
     saved.save(y if saved.in_place else x)
-    saved.sample()
+    saved.probe()
 
 
-cdef void sample_output(Job *job, cnp.ndarray out, SavedForBackward saved) noexcept:
-    """Let the job's threads read the samples of an output that is saved, where they should."""
-    if saved is not None and saved.in_place and reads_samples(job):
-        job.sampled, job.sample_bits = cnp.PyArray_SIZE(out), saved.bits
+cdef void probe_output(Job *job, cnp.ndarray out, SavedForBackward saved) noexcept:
+    """Let the job's threads read the probes of an output that is saved, where they should."""
+    if saved is not None and saved.in_place and reads_probes(job):
+        job.probed, job.probe_bits = cnp.PyArray_SIZE(out), saved.bits
         saved.has_bits = True
 
 
@@ -232,7 +232,7 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
     apply_normalize(&job, cnp.PyArray_BYTES(target))
     set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
     keep(&job, None if saved is None else saved.kept)
-    sample_output(&job, target, saved)
+    probe_output(&job, target, saved)
     execute(&job)
     return target
 
@@ -321,7 +321,7 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
         apply_normalize(&job, cnp.PyArray_BYTES(out))
         set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
         keep(&job, None if saved is None else saved.kept)
-        sample_output(&job, out, saved)
+        probe_output(&job, out, saved)
         return execute(&job)
     finally:
         free(memory)

@@ -50,9 +50,9 @@ cdef class SavedForBackward:
     cdef cnp.npy_intp dims[MAX_NDIM]
     cdef readonly bint in_place, frozen
     cdef readonly Py_ssize_t batch_size, num_groups
-    cdef int samples              # elements of x that are compared before the backward
-    cdef Py_ssize_t offsets[SAMPLES]
-    cdef uint64_t bits[SAMPLES]
+    cdef int probes               # elements of x that are compared before the backward
+    cdef Py_ssize_t offsets[PROBES]
+    cdef uint64_t bits[PROBES]
     cdef bint has_bits            # whether the forward's threads have read them
 
     def __init__(self, x, mean, invstd, bint in_place=False, bint frozen=False, kept=None,
@@ -71,7 +71,7 @@ cdef class SavedForBackward:
         for i in range(self.ndim):
             self.dims[i] = x.shape[i]
         if cnp.PyArray_Check(x):
-            self.sample()
+            self.probe()
 
     @property
     def shape(self):
@@ -168,23 +168,23 @@ cdef class SavedForBackward:
         return self.ndim == cnp.PyArray_NDIM(x) and memcmp(
             self.dims, cnp.PyArray_DIMS(x), self.ndim * sizeof(cnp.npy_intp)) == 0
 
-    cdef void sample(self) noexcept:
+    cdef void probe(self) noexcept:
         """Choose elements of x, an ndarray, by which `has_changed` will know it, and read them."""
         cdef cnp.ndarray x = <cnp.ndarray>self.x
         if self.mask is None:
-            self.samples = spread(x, self.offsets)
+            self.probes = spread(x, self.offsets)
         else:
-            self.samples = spread_over_valid(x, <cnp.ndarray>self.mask, self.offsets)
+            self.probes = spread_over_valid(x, <cnp.ndarray>self.mask, self.offsets)
         if not self.has_bits:
-            read_bits(x, self.offsets, self.samples, self.bits)
+            read_bits(x, self.offsets, self.probes, self.bits)
 
     cdef bint is_unchanged(self) noexcept:
         """Tell whether x, which has its shape, has the elements that were noted."""
-        cdef uint64_t bits[SAMPLES]
-        if self.samples == 0:  # x may be an array of CuPy's.
+        cdef uint64_t bits[PROBES]
+        if self.probes == 0:  # x may be an array of CuPy's.
             return True
-        read_bits(<cnp.ndarray>self.x, self.offsets, self.samples, bits)
-        return memcmp(bits, self.bits, self.samples * sizeof(uint64_t)) == 0
+        read_bits(<cnp.ndarray>self.x, self.offsets, self.probes, bits)
+        return memcmp(bits, self.bits, self.probes * sizeof(uint64_t)) == 0
 
     def has_changed(self):
         """Tell whether x, which has its shape, has been written to since the forward.

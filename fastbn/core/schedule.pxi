@@ -188,8 +188,8 @@ cdef void apply_block(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
     job.apply(job, &block)
     if job.nontemporal:
         isa_in_use.common.fence_nontemporal()
-    if job.sample_bits != NULL:
-        read_samples_of(job, &block)
+    if job.probe_bits != NULL:
+        read_probes(job, &block)
 
 
 # ------------------------------------------------------------------ a whole job

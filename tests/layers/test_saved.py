@@ -117,36 +117,44 @@ def test_it_is_noticed_with_a_mask(rng, make, shape, in_place):
 
 
 # Layers and inputs of all layouts of the core: rows and long rows, columns, folded ones with rows
-# left over, strips; ghost batches with samples left over.
+# left over, strips; ghost batches with samples left over. All are large enough for threads.
 IN_PLACE = {
-    "rows": (fastbn.BatchNorm2d, (4, 8, 30, 31), contiguous),
+    "rows": (fastbn.BatchNorm2d, (8, 8, 30, 31), contiguous),
     "long rows": (fastbn.BatchNorm1d, (1, 2, 40000), contiguous),
     "columns": (fastbn.BatchNorm2d, (300, 40, 3, 3), contiguous),
-    "columns, then rows": (fastbn.BatchNorm2d, (100, 6, 8, 9), contiguous),
-    "folded columns": (fastbn.BatchNorm2d, (41, 12, 9, 11), channels_last),
+    "columns, then rows": (fastbn.BatchNorm2d, (200, 6, 8, 9), contiguous),
+    "folded columns": (fastbn.BatchNorm2d, (61, 12, 9, 11), channels_last),
     "strips": (fastbn.BatchNorm2d, (12, 700, 3, 3), channels_last),
-    "ghosts": (lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (10, 8, 20, 19), contiguous),
+    "ghosts": (lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (18, 8, 20, 19), contiguous),
     "channels-last ghosts": (
-        lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (10, 8, 20, 19), channels_last
+        lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=4), (18, 8, 20, 19), channels_last
     ),
-    "instances": (fastbn.InstanceNorm2d, (6, 8, 24, 25), contiguous),
-    "channels-last instances": (fastbn.InstanceNorm2d, (6, 8, 24, 25), channels_last),
-    "groups": (lambda c: fastbn.GroupNorm(2, c), (6, 8, 24, 25), contiguous),
-    "channels-last groups": (lambda c: fastbn.GroupNorm(2, c), (6, 8, 24, 25), channels_last),
-    "frozen": (lambda c: fastbn.BatchNorm2d(c).freeze(), (6, 8, 24, 25), contiguous),
+    "small ghosts": (
+        lambda c: fastbn.BatchNorm2d(c, ghost_batch_size=2), (3001, 5, 2, 2), contiguous
+    ),
+    "instances": (fastbn.InstanceNorm2d, (12, 8, 24, 25), contiguous),
+    "channels-last instances": (fastbn.InstanceNorm2d, (12, 8, 24, 25), channels_last),
+    "groups": (lambda c: fastbn.GroupNorm(2, c), (12, 8, 24, 25), contiguous),
+    "channels-last groups": (lambda c: fastbn.GroupNorm(2, c), (12, 8, 24, 25), channels_last),
+    "frozen": (lambda c: fastbn.BatchNorm2d(c).freeze(), (16, 8, 24, 25), contiguous),
+    "inverted": (
+        lambda c: fastbn.BatchNorm2d(c, activation="leaky_relu"), (8, 8, 30, 31), contiguous
+    ),
+    "kept": (lambda c: fastbn.BatchNorm2d(c, activation="relu"), (8, 8, 30, 31), contiguous),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("threads", "dtype"), [(1, "float32"), (2, "float32"), (7, "float32"), (3, "float16")]
+)
 @pytest.mark.parametrize(("make", "shape", "layout"), IN_PLACE.values(), ids=IN_PLACE)
 def test_an_element_of_each_part_of_an_output_in_place_is_compared(
-    rng, set_num_threads, make, shape, layout, threads
+    rng, set_num_threads, make, shape, layout, threads, dtype
 ):
     set_num_threads(threads)
-    layer, x = make(shape[1]), layout(some(rng, shape))
+    layer, x = make(shape[1]), layout(some(rng, shape, dtype))
     layer(x, out=x)
-    saved = layer._saved
-    elements = memory_of(x)
+    saved, elements = layer._saved, memory_of(x)
     assert np.shares_memory(elements, x)
     noticed = []
     for i in range(x.size):

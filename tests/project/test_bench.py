@@ -95,6 +95,27 @@ def test_a_library_that_cannot_be_imported_is_unavailable(bench):
         assert "ModuleNotFoundError" in worker.about()["unavailable"]
 
 
+def test_another_process_that_was_asked_last_is_waited_for(bench, monkeypatch):
+    runner, libraries = bench("runner"), bench("libraries")
+    process = importlib.import_module("_selfbench.process")
+    waited_for = []
+    monkeypatch.setattr(process, "wait_for_sleep", waited_for.append)
+    setup = libraries.Setup("numpy")
+    with runner.Worker("numpy", setup, 1) as one, runner.Worker("numpy", setup, 1) as other:
+        one.about(), other.about()
+        for worker in (one, one, other, other, one):
+            worker.request("release", keep_data=False)
+        assert waited_for == [one.process.pid, other.process.pid]
+        one.process.kill()
+        one.process.wait()
+        other.request("release", keep_data=False)
+        assert waited_for == [one.process.pid, other.process.pid]
+    with runner.Worker("numpy", setup, 1) as third:
+        third.about()
+        third.request("release", keep_data=False)
+    assert waited_for == [one.process.pid, other.process.pid]
+
+
 # The arrays.
 
 

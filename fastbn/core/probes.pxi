@@ -1,44 +1,44 @@
-# Elements of an array, its samples, by which a change of the array is noticed.
+# Elements of an array, its probes, by which a change of the array is noticed.
 
-# Where the samples lie: one in each of so many equal parts, at no regular distance, since a regular
+# Where the probes lie: one in each of so many equal parts, at no regular distance, since a regular
 # one may be a multiple of a row's length, and borders of images are often alike.
 
-cdef double sample_places[SAMPLES]    # as fractions of the elements of an array
+cdef double probe_places[PROBES]    # as fractions of the elements of an array
 
 
-cdef void choose_sample_places() noexcept:
+cdef void choose_probe_places() noexcept:
     cdef int i
-    for i in range(SAMPLES):
-        sample_places[i] = (i + fmod(i * 0.6180339887498949, 1.0)) / SAMPLES
+    for i in range(PROBES):
+        probe_places[i] = (i + fmod(i * 0.6180339887498949, 1.0)) / PROBES
 
 
-choose_sample_places()
+choose_probe_places()
 
 
-cdef Py_ssize_t sampled_element(int i, Py_ssize_t size) noexcept nogil:
-    """The i-th sample of so many elements, of which few are all sampled."""
-    return i if size <= SAMPLES else <Py_ssize_t>(sample_places[i] * <double>size)
+cdef Py_ssize_t probed_element(int i, Py_ssize_t size) noexcept nogil:
+    """The i-th probe of so many elements; if these are few, each is one."""
+    return i if size <= PROBES else <Py_ssize_t>(probe_places[i] * <double>size)
 
 
 cdef int choose_elements(Py_ssize_t size, Py_ssize_t *elements) noexcept:
-    """Choose the samples among so many elements; return how many."""
-    cdef int i, samples = <int>min(size, <Py_ssize_t>SAMPLES)
-    for i in range(samples):
-        elements[i] = sampled_element(i, size)
-    return samples
+    """Choose the probes among so many elements; return how many."""
+    cdef int i, probes = <int>min(size, <Py_ssize_t>PROBES)
+    for i in range(probes):
+        elements[i] = probed_element(i, size)
+    return probes
 
 
 cdef int spread(cnp.ndarray x, Py_ssize_t *offsets) noexcept:
     """Choose elements of x, as bytes from its first one; return how many."""
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef int i, samples = choose_elements(cnp.PyArray_SIZE(x), offsets)
+    cdef int i, probes = choose_elements(cnp.PyArray_SIZE(x), offsets)
     if layout_of(x) != UNFIT:
-        for i in range(samples):
+        for i in range(probes):
             offsets[i] *= itemsize
     else:
-        for i in range(samples):
+        for i in range(probes):
             offsets[i] = offset_of_element(x, offsets[i])
-    return samples
+    return probes
 
 
 cdef enum:
@@ -100,17 +100,17 @@ cdef Py_ssize_t valid_of_eight(const unsigned char *mask) noexcept:
 cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets) noexcept:
     """Choose elements of x at valid positions: nobody reads the others.
 
-    They are counted with the channels last, so that neighbouring samples are of several channels.
+    They are counted with the channels last, so that neighbouring probes are of several channels.
     """
     cdef ValidPositions valid
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1], channel, position
-    cdef int i, samples = choose_elements(count_in_parts(&valid, mask) * channels, offsets)
-    for i in range(samples):
+    cdef int i, probes = choose_elements(count_in_parts(&valid, mask) * channels, offsets)
+    for i in range(probes):
         position = find_valid_position(&valid, offsets[i] // channels)
         channel = offsets[i] % channels
         offsets[i] = (offset_of_element(x, position, skip_channels=True)
                       + channel * cnp.PyArray_STRIDES(x)[1])
-    return samples
+    return probes
 
 
 cdef Py_ssize_t offset_of_element(cnp.ndarray array, Py_ssize_t element,
@@ -151,8 +151,8 @@ cdef void read_bits(cnp.ndarray x, const Py_ssize_t *offsets, int count, uint64_
 
 # ------------------------------------------------------------------ read by the threads of a job
 
-cdef bint reads_samples(const Job *job) noexcept:
-    """Tell whether the threads that write an output shall read its samples, too.
+cdef bint reads_probes(const Job *job) noexcept:
+    """Tell whether the threads that write an output shall read its probes, too.
 
     If the calling thread did, the cores of the others would have to take their lines back from it
     in the next forward in place. Where the caches do not hold the output, that is no matter.
@@ -161,15 +161,18 @@ cdef bint reads_samples(const Job *job) noexcept:
             and array_bytes(job) <= LARGER_THAN_CACHES)
 
 
-cdef void read_samples_of(const Job *job, const Block *block) noexcept nogil:
-    """Read the samples of a block's output, which is in the caches of this thread's core."""
+cdef void read_probes(const Job *job, const Block *block) noexcept nogil:
+    """Read the probes of a block's output, which mostly is in the caches of this thread's core."""
     cdef Py_ssize_t row = job.cut.c * job.cut.s * job.cut.fold
     cdef Py_ssize_t len = (block.c1 - block.c0) * block.length * job.cut.fold
     cdef Py_ssize_t extent = samples_of(job, block) * job.cut.c * job.cut.s
     cdef Py_ssize_t start = offset_of(job, block, block.n0), at
     cdef Py_ssize_t first = job.first_element + start // job.itemsize
     cdef int i
-    for i in range(<int>min(job.sampled, <Py_ssize_t>SAMPLES)):
-        at = sampled_element(i, job.sampled) - first
-        if 0 <= at < extent and at % row < len:
-            job.sample_bits[i] = bits_of(job.out + start + at * job.itemsize, job.itemsize)
+    # In each of PROBES equal parts lies one: there are more elements than that.
+    for i in range(max(first * PROBES // job.probed - 1, 0), PROBES):
+        at = probed_element(i, job.probed) - first
+        if at >= extent:
+            return
+        if at >= 0 and at % row < len:
+            job.probe_bits[i] = bits_of(job.out + start + at * job.itemsize, job.itemsize)
