@@ -2,7 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastbn import functional
+try:
+    from fastbn import functional
+except ImportError as error:
+    from importlib.util import find_spec
+
+    if find_spec(f"{__name__}._core") is not None:
+        raise
+    raise ImportError(
+        f"the core of {__path__[0]} is not built: `pip install -e .` builds it in a clone; to "
+        "import an installed fastbn instead, leave the folder that holds these sources"
+    ) from error
 from fastbn._memory import release_memory
 from fastbn._threads import get_num_threads, set_num_threads, threads
 from fastbn._version import __version__
@@ -75,6 +85,11 @@ if not TYPE_CHECKING:  # a checker takes every name that a module's __getattr__ 
 
         if name in _LATER_MODULES:
             return importlib.import_module(f"fastbn.{name}")
+        if name == "torch":
+            try:
+                return importlib.import_module("fastbn.torch")
+            except ImportError as error:  # hasattr(fastbn, "torch") shall tell, not raise
+                raise AttributeError(f"no module of this name: {error}") from error
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)

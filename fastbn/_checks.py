@@ -562,7 +562,8 @@ def check_target(out: Any, x: Array, target: str) -> Any:
         raise ValueError(f"{target} must have x's shape {x.shape}, got {out.shape}")
     dtype = x.dtype if x.dtype.isnative else x.dtype.newbyteorder("=")
     if out.dtype != dtype:
-        raise TypeError(f"{target} must have x's dtype {dtype}, got {out.dtype}")
+        order = "" if out.dtype.isnative else ", whose byte order is not that of this machine"
+        raise TypeError(f"{target} must have x's dtype {dtype}, got {out.dtype}{order}")
     if not backend_of(out).writeable(out):
         raise ValueError(f"{target} must be writeable, got a read-only array")
     if not out.flags.c_contiguous and overlaps_itself(out):

@@ -123,6 +123,16 @@ FROM_TORCH = (
 )
 
 
+def check_parameters(**parameters: Any) -> None:
+    """Refuse what a forward can read, such as a list, but what has no dtype for a gradient."""
+    for name, value in parameters.items():
+        if value is not None and not checks.is_array(value):
+            raise TypeError(
+                f"{checks.not_an_array(value, name)}, which has no dtype for {name}_grad: "
+                f"layer.{name} = np.asarray(layer.{name}, np.float32)"
+            )
+
+
 def is_file_of_torch(state: Any) -> bool:
     """Tell whether it is a file of torch.save's, by its name or its parts, which np.load lists."""
     if isinstance(state, bytes | bytearray):

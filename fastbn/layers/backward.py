@@ -145,6 +145,7 @@ class Differentiable(LayerState):
         These are dy, weight and bias, out, the gate, and the memory for sums of gradients.
         """
         layer_checks.check_saved(saved, is_read=reads_array(saved, self.weight))
+        layer_checks.check_parameters(weight=self.weight, bias=self.bias)
         dy = checks.as_gradient(dy, saved.x)
         parameters = checks.as_vectors(saved.x, weight=self.weight, bias=self.bias)
         read = parameters | self._checked_gradients(saved.x)

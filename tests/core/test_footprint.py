@@ -1,10 +1,14 @@
 """What importing costs, and what a training step allocates."""
 
+import os
+import shutil
+import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from cases import in_pairs
-from internals import AT_FIRST_USE
+from internals import AT_FIRST_USE, PACKAGE
 from support import output_of
 
 pytestmark = pytest.mark.serial
@@ -30,6 +34,36 @@ def test_modules_are_there_though_they_are_imported_later(tmp_path):
     names = "moments", "recalibration", "folding", "sync", "instance", "layers", "functional"
     code = "; ".join(f"import fastbn; print(fastbn.{name}.__name__)" for name in names)
     assert output_of(code, tmp_path).split() == [f"fastbn.{name}" for name in names]
+
+
+def test_sources_that_are_not_built_tell_what_to_do(tmp_path):
+    sources = shutil.copytree(
+        PACKAGE, tmp_path / "fastbn", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    )
+    # Without the finder of an editable installation, which knows where the core is.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in str(f)]"
+    code += "; import fastbn"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 1
+    told = found.stderr.splitlines()[-1]
+    assert all(part in told for part in ("ImportError", str(sources), "not built", "pip install"))
+
+
+def test_torchs_layers_are_an_attribute_where_there_is_torch(tmp_path):
+    told = output_of(
+        "import fastbn\ntry: print(fastbn.torch.__name__)\nexcept AttributeError as e: print(e)\n"
+        "print(hasattr(fastbn, 'torch'), 'torch' in dir(fastbn))",
+        tmp_path,
+    ).split("\n")
+    if find_spec("torch"):
+        assert told[:2] == ["fastbn.torch", "True True"]
+    else:
+        assert told[:2] == [
+            "no module of this name: fastbn.torch needs torch: pip install 'fastbn[torch]'",
+            "False False",
+        ]
 
 
 # What forward and backward of a step in place allocate at most, above what there was before, of an

@@ -963,6 +963,13 @@ def test_bfloat16_that_lost_its_dtype_in_an_npz_is_refused(bn):
         bn.load_state_dict(state)
 
 
+def test_an_output_of_foreign_byte_order_is_refused_by_that(bn):
+    x = np.ones((4, 3, 2, 5), np.dtype(np.float32).newbyteorder())
+    with refused(TypeError, "byte order", intact=[bn, x]):
+        bn(x, out=x)
+    assert bn(x).dtype.isnative
+
+
 def test_a_dlpack_object_that_numpy_cannot_read_is_refused(bn):
     class Foreign:
         def __dlpack__(self, **_):

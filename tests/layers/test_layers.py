@@ -580,6 +580,24 @@ def test_running_statistics_that_share_memory_are_not_moved(rng, of_instances, o
     layer(x)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    "layer", [fastbn.BatchNorm2d(3), fastbn.InstanceNorm2d(3, affine=True), fastbn.GroupNorm(1, 3)]
+)
+def test_a_parameter_that_is_a_list_has_no_gradient(rng, layer, name):
+    layer, x = copy.deepcopy(layer), some(rng, (4, 3, 2, 5))
+    dy = some(rng, x.shape)
+    expected = layer(x)
+    setattr(layer, name, getattr(layer, name).tolist())
+    assert same_bits(layer(x), expected)
+    mend = rf"{name} must be an ndarray, got list.*np\.asarray"
+    with support.untouched(dy), pytest.raises(TypeError, match=mend):
+        layer.backward(dy)
+    setattr(layer, name, np.asarray(getattr(layer, name), np.float32))
+    layer.backward(dy)
+    assert getattr(layer, f"{name}_grad").dtype == np.float32
+
+
 def test_a_counter_that_has_become_a_number_is_refused_with_the_mend(rng):
     layer, x = fastbn.BatchNorm2d(3), some(rng, (4, 3, 5, 6))
     layer.num_batches_tracked = layer.num_batches_tracked + 1
