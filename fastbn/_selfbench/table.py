@@ -28,7 +28,7 @@ def report(result: dict[str, Any]) -> str:
     config, libraries = result["config"], result["libraries"]
     columns = [name for name in libraries if name != FLOOR]
     lines = [
-        f"fastbn {config['version']}, {config['instruction_set']}, {config['threads']} threads "
+        f"fastbn {config['version']}, {config['instruction_set']}, threads: {config['threads']} "
         f"({config['threads_reason']})",
         f"{result['cpu']}; a copy reads and writes {result['copy_gb_per_s']:.0f} GB/s",
         "",
