@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the arrays are")
     known = ", ".join({**libraries_on("cpu"), **libraries_on("cuda")})
     add("--libraries", type=names, help=f"of {known} (default: all of the device)")
-    add("--rounds", type=int, help="how many, of four turns each (default: 5)")
+    add("--rounds", type=int, help=f"how many, of {runner.TURNS} turns each (default: {ROUNDS})")
     mode = parser.add_mutually_exclusive_group()
     flag = {"action": "store_true"}
     mode.add_argument(

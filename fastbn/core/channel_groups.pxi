@@ -198,8 +198,7 @@ cdef int normalize_groups(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t groups, cn
     sum_in_float32(&norm.job)
     apply_normalize(&norm.job, cnp.PyArray_BYTES(out))
     set_epilogue(&norm.job, activation, residual, alive)
-    keep(&norm.job, None if saved is None else saved.kept)
-    probe_output(&norm.job, out, saved)
+    save_in_pass(&norm.job, out, saved)
     return execute(&norm.job)
 
 

@@ -157,8 +157,8 @@ cdef bint reads_probes(const Job *job) noexcept:
     If the calling thread did, the cores of the others would have to take their lines back from it
     in the next forward in place. Where the caches do not hold the output, that is no matter.
     """
-    return (num_threads_now() > 1 and is_shared(bytes_moved(job))
-            and array_bytes(job) <= LARGER_THAN_CACHES)
+    return (is_shared(bytes_moved(job)) and array_bytes(job) <= LARGER_THAN_CACHES
+            and num_threads_now() > 1)
 
 
 cdef void read_probes(const Job *job, const Block *block) noexcept nogil:

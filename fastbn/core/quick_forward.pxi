@@ -188,9 +188,12 @@ cdef void save_array(SavedForBackward saved, cnp.ndarray x, cnp.ndarray y) noexc
     saved.probe()
 
 
-cdef void probe_output(Job *job, cnp.ndarray out, SavedForBackward saved) noexcept:
-    """Let the job's threads read the probes of an output that is saved, where they should."""
-    if saved is not None and saved.in_place and reads_probes(job):
+cdef void save_in_pass(Job *job, cnp.ndarray out, SavedForBackward saved) noexcept:
+    """Let the job write what its pass over memory can save: a copy of x, and probes of out."""
+    if saved is None:
+        return
+    keep(job, saved.kept)
+    if saved.in_place and reads_probes(job):
         job.probed, job.probe_bits = cnp.PyArray_SIZE(out), saved.bits
         saved.has_bits = True
 
@@ -231,8 +234,7 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
     job.eps = PyFloat_AS_DOUBLE(eps)
     apply_normalize(&job, cnp.PyArray_BYTES(target))
     set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
-    keep(&job, None if saved is None else saved.kept)
-    probe_output(&job, target, saved)
+    save_in_pass(&job, target, saved)
     execute(&job)
     return target
 
@@ -320,8 +322,7 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
         sum_in_float32(&job)
         apply_normalize(&job, cnp.PyArray_BYTES(out))
         set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
-        keep(&job, None if saved is None else saved.kept)
-        probe_output(&job, out, saved)
+        save_in_pass(&job, out, saved)
         return execute(&job)
     finally:
         free(memory)
