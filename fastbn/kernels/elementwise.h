@@ -608,38 +608,41 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
     return (VA_LANES - NAME(unaligned)(to)) % VA_LANES;
 }
 
-/* Whether the rows of a matrix, which are whole lines, are streamed one behind the other. */
+/* Whether the rows of a matrix, which have the same place in their lines, are streamed. */
 ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontemporal, ptrdiff_t most)
 {
     return NAME(MAY_STREAM) && nontemporal && matrix->mask == NULL && most == PTRDIFF_MAX &&
-           matrix->len == matrix->stride && matrix->len % (CACHE_LINE / (ptrdiff_t)sizeof(T)) == 0 &&
+           matrix->len >= NAME(LINE) && matrix->stride % NAME(LINE) == 0 &&
            matrix->rows * matrix->len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
 }
 
-/* Writes such rows like STREAM_RUN. Lines reach over the end of a row into the next one: behind the
- * coefficients of the last column there are those of the first ones. */
+/* Writes such rows like STREAM_RUN. Where they lie one behind the other, lines reach over the end of
+ * a row into the next one: behind the coefficients of the last column there are those of the first
+ * ones. Those of a strip of a wider matrix lie apart, and each has ends of its own. */
 #if HAS_NONTEMPORAL
 #  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) \
     do { \
         enum { LINE = NAME(LINE) }; \
         const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
-        const ptrdiff_t ahead = prefetched; \
+        const int apart = len != (matrix)->stride; \
+        const ptrdiff_t ahead = apart ? (matrix)->stride * (prefetched / len + 1) : prefetched; \
         const uint8_t *mask = NULL; /* there is none */ \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
-        const ptrdiff_t tail = (rows * len - head) % LINE; \
+        const ptrdiff_t tail = ((apart ? len : rows * len) - head) % LINE; \
         T line[LINE]; \
         for (ptrdiff_t n = 0; n < rows; n++) { \
-            const ptrdiff_t r = (backwards) ? rows - 1 - n : n; \
-            const ptrdiff_t row = r * len, end = r + 1 < rows ? head + len : len - tail; \
+            const ptrdiff_t r = (backwards) ? rows - 1 - n : n, row = r * (matrix)->stride; \
+            const int begins = apart || r == 0, ends = apart || r + 1 == rows; \
+            const ptrdiff_t end = ends ? len - tail : head + len; \
             T *to = (T *)(out) + row; \
             BEGIN; \
-            if (r == 0) { \
+            if (begins && head > 0) { \
                 UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
                     NAME(store)(line + i, AT(i, 0)); \
                 memcpy(to, line, (size_t)head * sizeof(T)); \
             } \
             STREAM_LINES(to, head, end, backwards, AT); \
-            if (r + 1 == rows) { \
+            if (ends && tail > 0) { \
                 UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
                     NAME(store)(line + i, AT(len - LINE + i, 0)); \
                 memcpy(to + end, line + LINE - tail, (size_t)tail * sizeof(T)); \
