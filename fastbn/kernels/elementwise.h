@@ -653,9 +653,8 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 #  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) (void)0
 #endif
 
-/* Writes the rows of a matrix, and prefetches so many elements ahead. They are not streamed one by
- * one, for which those of float32 are too short. The mask of a row is spread over its columns; one
- * that is left out as a whole is zeros. */
+/* Writes the rows of a matrix, and prefetches so many elements ahead. The mask of a row is spread over
+ * its columns; one that is left out as a whole is zeros. */
 #define WRITE_ROWS(matrix, masked, out, nontemporal, most, prefetched, backwards, AT, ONE, BEGIN, \
                    DONE) \
     if (!(masked) && NAME(streams_rows)(matrix, nontemporal, most)) \
