@@ -69,3 +69,9 @@ for *case, nontemporal in itertools.product(SHAPES, DTYPES, (False, True), (Fals
         assert np.isfinite(norm.backward(dy)).all()
     if nontemporal:
         _core.set_nontemporal_bytes(ordinary)
+
+# Groups in turns, by both kinds of sums: of float32, by non-temporal stores, on several threads.
+_core.set_nontemporal_bytes(0)
+fastbn.set_num_threads(2)
+for shape in [(16, 20, 13, 11), (4, 20, 23, 23)]:
+    assert np.isfinite(F.batch_norm_forward(new(rng, shape, "float32", False))[0]).all()

@@ -137,7 +137,7 @@ cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
     cdef Py_ssize_t g, b, first = span * norm.span
     for g in range(first, first + norm.span):
         for b in range(job.cut.blocks):
-            job.reduce(job, g, b)
+            job.reduce(job, g, b, NULL)
     combine_span(norm, span)
     for g in range(first + norm.span - 1, first - 1, -1):
         for b in range(job.cut.blocks - 1, -1, -1):

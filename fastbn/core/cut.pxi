@@ -263,3 +263,17 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     if cut.column_layout and b == cut.blocks - 1:
         block.leftover_rows = cut.leftover_rows
     return block
+
+
+cdef Block mirrored_block(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+    """Of the row layout: what lies as far from the ends of samples and runs as block b from their
+    beginnings."""
+    cdef Block block = block_of(cut, g, b)
+    block.n0, block.n1 = cut.n - block.n1, cut.n - block.n0
+    block.s0 = cut.s - block.s0 - block.length
+    return block
+
+
+cdef bint have_as_many_channels(const Cut *cut, Py_ssize_t g, Py_ssize_t h) noexcept nogil:
+    cdef Block one = block_of(cut, g, 0), other = block_of(cut, h, 0)
+    return one.c1 - one.c0 == other.c1 - other.c0

@@ -1,8 +1,11 @@
 # What is to be done with an array: a job.
 
 # A job reduces every block of every group to partial sums, merges those of each channel, and
-# applies the outcome to every block. A step that a job does not have is NULL.
-ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil
+# applies the outcome to every block. A step that a job does not have is NULL. Where a job
+# interleaves its groups, the results of a block of another group are written beside the sums,
+# unless it is NULL.
+ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b,
+                           const Block *beside) noexcept nogil
 ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil
 
 ctypedef void (*ApplyBlock)(const Job *job, const Block *block) noexcept nogil
@@ -61,6 +64,7 @@ cdef struct Job:
     int way                       # 0 or 1: the way that the trial has chosen for this call
     bint nontemporal              # whether the output is written by non-temporal stores
     bint reads_ahead              # whether a group's second walk prefetches the next group
+    bint interleaves              # whether a group is summed while another's results are written
     bint finds_cached             # whether its results need no prefetches, as caches have all
     double *partial_sums          # of (batches, blocks, 2, c): mean and m2, or the two sums
     const unsigned char *mask     # of (batches, n, s), 255 at valid positions; NULL if all are

@@ -9,6 +9,7 @@ cdef extern from "kernels.h" nogil:
         ADDITIONS "FASTBN_ADDITIONS"
         MASK_BYTES "FASTBN_MASK_BYTES"
         STREAM_BYTES "FASTBN_STREAM_BYTES"
+        INTERLEAVED "FASTBN_INTERLEAVED"
 
     ctypedef struct Affine "fastbn_affine":
         double centre[COLUMNS]
@@ -57,6 +58,12 @@ cdef extern from "kernels.h" nogil:
         const unsigned char *mask
         Py_ssize_t mask_stride
 
+    ctypedef struct Results "fastbn_results":
+        const void *x
+        void *y
+        Py_ssize_t stride
+        const Affine *affine
+
     ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
                                               double *first, double *second) noexcept nogil
     ctypedef void SumProducts "fastbn_products"(const void *dy, const void *x, const Runs *runs,
@@ -87,6 +94,9 @@ cdef extern from "kernels.h" nogil:
         SumColumnMoments *column_raw_moments
         void (*pivots)(const void *x, const Py_ssize_t *at, Py_ssize_t count, Py_ssize_t stride,
                        Py_ssize_t channels, double *pivot) noexcept nogil
+        void (*moments_beside_results)(const void *x, const Runs *runs, const double *pivot,
+                                       double *first, double *second,
+                                       const Results *results) noexcept nogil
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
                           const Epilogue *epilogue, int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,

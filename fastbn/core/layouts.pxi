@@ -2,13 +2,14 @@
 
 
 cdef void sum_block(const Job *job, const Block *block, int arithmetic, const double *centre,
-                    double *first, double *second) noexcept nogil:
+                    double *first, double *second, const Block *beside=NULL) noexcept nogil:
     """Sum a block in one of the arithmetics, around a centre for each channel.
 
-    Raw moments have none, so that it may be NULL.
+    Raw moments have none, so that it may be NULL. Unless `beside` is NULL, the results of that
+    block are written meanwhile.
     """
     if not job.cut.column_layout:
-        sum_runs(job, block, arithmetic, centre, first, second)
+        sum_runs(job, block, arithmetic, centre, first, second, beside)
     elif job.refine_pivot:
         sum_columns_in_chunks(job, block, ADDITIONS, arithmetic, centre, first, second)
     elif arithmetic == RAW and block.n1 - block.n0 > RAW_ROWS_MOST:

@@ -106,9 +106,9 @@ cdef Py_ssize_t start_of(const Job *job, const Block *block, bint backwards) noe
 
 
 cdef void sum_runs(const Job *job, const Block *block, int arithmetic, const double *centre,
-                   double *first, double *second) noexcept nogil:
+                   double *first, double *second, const Block *beside) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
-    cdef Block some = block[0]
+    cdef Block some = block[0], some_beside
     cdef const double *centre_of_some = centre
     cdef Py_ssize_t i
     for i in range(ceil_div(block.c1 - block.c0, GROUP)):
@@ -116,7 +116,15 @@ cdef void sum_runs(const Job *job, const Block *block, int arithmetic, const dou
         some.c1 = min(some.c0 + GROUP, block.c1)
         if centre != NULL:  # raw moments have none
             centre_of_some = centre + i * GROUP
-        sum_group(job, &some, arithmetic, centre_of_some, first + i * GROUP, second + i * GROUP)
+        if beside == NULL:
+            sum_group(job, &some, arithmetic, centre_of_some, first + i * GROUP,
+                      second + i * GROUP)
+        else:
+            some_beside = beside[0]
+            some_beside.c0 = beside.c0 + i * GROUP
+            some_beside.c1 = min(some_beside.c0 + GROUP, beside.c1)
+            sum_beside_results(job, &some, centre_of_some, first + i * GROUP, second + i * GROUP,
+                               &some_beside)
 
 
 cdef void sum_group(const Job *job, const Block *block, int arithmetic, const double *centre,
@@ -135,6 +143,28 @@ cdef void sum_group(const Job *job, const Block *block, int arithmetic, const do
         moments(job.x + at, &runs, centre, first, second)
     else:
         products(job.dy + at, job.x + at, &runs, centre, gate_of(job, block, &gate), first, second)
+
+
+cdef void sum_beside_results(const Job *job, const Block *block, const double *centre,
+                             double *first, double *second,
+                             const Block *beside) noexcept nogil:
+    """The moments of as many channels as a kernel takes, while results of others are written.
+
+    Without a centre they are raw ones, with one those in float32.
+    """
+    cdef Results results
+    cdef Affine affine
+    cdef Runs runs = runs_of(job, block, False)
+    cdef Py_ssize_t at = start_of(job, beside, True)
+    affine_of(job, beside, &affine)
+    if has_huge_mean(job, affine.centre, beside.c1 - beside.c0):
+        normalize_runs(job, beside)
+        sum_group(job, block, RAW if centre == NULL else IN_FLOAT32, centre, first, second)
+        return
+    results.x, results.y, results.stride = job.x + at, job.out + at, -job.cut.c * job.cut.s
+    results.affine = &affine
+    job.kernels.moments_beside_results(job.x + offset_of(job, block, block.n0), &runs, centre,
+                                       first, second, &results)
 
 
 cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:

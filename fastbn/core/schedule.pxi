@@ -1,6 +1,7 @@
 # Which thread does which task, and in which order; what results are does not depend on it.
 
 cdef enum:
+    NO_TASK = -1
     # More threads than a call ever uses.
     THREADS_MAX = 1024
     # Calls that read and write less keep Python's lock: to give it up and take it again would be a
@@ -89,13 +90,15 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
     cdef Tasks tasks
     cdef Tasks *shared = &tasks
-    cdef Py_ssize_t t
-    cdef int i
+    cdef Py_ssize_t i, t, before = NO_TASK
     cdef double start
     threads = <int>min(<Py_ssize_t>threads, count)
     if threads <= 1 or count > INT32_MAX:
-        for t in range(count):
-            task(job, g0, groups, count - 1 - t if backwards else t)
+        for i in range(count):
+            t = count - 1 - i if backwards else i
+            do_task(job, task, g0, groups, t, before)
+            before = t
+        do_task(job, task, g0, groups, NO_TASK, before)
         return
     tasks.backwards = backwards
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
@@ -110,6 +113,15 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
             walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
                 fastbn_seconds() - start - tasks.busy)
+
+
+cdef void do_task(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                  Py_ssize_t before) noexcept nogil:
+    """Do a task, and what the one before it may have left to do; either may be NO_TASK."""
+    if job.interleaves:
+        interleave_groups(job, t, before)
+    elif t != NO_TASK:
+        task(job, g0, groups, t)
 
 
 cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept nogil:
@@ -128,25 +140,38 @@ cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept 
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
     """Do the tasks of a range, then those that come last in ranges that are not done."""
     cdef Tasks *tasks = <Tasks *>tasks_
-    cdef Py_ssize_t t, done = 0
-    cdef int i
+    cdef Py_ssize_t t, before = NO_TASK, done = 0
+    cdef int owner = 0
     cdef double start = fastbn_seconds() if own == 0 else 0.0
     while True:
-        t = take_task(tasks, own, tasks.backwards, 0)
-        if t < 0:
+        t = next_task(tasks, own, &owner)
+        do_task(tasks.job, tasks.task, tasks.g0, tasks.groups, t, before)
+        if t == NO_TASK:
             break
-        tasks.task(tasks.job, tasks.g0, tasks.groups, t)
+        before = t
         done += 1
-    for i in range(1, tasks.threads):
-        while True:
-            t = take_task(tasks, (own + i) % tasks.threads, not tasks.backwards, tasks.reserved)
-            if t < 0:
-                break
-            tasks.task(tasks.job, tasks.g0, tasks.groups, t)
-            done += 1
     if own == 0:  # the calling thread's
         tasks.busy = fastbn_seconds() - start
         tasks.done = done
+
+
+cdef Py_ssize_t next_task(Tasks *tasks, int own, int *owner) noexcept nogil:
+    """Take a task of a thread's own range, then those that come last in the ranges that follow it.
+
+    NO_TASK if all are done. `owner`, 0 before the first task, tells how far away the range is that
+    tasks are taken from.
+    """
+    cdef Py_ssize_t t
+    while owner[0] < tasks.threads:
+        if owner[0] == 0:
+            t = take_task(tasks, own, tasks.backwards, 0)
+        else:
+            t = take_task(tasks, (own + owner[0]) % tasks.threads, not tasks.backwards,
+                          tasks.reserved)
+        if t >= 0:
+            return t
+        owner[0] += 1
+    return NO_TASK
 
 
 cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t reserved) noexcept nogil:
@@ -163,17 +188,46 @@ cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
     The second walk goes backwards, to begin with what is in the cache.
     """
     cdef Py_ssize_t b
-    for b in range(job.cut.blocks):
-        job.reduce(job, g0 + t, b)
-    job.merge(job, g0 + t)
+    reduce_group(job, g0 + t)
     if job.apply != NULL:
-        for b in range(job.cut.blocks - 1, -1, -1):
-            apply_block(job, g0 + t, b)
+        apply_group(job, g0 + t)
+
+
+cdef void reduce_group(const Job *job, Py_ssize_t g) noexcept nogil:
+    cdef Py_ssize_t b
+    for b in range(job.cut.blocks):
+        job.reduce(job, g, b, NULL)
+    job.merge(job, g)
+
+
+cdef void apply_group(const Job *job, Py_ssize_t g) noexcept nogil:
+    cdef Py_ssize_t b
+    for b in range(job.cut.blocks - 1, -1, -1):
+        apply_block(job, g, b)
+
+
+cdef void interleave_groups(const Job *job, Py_ssize_t g, Py_ssize_t before) noexcept nogil:
+    """Reduce a group while the results of the one before it are written; either may be NO_TASK.
+
+    The last results of a thread are written by themselves, and make all stores visible.
+    """
+    cdef Block beside
+    cdef Py_ssize_t b
+    if g == NO_TASK or before == NO_TASK or not have_as_many_channels(&job.cut, g, before):
+        if before != NO_TASK:
+            apply_group(job, before)
+        if g != NO_TASK:
+            reduce_group(job, g)
+        return
+    for b in range(job.cut.blocks):
+        beside = mirrored_block(&job.cut, before, b)
+        job.reduce(job, g, b, &beside)
+    job.merge(job, g)
 
 
 cdef void execute_reduce(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
                          Py_ssize_t t) noexcept nogil:
-    job.reduce(job, g0 + t % groups, t // groups)
+    job.reduce(job, g0 + t % groups, t // groups, NULL)
 
 
 cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
@@ -221,6 +275,19 @@ cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
         execute_round(job, r * most, min(most, groups - r * most), threads)
 
 
+cdef bint interleaves_groups(const Job *job) noexcept nogil:
+    """Tell whether a group is summed while the results of another one are written.
+
+    Non-temporal stores wait for memory and sums do not, as long as caches have what is read;
+    ordinary stores would take the bandwidth of these caches that sums need.
+    """
+    return (job.nontemporal and job.kernels.moments_beside_results != NULL
+            and job.reduce == reduce_moments and job.apply == normalize_block and job.in_float32
+            and job.mask == NULL and not job.has_epilogue and not overwrites_input(job)
+            and not job.cut.column_layout and job.cut.s >= INTERLEAVED
+            and bytes_in_caches(job) <= LARGER_THAN_CACHES)
+
+
 cdef void execute_batches(Job *job, int threads) noexcept nogil:
     """Execute a job on at most so many threads, except for its leftover samples."""
     cdef bint group_by_group
@@ -240,7 +307,8 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
         groups_of(job) >= tasks_for(job, threads)
         and group_bytes(job) * threads <= cache_bytes))
-    job.reads_ahead = group_by_group and prefetches_groups(job, threads)
+    job.interleaves = group_by_group and groups_of(job) >= 2 * threads and interleaves_groups(job)
+    job.reads_ahead = group_by_group and not job.interleaves and prefetches_groups(job, threads)
     job.finds_cached = (job.reduce == NULL or group_by_group) and finds_in_caches(
         job, threads, group_bytes(job))
     if group_by_group:

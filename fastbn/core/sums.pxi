@@ -46,7 +46,8 @@ cdef void write_sums(const Sums *sums, Py_ssize_t channels, double *to) noexcept
 # ------------------------------------------------------------------ mean and m2
 
 
-cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b,
+                         const Block *beside) noexcept nogil:
     """Mean and m2 of a block."""
     cdef Block block = block_of(&job.cut, g, b)
     cdef BlockValid valid = valid_of(job, g, b)
@@ -55,10 +56,12 @@ cdef void reduce_moments(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept no
     if valid.count == 0:
         return
     if job.in_float32 and has_raw_moments(&job.cut):
-        raw_moments(job, &block, &valid, mean, m2)
+        raw_moments(job, &block, &valid, mean, m2, beside)
     elif job.in_float32 and valid.count >= MOMENTS_MIN:
-        float32_moments(job, &block, &valid, mean, m2)
+        float32_moments(job, &block, &valid, mean, m2, beside)
     else:
+        if beside != NULL:
+            job.apply(job, beside)
         exact_moments(job, &block, &valid, mean, m2)
 
 
@@ -108,7 +111,7 @@ cdef bint has_raw_moments(const Cut *cut) noexcept nogil:
 
 
 cdef void raw_moments(const Job *job, const Block *block, const BlockValid *valid, double *mean,
-                      double *m2) noexcept nogil:
+                      double *m2, const Block *beside) noexcept nogil:
     """Mean and m2 of a block from the sums of x and of x^2 in float64.
 
     The squares are exact. Where m2 is small beside count * mean^2 their difference has lost digits,
@@ -117,7 +120,7 @@ cdef void raw_moments(const Job *job, const Block *block, const BlockValid *vali
     cdef double first[COLUMNS]
     cdef double second[COLUMNS]
     cdef Py_ssize_t channels = block.c1 - block.c0
-    sum_block(job, block, RAW, NULL, first, second)
+    sum_block(job, block, RAW, NULL, first, second, beside)
     if isa_in_use.common.raw_mean_and_m2(first, second, <double>valid.count, channels, mean, m2):
         sum_again(job, block, valid, mean, m2)
 
@@ -178,7 +181,7 @@ cdef enum:
 
 
 cdef void float32_moments(const Job *job, const Block *block, const BlockValid *valid,
-                          double *mean, double *m2) noexcept nogil:
+                          double *mean, double *m2, const Block *beside) noexcept nogil:
     """Mean and m2 of a block in float32, where rounding errors are of the size of the deviations.
 
     So the pivot must be near the mean: subtracting (sum of deviations)^2 / count multiplies the
@@ -189,7 +192,7 @@ cdef void float32_moments(const Job *job, const Block *block, const BlockValid *
     cdef double second[COLUMNS]
     cdef double pivot[COLUMNS]
     find_pivots(job, block, valid, pivot)
-    sum_block(job, block, IN_FLOAT32, pivot, first, second)
+    sum_block(job, block, IN_FLOAT32, pivot, first, second, beside)
     if isa_in_use.common.float32_mean_and_m2(pivot, first, second, <double>valid.count,
                                              block.c1 - block.c0, mean, m2):
         sum_again(job, block, valid, mean, m2)
@@ -291,7 +294,8 @@ cdef double sum_of_means(const Job *job, Py_ssize_t g, Py_ssize_t c) noexcept no
 # ------------------------------------------------------------------ the sums of the backward
 
 
-cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
+cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b,
+                          const Block *beside) noexcept nogil:
     """The sums over a block of dy and of dy * (x - mean)."""
     cdef double mean[COLUMNS]
     cdef Block block = block_of(&job.cut, g, b)

@@ -22,6 +22,7 @@ enum {
     /* The rows of a matrix that are added to the sums of its columns together. */
     ROWS_MOST = 4,
     STREAM_BYTES = FASTBN_STREAM_BYTES,
+    INTERLEAVED = FASTBN_INTERLEAVED,
     /* How many doubles, or floats, lie between two values of a column; LANES + COLUMNS have to fit.
      * That is 5.1 or 3 KiB: if two were a multiple of 4 KiB apart, or a little more, loads of the
      * next columns would wait for what has just been stored. */

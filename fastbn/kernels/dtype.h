@@ -1,6 +1,7 @@
 /* The kernels of kernels.h for one dtype and one instruction set. The file of a dtype defines
  *   DTYPE            the name of the dtype
  *   T                the type of an element
+ *   ELEMENT_BITS     how many bits it has
  *   ARITHMETIC_BITS  64 if results are computed in double; 32 if they are in float, and sums may be
  */
 #include "bits.h"
@@ -76,6 +77,11 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #  include "trees.h"
 #endif
 #include "elementwise.h"
+#define INTERLEAVES (HAS_NONTEMPORAL && ELEMENT_BITS == 32)
+#if INTERLEAVES
+#  include "interleaved.h"
+#endif
+#undef Y
 
 const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
     NAME(load_as_double),
@@ -97,6 +103,11 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
     NAME(column_products),
     NAME(moments),
     NAME(column_moments),
+    NULL,
+#endif
+#if INTERLEAVES
+    NAME(moments_beside_results),
+#else
     NULL,
 #endif
     NAME(normalize),

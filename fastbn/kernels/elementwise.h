@@ -988,4 +988,3 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef EACH_RUN
 #undef STORE_RUN
 #undef DX
-#undef Y

@@ -24,6 +24,8 @@ enum {
     FASTBN_ADDITIONS = 128,
     /* So many terms are added in float32 at most, where sums are trees. */
     FASTBN_TREE = 8,
+    /* Runs that are summed while others are written have so many elements at least. */
+    FASTBN_INTERLEAVED = FASTBN_TREE * FASTBN_LANES,
     /* Raw moments are used where the square of the mean is at most so many times the variance. Their
      * difference has the relative error of the sums, so many times. After 4,096 additions to a lane,
      * or column, each of which may round by 2^-54 in the same direction, the variance has an error
@@ -136,6 +138,15 @@ typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_
                                     const double *mean, const fastbn_gate *gate, double *first,
                                     double *second);
 
+/* What is written beside sums: y = affine(x), of as many channels and samples as are summed, with runs
+ * of the same length; the samples are `stride` elements apart. */
+typedef struct {
+    const void *x;
+    void *y;
+    ptrdiff_t stride;
+    const fastbn_affine *affine;
+} fastbn_results;
+
 typedef struct {
     /* to[i] = the element i * stride bytes after x */
     void (*load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
@@ -165,6 +176,11 @@ typedef struct {
      * on. NULL for float64. */
     void (*pivots)(const void *x, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
                    ptrdiff_t channels, double *pivot);
+    /* tree_moments or, if the pivot is NULL, raw_moments; and results of other channels, by
+     * non-temporal stores. There is no mask. NULL for all dtypes but float32: 16 bits do not fill such
+     * a store, and sums of float64 come in chunks. */
+    void (*moments_beside_results)(const void *x, const fastbn_runs *runs, const double *pivot,
+                                   double *first, double *second, const fastbn_results *results);
 
     /* The epilogue and the gate may be NULL; with a gate there is no mask. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,

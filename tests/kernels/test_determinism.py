@@ -191,6 +191,61 @@ def test_the_kind_of_store_changes_no_bit(dtype, path):
         )
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("channels", [64, 512, 700, 1024, 1040])  # one strip, or several
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # others are not streamed
+def test_rows_are_streamed_alike_from_every_element_of_a_line(rng, dtype, channels):
+    dtype = np.dtype(dtype)
+    x, dy = (np.moveaxis(some(rng, (3, 5, 7, channels), dtype), -1, 1) for _ in range(2))
+    weight, bias = parameters(channels)
+    _, mean, invstd = F.batch_norm_forward(x, weight, bias)
+
+    def written_at(address):
+        arrays = [at(address, np.moveaxis(a, 1, -1)) for a in (x, x, dy)]
+        y, same, dx = (np.moveaxis(a, -1, 1) for a in arrays)
+        F.batch_norm_elemt(x, mean, invstd, weight, bias, out=y)
+        F.batch_norm_elemt(same, mean, invstd, weight, bias, out=same)
+        F.batch_norm_backward(dy, x, weight, mean, invstd, out=dx)
+        return [y, same, dx]
+
+    with nontemporal_from(2**62):
+        expected = written_at(0)
+    with nontemporal_from(0):
+        for address in range(0, 64, dtype.itemsize):
+            assert all(map(same_bits, written_at(address), expected))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (40, 46, 11, 12),  # raw moments, and a last group of fewer channels
+        (6, 11, 23, 23),
+        (70, 8, 23, 23),  # two blocks of samples
+        (2, 8, 200, 170),  # two pieces of each run
+        (1, 300, 12, 11),  # more channels in a group than a kernel takes
+    ],
+)
+def test_results_written_beside_sums_are_the_same(rng, shape, set_num_threads):
+    # Non-temporal stores let a group be summed while another one's results are written.
+    x = some(rng, shape)
+    x[:, 1] += np.float32(2.0**110)  # its results take two steps
+    x[:, 4] += np.float32(1e6)  # summed again
+    x[0, 6, 1, 1] = np.inf
+    weight, bias = parameters(shape[1])
+
+    def results(address):
+        out = at(address, x)
+        return F.batch_norm_forward(x, weight, bias, out=out)
+
+    with nontemporal_from(2**62):
+        expected = results(0)
+    with nontemporal_from(0):
+        for threads, address in [(1, 0), (2, 16), (2, 36), (3, 60)]:
+            set_num_threads(threads)
+            assert all(map(same_bits, results(address), expected))
+
+
 def test_trials_of_stores_change_no_bit(rng, dtype):
     # The first 48 calls of a kind and size, 8 MiB at least, try both kinds of stores.
     shape = 64 // dtype.itemsize, 64, 56, 56
