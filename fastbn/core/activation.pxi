@@ -41,6 +41,13 @@ cdef void set_epilogue(Job *job, Activation activation, cnp.ndarray residual,
         job.alive = <unsigned char *>cnp.PyArray_BYTES(alive)
 
 
+cdef bint only_clamps(const Job *job) noexcept nogil:
+    """Tell whether an epilogue in float32 is a clamp alone: see the kernels' is_clamped."""
+    cdef float slope = <float>job.activation.slope
+    return (job.residual == NULL and job.alive == NULL
+            and (job.activation.kind == RELU or 0.0 < slope <= 1.0))
+
+
 cdef const Epilogue *epilogue_of(const Job *job, Py_ssize_t at,
                                  Epilogue *epilogue) noexcept nogil:
     """The epilogue of a kernel that begins so many bytes behind x; NULL if there is none."""

@@ -63,6 +63,7 @@ cdef extern from "kernels.h" nogil:
         void *y
         Py_ssize_t stride
         const Affine *affine
+        const Activation *activation
 
     ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
                                               double *first, double *second) noexcept nogil

@@ -163,6 +163,7 @@ cdef void sum_beside_results(const Job *job, const Block *block, const double *c
         return
     results.x, results.y, results.stride = job.x + at, job.out + at, -job.cut.c * job.cut.s
     results.affine = &affine
+    results.activation = &job.activation if job.has_epilogue else NULL
     job.kernels.moments_beside_results(job.x + offset_of(job, block, block.n0), &runs, centre,
                                        first, second, &results)
 

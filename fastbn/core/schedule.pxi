@@ -283,7 +283,8 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
     """
     return (job.nontemporal and job.kernels.moments_beside_results != NULL
             and job.reduce == reduce_moments and job.apply == normalize_block and job.in_float32
-            and job.mask == NULL and not job.has_epilogue and not overwrites_input(job)
+            and job.mask == NULL and not overwrites_input(job)
+            and (not job.has_epilogue or only_clamps(job))
             and not job.cut.column_layout and job.cut.s >= INTERLEAVED
             and bytes_in_caches(job) <= LARGER_THAN_CACHES)
 

@@ -138,13 +138,15 @@ typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_
                                     const double *mean, const fastbn_gate *gate, double *first,
                                     double *second);
 
-/* What is written beside sums: y = affine(x), of as many channels and samples as are summed, with runs
- * of the same length; the samples are `stride` elements apart. */
+/* What is written beside sums: y = affine(x), through an activation that a clamp computes, unless that
+ * is NULL; of as many channels and samples as are summed, with runs of the same length. The samples
+ * are `stride` elements apart. */
 typedef struct {
     const void *x;
     void *y;
     ptrdiff_t stride;
     const fastbn_affine *affine;
+    const fastbn_activation *activation;
 } fastbn_results;
 
 typedef struct {

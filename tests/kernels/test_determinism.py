@@ -226,7 +226,8 @@ def test_rows_are_streamed_alike_from_every_element_of_a_line(rng, dtype, channe
         (1, 300, 12, 11),  # more channels in a group than a kernel takes
     ],
 )
-def test_results_written_beside_sums_are_the_same(rng, shape, set_num_threads):
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+def test_results_written_beside_sums_are_the_same(rng, shape, activation, set_num_threads):
     # Non-temporal stores let a group be summed while another one's results are written.
     x = some(rng, shape)
     x[:, 1] += np.float32(2.0**110)  # its results take two steps
@@ -236,7 +237,7 @@ def test_results_written_beside_sums_are_the_same(rng, shape, set_num_threads):
 
     def results(address):
         out = at(address, x)
-        return F.batch_norm_forward(x, weight, bias, out=out)
+        return F.batch_norm_forward(x, weight, bias, activation=activation, out=out)
 
     with nontemporal_from(2**62):
         expected = results(0)
