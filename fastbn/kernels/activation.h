@@ -140,7 +140,7 @@ typedef struct {
     A low[LANES + COLUMNS], high[LANES + COLUMNS];
 } NAME(gates);
 
-ALWAYS_INLINE void NAME(narrow_gates)(const fastbn_gate *gate, ptrdiff_t channels, NAME(gates) *to)
+NOT_INLINE void NAME(narrow_gates)(const fastbn_gate *gate, ptrdiff_t channels, NAME(gates) *to)
 {
     to->activation = NAME(activation_of)(&gate->activation);
     for (ptrdiff_t c = 0; c < channels; c++)

@@ -28,8 +28,7 @@ ALWAYS_INLINE NAME(affine_of_run) NAME(affine_of)(const NAME(affine) *k, ptrdiff
     return (NAME(affine_of_run)){k->centre[c], k->scale[c], k->shift[c]};
 }
 
-ALWAYS_INLINE void NAME(narrow_affine)(const fastbn_affine *affine, ptrdiff_t count,
-                                       NAME(affine) *to)
+NOT_INLINE void NAME(narrow_affine)(const fastbn_affine *affine, ptrdiff_t count, NAME(affine) *to)
 {
     NAME(narrow)(affine->centre, count, to->centre);
     NAME(narrow)(affine->scale, count, to->scale);
@@ -46,8 +45,8 @@ typedef struct {
     A dy_mean[COLUMNS], rest[COLUMNS], x_mean[COLUMNS], slope[COLUMNS], scale[COLUMNS];
 } NAME(gradient_coefficients);
 
-ALWAYS_INLINE void NAME(narrow_gradient)(const fastbn_gradient *gradient, ptrdiff_t count,
-                                         NAME(gradient_coefficients) *to)
+NOT_INLINE void NAME(narrow_gradient)(const fastbn_gradient *gradient, ptrdiff_t count,
+                                      NAME(gradient_coefficients) *to)
 {
     NAME(narrow)(gradient->dy_mean, count, to->dy_mean);
     NAME(narrow)(gradient->x_mean, count, to->x_mean);
