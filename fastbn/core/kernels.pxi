@@ -59,11 +59,13 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t mask_stride
 
     ctypedef struct Results "fastbn_results":
+        const void *dy
         const void *x
-        void *y
+        void *to
         Py_ssize_t stride
         const Affine *affine
         const Activation *activation
+        const Gradient *gradient
 
     ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
                                               double *first, double *second) noexcept nogil
@@ -98,6 +100,9 @@ cdef extern from "kernels.h" nogil:
         void (*moments_beside_results)(const void *x, const Runs *runs, const double *pivot,
                                        double *first, double *second,
                                        const Results *results) noexcept nogil
+        void (*products_beside_results)(const void *dy, const void *x, const Runs *runs,
+                                        const double *mean, double *first, double *second,
+                                        const Results *results) noexcept nogil
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
                           const Epilogue *epilogue, int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,

@@ -148,24 +148,31 @@ cdef void sum_group(const Job *job, const Block *block, int arithmetic, const do
 cdef void sum_beside_results(const Job *job, const Block *block, const double *centre,
                              double *first, double *second,
                              const Block *beside) noexcept nogil:
-    """The moments of as many channels as a kernel takes, while results of others are written.
+    """The sums of as many channels as a kernel takes, while results of others are written.
 
-    Without a centre they are raw ones, with one those in float32.
+    Moments without a centre are raw ones; all others are in float32.
     """
     cdef Results results
     cdef Affine affine
+    cdef Gradient gradient
     cdef Runs runs = runs_of(job, block, False)
-    cdef Py_ssize_t at = start_of(job, beside, True)
+    cdef Py_ssize_t at = offset_of(job, block, block.n0), at_results = start_of(job, beside, True)
+    results.x, results.to = job.x + at_results, job.out + at_results
+    results.stride = -job.cut.c * job.cut.s
+    if job.dy != NULL:
+        gradient_of(job, beside, &gradient)
+        results.dy, results.gradient = job.dy + at_results, &gradient
+        job.kernels.products_beside_results(job.dy + at, job.x + at, &runs, centre, first, second,
+                                            &results)
+        return
     affine_of(job, beside, &affine)
     if has_huge_mean(job, affine.centre, beside.c1 - beside.c0):
         normalize_runs(job, beside)
         sum_group(job, block, RAW if centre == NULL else IN_FLOAT32, centre, first, second)
         return
-    results.x, results.y, results.stride = job.x + at, job.out + at, -job.cut.c * job.cut.s
     results.affine = &affine
     results.activation = &job.activation if job.has_epilogue else NULL
-    job.kernels.moments_beside_results(job.x + offset_of(job, block, block.n0), &runs, centre,
-                                       first, second, &results)
+    job.kernels.moments_beside_results(job.x + at, &runs, centre, first, second, &results)
 
 
 cdef void normalize_runs(const Job *job, const Block *block) noexcept nogil:

@@ -12,6 +12,9 @@ cdef enum:
     # that saves.
     TASKS_OF_THREAD = 4
     TASKS_OF_THREAD_IN_L2 = 2
+    # From so many bytes of one input, or of two, sums wait for memory, too.
+    INTERLEAVED_BYTES = 50331648
+    INTERLEAVED_BYTES_OF_TWO = 29360128
 
 
 cdef int inputs_of(const Job *job) noexcept nogil:
@@ -281,12 +284,14 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
     Non-temporal stores wait for memory and sums do not, as long as caches have what is read;
     ordinary stores would take the bandwidth of these caches that sums need.
     """
+    cdef Py_ssize_t most = INTERLEAVED_BYTES if job.dy == NULL else INTERLEAVED_BYTES_OF_TWO
     return (job.nontemporal and job.kernels.moments_beside_results != NULL
-            and job.reduce == reduce_moments and job.apply == normalize_block and job.in_float32
-            and job.mask == NULL and not overwrites_input(job)
+            and (job.apply == normalize_block or job.apply == gradient_block) and job.in_float32
+            and not job.in_float64 and job.mask == NULL and not overwrites_input(job)
+            and not job.has_gate and job.raw_dy == NULL
             and (not job.has_epilogue or only_clamps(job))
             and not job.cut.column_layout and job.cut.s >= INTERLEAVED
-            and bytes_in_caches(job) <= LARGER_THAN_CACHES)
+            and input_bytes(job) <= most)
 
 
 cdef void execute_batches(Job *job, int threads) noexcept nogil:

@@ -306,18 +306,21 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b,
     if job.raw_dy != NULL:
         derive_block(job, &block)
     if job.in_float32 and valid.count >= PRODUCTS_MIN:
-        float32_products(job, &block, &valid, mean, first, second)
+        float32_products(job, &block, &valid, mean, first, second, beside)
     else:
+        if beside != NULL:
+            job.apply(job, beside)
         sum_block(job, &block, IN_FLOAT64, mean, first, second)
 
 
 cdef void float32_products(const Job *job, const Block *block, const BlockValid *valid,
-                           const double *mean, double *first, double *second) noexcept nogil:
+                           const double *mean, double *first, double *second,
+                           const Block *beside) noexcept nogil:
     """The same in float32; channels whose products have left its range are summed again."""
     cdef double exact_first[COLUMNS]
     cdef double exact_second[COLUMNS]
     cdef Py_ssize_t c, channels = block.c1 - block.c0
-    sum_block(job, block, IN_FLOAT32, mean, first, second)
+    sum_block(job, block, IN_FLOAT32, mean, first, second, beside)
     if not isa_in_use.common.float32_products(mean, first, <double>valid.count, channels, second):
         return
     sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)

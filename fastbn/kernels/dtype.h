@@ -81,6 +81,7 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #if INTERLEAVES
 #  include "interleaved.h"
 #endif
+#undef DX
 #undef Y
 
 const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
@@ -107,7 +108,9 @@ const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
 #endif
 #if INTERLEAVES
     NAME(moments_beside_results),
+    NAME(products_beside_results),
 #else
+    NULL,
     NULL,
 #endif
     NAME(normalize),

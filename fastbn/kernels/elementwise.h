@@ -986,4 +986,3 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
 #undef STORE_RUNS
 #undef EACH_RUN
 #undef STORE_RUN
-#undef DX

@@ -138,15 +138,16 @@ typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_
                                     const double *mean, const fastbn_gate *gate, double *first,
                                     double *second);
 
-/* What is written beside sums: y = affine(x), through an activation that a clamp computes, unless that
- * is NULL; of as many channels and samples as are summed, with runs of the same length. The samples
- * are `stride` elements apart. */
+/* What is written beside sums, of as many channels and samples as are summed, with runs of the same
+ * length; the samples are `stride` elements apart. Beside moments y = affine(x), through an activation
+ * that a clamp computes, unless that is NULL; beside products dx = gradient(dy, x). */
 typedef struct {
-    const void *x;
-    void *y;
+    const void *dy, *x;
+    void *to;
     ptrdiff_t stride;
     const fastbn_affine *affine;
     const fastbn_activation *activation;
+    const fastbn_gradient *gradient;
 } fastbn_results;
 
 typedef struct {
@@ -178,11 +179,14 @@ typedef struct {
      * on. NULL for float64. */
     void (*pivots)(const void *x, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
                    ptrdiff_t channels, double *pivot);
-    /* tree_moments or, if the pivot is NULL, raw_moments; and results of other channels, by
-     * non-temporal stores. There is no mask. NULL for all dtypes but float32: 16 bits do not fill such
-     * a store, and sums of float64 come in chunks. */
+    /* tree_moments or, if the pivot is NULL, raw_moments, or tree_products; and results of other
+     * channels, by non-temporal stores. There is no mask and no gate. NULL for all dtypes but float32:
+     * 16 bits do not fill such a store, and sums of float64 come in chunks. */
     void (*moments_beside_results)(const void *x, const fastbn_runs *runs, const double *pivot,
                                    double *first, double *second, const fastbn_results *results);
+    void (*products_beside_results)(const void *dy, const void *x, const fastbn_runs *runs,
+                                    const double *mean, double *first, double *second,
+                                    const fastbn_results *results);
 
     /* The epilogue and the gate may be NULL; with a gate there is no mask. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import fingerprint
 import numpy as np
@@ -215,36 +216,50 @@ def test_rows_are_streamed_alike_from_every_element_of_a_line(rng, dtype, channe
             assert all(map(same_bits, written_at(address), expected))
 
 
+# Groups of channels of which one is summed while another one's results are streamed.
+INTERLEAVED = [
+    (40, 46, 11, 12),  # raw moments, and a last group of fewer channels
+    (6, 11, 23, 23),
+    (70, 8, 23, 23),  # two blocks of samples
+    (2, 8, 200, 170),  # two pieces of each run
+    (1, 300, 12, 11),  # more channels in a group than a kernel takes
+]
+
+
+def same_bits_beside_sums(function, like, set_num_threads):
+    """Whether a function with an `out` gives the same by both kinds of stores, wherever that is."""
+    with nontemporal_from(2**62):
+        expected = function(out=at(0, like))
+    for threads, address in [(1, 0), (2, 16), (2, 36), (3, 60)]:
+        set_num_threads(threads)
+        with nontemporal_from(0):
+            results = function(out=at(address, like))
+        if not all(map(same_bits, results, expected)):
+            return False
+    return True
+
+
 @pytest.mark.sanitize
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (40, 46, 11, 12),  # raw moments, and a last group of fewer channels
-        (6, 11, 23, 23),
-        (70, 8, 23, 23),  # two blocks of samples
-        (2, 8, 200, 170),  # two pieces of each run
-        (1, 300, 12, 11),  # more channels in a group than a kernel takes
-    ],
-)
+@pytest.mark.parametrize("shape", INTERLEAVED)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
-def test_results_written_beside_sums_are_the_same(rng, shape, activation, set_num_threads):
-    # Non-temporal stores let a group be summed while another one's results are written.
+def test_a_forward_beside_sums_has_the_same_bits(rng, shape, activation, set_num_threads):
     x = some(rng, shape)
     x[:, 1] += np.float32(2.0**110)  # its results take two steps
     x[:, 4] += np.float32(1e6)  # summed again
     x[0, 6, 1, 1] = np.inf
-    weight, bias = parameters(shape[1])
+    forward = partial(F.batch_norm_forward, x, *parameters(shape[1]), activation=activation)
+    assert same_bits_beside_sums(forward, x, set_num_threads)
 
-    def results(address):
-        out = at(address, x)
-        return F.batch_norm_forward(x, weight, bias, activation=activation, out=out)
 
-    with nontemporal_from(2**62):
-        expected = results(0)
-    with nontemporal_from(0):
-        for threads, address in [(1, 0), (2, 16), (2, 36), (3, 60)]:
-            set_num_threads(threads)
-            assert all(map(same_bits, results(address), expected))
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", INTERLEAVED)
+def test_a_backward_beside_sums_has_the_same_bits(rng, shape, set_num_threads):
+    x, dy = some(rng, shape), some(rng, shape)
+    dy[:, 1] *= np.float32(1e36)  # summed again
+    dy[0, 6, 1, 1] = np.inf
+    mean, invstd = F.batch_norm_forward(x)[1:]
+    backward = partial(F.batch_norm_backward, dy, x, parameters(shape[1])[0], mean, invstd)
+    assert same_bits_beside_sums(backward, x, set_num_threads)
 
 
 def test_trials_of_stores_change_no_bit(rng, dtype):
