@@ -2,8 +2,8 @@
 
 # A job reduces every block of every group to partial sums, merges those of each channel, and
 # applies the outcome to every block. A step that a job does not have is NULL. Where a job
-# interleaves its groups, the results of a block of another group are written beside the sums,
-# unless it is NULL.
+# interleaves its groups, the results of the block `beside`, of another group, are written
+# meanwhile; elsewhere it is NULL.
 ctypedef void (*BlockStep)(const Job *job, Py_ssize_t g, Py_ssize_t b,
                            const Block *beside) noexcept nogil
 ctypedef void (*GroupStep)(const Job *job, Py_ssize_t g) noexcept nogil

@@ -66,6 +66,7 @@ cdef extern from "kernels.h" nogil:
         const Affine *affine
         const Activation *activation
         const Gradient *gradient
+        const Gate *gate
 
     ctypedef void SumMoments "fastbn_moments"(const void *x, const Runs *runs, const double *pivot,
                                               double *first, double *second) noexcept nogil
@@ -101,8 +102,8 @@ cdef extern from "kernels.h" nogil:
                                        double *first, double *second,
                                        const Results *results) noexcept nogil
         void (*products_beside_results)(const void *dy, const void *x, const Runs *runs,
-                                        const double *mean, double *first, double *second,
-                                        const Results *results) noexcept nogil
+                                        const double *mean, const Gate *gate, double *first,
+                                        double *second, const Results *results) noexcept nogil
         void (*normalize)(const void *x, void *y, const Runs *runs, const Affine *affine,
                           const Epilogue *epilogue, int nontemporal) noexcept nogil
         void (*gradient)(const void *dy, const void *x, void *dx, const Runs *runs,

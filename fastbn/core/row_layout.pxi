@@ -155,6 +155,7 @@ cdef void sum_beside_results(const Job *job, const Block *block, const double *c
     cdef Results results
     cdef Affine affine
     cdef Gradient gradient
+    cdef Gate gate, gate_of_results
     cdef Runs runs = runs_of(job, block, False)
     cdef Py_ssize_t at = offset_of(job, block, block.n0), at_results = start_of(job, beside, True)
     results.x, results.to = job.x + at_results, job.out + at_results
@@ -162,8 +163,9 @@ cdef void sum_beside_results(const Job *job, const Block *block, const double *c
     if job.dy != NULL:
         gradient_of(job, beside, &gradient)
         results.dy, results.gradient = job.dy + at_results, &gradient
-        job.kernels.products_beside_results(job.dy + at, job.x + at, &runs, centre, first, second,
-                                            &results)
+        results.gate = gate_of(job, beside, &gate_of_results)
+        job.kernels.products_beside_results(job.dy + at, job.x + at, &runs, centre,
+                                            gate_of(job, block, &gate), first, second, &results)
         return
     affine_of(job, beside, &affine)
     if has_huge_mean(job, affine.centre, beside.c1 - beside.c0):

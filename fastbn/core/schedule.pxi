@@ -121,7 +121,7 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
 cdef void do_task(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
                   Py_ssize_t before) noexcept nogil:
     """Do a task, and what the one before it may have left to do; either may be NO_TASK."""
-    if job.interleaves:
+    if task == execute_group and job.interleaves:
         interleave_groups(job, t, before)
     elif t != NO_TASK:
         task(job, g0, groups, t)
@@ -282,13 +282,14 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
     """Tell whether a group is summed while the results of another one are written.
 
     Non-temporal stores wait for memory and sums do not, as long as caches have what is read;
-    ordinary stores would take the bandwidth of these caches that sums need.
+    ordinary stores would take the bandwidth of these caches that sums need. A second-level cache
+    has to hold both groups. Blocks of runs that are cut are not much shorter than others.
     """
     cdef Py_ssize_t most = INTERLEAVED_BYTES if job.dy == NULL else INTERLEAVED_BYTES_OF_TWO
-    return (job.nontemporal and job.kernels.moments_beside_results != NULL
-            and (job.apply == normalize_block or job.apply == gradient_block) and job.in_float32
-            and not job.in_float64 and job.mask == NULL and not overwrites_input(job)
-            and not job.has_gate and job.raw_dy == NULL
+    return (job.nontemporal and has_large_l2 and job.kernels.moments_beside_results != NULL
+            and job.in_float32 and not job.in_float64 and job.mask == NULL
+            and not overwrites_input(job)
+            and job.raw_dy == NULL and (not job.has_gate or job.activation.kind == RELU)
             and (not job.has_epilogue or only_clamps(job))
             and not job.cut.column_layout and job.cut.s >= INTERLEAVED
             and input_bytes(job) <= most)

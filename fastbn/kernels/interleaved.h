@@ -2,14 +2,19 @@
  * file. Non-temporal stores wait for memory, and additions for one another: in turns they take less
  * time than one after the other. */
 
-/* What is summed: x and x^2, deviations from a pivot, or dy and its products. */
-enum { NAME(RAW_MOMENTS), NAME(MOMENTS), NAME(PRODUCTS) };
+/* What is summed: x and x^2, deviations from a pivot, dy and its products, or those behind a gate. */
+enum { NAME(RAW_MOMENTS), NAME(MOMENTS), NAME(PRODUCTS), NAME(RELU_PRODUCTS) };
+
+#define HAS_PRODUCTS(summed) (summed == NAME(PRODUCTS) || summed == NAME(RELU_PRODUCTS))
 
 /* Adds INTERLEAVED elements of a run. */
 ALWAYS_INLINE step_sums NAME(add_stretch)(int summed, step_sums sums, const T *dy, const T *x,
-                                          ptrdiff_t ahead, float_step centre)
+                                          ptrdiff_t ahead, const NAME(gate) *gate,
+                                          float_step centre)
 {
-    const NAME(terms) terms = NAME(terms_of_run)(0, dy, x, NULL, 0, ahead, NULL);
+    const NAME(terms) terms = NAME(terms_of_run)(0, dy, x, NULL, 0, ahead, gate);
+    if (summed == NAME(RELU_PRODUCTS))
+        return NAME(add_whole_tree)(NAME(relu_product_term), sums, &terms, centre);
     if (summed == NAME(PRODUCTS))
         return NAME(add_whole_tree)(NAME(product_term), sums, &terms, centre);
     if (summed == NAME(MOMENTS))
@@ -22,16 +27,19 @@ ALWAYS_INLINE step_sums NAME(add_stretch)(int summed, step_sums sums, const T *d
 /* Adds the end of a run, from the i-th element on. */
 ALWAYS_INLINE step_sums NAME(add_last_stretch)(int summed, step_sums sums, const T *dy, const T *x,
                                                ptrdiff_t len, ptrdiff_t i, ptrdiff_t ahead,
-                                               float_step centre)
+                                               const NAME(gate) *gate, float_step centre)
 {
     T buffer[LANES];
     valid_lanes lanes = {0, NULL, 0, 0};
+#define END_BY_TREE(term) \
+    add_tree(sums, NAME(add_end)(NAME(term), no_tree(), 0, dy, x, NULL, len, i, ahead, gate, centre))
+    if (summed == NAME(RELU_PRODUCTS))
+        return END_BY_TREE(relu_product_term);
     if (summed == NAME(PRODUCTS))
-        return add_tree(sums, NAME(add_end)(NAME(product_term), no_tree(), 0, dy, x, NULL, len, i,
-                                            ahead, NULL, centre));
+        return END_BY_TREE(product_term);
     if (summed == NAME(MOMENTS))
-        return add_tree(sums, NAME(add_end)(NAME(moment_term), no_tree(), 0, x, x, NULL, len, i,
-                                            ahead, NULL, centre));
+        return END_BY_TREE(moment_term);
+#undef END_BY_TREE
     for (; i + LANES <= len; i += LANES)
         sums = NAME(add_raw_moments)(sums, x, x + i, ahead, same_step(0), NULL, lanes);
     lanes.skip = LANES - (len - i);
@@ -46,6 +54,7 @@ ALWAYS_INLINE step_sums NAME(add_last_stretch)(int summed, step_sums sums, const
 typedef struct {
     NAME(affine) affine;
     NAME(gradient_coefficients) gradient;
+    NAME(gates) gates;
 } NAME(coefficients);
 
 typedef struct {
@@ -58,7 +67,9 @@ ALWAYS_INLINE NAME(coefficients_of_run) NAME(coefficients_of)(int summed,
                                                               ptrdiff_t c)
 {
     NAME(coefficients_of_run) r = {{0}, {0}};
-    if (summed == NAME(PRODUCTS))
+    if (summed == NAME(RELU_PRODUCTS))
+        r.gradient = NAME(gradient_of)(&k->gradient, &k->gates, c);
+    else if (summed == NAME(PRODUCTS))
         r.gradient = NAME(gradient_of)(&k->gradient, NULL, c);
     else
         r.affine = NAME(affine_of)(&k->affine, c);
@@ -69,17 +80,22 @@ ALWAYS_INLINE NAME(coefficients_of_run) NAME(coefficients_of)(int summed,
  * writes it. Sums are those of sum_runs and of sum_runs_by_trees. */
 ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, const T *x,
                                             const fastbn_runs *runs, const double *centre,
-                                            double *first, double *second,
+                                            const fastbn_gate *gate, double *first, double *second,
                                             const fastbn_results *results)
 {
     enum { LINE = NAME(LINE) };
     const int by_trees = summed != NAME(RAW_MOMENTS);
     const ptrdiff_t channels = runs->channels, len = runs->len, whole = channels * len;
     double sums[FASTBN_GROUP][2][LANES];
-    T begin[LINE], end[LINE];
+    T begin[LINE], end[LINE]; /* of a sample: what is not whole lines is stored ordinarily */
     NAME(coefficients) coefficients;
+    NAME(gates) gates;
     NAME(activation) activation;
-    if (summed == NAME(PRODUCTS))
+    if (summed == NAME(RELU_PRODUCTS)) {
+        NAME(narrow_gates)(gate, channels, &gates);
+        NAME(narrow_gates)(results->gate, channels, &coefficients.gates);
+    }
+    if (HAS_PRODUCTS(summed))
         NAME(narrow_gradient)(results->gradient, channels, &coefficients.gradient);
     else
         NAME(narrow_affine)(results->affine, channels, &coefficients.affine);
@@ -89,19 +105,25 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
     }
 #define OF(c) NAME(coefficients_of)(summed, &coefficients, c)
 #define NORMALIZED(k, i) Y(NAME(load)(from + (i)), (k).centre, (k).scale, (k).shift)
-#define GRADIENT(k, i) \
-    DX(NAME(load)(dy_from + (i)), NAME(load)(from + (i)), (k).dy_mean, (k).rest, (k).x_mean, \
-       (k).slope, (k).scale)
+#define SAME(a) NAME(all_lanes)(a)
+#define PASSED(k, dy, x) \
+    (summed == NAME(RELU_PRODUCTS) \
+         ? NAME(derive)(1, dy, x, &coefficients.gates.activation, SAME((k).low), SAME((k).high)) \
+         : (dy))
+#define GRADIENT(k, dy, x) \
+    DX(PASSED(k, dy, x), x, (k).dy_mean, (k).rest, (k).x_mean, (k).slope, (k).scale)
 #define AT(k, i) \
-    (summed == NAME(PRODUCTS)    ? GRADIENT((k).gradient, i) \
+    (HAS_PRODUCTS(summed) \
+         ? GRADIENT((k).gradient, NAME(load)(dy_from + (i)), NAME(load)(from + (i))) \
      : fused == NAME(ACTIVATED) ? NAME(activate)(NORMALIZED((k).affine, i), &activation) \
-                                 : NORMALIZED((k).affine, i))
+                                : NORMALIZED((k).affine, i))
 #define WRITE_UP_TO(stop) \
     NO_UNROLL for (; written + VA_LANES <= (stop); written += VA_LANES) \
         NAME(stream)(to + written, AT(k, written))
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
-        const T *dy_from = (const T *)results->dy + n * results->stride;
         const T *from = (const T *)results->x + n * results->stride;
+        const T *dy_from =
+            HAS_PRODUCTS(summed) ? (const T *)results->dy + n * results->stride : from;
         T *to = (T *)results->to + n * results->stride;
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to % CACHE_LINE / sizeof(T));
         const ptrdiff_t tail = (whole - head) % LINE;
@@ -117,17 +139,21 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
             const T *x_run = x + n * runs->stride + c * len;
             const NAME(coefficients_of_run) k = OF(c);
             const float_step around = same_float_step(by_trees ? centre[c] : 0);
+            NAME(gate) own;
+            if (summed == NAME(RELU_PRODUCTS))
+                own = NAME(gate_of_run)(&gates, c);
             const ptrdiff_t border = (c + 1) * len, stop = smaller(border, whole - tail);
             step_sums s = n == 0 ? no_sums() : load_sums(sums[c][0], sums[c][1]);
             ptrdiff_t i = 0;
             for (; i + INTERLEAVED <= len; i += INTERLEAVED) {
                 s = NAME(add_stretch)(summed, s, dy_run + i, x_run + i,
-                                      prefetch_distance(ahead, by_trees ? i : 0), around);
+                                      prefetch_distance(ahead, by_trees ? i : 0), &own, around);
                 WRITE_UP_TO(smaller(c * len + i + INTERLEAVED, stop));
             }
             if (i < len)
                 s = NAME(add_last_stretch)(summed, s, dy_run, x_run, len, i,
-                                           prefetch_distance(ahead, by_trees ? i : 0), around);
+                                           prefetch_distance(ahead, by_trees ? i : 0), &own,
+                                           around);
             store_sums(sums[c][0], sums[c][1], s);
             WRITE_UP_TO(stop);
             if (written < border && c + 1 < channels) { /* a register with results of both runs */
@@ -143,6 +169,8 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
 #undef WRITE_UP_TO
 #undef AT
 #undef GRADIENT
+#undef PASSED
+#undef SAME
 #undef NORMALIZED
 #undef OF
     COMMON(add_lanes)(sums, channels, first, second);
@@ -154,23 +182,30 @@ static void NAME(moments_beside_results)(const void *x, const fastbn_runs *runs,
 {
     const int activates = results->activation != NULL;
     if (pivot == NULL && activates)
-        NAME(sum_beside_results)(NAME(RAW_MOMENTS), NAME(ACTIVATED), x, x, runs, NULL, first,
-                                 second, results);
+        NAME(sum_beside_results)(NAME(RAW_MOMENTS), NAME(ACTIVATED), x, x, runs, NULL, NULL,
+                                 first, second, results);
     else if (pivot == NULL)
-        NAME(sum_beside_results)(NAME(RAW_MOMENTS), NAME(PLAIN), x, x, runs, NULL, first, second,
-                                 results);
+        NAME(sum_beside_results)(NAME(RAW_MOMENTS), NAME(PLAIN), x, x, runs, NULL, NULL, first,
+                                 second, results);
     else if (activates)
-        NAME(sum_beside_results)(NAME(MOMENTS), NAME(ACTIVATED), x, x, runs, pivot, first, second,
-                                 results);
+        NAME(sum_beside_results)(NAME(MOMENTS), NAME(ACTIVATED), x, x, runs, pivot, NULL, first,
+                                 second, results);
     else
-        NAME(sum_beside_results)(NAME(MOMENTS), NAME(PLAIN), x, x, runs, pivot, first, second,
-                                 results);
+        NAME(sum_beside_results)(NAME(MOMENTS), NAME(PLAIN), x, x, runs, pivot, NULL, first,
+                                 second, results);
 }
 
 static void NAME(products_beside_results)(const void *dy, const void *x, const fastbn_runs *runs,
-                                          const double *mean, double *first, double *second,
+                                          const double *mean, const fastbn_gate *gate,
+                                          double *first, double *second,
                                           const fastbn_results *results)
 {
-    NAME(sum_beside_results)(NAME(PRODUCTS), NAME(PLAIN), dy, x, runs, mean, first, second,
-                             results);
+    if (gate == NULL)
+        NAME(sum_beside_results)(NAME(PRODUCTS), NAME(PLAIN), dy, x, runs, mean, NULL, first,
+                                 second, results);
+    else
+        NAME(sum_beside_results)(NAME(RELU_PRODUCTS), NAME(PLAIN), dy, x, runs, mean, gate, first,
+                                 second, results);
 }
+
+#undef HAS_PRODUCTS

@@ -24,7 +24,8 @@ enum {
     FASTBN_ADDITIONS = 128,
     /* So many terms are added in float32 at most, where sums are trees. */
     FASTBN_TREE = 8,
-    /* Runs that are summed while others are written have so many elements at least. */
+    /* So many elements of a run are summed, then as many of another one are written, in turns: those
+     * of a tree. Runs have as many at least. */
     FASTBN_INTERLEAVED = FASTBN_TREE * FASTBN_LANES,
     /* Raw moments are used where the square of the mean is at most so many times the variance. Their
      * difference has the relative error of the sums, so many times. After 4,096 additions to a lane,
@@ -140,7 +141,8 @@ typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_
 
 /* What is written beside sums, of as many channels and samples as are summed, with runs of the same
  * length; the samples are `stride` elements apart. Beside moments y = affine(x), through an activation
- * that a clamp computes, unless that is NULL; beside products dx = gradient(dy, x). */
+ * that a clamp computes, unless that is NULL; beside products dx = gradient(dy, x), where dy passes a
+ * gate, unless that is NULL. */
 typedef struct {
     const void *dy, *x;
     void *to;
@@ -148,6 +150,7 @@ typedef struct {
     const fastbn_affine *affine;
     const fastbn_activation *activation;
     const fastbn_gradient *gradient;
+    const fastbn_gate *gate;
 } fastbn_results;
 
 typedef struct {
@@ -180,13 +183,14 @@ typedef struct {
     void (*pivots)(const void *x, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
                    ptrdiff_t channels, double *pivot);
     /* tree_moments or, if the pivot is NULL, raw_moments, or tree_products; and results of other
-     * channels, by non-temporal stores. There is no mask and no gate. NULL for all dtypes but float32:
-     * 16 bits do not fill such a store, and sums of float64 come in chunks. */
+     * channels, by non-temporal stores. There is no mask; gates are of FASTBN_RELU, or both
+     * NULL. NULL where there are no such stores, and for all dtypes but float32: 16 bits do not fill
+     * one, and sums of float64 come in chunks. */
     void (*moments_beside_results)(const void *x, const fastbn_runs *runs, const double *pivot,
                                    double *first, double *second, const fastbn_results *results);
     void (*products_beside_results)(const void *dy, const void *x, const fastbn_runs *runs,
-                                    const double *mean, double *first, double *second,
-                                    const fastbn_results *results);
+                                    const double *mean, const fastbn_gate *gate, double *first,
+                                    double *second, const fastbn_results *results);
 
     /* The epilogue and the gate may be NULL; with a gate there is no mask. */
     void (*normalize)(const void *x, void *y, const fastbn_runs *runs, const fastbn_affine *affine,

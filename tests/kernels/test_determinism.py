@@ -219,7 +219,7 @@ def test_rows_are_streamed_alike_from_every_element_of_a_line(rng, dtype, channe
 # Groups of channels of which one is summed while another one's results are streamed.
 INTERLEAVED = [
     (40, 46, 11, 12),  # raw moments, and a last group of fewer channels
-    (6, 11, 23, 23),
+    (12, 22, 23, 23),
     (70, 8, 23, 23),  # two blocks of samples
     (2, 8, 200, 170),  # two pieces of each run
     (1, 300, 12, 11),  # more channels in a group than a kernel takes
@@ -253,12 +253,16 @@ def test_a_forward_beside_sums_has_the_same_bits(rng, shape, activation, set_num
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("shape", INTERLEAVED)
-def test_a_backward_beside_sums_has_the_same_bits(rng, shape, set_num_threads):
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_backward_beside_sums_has_the_same_bits(rng, shape, activation, set_num_threads):
     x, dy = some(rng, shape), some(rng, shape)
     dy[:, 1] *= np.float32(1e36)  # summed again
     dy[0, 6, 1, 1] = np.inf
+    weight, bias = parameters(shape[1])
     mean, invstd = F.batch_norm_forward(x)[1:]
-    backward = partial(F.batch_norm_backward, dy, x, parameters(shape[1])[0], mean, invstd)
+    backward = partial(
+        F.batch_norm_backward, dy, x, weight, mean, invstd, bias=bias, activation=activation
+    )
     assert same_bits_beside_sums(backward, x, set_num_threads)
 
 
