@@ -137,8 +137,8 @@ cdef void find_gate_bounds(const Job *job, int threads) noexcept nogil:
         parallel_for(job, find_some_gate_bounds, 0, tasks, tasks, min(threads, <int>tasks))
 
 
-cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                                Py_ssize_t t) noexcept nogil:
+cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                                Py_ssize_t before) noexcept nogil:
     """Find the bounds of COLUMNS channels of a batch."""
     cdef Affine affine, first
     cdef Py_ssize_t c, strips = ceil_div(job.cut.c, COLUMNS)

@@ -130,18 +130,23 @@ cdef void combine_span(const GroupNormJob *norm, Py_ssize_t span) noexcept nogil
         c0 += norm.channels
 
 
-cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                       Py_ssize_t span) noexcept nogil:
+cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t span,
+                       Py_ssize_t before) noexcept nogil:
     """All steps of a span, by one thread while it sits in that thread's cache."""
     cdef const GroupNormJob *norm = <const GroupNormJob *>job
-    cdef Py_ssize_t g, b, first = span * norm.span
-    for g in range(first, first + norm.span):
-        for b in range(job.cut.blocks):
-            job.reduce(job, g, b, NULL)
+    cdef Py_ssize_t i, g = NO_TASK, written = NO_TASK
+    for i in range(norm.span):
+        if span != NO_TASK:
+            g = span * norm.span + i
+        if before != NO_TASK:
+            written = (before + 1) * norm.span - 1 - i
+        reduce_beside(job, g, written)
+    if span == NO_TASK:
+        return
     combine_span(norm, span)
-    for g in range(first + norm.span - 1, first - 1, -1):
-        for b in range(job.cut.blocks - 1, -1, -1):
-            apply_block(job, g, b)
+    if not job.interleaves:
+        for i in range(norm.span):
+            apply_group(job, (span + 1) * norm.span - 1 - i)
 
 
 cdef void execute_spans(Job *job, int threads) noexcept nogil:
@@ -156,9 +161,12 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     groups = groups_of(job)
     spans = groups // norm.span
     if threads == 1 or spans >= TASKS_OF_THREAD * threads or groups * job.cut.blocks == spans:
-        job.reads_ahead = norm.span == 1 and prefetches_groups(job, threads)
+        job.interleaves = spans >= 2 * threads and interleaves_groups(job)
+        job.reads_ahead = (norm.span == 1 and not job.interleaves
+                           and prefetches_groups(job, threads))
         job.finds_cached = finds_in_caches(job, threads, norm.span * group_bytes(job))
-        parallel_for(job, execute_span, 0, spans, spans, threads)
+        parallel_for(job, execute_span, 0, spans, spans, threads, False,
+                     job.interleaves)
         return
     parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)
     for span in range(spans):

@@ -68,9 +68,11 @@ cdef Py_ssize_t tasks_for(const Job *job, int threads) noexcept nogil:
 
 # ------------------------------------------------------------------ tasks
 
-# One of the tasks that threads have in common; they are about `groups` groups from g0 on.
-ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                      Py_ssize_t t) noexcept nogil
+# One of the tasks that threads have in common; they are about `groups` groups from g0 on. Where
+# tasks are interleaved, one begins while the thread ends the one `before`; either may be NO_TASK.
+# Elsewhere `before` is NO_TASK.
+ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                      Py_ssize_t before) noexcept nogil
 
 
 # All tasks, and the range of them that each thread walks. Tasks that follow each other are
@@ -82,6 +84,7 @@ cdef struct Tasks:
     Py_ssize_t g0, groups
     int threads
     bint backwards                # whether each thread walks its range from the last to the first
+    bint interleaved
     int reserved                  # how many tasks of a range no other thread takes
     fastbn_range ranges[THREADS_MAX]
     double busy                   # the seconds for which the calling thread has worked,
@@ -89,7 +92,8 @@ cdef struct Tasks:
 
 
 cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups,
-                       Py_ssize_t count, int threads, bint backwards=False) noexcept nogil:
+                       Py_ssize_t count, int threads, bint backwards=False,
+                       bint interleaved=False) noexcept nogil:
     """Do all tasks. A parallel region of one thread would cost a microsecond."""
     cdef Tasks tasks
     cdef Tasks *shared = &tasks
@@ -99,11 +103,12 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
     if threads <= 1 or count > INT32_MAX:
         for i in range(count):
             t = count - 1 - i if backwards else i
-            do_task(job, task, g0, groups, t, before)
-            before = t
-        do_task(job, task, g0, groups, NO_TASK, before)
+            task(job, g0, groups, t, before)
+            before = t if interleaved else NO_TASK
+        if before != NO_TASK:
+            task(job, g0, groups, NO_TASK, before)
         return
-    tasks.backwards = backwards
+    tasks.backwards, tasks.interleaved = backwards, interleaved
     tasks.job, tasks.task, tasks.g0, tasks.groups = job, task, g0, groups
     tasks.threads, tasks.busy, tasks.done = min(threads, THREADS_MAX), 0.0, 0
     tasks.reserved = tasks_reserved(job, count, tasks.threads)
@@ -116,15 +121,6 @@ cdef void parallel_for(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t grou
             walk_range(shared, i)
     note_shared(tasks.threads, tasks.busy, tasks.done / <double>count,
                 fastbn_seconds() - start - tasks.busy)
-
-
-cdef void do_task(const Job *job, Task task, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
-                  Py_ssize_t before) noexcept nogil:
-    """Do a task, and what the one before it may have left to do; either may be NO_TASK."""
-    if task == execute_group and job.interleaves:
-        interleave_groups(job, t, before)
-    elif t != NO_TASK:
-        task(job, g0, groups, t)
 
 
 cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept nogil:
@@ -148,11 +144,13 @@ cdef void walk_range(void *tasks_, int own) noexcept nogil:
     cdef double start = fastbn_seconds() if own == 0 else 0.0
     while True:
         t = next_task(tasks, own, &owner)
-        do_task(tasks.job, tasks.task, tasks.g0, tasks.groups, t, before)
         if t == NO_TASK:
             break
-        before = t
+        tasks.task(tasks.job, tasks.g0, tasks.groups, t, before)
+        before = t if tasks.interleaved else NO_TASK
         done += 1
+    if before != NO_TASK:
+        tasks.task(tasks.job, tasks.g0, tasks.groups, NO_TASK, before)
     if own == 0:  # the calling thread's
         tasks.busy = fastbn_seconds() - start
         tasks.done = done
@@ -184,57 +182,48 @@ cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t reserve
     return fastbn_take_first(&tasks.ranges[owner], reserved)
 
 
-cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                        Py_ssize_t t) noexcept nogil:
-    """All steps of a group, by one thread while the group sits in that thread's cache.
-
-    The second walk goes backwards, to begin with what is in the cache.
-    """
-    cdef Py_ssize_t b
-    reduce_group(job, g0 + t)
-    if job.apply != NULL:
-        apply_group(job, g0 + t)
+cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                        Py_ssize_t before) noexcept nogil:
+    """All steps of a group, by one thread while the group sits in that thread's cache."""
+    reduce_beside(job, t, before)
+    if t != NO_TASK:
+        job.merge(job, t)
+        if job.apply != NULL and not job.interleaves:
+            apply_group(job, t)
 
 
-cdef void reduce_group(const Job *job, Py_ssize_t g) noexcept nogil:
-    cdef Py_ssize_t b
-    for b in range(job.cut.blocks):
-        job.reduce(job, g, b, NULL)
-    job.merge(job, g)
-
-
-cdef void apply_group(const Job *job, Py_ssize_t g) noexcept nogil:
-    cdef Py_ssize_t b
-    for b in range(job.cut.blocks - 1, -1, -1):
-        apply_block(job, g, b)
-
-
-cdef void interleave_groups(const Job *job, Py_ssize_t g, Py_ssize_t before) noexcept nogil:
-    """Reduce a group while the results of the one before it are written; either may be NO_TASK.
+cdef void reduce_beside(const Job *job, Py_ssize_t g, Py_ssize_t before) noexcept nogil:
+    """Reduce a group while the results of another are written; either may be NO_TASK.
 
     The last results of a thread are written by themselves, and make all stores visible.
     """
     cdef Block beside
     cdef Py_ssize_t b
-    if g == NO_TASK or before == NO_TASK or not have_as_many_channels(&job.cut, g, before):
-        if before != NO_TASK:
-            apply_group(job, before)
-        if g != NO_TASK:
-            reduce_group(job, g)
+    if before != NO_TASK and (g == NO_TASK or not have_as_many_channels(&job.cut, g, before)):
+        apply_group(job, before)
+        before = NO_TASK
+    if g == NO_TASK:
         return
     for b in range(job.cut.blocks):
-        beside = mirrored_block(&job.cut, before, b)
-        job.reduce(job, g, b, &beside)
-    job.merge(job, g)
+        if before != NO_TASK:
+            beside = mirrored_block(&job.cut, before, b)
+        job.reduce(job, g, b, NULL if before == NO_TASK else &beside)
 
 
-cdef void execute_reduce(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                         Py_ssize_t t) noexcept nogil:
+cdef void apply_group(const Job *job, Py_ssize_t g) noexcept nogil:
+    """Write the results of a group, backwards: so the walk begins with what is in the cache."""
+    cdef Py_ssize_t b
+    for b in range(job.cut.blocks - 1, -1, -1):
+        apply_block(job, g, b)
+
+
+cdef void execute_reduce(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                         Py_ssize_t before) noexcept nogil:
     job.reduce(job, g0 + t % groups, t // groups, NULL)
 
 
-cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
-                        Py_ssize_t t) noexcept nogil:
+cdef void execute_apply(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
+                        Py_ssize_t before) noexcept nogil:
     apply_block(job, g0 + t % groups, t // groups)
 
 
@@ -319,7 +308,8 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     job.finds_cached = (job.reduce == NULL or group_by_group) and finds_in_caches(
         job, threads, group_bytes(job))
     if group_by_group:
-        parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads)
+        parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads,
+                     False, job.interleaves)
     elif job.reduce == NULL:
         execute_round(job, 0, groups_of(job), threads)
     else:

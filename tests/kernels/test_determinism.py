@@ -266,6 +266,19 @@ def test_a_backward_beside_sums_has_the_same_bits(rng, shape, activation, set_nu
     assert same_bits_beside_sums(backward, x, set_num_threads)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", INTERLEAVED)
+def test_groups_of_group_norm_beside_sums_have_the_same_bits(rng, shape, set_num_threads):
+    x = some(rng, shape)
+    x[:, 1] += np.float32(2.0**110)
+    x[0, 6, 1, 1] = np.inf
+
+    def forward(out):
+        return [F.group_norm(x, 2, *parameters(shape[1]), out=out)]
+
+    assert same_bits_beside_sums(forward, x, set_num_threads)
+
+
 def test_trials_of_stores_change_no_bit(rng, dtype):
     # The first 48 calls of a kind and size, 8 MiB at least, try both kinds of stores.
     shape = 64 // dtype.itemsize, 64, 56, 56
