@@ -132,7 +132,11 @@ cdef void combine_span(const GroupNormJob *norm, Py_ssize_t span) noexcept nogil
 
 cdef void execute_span(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t span,
                        Py_ssize_t before) noexcept nogil:
-    """All steps of a span, by one thread while it sits in that thread's cache."""
+    """All steps of a span, by one thread while it sits in that thread's cache.
+
+    Where tasks are interleaved, its results are left to the next one. Those of groups that were
+    summed last, which caches still have, are written first.
+    """
     cdef const GroupNormJob *norm = <const GroupNormJob *>job
     cdef Py_ssize_t i, g = NO_TASK, written = NO_TASK
     for i in range(norm.span):
@@ -165,8 +169,7 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
         job.reads_ahead = (norm.span == 1 and not job.interleaves
                            and prefetches_groups(job, threads))
         job.finds_cached = finds_in_caches(job, threads, norm.span * group_bytes(job))
-        parallel_for(job, execute_span, 0, spans, spans, threads, False,
-                     job.interleaves)
+        take_turns(job, execute_span, spans, threads)
         return
     parallel_for(job, execute_reduce, 0, groups, groups * job.cut.blocks, threads)
     for span in range(spans):

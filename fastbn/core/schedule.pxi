@@ -68,9 +68,9 @@ cdef Py_ssize_t tasks_for(const Job *job, int threads) noexcept nogil:
 
 # ------------------------------------------------------------------ tasks
 
-# One of the tasks that threads have in common; they are about `groups` groups from g0 on. Where
-# tasks are interleaved, one begins while the thread ends the one `before`; either may be NO_TASK.
-# Elsewhere `before` is NO_TASK.
+# One of the tasks that threads have in common. Those of blocks are about `groups` groups, from g0
+# on. Where tasks are interleaved, one begins while the thread ends the one `before`; either may be
+# NO_TASK. Elsewhere `before` is NO_TASK.
 ctypedef void (*Task)(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
                       Py_ssize_t before) noexcept nogil
 
@@ -136,6 +136,11 @@ cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept 
     return count >= 4 * threads and is_in_l2(job, threads)
 
 
+cdef void take_turns(const Job *job, Task task, Py_ssize_t count, int threads) noexcept nogil:
+    """Do tasks of whole groups, interleaved where the job says so."""
+    parallel_for(job, task, 0, count, count, threads, False, job.interleaves)
+
+
 cdef void walk_range(void *tasks_, int own) noexcept nogil:
     """Do the tasks of a range, then those that come last in ranges that are not done."""
     cdef Tasks *tasks = <Tasks *>tasks_
@@ -184,7 +189,10 @@ cdef Py_ssize_t take_task(Tasks *tasks, int owner, bint last, Py_ssize_t reserve
 
 cdef void execute_group(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,
                         Py_ssize_t before) noexcept nogil:
-    """All steps of a group, by one thread while the group sits in that thread's cache."""
+    """All steps of a group, by one thread while the group sits in that thread's cache.
+
+    Where tasks are interleaved, its results are left to the next one.
+    """
     reduce_beside(job, t, before)
     if t != NO_TASK:
         job.merge(job, t)
@@ -271,11 +279,13 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
     """Tell whether a group is summed while the results of another one are written.
 
     Non-temporal stores wait for memory and sums do not, as long as caches have what is read;
-    ordinary stores would take the bandwidth of these caches that sums need. A second-level cache
-    has to hold both groups. Blocks of runs that are cut are not much shorter than others.
+    ordinary stores would take the bandwidth of these caches that sums need. With small second-level
+    caches it is not measured, and done only where the kind of stores is set. Runs that are cut have
+    blocks of nearly the same length.
     """
     cdef Py_ssize_t most = INTERLEAVED_BYTES if job.dy == NULL else INTERLEAVED_BYTES_OF_TWO
-    return (job.nontemporal and has_large_l2 and job.kernels.moments_beside_results != NULL
+    return (job.nontemporal and (has_large_l2 or nontemporal_bytes >= 0)
+            and job.kernels.moments_beside_results != NULL
             and job.in_float32 and not job.in_float64 and job.mask == NULL
             and not overwrites_input(job)
             and job.raw_dy == NULL and (not job.has_gate or job.activation.kind == RELU)
@@ -308,8 +318,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
     job.finds_cached = (job.reduce == NULL or group_by_group) and finds_in_caches(
         job, threads, group_bytes(job))
     if group_by_group:
-        parallel_for(job, execute_group, 0, groups_of(job), groups_of(job), threads,
-                     False, job.interleaves)
+        take_turns(job, execute_group, groups_of(job), threads)
     elif job.reduce == NULL:
         execute_round(job, 0, groups_of(job), threads)
     else:

@@ -27,7 +27,7 @@ typedef struct {
     A gain, floor, cap;
 } NAME(activation);
 
-/* Whether a clamp computes it; the core's only_clamps tells the same. Infinity times 0 is a NaN, which
+/* Whether a clamp computes it; of an activation the core's only_clamps tells the same. Infinity times 0 is a NaN, which
  * would not be the greater one. */
 ALWAYS_INLINE int NAME(is_clamped)(const fastbn_activation *activation)
 {

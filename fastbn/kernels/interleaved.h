@@ -106,12 +106,15 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
 #define OF(c) NAME(coefficients_of)(summed, &coefficients, c)
 #define NORMALIZED(k, i) Y(NAME(load)(from + (i)), (k).centre, (k).scale, (k).shift)
 #define SAME(a) NAME(all_lanes)(a)
-#define PASSED(k, dy, x) \
-    (summed == NAME(RELU_PRODUCTS) \
-         ? NAME(derive)(1, dy, x, &coefficients.gates.activation, SAME((k).low), SAME((k).high)) \
-         : (dy))
+#define GATED(k, dy, x) \
+    NAME(gated_dx)(NAME(pass)(FASTBN_RELU, dy, x, &coefficients.gates.activation, SAME((k).low), \
+                              SAME((k).high)), \
+                   SAME((k).dy_mean), SAME((k).rest), SAME((k).x_mean), SAME((k).slope), \
+                   SAME((k).scale))
 #define GRADIENT(k, dy, x) \
-    DX(PASSED(k, dy, x), x, (k).dy_mean, (k).rest, (k).x_mean, (k).slope, (k).scale)
+    (summed == NAME(RELU_PRODUCTS) \
+         ? GATED(k, dy, x) \
+         : DX(dy, x, (k).dy_mean, (k).rest, (k).x_mean, (k).slope, (k).scale))
 #define AT(k, i) \
     (HAS_PRODUCTS(summed) \
          ? GRADIENT((k).gradient, NAME(load)(dy_from + (i)), NAME(load)(from + (i))) \
@@ -169,7 +172,7 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
 #undef WRITE_UP_TO
 #undef AT
 #undef GRADIENT
-#undef PASSED
+#undef GATED
 #undef SAME
 #undef NORMALIZED
 #undef OF

@@ -223,6 +223,7 @@ INTERLEAVED = [
     (70, 8, 23, 23),  # two blocks of samples
     (2, 8, 200, 170),  # two pieces of each run
     (1, 300, 12, 11),  # more channels in a group than a kernel takes
+    (8, 130, 12, 12),  # and groups of GroupNorm that are walked in two parts
 ]
 
 
@@ -268,14 +269,21 @@ def test_a_backward_beside_sums_has_the_same_bits(rng, shape, activation, set_nu
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("shape", INTERLEAVED)
-def test_groups_of_group_norm_beside_sums_have_the_same_bits(rng, shape, set_num_threads):
-    x = some(rng, shape)
-    x[:, 1] += np.float32(2.0**110)
-    x[0, 6, 1, 1] = np.inf
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_group_norm_beside_sums_has_the_same_bits(rng, shape, activation, set_num_threads):
+    x, dy = some(rng, shape), some(rng, shape)
+    layer = fastbn.GroupNorm(2, shape[1], activation=activation)
+
+    def backward(out):
+        layer(x)
+        return [layer.backward(dy, out=out)]
 
     def forward(out):
-        return [F.group_norm(x, 2, *parameters(shape[1]), out=out)]
+        return [layer(x, out=out)]
 
+    assert same_bits_beside_sums(backward, x, set_num_threads)
+    x[:, 1] += np.float32(2.0**110)
+    x[0, 6, 1, 1] = np.inf
     assert same_bits_beside_sums(forward, x, set_num_threads)
 
 
