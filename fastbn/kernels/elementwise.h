@@ -607,6 +607,12 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
     return (VA_LANES - NAME(unaligned)(to)) % VA_LANES;
 }
 
+/* How far ahead rows that lie apart are prefetched: whole rows, of `prefetched` elements or more. */
+ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(const fastbn_matrix *matrix, ptrdiff_t prefetched)
+{
+    return matrix->stride * (prefetched / matrix->len + 1);
+}
+
 /* Whether the rows of a matrix, which have the same place in their lines, are streamed. */
 ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontemporal, ptrdiff_t most)
 {
@@ -624,7 +630,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         enum { LINE = NAME(LINE) }; \
         const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
         const int apart = len != (matrix)->stride; \
-        const ptrdiff_t ahead = apart ? (matrix)->stride * (prefetched / len + 1) : prefetched; \
+        const ptrdiff_t ahead = apart ? NAME(rows_ahead)(matrix, prefetched) : prefetched; \
         const uint8_t *mask = NULL; /* there is none */ \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
         const ptrdiff_t tail = ((apart ? len : rows * len) - head) % LINE; \
@@ -665,7 +671,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
                               DONE) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
-        const ptrdiff_t ahead = stride * (prefetched / len + 1); \
+        const ptrdiff_t ahead = NAME(rows_ahead)(matrix, prefetched); \
         mask_step masks[COLUMNS / LANES]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \

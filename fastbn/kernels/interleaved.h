@@ -148,15 +148,14 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
             const ptrdiff_t border = (c + 1) * len, stop = smaller(border, whole - tail);
             step_sums s = n == 0 ? no_sums() : load_sums(sums[c][0], sums[c][1]);
             ptrdiff_t i = 0;
+#define AHEAD prefetch_distance(ahead, by_trees ? i : 0) /* as sum_runs, or sum_runs_by_trees */
             for (; i + INTERLEAVED <= len; i += INTERLEAVED) {
-                s = NAME(add_stretch)(summed, s, dy_run + i, x_run + i,
-                                      prefetch_distance(ahead, by_trees ? i : 0), &own, around);
+                s = NAME(add_stretch)(summed, s, dy_run + i, x_run + i, AHEAD, &own, around);
                 WRITE_UP_TO(smaller(c * len + i + INTERLEAVED, stop));
             }
             if (i < len)
-                s = NAME(add_last_stretch)(summed, s, dy_run, x_run, len, i,
-                                           prefetch_distance(ahead, by_trees ? i : 0), &own,
-                                           around);
+                s = NAME(add_last_stretch)(summed, s, dy_run, x_run, len, i, AHEAD, &own, around);
+#undef AHEAD
             store_sums(sums[c][0], sums[c][1], s);
             WRITE_UP_TO(stop);
             if (written < border && c + 1 < channels) { /* a register with results of both runs */
