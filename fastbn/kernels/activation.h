@@ -82,23 +82,13 @@ ALWAYS_INLINE VA NAME(derive)(int is_relu, VA dy, VA v, const NAME(activation) *
                    : IF_OUTSIDE_A(v, low, high, dy, dy * activation->slope);
 }
 
-/* A normalized value, with the residual if there is one, through the activation. Unless `alive` is
- * NULL, it gets 255 for each lane at which the derivative is 1, and 0 for the others. */
-ALWAYS_INLINE VA NAME(finish)(VA z, int has_residual, VA residual,
-                              const NAME(activation) *activation, uint8_t *alive)
+/* A bit for each lane, the first one's in the lowest place: 1 where the derivative at z is 1. */
+ALWAYS_INLINE uint32_t NAME(alive_bits)(VA z, const NAME(activation) *activation)
 {
-    if (has_residual)
-        z += residual;
-    if (alive != NULL) {
-        const int is_relu = activation->kind == FASTBN_RELU;
-        const VA zeros = {0};
-        VA ones;
-        memset(&ones, 255, sizeof ones); /* all bits of all lanes */
-        STORE_BYTES_A(alive, IF_OUTSIDE_A(z, NAME(all_lanes)(activation->low),
-                                          NAME(all_lanes)(activation->high), is_relu ? zeros : ones,
-                                          is_relu ? ones : zeros));
-    }
-    return NAME(activate)(z, activation);
+    const uint32_t all = ((uint32_t)1 << VA_LANES) - 1;
+    const uint32_t inside = BITS_INSIDE_A(z, NAME(all_lanes)(activation->low),
+                                          NAME(all_lanes)(activation->high));
+    return inside ^ (activation->kind == FASTBN_RELU ? 0 : all);
 }
 
 /* ------------------------------------------------------------------ gates */

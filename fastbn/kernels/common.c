@@ -1,12 +1,7 @@
 /* What the kernels of all dtypes share, compiled once per instruction set, with ISA set to its name:
- * sums of lanes and columns, masks, bits, and numbers of channels. */
-#include "bits.h"
+ * sums of lanes and columns, masks, and numbers of channels. */
 #include "common.h"
 #include "masks.h"
-
-#if defined(__SSE2__) || defined(_M_X64)
-#  include <emmintrin.h>
-#endif
 
 /* ------------------------------------------------------------------ sums of lanes */
 
@@ -229,37 +224,6 @@ static ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
     for (ptrdiff_t i = 0; i < len; i++)
         total += mask[i] & 1;
     return total;
-}
-
-/* ------------------------------------------------------------------ bits */
-
-/* A bit for each of 16 bytes, which are 255 or 0. */
-static int bits_of_16(const uint8_t *bytes)
-{
-#if defined(__SSE2__) || defined(_M_X64)
-    return _mm_movemask_epi8(_mm_loadu_si128((const __m128i *)bytes));
-#else
-    const uint64_t ones = 0x0101010101010101u, diagonal = 0x8040201008040201u;
-    uint64_t eight[2];
-    memcpy(eight, bytes, sizeof eight);
-    return (int)((eight[0] & diagonal) * ones >> 56 | (eight[1] & diagonal) * ones >> 56 << 8);
-#endif
-}
-
-void COMMON(gather_bits)(uint8_t *bytes, ptrdiff_t first, ptrdiff_t count, uint8_t *bits)
-{
-    const ptrdiff_t begin = first / 8, end = (first + count + 7) / 8;
-    ptrdiff_t k = begin + 1;
-    memset(bytes, 0, (size_t)(first % 8));
-    memset(bytes + first % 8 + count, 0, 16);
-    or_atomically(bits + begin, (uint8_t)bits_of_16(bytes));
-    for (bytes += 8; k + 2 < end; k += 2, bytes += 16) {
-        const int sixteen = bits_of_16(bytes);
-        bits[k] = (uint8_t)sixteen;
-        bits[k + 1] = (uint8_t)(sixteen >> 8);
-    }
-    for (; k < end; k++, bytes += 8)
-        or_atomically(bits + k, (uint8_t)bits_of_16(bytes));
 }
 
 /* ------------------------------------------------------------------ numbers of channels */

@@ -30,8 +30,6 @@ enum {
     FLOATS_APART = 768,
     /* The terms of a lane that are added in float32. */
     TREE = FASTBN_TREE,
-    /* The elements of which bytes tell, before these become bits, where derivatives are 1. */
-    ALIVE_BYTES = 4096,
 };
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -31,7 +31,7 @@
 #define IF_OUTSIDE_A PASTE(if_outside_, VA)
 #define ZERO_OUTSIDE_A PASTE(zero_outside_, VA)
 #define IF_BITS_A PASTE(if_bits_, VA)
-#define STORE_BYTES_A PASTE(store_bytes_, VA)
+#define BITS_INSIDE_A PASTE(bits_inside_, VA)
 #define SPREAD_A COMMON(PASTE(spread_, A))
 
 #define NAME(f) PASTE(f##_, DTYPE)

@@ -68,6 +68,7 @@ ALWAYS_INLINE VA NAME(fetch)(const T *p, int is_first, ptrdiff_t ahead)
 
 enum {
     NAME(LINE) = CACHE_LINE / sizeof(T),
+    NAME(REGISTERS) = NAME(LINE) / (sizeof(VA) / sizeof(A)), /* of a line */
     /* What a loop over a run stores before it branches: a line, two registers at least. With one
      * register it would take half as long again wherever the branch happens to cross 32 bytes of
      * code. */
@@ -83,13 +84,13 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
-/* Stores a run: AT(i, is_first) is the register of results at i, which prefetches or not, and ONE(i)
- * a single result.
+/* Stores a run: AT(i, is_first) is a register of values at i, loaded with a prefetch or without, and
+ * RESULT(v, i, from, count) makes results of it, which count for so many lanes from one on: in the
+ * order of memory, each element of the run counts once. ONE(i) is a single result.
  *
- * All stores are aligned but those of the first and the last register, which overlap others. They
- * are computed before the loop: in place, it overwrites some of the elements that they are computed
- * from. */
-#define STORE_RUN(to, len, AT, ONE) \
+ * All stores are aligned but those of the first and the last register, which overlap others. What
+ * they store is loaded before the loop: in place, it overwrites some of these elements. */
+#define STORE_RUN(to, len, AT, ONE, RESULT) \
     do { \
         const ptrdiff_t last = (len)-VA_LANES; \
         if (last < 0) { \
@@ -97,24 +98,29 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
                 (to)[i] = NAME(encode)(ONE(i)); \
             break; \
         } \
-        const VA begin = AT(0, 1), end = AT(last, 0); \
         ptrdiff_t i = NAME(unaligned)(to); \
+        const VA begin = AT(0, 1), end = AT(last, 0); \
+        const VA begin_results = RESULT(begin, 0, 0, i); \
         NO_UNROLL for (; i + NAME(STRETCH) - VA_LANES < last; i += NAME(STRETCH)) \
             UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                NAME(store)((to) + i + j, AT(i + j, j % NAME(LINE) == 0)); \
+                NAME(store)((to) + i + j, \
+                            RESULT(AT(i + j, j % NAME(LINE) == 0), i + j, 0, VA_LANES)); \
         NO_UNROLL for (; i < last; i += VA_LANES) \
-            NAME(store)((to) + i, AT(i, 1)); \
-        NAME(store)(to, begin); \
-        NAME(store)((to) + last, end); \
+            NAME(store)((to) + i, RESULT(AT(i, 1), i, 0, VA_LANES)); \
+        NAME(store)(to, begin_results); \
+        NAME(store)((to) + last, RESULT(end, last, i - last, (len)-i)); \
     } while (0)
+
+/* Values that are results already. */
+#define AS_IT_IS(v, i, from, count) ((void)(from), (void)(count), (v))
 
 /* Stores the runs of several channels, one behind the other, of at least a register each, from an
  * element up to a stop, between which there are whole registers. OF(c) are the coefficients of
  * channel c, a struct of type `type`. AT(k, i, is_first) is the register at i, counted from the
- * first run on, with coefficients k, and STORE(to, v) stores it. A register that reaches over the
- * end of a run into the next one has the results of both. The coefficients are local values: what
- * is stored cannot change them, so that they stay in registers. */
-#define EACH_RUN(to, channels, len, start, stop, type, OF, AT, STORE) \
+ * first run on, with coefficients k, and STORE(to, v) stores its results. A register that reaches
+ * over the end of a run into the next one has the values of both. The coefficients are local values:
+ * what is stored cannot change them, so that they stay in registers. */
+#define EACH_RUN(to, channels, len, start, stop, type, OF, AT, RESULT, STORE) \
     do { \
         ptrdiff_t i = (start); \
         for (ptrdiff_t c = 0, border = (len); c < (channels); c++, border += (len)) { \
@@ -122,28 +128,38 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
             const type of_run = OF(c); \
             NO_UNROLL for (; i + NAME(STRETCH) <= end; i += NAME(STRETCH)) \
                 UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                    STORE((to) + i + j, AT(of_run, i + j, j % NAME(LINE) == 0)); \
+                    STORE((to) + i + j, RESULT(AT(of_run, i + j, j % NAME(LINE) == 0), i + j, 0, \
+                                               VA_LANES)); \
             NO_UNROLL for (; i + VA_LANES <= end; i += VA_LANES) \
-                STORE((to) + i, AT(of_run, i, 1)); \
+                STORE((to) + i, RESULT(AT(of_run, i, 1), i, 0, VA_LANES)); \
             if (i < border && c + 1 < (channels)) { \
-                const uint32_t bits = ((uint32_t)1 << (border - i)) - 1; \
+                const uint32_t of_this_run = ((uint32_t)1 << (border - i)) - 1; \
                 const type of_next = OF(c + 1); \
-                STORE((to) + i, IF_BITS_A(bits, AT(of_run, i, 1), AT(of_next, i, 0))); \
+                const VA v = IF_BITS_A(of_this_run, AT(of_run, i, 1), AT(of_next, i, 0)); \
+                STORE((to) + i, RESULT(v, i, 0, VA_LANES)); \
                 i += VA_LANES; \
             } \
         } \
     } while (0)
 
 /* Stores such runs as a whole, aligned like STORE_RUN. */
-#define STORE_RUNS(to, channels, len, type, OF, AT) \
+#define STORE_RUNS(to, channels, len, type, OF, AT, RESULT) \
     do { \
         const ptrdiff_t whole = (channels) * (len), last = whole - VA_LANES; \
+        const ptrdiff_t head = NAME(unaligned)(to), tail = (whole - head) % VA_LANES; \
         const type of_first = OF(0), of_last = OF((channels)-1); \
-        const VA first_results = AT(of_first, 0, 1), last_results = AT(of_last, last, 0); \
-        EACH_RUN(to, channels, len, NAME(unaligned)(to), whole, type, OF, AT, NAME(store)); \
-        NAME(store)(to, first_results); \
-        NAME(store)((to) + last, last_results); \
+        const VA begin = AT(of_first, 0, 1), end = AT(of_last, last, 0); \
+        const VA begin_results = RESULT(begin, 0, 0, head); \
+        EACH_RUN(to, channels, len, head, whole, type, OF, AT, RESULT, NAME(store)); \
+        NAME(store)(to, begin_results); \
+        NAME(store)((to) + last, RESULT(end, last, VA_LANES - tail, tail)); \
     } while (0)
+
+/* How many of the lanes of a register are among the first `count` elements. */
+ALWAYS_INLINE ptrdiff_t NAME(lanes_among)(ptrdiff_t count)
+{
+    return count < 0 ? 0 : smaller(count, VA_LANES);
+}
 
 /* Stores a run like STORE_RUN, but whole cache lines by non-temporal stores, from the last to the
  * first if it goes backwards; the elements before the first of them, and behind the last, by
@@ -155,52 +171,71 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
     copy_register_nontemporal((char *)to, (const char *)&v);
 }
 
-#  define STREAM_RUN(to, len, backwards, AT) \
+/* The elements before the first whole line, from the first registers of the run, and those behind the
+ * last one, from its last registers. */
+#  define STORE_HEAD(to, head, first, RESULT) \
     do { \
-        enum { LINE = NAME(LINE) }; \
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
-        const ptrdiff_t end = (len) - ((len)-head) % LINE; \
-        T first[LINE], last[LINE]; \
-        PREFETCH_TO_WRITE((to) + (len)-1); \
-        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
-            NAME(store)(first + i, AT(i, 0)); \
-            NAME(store)(last + i, AT((len)-LINE + i, 0)); \
-        } \
-        STREAM_LINES(to, head, end, backwards, AT); \
-        memcpy(to, first, (size_t)head * sizeof(T)); \
-        memcpy((to) + end, last + LINE - ((len)-end), (size_t)((len)-end) * sizeof(T)); \
+        T line[NAME(LINE)]; \
+        UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) \
+            NAME(store)(line + i, RESULT((first)[i / VA_LANES], i, 0, NAME(lanes_among)((head)-i))); \
+        memcpy(to, line, (size_t)(head) * sizeof(T)); \
     } while (0)
-#  define STREAM_LINES(to, begin, end, backwards, AT) \
-    for (ptrdiff_t i = (backwards) ? (end)-LINE : (begin), left = ((end) - (begin)) / LINE; \
-         left > 0; i += (backwards) ? -LINE : LINE, left--) { \
-        VA v[LINE / (sizeof(VA) / sizeof(A))]; \
-        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
-            v[j / VA_LANES] = AT(i + j, j == 0); \
-        UNROLL for (ptrdiff_t j = 0; j < LINE; j += VA_LANES) \
+#  define STORE_TAIL(to, len, tail, last, RESULT) \
+    do { \
+        const ptrdiff_t skipped = NAME(LINE) - (tail), start = (len)-NAME(LINE); \
+        T line[NAME(LINE)]; \
+        UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) { \
+            const ptrdiff_t from = NAME(lanes_among)(skipped - i); \
+            NAME(store)(line + i, RESULT((last)[i / VA_LANES], start + i, from, VA_LANES - from)); \
+        } \
+        memcpy((to) + start + skipped, line + skipped, (size_t)(tail) * sizeof(T)); \
+    } while (0)
+
+#  define STREAM_RUN(to, len, backwards, AT, RESULT) \
+    do { \
+        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t tail = ((len)-head) % NAME(LINE); \
+        VA first[NAME(REGISTERS)], last[NAME(REGISTERS)]; \
+        PREFETCH_TO_WRITE((to) + (len)-1); \
+        UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) { \
+            first[i / VA_LANES] = AT(i, 0); \
+            last[i / VA_LANES] = AT((len)-NAME(LINE) + i, 0); \
+        } \
+        STORE_HEAD(to, head, first, RESULT); \
+        STREAM_LINES(to, head, (len)-tail, backwards, AT, RESULT); \
+        STORE_TAIL(to, len, tail, last, RESULT); \
+    } while (0)
+#  define STREAM_LINES(to, begin, end, backwards, AT, RESULT) \
+    for (ptrdiff_t i = (backwards) ? (end)-NAME(LINE) : (begin), \
+                   left = ((end) - (begin)) / NAME(LINE); \
+         left > 0; i += (backwards) ? -NAME(LINE) : NAME(LINE), left--) { \
+        VA v[NAME(REGISTERS)]; \
+        UNROLL for (ptrdiff_t j = 0; j < NAME(LINE); j += VA_LANES) \
+            v[j / VA_LANES] = RESULT(AT(i + j, j == 0), i + j, 0, VA_LANES); \
+        UNROLL for (ptrdiff_t j = 0; j < NAME(LINE); j += VA_LANES) \
             copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
     }
 
 /* Stores runs of several channels like STORE_RUNS, but whole lines like STREAM_RUN, forwards. A run
  * has a line, or more. */
-#  define STREAM_RUNS(to, channels, len, type, OF, AT) \
+#  define STREAM_RUNS(to, channels, len, type, OF, AT, RESULT) \
     do { \
-        enum { LINE = NAME(LINE) }; \
         const type of_first = OF(0), of_last = OF((channels)-1); \
         const ptrdiff_t whole = (channels) * (len); \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
-        const ptrdiff_t stop = whole - (whole - head) % LINE; \
-        T first[LINE], last[LINE]; \
-        UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) { \
-            NAME(store)(first + i, AT(of_first, i, 0)); \
-            NAME(store)(last + i, AT(of_last, whole - LINE + i, 0)); \
+        const ptrdiff_t tail = (whole - head) % NAME(LINE); \
+        VA first[NAME(REGISTERS)], last[NAME(REGISTERS)]; \
+        UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) { \
+            first[i / VA_LANES] = AT(of_first, i, 0); \
+            last[i / VA_LANES] = AT(of_last, whole - NAME(LINE) + i, 0); \
         } \
-        EACH_RUN(to, channels, len, head, stop, type, OF, AT, NAME(stream)); \
-        memcpy(to, first, (size_t)head * sizeof(T)); \
-        memcpy((to) + stop, last + LINE - (whole - stop), (size_t)(whole - stop) * sizeof(T)); \
+        STORE_HEAD(to, head, first, RESULT); \
+        EACH_RUN(to, channels, len, head, whole - tail, type, OF, AT, RESULT, NAME(stream)); \
+        STORE_TAIL(to, whole, tail, last, RESULT); \
     } while (0)
 #else
-#  define STREAM_RUN(to, len, backwards, AT) (void)0
-#  define STREAM_RUNS(to, channels, len, type, OF, AT) (void)0
+#  define STREAM_RUN(to, len, backwards, AT, RESULT) (void)0
+#  define STREAM_RUNS(to, channels, len, type, OF, AT, RESULT) (void)0
 #endif
 
 /* Where a kernel writes: straight to the output or, where non-temporal stores of what it writes at a
@@ -214,17 +249,15 @@ enum {
 typedef struct {
     T *to;
     int streams, buffers, backwards;
-    ptrdiff_t most;             /* elements at a time */
     ptrdiff_t capacity, filled; /* elements of the buffer; PTRDIFF_MAX without one */
     T buffer[NAME(BUFFER)];
 } NAME(writer);
 
 /* For runs of `len` elements, whose lines are streamed backwards or not, if they may be. */
 ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int may_stream, int nontemporal, ptrdiff_t len,
-                                     ptrdiff_t most, int backwards)
+                                     int backwards)
 {
     w->backwards = backwards;
-    w->most = most;
     w->streams = may_stream && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
     w->buffers = nontemporal && !w->streams;
 }
@@ -273,105 +306,87 @@ ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
  * what is left has several lines, too. */
 ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, int may_stream, ptrdiff_t left)
 {
-    const ptrdiff_t n = smaller(smaller(left, w->most), w->capacity - w->filled);
+    const ptrdiff_t n = smaller(left, w->capacity - w->filled);
     if (!may_stream || !w->streams || n == left)
         return n;
     const ptrdiff_t part = smaller(n, left / 2);
     return part - (ptrdiff_t)((uintptr_t)(w->to + w->filled + part) % CACHE_LINE / sizeof(T));
 }
 
-/* Whether the runs of a sample are stored as a whole: there are no notes about them. */
+/* Whether the runs of a sample are stored as a whole. */
 ALWAYS_INLINE int NAME(stores_runs)(const NAME(writer) *w, const fastbn_runs *runs)
 {
-    return !w->streams && !w->buffers && w->most == PTRDIFF_MAX && runs->len >= VA_LANES;
+    return !w->streams && !w->buffers && runs->len >= VA_LANES;
 }
 
 /* Whether they are streamed as a whole, instead of one by one or through the buffer. */
 ALWAYS_INLINE int NAME(streams_runs)(const NAME(writer) *w, const fastbn_runs *runs)
 {
     return NAME(MAY_STREAM) && (w->streams || w->buffers) && !w->backwards &&
-           w->most == PTRDIFF_MAX && runs->len >= NAME(LINE);
+           runs->len >= NAME(LINE);
 }
 
-/* Writes a run, as many elements at a time as there is room for; they begin at `i0`, and DONE is done
- * behind them. */
-#define WRITE_RUN(w, may_stream, len, AT, ONE, DONE) \
+/* Writes a run, as many elements at a time as there is room for; they begin at `i0`. */
+#define WRITE_RUN(w, may_stream, len, AT, ONE, RESULT) \
     for (ptrdiff_t i0 = 0, n; i0 < (len); i0 += n) { \
         T *to = NAME(position)(w); \
         n = NAME(fitting)(w, may_stream, (len)-i0); \
         if ((may_stream) && (w)->streams) \
-            STREAM_RUN(to, n, (w)->backwards, AT); \
+            STREAM_RUN(to, n, (w)->backwards, AT, RESULT); \
         else \
-            STORE_RUN(to, n, AT, ONE); \
-        DONE; \
+            STORE_RUN(to, n, AT, ONE, RESULT); \
         NAME(advance)(w, n); \
     }
 
 /* A register of results at i of a run, and a single result, with 0 at invalid positions. */
 #define MASKED_LANES(v, i) (masked ? MASKED_A(mask + (i), v) : (v))
-#define MASKED_LANE(a, i) (masked && !mask[i] ? (A)0 : (a))
+#define MASKED_LANE(a, i) NAME(if_valid)(a, !masked || mask[i])
+
+ALWAYS_INLINE A NAME(if_valid)(A a, int valid) { return valid ? a : (A)0; }
 
 /* What a kernel is fused with: nothing; an activation that a clamp computes, alone, after a residual,
- * or after one and with bits; or an epilogue of any kind, at the price of branches. */
+ * or after one and with bits; or an epilogue of any kind, with a mask or without, at the price of
+ * branches. */
 enum { NAME(PLAIN), NAME(ACTIVATED), NAME(ADDED), NAME(NOTED), NAME(WHOLE) };
 
-/* The residual and the bits of an epilogue from an element of x on. */
-typedef struct {
-    const T *residual;
-    uint8_t *alive;
-    ptrdiff_t first;
-} NAME(beside);
+#define ADDS(fused) \
+    (fused == NAME(ADDED) || fused == NAME(NOTED) || \
+     (fused == NAME(WHOLE) && epilogue->residual != NULL))
+#define KEEPS_BITS(fused) \
+    (fused == NAME(NOTED) || (fused == NAME(WHOLE) && epilogue->alive != NULL))
 
-ALWAYS_INLINE NAME(beside) NAME(beside_of)(int fused, const fastbn_epilogue *epilogue, ptrdiff_t at)
+/* The bits of an epilogue from an element of x on. */
+#define BEGIN_BITS(fused, bits, at) \
+    if (KEEPS_BITS(fused)) \
+        bits = begin_bits(epilogue->alive, epilogue->first + (at))
+#define END_BITS(fused, bits) \
+    if (KEEPS_BITS(fused)) \
+        end_bits(&bits)
+
+/* Its residual. */
+ALWAYS_INLINE const T *NAME(residual_from)(int fused, const fastbn_epilogue *epilogue, ptrdiff_t at)
 {
-    if (fused == NAME(PLAIN) || fused == NAME(ACTIVATED))
-        return (NAME(beside)){NULL, NULL, 0};
-    return (NAME(beside)){epilogue->residual == NULL ? NULL : (const T *)epilogue->residual + at,
-                          epilogue->alive, epilogue->first + at};
+    return ADDS(fused) ? (const T *)epilogue->residual + at : NULL;
 }
 
-#define ADDS(fused) \
-    (fused == NAME(ADDED) || fused == NAME(NOTED) || (fused == NAME(WHOLE) && beside.residual != NULL))
-#define NOTES_ARE_TAKEN(fused, alive) \
-    (fused == NAME(NOTED) || (fused == NAME(WHOLE) && (alive) != NULL))
+/* Normalized values at i of a run, as registers and as single ones, with the residual. */
+#define PLUS_RESIDUAL(fused, z, i, is_first, ahead) \
+    (ADDS(fused) ? (z) + NAME(fetch)(residual + i0 + (i), is_first, ahead) : (z))
+#define ONE_PLUS_RESIDUAL(fused, z, i) (ADDS(fused) ? (z) + NAME(decode)(residual[i0 + (i)]) : (z))
 
-/* The elements that are written at a time: notes about them need room. */
-#define MOST(fused) \
-    (NOTES_ARE_TAKEN(fused, epilogue->alive) ? (ptrdiff_t)ALIVE_BYTES : PTRDIFF_MAX)
-
-/* Results at i of a run, as registers and as single ones, once they have been normalized. There are
- * notes about `noted` elements before i0, which become bits when there are many, or when what follows
- * in memory is another thread's. */
-#define NOTES(fused, i) \
-    (NOTES_ARE_TAKEN(fused, beside.alive) ? notes + ((beside.first + i0 - noted) & 7) + noted + (i) \
-                                          : NULL)
-#define FINISH(fused, z, i, is_first, ahead) \
-    (fused == NAME(PLAIN)       ? (z) \
-     : fused == NAME(ACTIVATED) ? NAME(activate)(z, &activation) \
-                                : NAME(finish)(z, ADDS(fused), \
-                                               ADDS(fused) \
-                                                   ? NAME(fetch)(beside.residual + i0 + (i), \
-                                                                 is_first, ahead) \
-                                                   : (VA){0}, \
-                                               &activation, NOTES(fused, i)))
-#define FINISH_ONE(fused, z, i) \
-    (fused == NAME(PLAIN)       ? (z) \
-     : fused == NAME(ACTIVATED) ? NAME(first_lane)(NAME(activate)(NAME(all_lanes)(z), &activation)) \
-                                : NAME(first_lane)(NAME(finish)( \
-                                      NAME(all_lanes)(z), ADDS(fused), \
-                                      NAME(all_lanes)(ADDS(fused) \
-                                                          ? NAME(decode)(beside.residual[i0 + (i)]) \
-                                                          : (A)0), \
-                                      &activation, NOTES(fused, i))))
-#define KEEP_NOTES(fused, ends) \
-    if (NOTES_ARE_TAKEN(fused, beside.alive)) { \
-        noted += n; \
-        if (noted >= ALIVE_BYTES / 2 || (ends)) { \
-            COMMON(gather_bits)(notes, beside.first + i0 + n - noted, noted, beside.alive); \
-            noted = 0; \
-        } \
-        w.most = ALIVE_BYTES - noted; \
+/* Such values through the activation. If bits are kept, they tell of so many lanes from one on. */
+ALWAYS_INLINE VA NAME(finish)(int fused, int keeps_bits, VA z, const NAME(activation) *activation,
+                              bit_writer *bits, ptrdiff_t from, ptrdiff_t count)
+{
+    if (keeps_bits) {
+        const uint32_t alive = NAME(alive_bits)(z, activation);
+        write_bits(bits, alive >> from & (((uint32_t)1 << count) - 1), (int)count);
     }
+    return fused == NAME(PLAIN) ? z : NAME(activate)(z, activation);
+}
+#define FINISHED(fused, z, from, count) \
+    NAME(finish)(fused, KEEPS_BITS(fused), z, &activation, &bits, from, count)
+#define ONE_FINISHED(fused, z) NAME(first_lane)(FINISHED(fused, NAME(all_lanes)(z), 0, 1))
 
 /* Without prefetches, runs are of a register or more, and there is nothing but ordinary stores. */
 ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, const void *x_,
@@ -380,12 +395,11 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, c
                                         const fastbn_epilogue *epilogue, int nontemporal)
 {
     NAME(affine) coefficients;
-    uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
-    ptrdiff_t noted = 0;
     NAME(activation) activation;
     NAME(writer) w;
-    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, MOST(fused),
-                      follows_closely(y_, x_));
+    bit_writer bits;
+    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len,
+                      !KEEPS_BITS(fused) && follows_closely(y_, x_));
     NAME(narrow_affine)(affine, runs->channels, &coefficients);
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
@@ -394,48 +408,54 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, c
 #define OF(c) NAME(affine_of)(&coefficients, c)
     for (ptrdiff_t n = 0; n < runs->samples; n++) {
         const T *x = (const T *)x_ + n * runs->stride;
+        T *y = (T *)y_ + n * runs->stride;
+        const T *residual = NAME(residual_from)(fused, epilogue, n * runs->stride);
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead, residual_ahead = runs->residual_ahead;
         const int streams_runs = NAME(streams_runs)(&w, runs);
         const ptrdiff_t channels = runs->channels, len = runs->len;
-        if (!prefetches || (!masked && fused != NAME(WHOLE) && fused != NAME(NOTED) &&
-                            (streams_runs || NAME(stores_runs)(&w, runs)))) {
+        BEGIN_BITS(fused, bits, n * runs->stride);
+#define AHEAD(i) prefetch_distance(ahead, i0 + (i))
+#define RESIDUAL_AHEAD(i) prefetch_distance(residual_ahead, i0 + (i))
+#define Z_AT(k, i, is_first) \
+    PLUS_RESIDUAL(fused, \
+                  Y(NAME(fetch)(x + i0 + (i), prefetches && (is_first), AHEAD(i)), (k).centre, \
+                    (k).scale, (k).shift), \
+                  i, is_first, RESIDUAL_AHEAD(i))
+        if (!prefetches || fused == NAME(NOTED) ||
+            (!masked && fused != NAME(WHOLE) && (streams_runs || NAME(stores_runs)(&w, runs)))) {
             enum { i0 = 0 };
-            const NAME(beside) beside = NAME(beside_of)(fused, epilogue, n * runs->stride);
-            T *y = (T *)y_ + n * runs->stride;
-#define AT(k, i, is_first) \
-    FINISH(fused, Y(NAME(fetch)(x + (i), prefetches && (is_first), prefetch_distance(ahead, i)), \
-                    (k).centre, (k).scale, (k).shift), \
-           i, is_first, prefetch_distance(residual_ahead, i))
+#define RESULT(z, i, from, count) FINISHED(fused, z, from, count)
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(y, channels, len, NAME(affine_of_run), OF, AT);
+                STREAM_RUNS(y, channels, len, NAME(affine_of_run), OF, Z_AT, RESULT);
             else
-                STORE_RUNS(y, channels, len, NAME(affine_of_run), OF, AT);
-#undef AT
+                STORE_RUNS(y, channels, len, NAME(affine_of_run), OF, Z_AT, RESULT);
+#undef RESULT
+            END_BITS(fused, bits);
             continue;
         }
-        NAME(start)(&w, (T *)y_ + n * runs->stride);
-        for (ptrdiff_t c = 0; c < channels; c++, x += len) {
+        NAME(start)(&w, y);
+        for (ptrdiff_t c = 0; c < channels; c++) {
             const NAME(affine_of_run) k = OF(c);
-            const NAME(beside) beside =
-                NAME(beside_of)(fused, epilogue, n * runs->stride + c * len);
-#define AHEAD(i) prefetch_distance(ahead, i0 + (i))
-#define AT(i, is_first) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + i0 + (i), is_first, AHEAD(i)), k.centre, \
-                                 k.scale, k.shift), i, is_first, \
-                        prefetch_distance(residual_ahead, i0 + (i))), i0 + (i))
+#define AT(i, is_first) Z_AT(k, i, is_first)
 #define ONE(i) \
-    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[i0 + (i)]), k.centre, k.scale, k.shift), i), \
+    MASKED_LANE(ONE_FINISHED(fused, ONE_PLUS_RESIDUAL(fused, \
+                                                      Y(NAME(decode)(x[i0 + (i)]), k.centre, \
+                                                        k.scale, k.shift), i)), \
                 i0 + (i))
-            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE,
-                      KEEP_NOTES(fused, c + 1 == channels && i0 + n == len))
-#undef AT
+#define RESULT(z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
+            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, RESULT)
+#undef RESULT
 #undef ONE
-#undef AHEAD
-            ahead.border -= len;
-            residual_ahead.border -= len;
+#undef AT
+            x += len, residual += ADDS(fused) ? len : 0;
+            ahead.border -= len, residual_ahead.border -= len;
         }
         NAME(flush)(&w);
+        END_BITS(fused, bits);
+#undef Z_AT
+#undef RESIDUAL_AHEAD
+#undef AHEAD
     }
 #undef OF
 }
@@ -456,13 +476,15 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
                             const fastbn_affine *affine, const fastbn_epilogue *epilogue,
                             int nontemporal)
 {
-    const int fused = NAME(fused_with)(epilogue);
-    if (runs->mask != NULL && fused != NAME(PLAIN))
-        NAME(normalize_runs)(1, NAME(WHOLE), 1, x, y, runs, affine, epilogue, nontemporal);
+    int fused = NAME(fused_with)(epilogue);
+    /* A kernel of its own is made of runs that are stored or streamed as a whole. */
+    if (fused == NAME(NOTED) && (runs->len < NAME(LINE) || (nontemporal && !NAME(MAY_STREAM))))
+        fused = NAME(WHOLE);
+    if (fused == NAME(WHOLE) || (runs->mask != NULL && fused != NAME(PLAIN)))
+        NAME(normalize_runs)(runs->mask != NULL, NAME(WHOLE), 1, x, y, runs, affine, epilogue,
+                             nontemporal);
     else if (runs->mask != NULL)
         NAME(normalize_runs)(1, NAME(PLAIN), 1, x, y, runs, affine, NULL, nontemporal);
-    else if (fused == NAME(WHOLE))
-        NAME(normalize_runs)(0, NAME(WHOLE), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(NOTED))
         NAME(normalize_runs)(0, NAME(NOTED), 1, x, y, runs, affine, epilogue, nontemporal);
     else if (fused == NAME(ADDED))
@@ -508,7 +530,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
     NAME(gradient_coefficients) coefficients;
     NAME(gates) gates;
     NAME(writer) w;
-    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len, PTRDIFF_MAX,
+    NAME(init_writer)(&w, NAME(MAY_STREAM), nontemporal, runs->len,
                       follows_closely(dx_, x_) || follows_closely(dx_, dy_));
     NAME(narrow_gradient)(gradient, runs->channels, &coefficients);
     if (gated)
@@ -536,9 +558,9 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
             enum { i0 = 0 };
             T *dx = (T *)dx_ + n * runs->stride;
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT);
+                STREAM_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, AS_IT_IS);
             else
-                STORE_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT);
+                STORE_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, AS_IT_IS);
             continue;
         }
         NAME(start)(&w, (T *)dx_ + n * runs->stride);
@@ -550,7 +572,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
            : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean, \
                             k.rest, k.x_mean, k.slope, k.scale), i0 + (i)))
-            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, (void)0)
+            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, AS_IT_IS)
 #undef AT
 #undef ONE
             ahead.border -= len;
@@ -614,9 +636,9 @@ ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(const fastbn_matrix *matrix, ptrdiff_t 
 }
 
 /* Whether the rows of a matrix, which have the same place in their lines, are streamed. */
-ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontemporal, ptrdiff_t most)
+ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontemporal)
 {
-    return NAME(MAY_STREAM) && nontemporal && matrix->mask == NULL && most == PTRDIFF_MAX &&
+    return NAME(MAY_STREAM) && nontemporal && matrix->mask == NULL &&
            matrix->len >= NAME(LINE) && matrix->stride % NAME(LINE) == 0 &&
            matrix->rows * matrix->len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
 }
@@ -625,57 +647,59 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
  * a row into the next one: behind the coefficients of the last column there are those of the first
  * ones. Those of a strip of a wider matrix lie apart, and each has ends of its own. */
 #if HAS_NONTEMPORAL
-#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) \
+#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END) \
     do { \
-        enum { LINE = NAME(LINE) }; \
         const ptrdiff_t len = (matrix)->len, rows = (matrix)->rows, i0 = 0; \
         const int apart = len != (matrix)->stride; \
         const ptrdiff_t ahead = apart ? NAME(rows_ahead)(matrix, prefetched) : prefetched; \
         const uint8_t *mask = NULL; /* there is none */ \
         const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
-        const ptrdiff_t tail = ((apart ? len : rows * len) - head) % LINE; \
-        T line[LINE]; \
+        const ptrdiff_t tail = ((apart ? len : rows * len) - head) % NAME(LINE); \
         for (ptrdiff_t n = 0; n < rows; n++) { \
             const ptrdiff_t r = (backwards) ? rows - 1 - n : n, row = r * (matrix)->stride; \
             const int begins = apart || r == 0, ends = apart || r + 1 == rows; \
-            const ptrdiff_t end = ends ? len - tail : head + len; \
             T *to = (T *)(out) + row; \
-            BEGIN; \
+            BEGIN(row, begins); \
             if (begins && head > 0) { \
-                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
-                    NAME(store)(line + i, AT(i, 0)); \
-                memcpy(to, line, (size_t)head * sizeof(T)); \
+                VA first[NAME(REGISTERS)]; \
+                UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) \
+                    first[i / VA_LANES] = AT(i, 0); \
+                STORE_HEAD(to, head, first, RESULT); \
             } \
-            STREAM_LINES(to, head, end, backwards, AT); \
+            STREAM_LINES(to, head, ends ? len - tail : head + len, backwards, AT, RESULT); \
             if (ends && tail > 0) { \
-                UNROLL for (ptrdiff_t i = 0; i < LINE; i += VA_LANES) \
-                    NAME(store)(line + i, AT(len - LINE + i, 0)); \
-                memcpy(to + end, line + LINE - tail, (size_t)tail * sizeof(T)); \
+                VA last[NAME(REGISTERS)]; \
+                UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) \
+                    last[i / VA_LANES] = AT(len - NAME(LINE) + i, 0); \
+                STORE_TAIL(to, len, tail, last, RESULT); \
             } \
+            END(ends); \
         } \
     } while (0)
 #else
-#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN) (void)0
+#  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END) (void)0
 #endif
 
 /* Writes the rows of a matrix, and prefetches so many elements ahead. The mask of a row is spread over
- * its columns; one that is left out as a whole is zeros. */
-#define WRITE_ROWS(matrix, masked, out, nontemporal, most, prefetched, backwards, AT, ONE, BEGIN, \
-                   DONE) \
-    if (!(masked) && NAME(streams_rows)(matrix, nontemporal, most)) \
-        STREAM_ROWS(matrix, out, prefetched, backwards, AT, BEGIN); \
+ * its columns; one that is left out as a whole is zeros. BEGIN(row, begins) goes before a row, which
+ * is so many elements behind the first one, and END(ends) behind it: one that begins does not go on
+ * where the last one has ended. */
+#define WRITE_ROWS(matrix, masked, out, nontemporal, prefetched, backwards, AT, ONE, RESULT, BEGIN, \
+                   END) \
+    if (!(masked) && NAME(streams_rows)(matrix, nontemporal)) \
+        STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END); \
     else \
-        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, prefetched, AT, ONE, BEGIN, \
-                              DONE)
-#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, most, prefetched, AT, ONE, BEGIN, \
-                              DONE) \
+        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, BEGIN, \
+                              END)
+#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, BEGIN, \
+                              END) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
         const ptrdiff_t ahead = NAME(rows_ahead)(matrix, prefetched); \
         mask_step masks[COLUMNS / LANES]; \
         uint8_t mask[COLUMNS + LANES]; \
         NAME(writer) w; \
-        NAME(init_writer)(&w, 0, nontemporal, len, most, 0); \
+        NAME(init_writer)(&w, 0, nontemporal, len, 0); \
         if (masked) \
             COMMON(find_masks)(matrix, masks); \
         for (ptrdiff_t r = 0; r < (matrix)->rows; r++) { \
@@ -686,10 +710,11 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
                 NAME(write_zeros)(&w, len); \
                 continue; \
             } \
-            BEGIN; \
+            BEGIN(row, 1); \
             if (masked) \
                 spread_mask(matrix, r, masks, mask); \
-            WRITE_RUN(&w, 0, len, AT, ONE, DONE) \
+            WRITE_RUN(&w, 0, len, AT, ONE, RESULT) \
+            END(1); \
             if (r + 1 == (matrix)->rows || len != stride) \
                 NAME(flush)(&w); \
         } \
@@ -713,10 +738,9 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     const ptrdiff_t padding = NAME(padding)(y);
     A *centre = k[0] + padding, *scale = k[1] + padding, *shift = k[2] + padding;
     NAME(affine) of_channel;
-    uint8_t notes[ALIVE_BYTES + 2 * MASK_BYTES];
-    ptrdiff_t noted = 0;
     NAME(activation) activation;
-    NAME(beside) beside;
+    const T *residual;
+    bit_writer bits;
     if (fused != NAME(PLAIN))
         activation = NAME(activation_of)(&epilogue->activation);
     if (fused != NAME(WHOLE)) /* the compiler does not know it */
@@ -726,17 +750,32 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
     NAME(spread)(matrix, of_channel.scale, scale);
     NAME(spread)(matrix, of_channel.shift, shift);
 #define AT(i, is_first) \
-    MASKED_LANES(FINISH(fused, Y(NAME(fetch)(x + row + i0 + (i), is_first, ahead), \
-                                 LOAD_A(centre + i0 + (i)), LOAD_A(scale + i0 + (i)), \
-                                 LOAD_A(shift + i0 + (i))), i, is_first, ahead), i0 + (i))
+    PLUS_RESIDUAL(fused, \
+                  Y(NAME(fetch)(x + row + i0 + (i), is_first, ahead), LOAD_A(centre + i0 + (i)), \
+                    LOAD_A(scale + i0 + (i)), LOAD_A(shift + i0 + (i))), \
+                  i, is_first, ahead)
 #define ONE(i) \
-    MASKED_LANE(FINISH_ONE(fused, Y(NAME(decode)(x[row + i0 + (i)]), centre[i0 + (i)], \
-                                    scale[i0 + (i)], shift[i0 + (i)]), i), i0 + (i))
-    WRITE_ROWS(matrix, masked, y, nontemporal, MOST(fused), PREFETCHED, follows_closely(y, x), AT,
-               ONE, beside = NAME(beside_of)(fused, epilogue, at + row),
-               KEEP_NOTES(fused, i0 + n == len));
-#undef AT
+    MASKED_LANE(ONE_FINISHED(fused, \
+                             ONE_PLUS_RESIDUAL(fused, \
+                                               Y(NAME(decode)(x[row + i0 + (i)]), \
+                                                 centre[i0 + (i)], scale[i0 + (i)], \
+                                                 shift[i0 + (i)]), i)), \
+                i0 + (i))
+#define RESULT(z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
+#define BEGIN(row, begins) \
+    residual = NAME(residual_from)(fused, epilogue, at + (row)); \
+    if (begins) \
+    BEGIN_BITS(fused, bits, at + (row))
+#define END(ends) \
+    if (ends) \
+    END_BITS(fused, bits)
+    WRITE_ROWS(matrix, masked, y, nontemporal, PREFETCHED,
+               !KEEPS_BITS(fused) && follows_closely(y, x), AT, ONE, RESULT, BEGIN, END);
+#undef END
+#undef BEGIN
+#undef RESULT
 #undef ONE
+#undef AT
 }
 
 static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix *matrix,
@@ -750,12 +789,11 @@ static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix
         const T *x = (const T *)x_ + at;
         T *y = (T *)y_ + at;
         count = NAME(rows_from)(matrix, r, &rows);
-        if (masks_columns(&rows) && fused != NAME(PLAIN))
-            NAME(normalize_rows)(1, NAME(WHOLE), x, y, &rows, affine, epilogue, at, nontemporal);
+        if (fused == NAME(WHOLE) || (masks_columns(&rows) && fused != NAME(PLAIN)))
+            NAME(normalize_rows)(masks_columns(&rows), NAME(WHOLE), x, y, &rows, affine, epilogue,
+                                 at, nontemporal);
         else if (masks_columns(&rows))
             NAME(normalize_rows)(1, NAME(PLAIN), x, y, &rows, affine, NULL, at, nontemporal);
-        else if (fused == NAME(WHOLE))
-            NAME(normalize_rows)(0, NAME(WHOLE), x, y, &rows, affine, epilogue, at, nontemporal);
         else if (fused == NAME(NOTED))
             NAME(normalize_rows)(0, NAME(NOTED), x, y, &rows, affine, epilogue, at, nontemporal);
         else if (fused == NAME(ADDED))
@@ -812,8 +850,12 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
            : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
                             dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
                             slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
-    WRITE_ROWS(matrix, masked, dx, nontemporal, PTRDIFF_MAX, PREFETCHED_OF_TWO,
-               follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, (void)0, (void)0);
+#define BEGIN(row, begins) (void)0
+#define END(ends) (void)0
+    WRITE_ROWS(matrix, masked, dx, nontemporal, PREFETCHED_OF_TWO,
+               follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, AS_IT_IS, BEGIN, END);
+#undef END
+#undef BEGIN
 #undef AT
 #undef ONE
 #undef REPEATED
@@ -939,7 +981,7 @@ ALWAYS_INLINE void NAME(derive_run)(int by_bits, int is_relu, const T *dy, const
 #define ONE(i) \
     NAME(first_lane)(DERIVE(NAME(all_lanes)(NAME(decode)(dy[i])), \
                             NAME(all_lanes)(by_bits ? (A)0 : NAME(decode)(y[i])), i))
-    STORE_RUN(to, count, AT, ONE);
+    STORE_RUN(to, count, AT, ONE, AS_IT_IS);
 #undef ONE
 #undef AT
 #undef DERIVE
@@ -955,7 +997,7 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
     const int is_relu = activation.kind == FASTBN_RELU;
     const T *dy = dy_, *y = y_;
     T *to = to_;
-    uint8_t bits[ALIVE_BYTES];
+    uint8_t bits[4096];
     if (activation.kind == FASTBN_LINEAR) {
         memmove(to, dy, (size_t)count * sizeof(T));
         return;
@@ -966,7 +1008,7 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
     }
     for (ptrdiff_t i = 0, n; i < count; i += n) {
         const size_t begin = (size_t)(first + i) / 8, from = (size_t)(first + i) % 8;
-        n = smaller(count - i, (ALIVE_BYTES - BITS_BYTES) * 8);
+        n = smaller(count - i, ((ptrdiff_t)sizeof bits - BITS_BYTES) * 8);
         memcpy(bits, alive + begin, (from + (size_t)n + 7) / 8);
         if (is_relu)
             NAME(derive_run)(1, 1, dy + i, NULL, bits, from, n, &activation, to + i);
@@ -975,20 +1017,26 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
     }
 }
 
-#undef KEEP_NOTES
-#undef FINISH_ONE
-#undef FINISH
-#undef NOTES
-#undef MOST
+#undef ONE_FINISHED
+#undef FINISHED
+#undef ONE_PLUS_RESIDUAL
+#undef PLUS_RESIDUAL
+#undef END_BITS
+#undef BEGIN_BITS
+#undef KEEPS_BITS
+#undef ADDS
 #undef MASKED_LANES
 #undef MASKED_LANE
 #undef WRITE_ROWS_ONE_BY_ONE
 #undef WRITE_ROWS
 #undef STREAM_ROWS
 #undef STREAM_LINES
+#undef STORE_TAIL
+#undef STORE_HEAD
 #undef WRITE_RUN
 #undef STREAM_RUN
 #undef STREAM_RUNS
 #undef STORE_RUNS
 #undef EACH_RUN
+#undef AS_IT_IS
 #undef STORE_RUN

@@ -23,8 +23,8 @@
  *   zero_outside_vd(v, low, high, no)  the same with zeros for `yes`. All of these for vf, too
  *   if_bits_vd(bits, yes, no)      lane by lane: `yes` where bit i of an integer is 1, and `no`
  *                                  elsewhere. The same for vf
- *   store_bytes_vd(p, vd)          a byte of 255 or 0 for each lane, of which all bits are set, or
- *                                  none. The same for vf
+ *   bits_inside_vd(v, low, high)   an integer of which bit i is 0 where v < low or v > high in lane
+ *                                  i, and 1 where not, also where one of them is NaN. For vf, too
  *   multiply_add_vd(a, b, c)       a * b + c for a and b whose product is exact, so that one
  *                                  instruction and two give the same bits
  *   sums_of_lanes(v)               lane k has the sum of the lanes of v[k], one of VD registers:
@@ -171,16 +171,6 @@ ALWAYS_INLINE void store_float32(float *p, vf v) { memcpy(p, &v, sizeof v); }
 #else
 #  define IN_REGISTER(v) (void)(v)
 #endif
-
-/* Sets bits of a byte of which other threads may set others at the same time. */
-ALWAYS_INLINE void or_atomically(uint8_t *byte, uint8_t bits)
-{
-#if defined(__GNUC__)
-    __atomic_fetch_or(byte, bits, __ATOMIC_RELAXED);
-#else
-    _InterlockedOr8((char *)byte, (char)bits);
-#endif
-}
 
 /* How many elements after the i-th memory is prefetched. */
 ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)

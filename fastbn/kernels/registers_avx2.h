@@ -111,6 +111,11 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
     ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
     { \
         return _mm256_andnot_##suffix(outside_##v_type(v, low, high), no); \
+    } \
+    ALWAYS_INLINE uint32_t bits_inside_##v_type(v_type v, v_type low, v_type high) \
+    { \
+        const int outside = _mm256_movemask_##suffix(outside_##v_type(v, low, high)); \
+        return (uint32_t)outside ^ ((1u << sizeof(v) / sizeof(v[0])) - 1); \
     }
 COMPARISONS(vd, pd)
 COMPARISONS(vf, ps)
@@ -129,24 +134,6 @@ ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
     const __m256i places = _mm256_setr_epi64x(63, 62, 61, 60);
     const __m256i signs = _mm256_sllv_epi64(_mm256_set1_epi64x(bits), places);
     return _mm256_blendv_pd(no, yes, (__m256d)signs);
-}
-
-ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
-{
-    const __m256i bits = (__m256i)v;
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(bits),
-                                          _mm256_extracti128_si256(bits, 1));
-    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
-}
-
-ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
-{
-    const __m256i bits = (__m256i)v;
-    const __m128i lanes = _mm_packs_epi32(_mm256_castsi256_si128(bits),
-                                          _mm256_extracti128_si256(bits, 1));
-    const __m128i words = _mm_packs_epi16(lanes, lanes);
-    const int32_t four = _mm_cvtsi128_si32(_mm_packs_epi16(words, words));
-    memcpy(p, &four, sizeof four);
 }
 
 ALWAYS_INLINE vd multiply_add_vd(vd a, vd b, vd c)

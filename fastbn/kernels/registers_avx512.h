@@ -108,6 +108,10 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
     ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
     { \
         return _mm512_maskz_mov_##suffix(inside_##v_type(v, low, high), no); \
+    } \
+    ALWAYS_INLINE uint32_t bits_inside_##v_type(v_type v, v_type low, v_type high) \
+    { \
+        return inside_##v_type(v, low, high); \
     }
 COMPARISONS(vd, pd, __mmask8)
 COMPARISONS(vf, ps, __mmask16)
@@ -121,16 +125,6 @@ ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no)
 ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
 {
     return _mm512_mask_blend_pd((__mmask8)bits, no, yes);
-}
-
-ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
-{
-    _mm_storeu_si128((__m128i *)p, _mm_movm_epi8(_mm512_movepi32_mask((__m512i)v)));
-}
-
-ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
-{
-    _mm_storel_epi64((__m128i *)p, _mm_movm_epi8(_mm512_movepi64_mask((__m512i)v)));
 }
 
 ALWAYS_INLINE vd multiply_add_vd(vd a, vd b, vd c)

@@ -110,6 +110,18 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, vf v)
     return (vf)((lanes_of_vf)v & wide);
 }
 
+/* A bit for each lane, of which all bits are 1, or none. */
+#  if defined(__SSE2__)
+ALWAYS_INLINE uint32_t bits_of_vd(lanes_of_vd v) { return (uint32_t)_mm_movemask_pd((__m128d)v); }
+ALWAYS_INLINE uint32_t bits_of_vf(lanes_of_vf v) { return (uint32_t)_mm_movemask_ps((__m128)v); }
+#  else
+ALWAYS_INLINE uint32_t bits_of_vd(lanes_of_vd v) { return (uint32_t)((v[0] & 1) | (v[1] & 2)); }
+ALWAYS_INLINE uint32_t bits_of_vf(lanes_of_vf v)
+{
+    return (uint32_t)((v[0] & 1) | (v[1] & 2) | (v[2] & 4) | (v[3] & 8));
+}
+#  endif
+
 #define COMPARISONS(v_type, lanes_of_v) \
     ALWAYS_INLINE v_type if_##v_type(lanes_of_v choice, v_type yes, v_type no) \
     { \
@@ -125,6 +137,10 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, vf v)
     ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
     { \
         return (v_type)((lanes_of_v)no & ~(lanes_of_v)((v < low) | (v > high))); \
+    } \
+    ALWAYS_INLINE uint32_t bits_inside_##v_type(v_type v, v_type low, v_type high) \
+    { \
+        return bits_of_##v_type(~((v < low) | (v > high))); \
     }
 COMPARISONS(vd, lanes_of_vd)
 COMPARISONS(vf, lanes_of_vf)
@@ -140,20 +156,6 @@ ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no)
 {
     const lanes_of_vd of_lane = {1, 2};
     return if_vd((of_lane & (long long)bits) != 0, yes, no);
-}
-
-ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v)
-{
-    const lanes_of_vf bits = (lanes_of_vf)v;
-    for (int i = 0; i < VF; i++)
-        p[i] = (uint8_t)bits[i];
-}
-
-ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v)
-{
-    const lanes_of_vd bits = (lanes_of_vd)v;
-    for (int i = 0; i < VD; i++)
-        p[i] = (uint8_t)bits[i];
 }
 
 ALWAYS_INLINE vd sums_of_lanes(const vd *v) { return (vd){v[0][0] + v[0][1], v[1][0] + v[1][1]}; }
@@ -181,6 +183,10 @@ NOT_INLINE vf masked_vf(const uint8_t *mask, vf v)
     ALWAYS_INLINE v_type zero_outside_##v_type(v_type v, v_type low, v_type high, v_type no) \
     { \
         return v < low || v > high ? 0 : no; \
+    } \
+    ALWAYS_INLINE uint32_t bits_inside_##v_type(v_type v, v_type low, v_type high) \
+    { \
+        return !(v < low || v > high); \
     }
 COMPARISONS(vd)
 COMPARISONS(vf)
@@ -188,9 +194,6 @@ COMPARISONS(vf)
 
 ALWAYS_INLINE vf if_bits_vf(uint32_t bits, vf yes, vf no) { return bits & 1 ? yes : no; }
 ALWAYS_INLINE vd if_bits_vd(uint32_t bits, vd yes, vd no) { return bits & 1 ? yes : no; }
-
-ALWAYS_INLINE void store_bytes_vf(uint8_t *p, vf v) { memcpy(p, &v, 1); }
-ALWAYS_INLINE void store_bytes_vd(uint8_t *p, vd v) { memcpy(p, &v, 1); }
 
 ALWAYS_INLINE vd sums_of_lanes(const vd *v) { return v[0]; }
 
