@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastbn.torch.compute import Call, Declined, Vector, Vectors
+from fastbn.torch.compute import Call, Declined, KeptVectors, Vector, Vectors
 from fastbn.torch.eager import Fallbacks, is_transformed
 from fastbn.torch.functional import check_activation, run, run_compiled
 
@@ -81,15 +81,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def _kept_vectors(self, tensors: tuple[Vector, ...]) -> Vectors | None:
         """The arrays of the tensors, kept from the last call; None where there are none."""
         tensors = (*tensors, self._buffers.get("num_batches_tracked"))
-        kept: Vectors | None = self.__dict__.get("_vectors")
+        kept: KeptVectors | None = self.__dict__.get("_vectors")
         if kept is not None and kept.are_of(tensors):
             return kept
         try:
-            kept = Vectors(*tensors)
+            if not all(tensor is None or tensor.is_leaf for tensor in tensors):
+                return Vectors(*tensors)  # Kept ones would keep the graph as well.
+            kept = self.__dict__["_vectors"] = KeptVectors(*tensors)
         except Declined:
             return None
-        if all(tensor is None or tensor.is_leaf for tensor in tensors):
-            self.__dict__["_vectors"] = kept  # Of others, the graph would be kept as well.
         return kept
 
     def _count_batch(self, kept: Vectors | None) -> float:

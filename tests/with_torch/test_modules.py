@@ -367,6 +367,53 @@ def test_parameters_may_move_between_calls(move):
             module.zero_grad()
 
 
+def negated(memory):
+    """Every other element, from the second one on, with its sign changed by a bit of the tensor."""
+    return torch.view_as_complex(memory.view(-1, 2)).conj().imag
+
+
+# Of one memory, from the same address.
+SEEN_ANEW = {
+    "strides": (lambda memory: memory[::2], lambda memory: memory[:4]),
+    "dtype": (lambda memory: memory[:4], lambda memory: memory.view(torch.bfloat16)[:4]),
+    "length": (lambda memory: memory[:4], lambda memory: memory[:3]),
+    "rank": (lambda memory: memory[:4], lambda memory: memory[:4].view(2, 2)),
+    "sign": (lambda memory: memory[1::2], negated),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("views", SEEN_ANEW.values(), ids=SEEN_ANEW)
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_the_same_memory_may_be_seen_in_another_way(name, views, training):
+    x, outcomes = torch.randn(2, 4, 3, 3), []
+    for module in pair("BatchNorm2d", 4):
+        memory = torch.arange(1.0, 9.0)
+        for view in (*views, *views):
+            getattr(module, name).data = view(memory)
+            try:
+                outcomes.append((module.train(training)(x).detach(), memory.clone()))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+    theirs, ours = outcomes[4:], outcomes[:4]
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(other[0], torch.Tensor):
+            torch.testing.assert_close(mine, other, atol=2e-5, rtol=2e-5, equal_nan=True)
+        else:
+            assert mine == other
+
+
+def test_a_counter_may_become_one_of_another_dtype():
+    ours, theirs = pair("BatchNorm2d", 4, momentum=None)
+    for module in (ours, theirs):
+        module(torch.ones(2, 4, 3, 3))
+        words = module.num_batches_tracked.data.view(1).view(torch.int16)
+        module.num_batches_tracked.data = words[0 if sys.byteorder == "little" else -1]
+        module(torch.ones(2, 4, 3, 3))
+    assert ours.num_batches_tracked.dtype is torch.int16
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
