@@ -68,6 +68,10 @@ def accelerate(model: torch.nn.Module, fuse: bool = True) -> torch.nn.Module:
     every module, which runs as a program without them from then on. A forward that a graph might
     not stand for is left alone, as are batch normalizations and activations with hooks.
 
+    A shallow copy of a module with such a program (``copy.copy``, a replica of ``DataParallel``)
+    goes on with the program, and the attributes, of the module of which it is a copy. Accelerate
+    the copy as well, or restore the model first. ``copy.deepcopy`` and pickles need no such care.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -219,6 +223,9 @@ def note_fusions(result: Report, name: str, owner: torch.nn.Module) -> None:
     forward = vars(owner).get("forward")
     try:
         programs = (forward or FusedForward(owner)).trace_plain_calls()
+        if forward and forward.module is not owner:
+            whose = "the module of which it is a copy"
+            programs = [f"it runs the forward of {whose}; accelerate it as well"]
     except AttributeError:
         programs = ["its module's forward is replaced already"]
     except CannotTrace as reason:

@@ -775,6 +775,35 @@ def test_copies_are_accelerated_and_independent(copied):
     assert not report(twin).fallbacks
 
 
+def rescaled(self, x):
+    return F.relu(self.bn(self.conv(x))) * self.scale
+
+
+SHALLOW_COPIES = {
+    "copy": copy.copy,
+    "replica": lambda model: model._replicate_for_data_parallel(),
+}
+
+
+@pytest.mark.parametrize("copied", SHALLOW_COPIES.values(), ids=SHALLOW_COPIES)
+def test_a_shallow_copy_has_a_forward_of_its_own_once_it_is_accelerated(copied):
+    """Until then the report says whose it runs."""
+    original = model_with(rescaled)
+    model = accelerate(copy.deepcopy(original))
+    twin, original_twin = copied(model), copied(original)
+    for m, of in ((twin, model), (original_twin, original)):
+        vars(m)["_parameters"], vars(m)["_buffers"] = dict(of._parameters), dict(of._buffers)
+        m.scale, vars(m)["_modules"] = 3.0, {**of._modules, "conv": nn.Conv2d(3, 3, 1)}
+    twin.conv.load_state_dict(original_twin.conv.state_dict())
+    assert report(twin).unfused == {
+        "bn": "it runs the forward of the module of which it is a copy; accelerate it as well"
+    }
+    assert report(model).fused == report(accelerate(twin)).fused == {"bn": "relu"}
+    x = torch.randn(4, 3, 5, 5)
+    for m, other in ((twin, original_twin), (model, original)):
+        torch.testing.assert_close(m(x), other(x))
+
+
 def on_two_threads(model, x):
     """A forward of a copy runs beside that of the model."""
     thread = threading.Thread(target=copy.deepcopy(model), args=(x.detach(),))
