@@ -50,6 +50,8 @@ class Vectors:
         kinds = {type(t) for t in self.tensors if t is not None} - PLAIN
         if kinds:
             raise Declined(f"a parameter that is a {kinds.pop().__name__}")
+        if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+            raise Declined("running statistics that require gradients")
         self.dtypes = {t.dtype for t in self.tensors[:4] if t is not None}
         try:
             arrays = [as_array_or_none(tensor) for tensor in self.tensors]

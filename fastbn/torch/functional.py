@@ -12,6 +12,8 @@ from fastbn.torch.eager import Fallbacks
 
 __all__ = ["batch_norm"]
 
+NUMBERS = float, int
+
 
 def batch_norm(
     input: torch.Tensor,
@@ -61,7 +63,7 @@ def batch_norm(
 
     Raises
     ------
-    ValueError, RuntimeError
+    TypeError, ValueError, RuntimeError
         What torch raises; ValueError for an activation that is not one of the three.
 
     Examples
@@ -125,7 +127,9 @@ def run_compiled(call: Call, tensors: tuple[Vector, ...]) -> torch.Tensor:
         and x.numel() > x.shape[1]
         and are_dtypes_fit(x.dtype, {t.dtype for t in vectors})
         and all(t.shape == x.shape[1:2] for t in vectors)
+        and are_options_of_their_kinds(call)
         and not has_unfit_slope(call)
+        and not any(t is not None and t.requires_grad for t in tensors[:2])
         and (residual is None or is_beside(residual, x))
     ):
         return operators.run(call, *tensors)
@@ -141,6 +145,8 @@ def unfit(call: Call) -> str:
         return f"a tensor on {x.device}, {x.layout}"
     if x.dtype not in DTYPES:
         return f"a tensor of {x.dtype}"
+    if not are_options_of_their_kinds(call):
+        return "an option of another kind"
     if has_unfit_slope(call):
         return "a negative slope"
     return ""
@@ -158,6 +164,15 @@ def unfit_vectors(call: Call, vectors: Vectors) -> str:
 def are_dtypes_fit(dtype: torch.dtype, vectors: set[torch.dtype]) -> bool:
     """Tell whether torch takes vectors of such dtypes beside an input."""
     return not vectors or vectors == {dtype} or (dtype in HALVES and vectors == {torch.float32})
+
+
+def are_options_of_their_kinds(call: Call) -> bool:
+    """Tell whether they are what torch asks for; it refuses most others."""
+    return (
+        isinstance(call.training, bool)
+        and isinstance(call.momentum, NUMBERS)
+        and isinstance(call.eps, NUMBERS)
+    )
 
 
 def has_unfit_slope(call: Call) -> bool:

@@ -219,6 +219,59 @@ def test_the_function_gives_or_refuses_what_torchs_does(x, training):
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"momentum": m, "training": t} for m in (None, "0.1", 1j) for t in (True, False)),
+        *({"eps": eps, "training": True} for eps in (None, 1j)),
+        *({"training": training} for training in (1, 0, None)),
+    ],
+    ids=str,
+)
+def test_the_function_refuses_the_kinds_of_options_that_torchs_does(options, compiled):
+    x, errors = torch.randn(4, 3), []
+    for function in (torch.nn.functional.batch_norm, functional.batch_norm):
+        running = torch.zeros(3), torch.ones(3)
+        torch.compiler.reset()
+        call = torch.compile(function, backend="eager") if compiled else function
+        with pytest.raises(Exception, match=r".") as raised:
+            call(x, *running, **options)
+        errors.append((raised.type, None if compiled else str(raised.value)))
+        assert torch.equal(running[0], torch.zeros(3))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("options", [{"momentum": 1}, {"momentum": True}, {"eps": 1}], ids=str)
+def test_integers_are_numbers(options):
+    x, outcomes = torch.randn(4, 3), []
+    for function in (torch.nn.functional.batch_norm, functional.batch_norm):
+        running = torch.zeros(3), torch.ones(3)
+        outcomes.append((function(x, *running, training=True, **options), *running))
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_that_require_gradients_are_torchs(name, training, compiled):
+    outcomes, x = [], torch.randn(4, 3, 2, 2)
+    for module in pair("BatchNorm2d", 3):
+        torch.compiler.reset()
+        module.train(training)(x)
+        getattr(module, name).requires_grad_()
+        run = torch.compile(module, backend="eager") if compiled else module
+        with pytest.raises(RuntimeError, match="not differentiable") as raised:
+            run(x)
+        outcomes.append((str(raised.value).splitlines()[0], module.running_mean.tolist()))
+        with torch.no_grad():
+            module(x)
+    torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+    assert compiled or outcomes[0][0] == outcomes[1][0]
+
+
 # Options, dtypes, memory formats.
 
 
