@@ -23,6 +23,8 @@ def batch_norm_stats(
     ``m2 / (count - 1)`` the unbiased one. Blocks of the batch are summed around a pivot and merge
     by the formula of Chan, Golub and LeVeque (1983), in float64.
 
+    ``torch.batch_norm_stats`` is another function: it also takes eps, and returns mean and invstd.
+
     Parameters
     ----------
     x : array_like of shape (N, C, ...)

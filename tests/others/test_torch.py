@@ -114,7 +114,6 @@ def test_an_empty_batch_gives_torchs_empty_results():
     y, dx = torch_step(theirs, x, x)
     assert same_bits(ours(x), y)
     assert same_bits(ours.backward(x), dx)
-    # torch counts the batch, this library does not.
     for key in ("running_mean", "running_var"):
         assert same_bits(getattr(ours, key), getattr(theirs, key).numpy())
 
@@ -376,3 +375,108 @@ def test_the_reference_agrees_with_torch(rng, shape):
             actual = reference.backward_frozen(dy, x, mean, var, weight, 1e-3)
         for a, b in zip([actual_y, *actual], [y.detach(), *expected], strict=True):
             support.assert_close(a, b.numpy(), 1e-13)
+
+
+# Where torch's modules do otherwise, as docs/interoperation.md says.
+
+
+def refuses(kind, call):
+    """Tell whether a call raises an error of a kind."""
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_torch_counts_an_empty_batch(rng, momentum):
+    ours, theirs = pair("BatchNorm2d", 3, momentum=momentum)
+    x = some(rng, (2, 3, 6, 6))
+    for batch in (x[:0], x):
+        ours(batch)
+        theirs(tensor(batch))
+    assert (ours.num_batches_tracked, theirs.num_batches_tracked) == (1, 2)
+    agrees = np.allclose(ours.running_mean, theirs.running_mean, atol=1e-5)
+    assert agrees == (momentum is not None)
+
+
+def test_torch_refuses_an_eps_of_zero_in_training_alone(rng):
+    x = some(rng, (2, 3, 6, 6))
+    assert refuses(ValueError, lambda: fastbn.BatchNorm2d(3, eps=0))
+    theirs = torch.nn.BatchNorm2d(3, eps=0)
+    assert refuses(ValueError, lambda: theirs(tensor(x)))
+    assert theirs.eval()(tensor(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_torch_moves_statistics_of_instances_without_tracking_and_does_not_use_them(rng, training):
+    ours, theirs = pair("InstanceNorm2d", 3, track_running_stats=True)
+    before, x = ours.running_mean.copy(), some(rng, (2, 3, 6, 6))
+    for layer in (ours.train(training), theirs.train(training)):
+        layer.track_running_stats = False
+    agrees = np.allclose(ours(x), theirs(tensor(x)), atol=1e-5)
+    assert agrees == training
+    assert (ours.running_mean == before).all()
+    assert not np.allclose(theirs.running_mean, before)
+
+
+def test_torch_asks_a_strict_load_for_the_counter():
+    ours, theirs = pair("BatchNorm2d", 3)
+    state = theirs.state_dict()
+    del state["num_batches_tracked"]
+    ours.load_state_dict(state)
+    assert refuses(RuntimeError, lambda: theirs.load_state_dict(state))
+
+
+def test_torch_warns_of_a_wrong_number_of_instance_channels(rng):
+    x = some(rng, (2, 3, 6, 6))
+    assert refuses(ValueError, lambda: fastbn.InstanceNorm2d(5)(x))
+    with pytest.warns(UserWarning, match="num_features"):
+        assert torch.nn.InstanceNorm2d(5)(tensor(x)).shape == x.shape
+
+
+@pytest.mark.parametrize("of_layer", DTYPES)
+def test_torch_refuses_parameters_of_another_dtype(rng, of_layer):
+    ours, theirs = pair("BatchNorm2d", 3, dtype=of_layer)
+    for dtype in (*DTYPES, "float16"):
+        x = some(rng, (2, 3, 6, 6), dtype)
+        assert ours(x).dtype == dtype
+        takes = dtype == of_layer or (dtype, of_layer) == ("float16", "float32")
+        assert refuses(RuntimeError, lambda x=x: theirs(tensor(x))) != takes
+
+
+def test_torch_differentiates_evaluation_and_what_it_has_differentiated(rng):
+    ours, theirs = pair("BatchNorm2d", 3)
+    x = some(rng, (2, 3, 6, 6))
+    for training in (True, False):
+        y = ours.train(training)(x)
+        their_y = theirs.train(training)(tensor(x).requires_grad_()).sum()
+        if training:
+            ours.backward(y)
+        assert refuses(RuntimeError, lambda y=y: ours.backward(y))
+        their_y.backward(retain_graph=True)
+        their_y.backward()
+
+
+PRIMITIVES = {
+    "batch_norm_stats": ("input, eps", 2),
+    "batch_norm_elemt": ("input, weight, bias, mean, invstd, eps", 1),
+    "batch_norm_backward_reduce": (
+        "grad_out, input, mean, invstd, weight, input_g, weight_g, bias_g",
+        4,
+    ),
+    "batch_norm_backward_elemt": (
+        "grad_out, input, mean, invstd, weight, sum_dy, sum_dy_xmu, count",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_torchs_primitives_of_these_names_take_other_arguments(name):
+    assert hasattr(torch, name)
+    schema = getattr(torch.ops.aten, name).default._schema
+    arguments = ", ".join(argument.name for argument in schema.arguments)
+    assert (arguments, len(schema.returns)) == PRIMITIVES[name]
+    assert arguments != ", ".join(inspect.signature(getattr(fastbn.functional, name)).parameters)

@@ -252,6 +252,15 @@ def test_integers_are_numbers(options):
     torch.testing.assert_close(outcomes[1], outcomes[0])
 
 
+def test_an_eps_of_zero_is_refused_in_training_alone():
+    ours, theirs = pair("BatchNorm2d", 3, eps=0)
+    x, dy = torch.randn(2, 2, 3, 4, 4)
+    for module in (ours, theirs):
+        with pytest.raises(ValueError, match="eps must be positive"):
+            module(x)
+    assert_same_step(ours.eval(), theirs.eval(), x, dy, 2e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("training", [True, False])
