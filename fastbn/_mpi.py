@@ -39,7 +39,7 @@ def mpi() -> ModuleType:
     except (ImportError, RuntimeError) as error:  # the latter where there is no MPI library
         raise ImportError(
             f"SyncBatchNorm needs mpi4py and an MPI library: "
-            f"pip install 'fastbn[mpi]' mpich ({error})"
+            f"pip install 'fastbn[mpi]' mpich, in a clone pip install -e '.[mpi]' mpich ({error})"
         ) from error
 
 

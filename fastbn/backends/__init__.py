@@ -40,6 +40,7 @@ def cuda_backend() -> Backend:
     except ImportError as error:
         raise ImportError(
             f"CUDA devices need CuPy: pip install 'fastbn[cuda12]' or 'fastbn[cuda13]', "
+            f"in a clone pip install -e '.[cuda12]' or '.[cuda13]', "
             f"as the driver has CUDA 12 or 13 ({error})"
         ) from error
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib.util
 
 if importlib.util.find_spec("torch") is None:
-    raise ImportError("fastbn.torch needs torch: pip install 'fastbn[torch]'")
+    raise ImportError(
+        "fastbn.torch needs torch: pip install 'fastbn[torch]', "
+        "in a clone pip install -e '.[torch]'"
+    )
 
 from fastbn.torch import functional as functional
 from fastbn.torch.acceleration import Report, accelerate, report, restore

@@ -61,7 +61,8 @@ def test_torchs_layers_are_an_attribute_where_there_is_torch(tmp_path):
         assert told[:2] == ["fastbn.torch", "True True"]
     else:
         assert told[:2] == [
-            "no module of this name: fastbn.torch needs torch: pip install 'fastbn[torch]'",
+            "no module of this name: fastbn.torch needs torch: pip install 'fastbn[torch]', "
+            "in a clone pip install -e '.[torch]'",
             "False False",
         ]
 

@@ -173,7 +173,7 @@ def without_cupy(monkeypatch):
 @pytest.mark.usefixtures("without_cupy")
 def test_a_gpu_without_cupy_is_refused_with_what_to_install():
     bn = fastbn.BatchNorm2d(3)
-    with refused(ImportError, "fastbn[cuda12]", "fastbn[cuda13]"):
+    with refused(ImportError, "fastbn[cuda12]", "fastbn[cuda13]", "in a clone", ".[cuda12]"):
         fastbn.BatchNorm2d(3, device="cuda")
     with refused(ImportError, "fastbn[cuda12]", intact=[bn]):
         bn.to("cuda:1")

@@ -118,7 +118,8 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert "pip install 'fastbn[mpi]'" in output_of(code, tmp_path)
+    told = output_of(code, tmp_path)
+    assert "pip install 'fastbn[mpi]' mpich, in a clone pip install -e '.[mpi]' mpich" in told
 
 
 @pytest.mark.parametrize(
