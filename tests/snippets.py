@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 # What a snippet may import that is not installed, or has no device, everywhere.
-OPTIONAL = ("torch", "safetensors", "ml_dtypes", "cupy")
+OPTIONAL = ("torch", "safetensors", "ml_dtypes", "cupy", "onnx")
 RANKS = re.compile(r"# mpiexec -n (\d+) python")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
