@@ -126,12 +126,31 @@ def untyped(signature):
     return [p.replace(annotation=p.empty) for p in signature.parameters.values()]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/guide/tour.md"])
-def test_translations_show_the_same_programs(page):
+TRANSLATIONS = [page for page in PAGES if page.endswith(".zh-CN.md")]
+
+
+@pytest.mark.parametrize("translation", TRANSLATIONS)
+def test_translations_show_the_same_programs(translation):
     """Their comments differ, which the syntax tree does not have."""
-    translation = page.replace(".md", ".zh-CN.md")
+    page = translation.replace(".zh-CN", "")
     programs, translated = (
         [ast.dump(ast.parse(block)) for block in python_blocks(ROOT / name)]
         for name in (page, translation)
     )
     assert translated == programs
+
+
+def numbers(text):
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+@pytest.mark.parametrize("translation", TRANSLATIONS)
+def test_translations_tell_the_same_numbers(translation):
+    """Row by row in tables, where another language may put them in another order."""
+    page, translated = prose(translation.replace(".zh-CN", "")), prose(translation)
+    rows, translated_rows = (
+        [sorted(numbers(row)) for row in re.findall(r"^\|.*$", text, re.MULTILINE)]
+        for text in (page, translated)
+    )
+    assert translated_rows == rows
+    assert set(numbers(translated)) == set(numbers(page))
