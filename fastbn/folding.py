@@ -40,10 +40,11 @@ def fold(
     weight : array_like of shape (out, in / groups, ...)
         Of a convolution in torch's layout or, without further axes, of a linear layer; of a
         transposed convolution (in, out / groups, ...). A torch Parameter serves. A kernel of
-        TensorFlow's, Keras's or Flax's layout (..., in, out), or Keras's (..., out, in) of a
-        transposed convolution, is passed as ``np.moveaxis(kernel, (-1, -2), (0, 1))``; where its
-        first extent is the layer's number of channels by chance, nothing tells that it has not
-        been.
+        TensorFlow's, Keras's or Flax's layout (..., in, out) is passed as
+        ``np.moveaxis(kernel, (-1, -2), (0, 1))``, and so is Keras's (..., out, in) of a transposed
+        convolution. Flax's (..., in, out) of a transposed one is passed as
+        ``np.moveaxis(kernel, (-2, -1), (0, 1))``. If you forget that and the sizes fit by chance,
+        `fold` cannot notice it.
     bias : array_like of shape (out,), optional
         None stands for zeros.
     bn_first : bool, default False

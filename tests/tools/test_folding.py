@@ -161,11 +161,26 @@ def test_an_instance_normalization_that_tracks(rng, affine):
     support.assert_close(convolve(x, *fastbn.fold(norm, weight, bias)), expected, 1e-13)
 
 
-def test_a_kernel_of_another_layout_folds_as_the_message_says(rng):
-    bn, kernel, x = trained(rng, 4), rng.normal(size=(3, 2, 5, 4)), rng.normal(size=(2, 5, 6, 5))
-    weight = np.moveaxis(kernel, (-1, -2), (0, 1))
-    expected = bn(convolve(x, kernel.transpose(3, 2, 0, 1), np.zeros(4)))
-    support.assert_close(convolve(x, *fastbn.fold(bn, weight)), expected, 1e-13)
+# The axes of other libraries' kernels, torch's for the same, and how to get from these to those.
+MOVED = {
+    "TensorFlow, Keras, Flax": ("hwio->oihw", {}, "(-1, -2), (0, 1)"),
+    "the same, before": ("hwio->oihw", {"bn_first": True}, "(-1, -2), (0, 1)"),
+    "Keras, transposed": ("hwoi->iohw", {"transposed": True}, "(-1, -2), (0, 1)"),
+    "Flax, transposed": ("hwio->iohw", {"transposed": True}, "(-2, -1), (0, 1)"),
+}
+
+
+@pytest.mark.parametrize(("axes", "options", "moved"), MOVED.values(), ids=MOVED)
+def test_a_kernel_of_another_library_folds_as_the_docstring_says(rng, axes, options, moved):
+    """Where all sizes fit, so that nothing would be refused."""
+    bn, kernel, x = trained(rng, 4), rng.normal(size=(4, 4, 4, 4)), rng.normal(size=(2, 4, 6, 5))
+    run = convolve_transposed if options.get("transposed") else convolve
+    weight = np.einsum(axes, kernel)
+    expected = run(bn(x), weight, None) if options.get("bn_first") else bn(run(x, weight, None))
+    advice = f"np.moveaxis(kernel, {moved})"
+    assert advice in fastbn.fold.__doc__
+    folded = fastbn.fold(bn, eval(advice, {"np": np, "kernel": kernel}), **options)
+    support.assert_close(run(x, *folded), expected, 1e-13)
 
 
 @pytest.mark.parametrize("bn_first", [True, False])
