@@ -52,15 +52,16 @@ class Differentiable(LayerState):
         Uses up what the forward in training mode left: a reference to its input or, after a forward
         in place, to its output, beside copies of weight and bias. That array must not have been
         written to since then, by an activation in place for example; of a NumPy array, up to 64
-        elements tell. Nor may the weight have changed, except after a forward in place.
+        elements tell. Weight and bias may change before the backward; only on a GPU, after a
+        forward that was not in place, the weight may not.
 
         Parameters
         ----------
         dy : array_like of the input's shape
             The gradient of the output. Of another float dtype than the input it is converted.
         out : ndarray of the input's shape, optional
-            Where to write the result: `dy`, the remembered array, a view of exactly the elements
-            of one of them, or an array that overlaps neither, of the input's dtype.
+            Where to write the result: `dy`, the array that the forward has saved, a view of exactly
+            the elements of one of them, or an array that overlaps neither, of the input's dtype.
         residual_out : ndarray of the input's shape, optional
             After a forward with a residual: where to write its gradient. `dy`, or an array that
             overlaps nothing else of the call, of the input's dtype.
