@@ -31,12 +31,15 @@ _core.limit_free_memory(most_kept())
 def release_memory() -> int:
     """Give the memory of freed results back to the system.
 
-    A result of 4 MiB and more takes the memory of a freed one of the same size, if there is one. At
-    most two of a size are kept for that, in all at most 256 MiB and a sixteenth of the memory that
-    the machine and the process's cgroup grant. Where it takes little time to tell it so, the system
-    can take most of it by itself when it needs memory, and a result that gets none releases it.
-    Call this where the process should look small at once, or before other libraries need all the
-    memory there is. The environment variable ``FASTBN_REUSE_MEMORY=0`` switches all of this off.
+    The memory of a freed result of 4 MiB or more is kept for the next one of the same size. At most
+    two of a size are kept, in all at most 256 MiB and a sixteenth of the memory that the machine
+    and the process's cgroup grant. A result for which there is no memory releases all that is kept
+    before it fails. When the system runs short of memory, it may take most of what is kept, but
+    only as far as it was offered: offers are left out where they take long, which is without huge
+    pages and on some virtual machines. So call this where the process should look small at once,
+    or before other libraries need all the memory there is.
+
+    With ``FASTBN_REUSE_MEMORY=0`` in the environment, and on Windows always, nothing is kept.
 
     Returns
     -------
