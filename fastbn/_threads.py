@@ -65,7 +65,8 @@ def get_num_threads() -> int:
     int
         Inside `threads`, the number that it sets for the calling thread; otherwise the number of
         `set_num_threads`. By default it is what OpenMP would use where ``OMP_NUM_THREADS`` is set,
-        otherwise no more than the CPUs that the affinity mask and the cgroup grant.
+        otherwise no more than the CPUs that the affinity mask and the cgroup grant: all of these as
+        they are when fastbn is imported; afterwards call `set_num_threads`.
 
     Examples
     --------
@@ -79,10 +80,11 @@ def get_num_threads() -> int:
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads that a call uses at most, in all threads of this process.
 
-    Results do not depend on it, to the bit. By default, where threads have waited longer for CPUs
-    that other processes had than they saved of late, the next calls use one thread, for 4 times as
-    long as was lost, and for up to 256 times where that happens again soon; with a number set here,
-    calls wait.
+    Results have the same bits for any number. By default, calls avoid waits for CPUs that other
+    processes occupy: where such waits have cost more time than several threads have lately saved,
+    the next calls use one thread, for 4 times as long as was lost. Each time that this soon happens
+    again they do so for twice as long, up to 256 times what was lost. With a number set here, calls
+    do not avoid such waits.
 
     Parameters
     ----------
