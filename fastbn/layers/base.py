@@ -119,11 +119,12 @@ class Norm(Differentiable):
             float32, float64, float16 or bfloat16, whatever the dtype of the layer.
         out : ndarray of shape (N, C, ...), optional
             Where to write the result: `input`, a view of exactly its elements, or an array that
-            does not overlap it, of its dtype. With ``out=input`` a training step allocates nothing
-            of its size, but a copy of channels that the output does not determine: those with a
-            weight of 0, or one that the bias exceeds 16 times (4 in bfloat16). For the gradients of
-            these, unless they are all channels, the backward allocates as much again. It needs the
-            output as it is now. With relu or relu6, or a residual, it keeps a copy of the input.
+            does not overlap it, of its dtype. With ``out=input`` the backward reads the output: do
+            not write to it before. A training step in place allocates nothing of the input's size,
+            with two exceptions. The output does not determine channels whose weight is 0, or whose
+            bias is more than 16 times as large as the weight (4 times in bfloat16): the layer
+            keeps a copy of their input, and the backward allocates as much again, unless these are
+            all channels. With relu, relu6 or a residual the layer keeps a copy of the whole input.
         mask : array_like of bool, optional
             Which positions are valid, of a shape that broadcasts to (N, 1, ...): pixels of an
             image, or the part of each sequence that is not padding. What the input holds at the
