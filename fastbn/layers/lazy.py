@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -27,6 +29,21 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
 ]
+
+Result = TypeVar("Result")
+
+# Held by the thread that makes a layer's arrays; one for all layers, so that they can be copied.
+_becoming = threading.RLock()
+
+
+def renew_after_fork() -> None:
+    """In a child no thread is there that could have the lock of the parent, and release it."""
+    global _becoming
+    _becoming = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_after_fork)
 
 
 class Lazy(Norm):
@@ -63,9 +80,10 @@ class Lazy(Norm):
         """Take the number of channels from the input; do what the layer that this becomes does."""
         x = layer_checks.as_input_of_rank(input, self._ranks, self._family)
         num_features = x.shape[self._channel_axis(x)]
-        arguments = {"out": out, "mask": mask, "residual": residual}
-        y: Array = self._initialized(num_features, "forward", x, **arguments)
-        return y
+        return self._initialized(
+            num_features,
+            lambda becomes: becomes.forward(self, x, out=out, mask=mask, residual=residual),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy shares no array with a layer that has but this one yet.
@@ -82,23 +100,29 @@ class Lazy(Norm):
         for name in self._state_names[:-1]:  # A counter may have the shape (1,).
             shape = np.shape(state.get(prefix + name, 0))
             if len(shape) == 1:
-                keys: LoadedKeys = self._initialized(
-                    shape[0], "load_state_dict", state, strict, prefix
+                return self._initialized(
+                    shape[0], lambda becomes: becomes.load_state_dict(self, state, strict, prefix)
                 )
-                return keys
         return super().load_state_dict(state, strict, prefix)
 
-    def _initialized(self, num_features: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Become the class of `_becomes`, and call its method; if that fails, be lazy again."""
-        lazy_class, lazy_attributes = type(self), dict(self.__dict__)
-        self.__class__ = self._becomes  # type: ignore[assignment]
-        try:
-            self._allocate(num_features)
-            return getattr(self, method)(*args, **kwargs)
-        except BaseException:
-            self.__class__ = lazy_class
-            self.__dict__ = lazy_attributes
-            raise
+    def _initialized(self, num_features: int, call: Callable[[type[Norm]], Result]) -> Result:
+        """Call a method of the class of `_becomes`, and become it; if that fails, stay lazy.
+
+        Other threads may share the layer in evaluation mode. Those that come meanwhile wait, since
+        the class is the last thing that changes, and then find a layer that has all arrays.
+        """
+        with _becoming:
+            if isinstance(self, Lazy):
+                lazy_attributes = dict(self.__dict__)
+                try:
+                    self._allocate(num_features)
+                    result = call(self._becomes)
+                except BaseException:
+                    self.__dict__ = lazy_attributes
+                    raise
+                self.__class__ = self._becomes  # type: ignore[assignment]
+                return result
+        return call(type(self))  # another thread has been here
 
 
 class LazyBatchNorm(Lazy, BatchNorm):

@@ -311,7 +311,7 @@ class LayerState:
 
     def _other_layers(self, num_features: int) -> str:
         """Suggest layers that take another number of channels."""
-        layer = type(self)
+        layer = getattr(self, "_becomes", type(self))
         lazy_forms = dict.fromkeys(_lazy_forms(layer, LayerState))
         return ", or ".join([f"{layer.__name__}({num_features})", *lazy_forms])
 

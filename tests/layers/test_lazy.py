@@ -1,11 +1,13 @@
 """The lazy layers: uninitialized until the first input or a state tells the channels."""
 
 import copy
+import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
-from support import parameters, refused, same_bits, some
+from support import IN_CHILD, output_of, parameters, refused, same_bits, some
 
 import fastbn
 
@@ -262,6 +264,87 @@ def test_a_refused_state_leaves_the_layer_uninitialized(rng, lazy, becomes):
         bn.load_state_dict(state)
     assert bn.has_uninitialized_params()
     assert bn.num_batches_tracked == 0
+
+
+def while_arrays_are_made(monkeypatch, call):
+    """Make a call in another thread while the first array of a layer is made; return its results.
+
+    The arrays are not there until the call has returned, or waits for them.
+    """
+    results, threads = [], []
+
+    def meanwhile():
+        try:
+            results.append(call())
+        except BaseException as error:
+            results.append(error)
+
+    def full(*args, make=np.full):
+        if not threads:
+            threads.append(threading.Thread(target=meanwhile))
+            threads[0].start()
+            threads[0].join(0.2)  # It returns in microseconds, unless it waits.
+        return make(*args)
+
+    monkeypatch.setattr(np, "full", full)
+    return results, threads
+
+
+@families
+def test_threads_share_a_layer_in_evaluation_mode_from_its_first_input_on(
+    rng, monkeypatch, lazy, becomes
+):
+    x = some(rng, (16, 3, 6, 7))
+    expected = full(becomes).eval()(x)
+    bn = lazy().eval()
+    results, threads = while_arrays_are_made(monkeypatch, lambda: bn(x))
+    assert same_bits(bn(x), expected)
+    threads[0].join()
+    assert same_bits(results[0], expected)
+    assert type(bn) is becomes
+
+
+@families
+def test_a_thread_whose_first_input_is_refused_leaves_the_layer_to_the_others(
+    rng, monkeypatch, lazy, becomes
+):
+    x = some(rng, (16, 3, 6, 7))
+    bn = lazy().eval()
+    results, threads = while_arrays_are_made(monkeypatch, lambda: bn(x))
+    with refused(ValueError, "out"):
+        bn(some(rng, (16, 5, 6, 7)), out=x)
+    threads[0].join()
+    assert same_bits(results[0], full(becomes).eval()(x))
+    assert bn.num_features == 3
+
+
+@pytest.mark.serial
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_lazy_layer_works_in_a_child_that_was_forked_while_a_thread_made_its_arrays(tmp_path):
+    code = """
+import threading
+import numpy as np
+import fastbn
+
+x, bn = np.ones((2, 3, 4, 5), np.float32), fastbn.LazyBatchNorm2d().eval()
+make, begun, forked = np.full, threading.Event(), threading.Event()
+
+def full(*args):
+    begun.set()
+    forked.wait()
+    return make(*args)
+
+np.full = full
+thread = threading.Thread(target=bn, args=[x])
+thread.start()
+begun.wait()
+np.full = make
+print(in_child(lambda: bn(x).shape == x.shape and type(bn) is fastbn.BatchNorm2d))
+forked.set()
+thread.join()
+print(type(bn) is fastbn.BatchNorm2d)
+"""
+    assert output_of(IN_CHILD + code, tmp_path) == "True\nTrue\n"
 
 
 DUPLICATES = {
