@@ -16,8 +16,9 @@ from fastbn import _checks as checks
 from fastbn import _scalars as scalars
 from fastbn._core import SavedForBackward
 from fastbn._interchange import on_host
+from fastbn._overlap import share_memory
 from fastbn._types import Array
-from fastbn.backends import CUDA_DEVICE, cuda_backend
+from fastbn.backends import CUDA_DEVICE, backend_of, cuda_backend
 
 # Options.
 
@@ -112,6 +113,20 @@ def check_saved(saved: SavedForBackward, *, is_read: bool) -> None:
             f"example, and backward() needs it: write to another array, such as np.maximum(h, 0) "
             f"without out=h, and run the forward again"
         )
+
+
+def check_gradients_apart(gradients: dict[str, Array | None], **others: Any) -> None:
+    """Refuse to add to gradients that share memory, with each other or with arrays of the layer."""
+    for name, gradient in gradients.items():
+        for other, array in {**others, **gradients}.items():
+            if gradient is None or name == other or not checks.is_array(array):
+                continue
+            if backend_of(array) is backend_of(gradient) and share_memory(gradient, array):
+                raise ValueError(
+                    f"{name} and {other} share memory, and different values are written to them: "
+                    f"give {name} an array of its own, such as {name}.copy(), or begin new "
+                    f"gradients with zero_grad()"
+                )
 
 
 # State dicts.

@@ -78,7 +78,8 @@ class Differentiable(LayerState):
             If the last forward was not in training mode, or its backward has run; or if what the
             forward saved has been written to.
         ValueError, TypeError
-            If `dy`, `out` or `residual_out` cannot serve. The backward can then be tried again.
+            If `dy`, `out` or `residual_out` cannot serve, or weight_grad and bias_grad cannot be
+            added to. The backward can then be tried again.
         """
         saved = self._saved
         if isinstance(saved, str):
@@ -97,6 +98,8 @@ class Differentiable(LayerState):
         residual_out: Array | None,
     ) -> tuple[Array, Array | None] | None:
         """`backward` of a plain call; None for any other."""
+        if self._adds_to_another_array():
+            return None
         result = _core.try_layer_backward(
             dy,
             saved,
@@ -112,6 +115,19 @@ class Differentiable(LayerState):
         dx, derived, self.weight_grad, self.bias_grad = result
         self._saved = NO_SECOND_BACKWARD
         return dx, derived
+
+    def _adds_to_another_array(self) -> bool:
+        """Tell whether a gradient is another array of the layer, for which the core does not look.
+
+        It finds gradients that share memory with each other itself.
+        """
+        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        for gradient in (self.weight_grad, self.bias_grad):
+            if gradient is not None and (
+                gradient is weight or gradient is bias or gradient is mean or gradient is var
+            ):
+                return True
+        return False
 
     def _backward(
         self,
@@ -191,6 +207,13 @@ class Differentiable(LayerState):
             if gradient is not None:
                 checks.as_vector(gradient, name, self.num_features, x)
                 checks.check_ndarray(gradient, name, writeable=True)
+        layer_checks.check_gradients_apart(
+            sums,
+            weight=self.weight,
+            bias=self.bias,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+        )
         return sums
 
     def _grad_buffers(self, like: Statistics) -> tuple[GradBuffer | None, GradBuffer | None]:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import internals
+import kinds
 import numpy as np
 import pytest
 import support
@@ -836,6 +837,39 @@ def test_the_options_that_a_state_needs_are_suggested(bn, make, options, words):
 def test_who_passes_no_state_is_told_how_to_get_it(make, state, words):
     with refused(TypeError, words):
         make().load_state_dict(state)
+
+
+def overlapping_vectors(channels):
+    """Two vectors that have one element in common."""
+    both = np.zeros(2 * channels - 1, np.float32)
+    return both[:channels], both[-channels:]
+
+
+ALIASES = {
+    "one another": lambda bn: [np.zeros(3, np.float32)] * 2,
+    "one another in part": lambda bn: overlapping_vectors(3),
+    "running_mean": lambda bn: (bn.running_mean, None),
+    "running_var": lambda bn: (None, bn.running_var),
+    "weight": lambda bn: (bn.weight, None),
+    "weight, by the other": lambda bn: (np.zeros(3, np.float32), bn.weight),
+    "bias": lambda bn: (None, bn.bias),
+}
+
+
+@pytest.mark.parametrize("gradients", ALIASES.values(), ids=ALIASES)
+@pytest.mark.parametrize("kind", ["batch 2d", "instance 2d", "group"])
+def test_gradients_that_share_memory_are_refused(rng, kind, gradients):
+    make, shape = kinds.KINDS[kind]
+    layer, x = make(), some(rng, shape)
+    out = np.zeros_like(x)
+    for mask in (None, x[:, :1] < 5):
+        layer.zero_grad()(x, mask=mask)
+        layer.weight_grad, layer.bias_grad = gradients(layer)
+        if layer.weight_grad is layer.bias_grad is None:
+            pytest.skip("a layer without running statistics")
+        with refused(ValueError, "share memory", ".copy()", "zero_grad()", intact=[layer, out]):
+            layer.backward(x, out=out)
+        layer.zero_grad().backward(x)
 
 
 def test_running_statistics_that_share_memory_are_not_loaded(bn):
