@@ -125,6 +125,8 @@ class threads:
     ------
     ValueError, TypeError
         If n is less than 1, or neither an integer nor None.
+    RuntimeError
+        If a block is left in another thread than the one that entered it.
 
     Examples
     --------
@@ -144,7 +146,10 @@ class threads:
     def __exit__(self, *_: object) -> None:
         # Of several Python coroutines, one may leave its block before another leaves an inner one.
         blocks = blocks_here()
-        del blocks[max(i for i, block in enumerate(blocks) if block is self)]
+        places = [i for i, block in enumerate(blocks) if block is self]
+        if not places:
+            raise RuntimeError("fastbn.threads must be left in the thread that entered it")
+        del blocks[places[-1]]
         set_by_blocks()
 
 

@@ -531,6 +531,17 @@ def test_blocks_may_end_in_another_order():
     assert fastbn.get_num_threads() == default
 
 
+def test_a_block_that_another_thread_leaves_goes_on():
+    block, default = fastbn.threads(fastbn.get_num_threads() + 1), fastbn.get_num_threads()
+    with block:
+        with ThreadPoolExecutor(1) as pool:
+            left = pool.submit(block.__exit__)
+            with pytest.raises(RuntimeError, match="left in the thread that entered it"):
+                left.result()
+        assert fastbn.get_num_threads() == default + 1
+    assert fastbn.get_num_threads() == default
+
+
 def test_show_config_tells_of_a_block():
     with fastbn.threads(2):
         assert fastbn.show_config("dicts")["threads_reason"] == "fastbn.threads"
