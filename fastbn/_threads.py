@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from typing import Any
 
@@ -23,11 +24,19 @@ def granted_cpus() -> dict[str, int]:
     return {"affinity": affinity, "cgroup": max(cpu_quota(), 1)}
 
 
+def is_used(omp_num_threads: str | None) -> bool:
+    """Tell whether OpenMP uses a value: a positive number, or a list of them, one a level."""
+    if omp_num_threads is None:
+        return False
+    number = re.compile(r"\s*\+?0*[1-9][0-9]*\s*", re.ASCII)
+    return all(number.fullmatch(part) for part in omp_num_threads.split(","))
+
+
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.
 _granted = granted_cpus()
 _omp_num_threads = os.environ.get("OMP_NUM_THREADS")
 _omp_max_threads = _core.omp_max_threads()
-_cpus = min(_granted.values()) if _omp_num_threads is None else INT_MAX
+_cpus = INT_MAX if is_used(_omp_num_threads) else min(_granted.values())
 _num_threads: int | None = None
 _limit = INT_MAX
 _paused = True
@@ -64,9 +73,9 @@ def get_num_threads() -> int:
     -------
     int
         Inside `threads`, the number that it sets for the calling thread; otherwise the number of
-        `set_num_threads`. By default it is what OpenMP would use where ``OMP_NUM_THREADS`` is set,
-        otherwise no more than the CPUs that the affinity mask and the cgroup grant: all of these as
-        they are when fastbn is imported; afterwards call `set_num_threads`.
+        `set_num_threads`. By default it is what OpenMP would use where ``OMP_NUM_THREADS`` gives
+        it, otherwise no more than the CPUs that the affinity mask and the cgroup grant: all of
+        these as they are when fastbn is imported; afterwards call `set_num_threads`.
 
     Examples
     --------
@@ -198,10 +207,13 @@ def why_so_many_threads() -> str:
         return "built without OpenMP"
     if maximum != _omp_max_threads and maximum <= _cpus:
         return "changed in the OpenMP runtime since the import, as threadpoolctl does"
-    if _omp_num_threads is not None:
+    if is_used(_omp_num_threads):
         return f"OMP_NUM_THREADS={_omp_num_threads}"
+    unused = ""
+    if _omp_num_threads is not None:
+        unused = f"; OMP_NUM_THREADS={_omp_num_threads} is not a positive number"
     if maximum < _cpus:
-        return "the default of the OpenMP runtime"
+        return f"the default of the OpenMP runtime{unused}"
     if _granted["cgroup"] < _granted["affinity"]:
-        return f"the cgroup grants {_granted['cgroup']} CPUs, rounded up"
-    return f"{_granted['affinity']} of {os.cpu_count()} CPUs are in the affinity mask"
+        return f"the cgroup grants {_granted['cgroup']} CPUs, rounded up{unused}"
+    return f"{_granted['affinity']} of {os.cpu_count()} CPUs are in the affinity mask{unused}"

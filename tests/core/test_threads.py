@@ -230,6 +230,21 @@ def test_show_config_tells_why_so_many_threads(tmp_path, before, environment, re
     assert output_of(f"{before}\n{REASON}", tmp_path, **environment).strip() == reason
 
 
+@needs_openmp
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "2x", "1.5", "", "3,", "3,0"])
+def test_show_config_tells_that_omp_num_threads_is_not_used(tmp_path, value):
+    default = output_of(REASON, tmp_path).strip()
+    reason = output_of(REASON, tmp_path, OMP_NUM_THREADS=value).strip()
+    assert reason == f"{default}; OMP_NUM_THREADS={value} is not a positive number"
+
+
+@needs_openmp
+@pytest.mark.parametrize("value", ["3,2", " +3 , 2"])
+def test_omp_num_threads_may_be_a_list(tmp_path, value):
+    assert int(output_of(GET, tmp_path, OMP_NUM_THREADS=value)) == 3
+    assert output_of(REASON, tmp_path, OMP_NUM_THREADS=value) == f"OMP_NUM_THREADS={value}\n"
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_show_config_names_the_instruction_set_that_was_asked_for(tmp_path, isa):
     done = run_python("import fastbn; fastbn.show_config()", tmp_path, FASTBN_ISA=isa)
