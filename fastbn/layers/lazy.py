@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -60,14 +60,16 @@ class Lazy(Norm):
         if not self.track_running_stats:
             self.running_mean = self.running_var = None
 
-    def __getattr__(self, name: str) -> Any:
-        # Called for what is not there: the arrays whose shape is not known yet.
-        if name in self._state_names:
-            raise AttributeError(
-                f"{type(self).__name__} has no {name} yet: the first input, or load_state_dict(), "
-                f"decides num_features"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # a checker takes every name that a __getattr__ may have
+
+        def __getattr__(self, name: str) -> Any:
+            # Called for what is not there: the arrays whose shape is not known yet.
+            if name in self._state_names:
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name} yet: the first input, or "
+                    f"load_state_dict(), decides num_features"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def forward(
         self,

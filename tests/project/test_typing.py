@@ -129,6 +129,7 @@ WRONG = {
     "fastbn.show_config('json')": "call-overload",
     "fastbn.recalibrate([fastbn.BatchNorm2d(3)])": "arg-type",
     "fastbn.BatchNorm2d(3).weigth": "attr-defined",
+    "fastbn.LazyBatchNorm2d().weigth": "attr-defined",
     "fastbn.fold(fastbn.BatchNorm2d(3))": "call-arg",
     "F.batch_norm(x, [0.0], None)": "arg-type",
     "bn(x, x)": "arg-type",
