@@ -13,7 +13,7 @@ import numpy as np
 from fastbn import _core
 from fastbn import _scalars as scalars
 from fastbn._interchange import from_dlpack, is_masked, mask_is_lost, memory_hint, refuse_meta
-from fastbn._normalize import Backward, Forward, values_of_batches
+from fastbn._normalize import Backward, Forward, values_of_batches, values_per_channel
 from fastbn._overlap import overlaps_itself, same_elements, share_memory
 from fastbn._types import Array, Epilogue, Gate
 from fastbn.backends import backend_of, is_cupy
@@ -220,6 +220,23 @@ def checked_counts(
             f"which nothing counts"
         )
     return counts
+
+
+def as_values_count(count: Any, x: Array, mask: Array | None) -> float:
+    """The number of values per channel that the sums of a backward are over.
+
+    While a graph is captured, a mask has no values that can be counted.
+    """
+    number = scalars.as_real(count, "count")
+    if not number >= 0.0:
+        raise ValueError(f"count must not be negative, got {number:g}")
+    is_known = mask is None or backend_of(x).readable()
+    if number == 0.0 and x.size and is_known and (values := values_per_channel(x, mask)):
+        raise ValueError(
+            f"count must be the number of values per channel of all parts of the batch together, "
+            f"of which x alone has {values}, got 0"
+        )
+    return number
 
 
 def _samples_of(batch: int, batch_size: int, n: int) -> str:

@@ -279,8 +279,9 @@ def batch_norm_backward_elemt(
         None stands for ones.
     sum_dy, sum_dy_xhat : array_like of shape (C,)
         The two sums, over all of the batch that the statistics are of.
-    count : int
-        The number of values per channel that the statistics are of.
+    count : float
+        The number of values per channel that the statistics are of: an int, or a float that a sum
+        over processes is. Not negative, and 0 only where x has no value that counts.
     out : ndarray of shape (N, C, ...), optional
         Where to write the result: `dy`, `x`, a view of exactly the elements of one of them, or an
         array that overlaps neither, of x's dtype.
@@ -295,7 +296,7 @@ def batch_norm_backward_elemt(
     Raises
     ------
     ValueError, TypeError
-        If a shape or a dtype is wrong, or `out` cannot serve.
+        If a shape or a dtype is wrong, `out` cannot serve, or count is no number of these values.
 
     Examples
     --------
@@ -313,10 +314,9 @@ def batch_norm_backward_elemt(
     sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
     vectors = checks.as_vectors(x, **statistics, weight=weight, **sums)
     out = checks.check_out(out, x, dy, **vectors)
-    count = scalars.as_real(count, "count")
-    return backend_of(x).backward_elemt(
-        dy, x, **vectors, count=count, out=out, mask=checks.as_mask(mask, x)
-    )
+    mask = checks.as_mask(mask, x)
+    count = checks.as_values_count(count, x, mask)
+    return backend_of(x).backward_elemt(dy, x, **vectors, count=count, out=out, mask=mask)
 
 
 def batch_norm_backward(

@@ -623,6 +623,35 @@ PAIRED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("count", "exception"),
+    [
+        (-1, ValueError),
+        (-0.5, ValueError),
+        (float("nan"), ValueError),
+        (0, ValueError),
+        ("120", TypeError),
+        (True, TypeError),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_count_that_is_no_number_of_values_is_refused(x, dy, count, exception, masked):
+    mask, out = (x[:, :1] > 0 if masked else None), np.zeros_like(x)
+    with refused(exception, "count", intact=[x, dy, out]):
+        F.batch_norm_backward_elemt(
+            dy, x, *STATISTICS, None, *STATISTICS, count, out=out, mask=mask
+        )
+
+
+def test_a_part_of_a_batch_without_values_has_a_gradient_whatever_the_count(x, dy):
+    nothing = np.zeros((len(x), 1, 1, 1), bool)
+    for count in (0, 120, 120.0):
+        dx = F.batch_norm_backward_elemt(dy, x, *STATISTICS, None, *STATISTICS, count, mask=nothing)
+        assert not dx.any()
+        dx = F.batch_norm_backward_elemt(dy[:0], x[:0], *STATISTICS, None, *STATISTICS, count)
+        assert dx.shape == x[:0].shape
+
+
 @pytest.mark.parametrize("call", PRIMITIVES.values(), ids=PRIMITIVES)
 @pytest.mark.parametrize("value", NOT_FLOATING.values(), ids=NOT_FLOATING)
 def test_a_function_refuses_an_input_that_is_not_floating(call, value):
