@@ -22,9 +22,11 @@ from fastbn.moments import Moments
 Record = NDArray[np.float64]
 Result = TypeVar("Result")
 
-# A record: these, then 1 + 2 * C numbers.
+# A record: these, then 1 + 2 * C numbers. Where ranks differ, RANK is one of them, and the other is
+# in the place of SIGNATURE.
 STATUS, RANK, SIGNATURE = range(3)
 HEADER = 3
+OTHER_RANK = SIGNATURE
 AGREED, FAILED, DIFFERENT = 0.0, 1.0, 2.0
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -94,8 +96,6 @@ class Ranks:
         record, reason = self._agree(AGREED, signature, payload, text)
         if reason is None:
             return record
-        if record[STATUS] == DIFFERENT:
-            reason += f", this rank, {self.comm.rank}, {text}"
         raise RuntimeError(reason)
 
     def _agree(
@@ -103,8 +103,8 @@ class Ranks:
     ) -> tuple[Record, str | None]:
         """All-reduce the records; return the merged one and, if there is one, the reason to stop.
 
-        The reason is what the first rank with another opinion has to say. It is sent in that case
-        only.
+        The reason is what the first rank with another opinion has to say, and one from which it
+        differs. It is sent in that case only.
         """
         record = np.zeros(self._length)
         self._awaited = False
@@ -116,8 +116,11 @@ class Ranks:
         if record[STATUS] == AGREED:
             return record, None
         rank = int(record[RANK])
-        verb = "failed with" if record[STATUS] == FAILED else "has"
-        return record, f"rank {rank} {verb} {self.comm.bcast(text, rank)}"
+        of_rank = self.comm.bcast(text, rank)
+        if record[STATUS] == FAILED:
+            return record, f"rank {rank} failed with {of_rank}"
+        other = int(record[OTHER_RANK])
+        return record, f"rank {rank} has {of_rank}, rank {other} {self.comm.bcast(text, other)}"
 
 
 @functools.cache
@@ -142,7 +145,7 @@ def merged(a: Record, b: Record) -> Record:
         if record[STATUS] != AGREED:
             return record
     if a[SIGNATURE] != b[SIGNATURE]:
-        return np.concatenate([[DIFFERENT], b[1:]])
+        return np.concatenate([[DIFFERENT, b[RANK], a[RANK]], b[HEADER:]])
     if a[SIGNATURE] >= BACKWARD:
         return np.concatenate([a[:HEADER], a[HEADER:] + b[HEADER:]])
     return np.concatenate([a[:HEADER], _payload(_moments(a) + _moments(b))])

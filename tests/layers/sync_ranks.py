@@ -209,8 +209,9 @@ def disagreeing():
     x = some(generator(), (4, 3, 5, 2))
     last = WORLD.rank == WORLD.size - 1
     for other in (x.astype(np.float64), x[..., 0]):
-        text = f"{other.ndim} axes of {other.dtype}"
-        with support.refused(RuntimeError, f"rank {WORLD.size - 1} has", text, intact=[sync]):
+        odd, common = (f"a forward of {each.ndim} axes of {each.dtype}" for each in (other, x))
+        words = f"rank {WORLD.size - 1} has {odd}, rank", f" {common}"
+        with support.refused(RuntimeError, *words, intact=[sync]):
             sync(other if last else x)
     sync(x)
     with support.refused(RuntimeError, f"rank {WORLD.size - 1} has a backward", intact=[sync]):
