@@ -45,6 +45,18 @@ def mpi() -> ModuleType:
         ) from error
 
 
+def as_communicator(comm: Any) -> Any:
+    """A communicator; MPI.COMM_WORLD for None."""
+    if comm is None:
+        return mpi().COMM_WORLD
+    if not hasattr(comm, "Allreduce"):
+        raise TypeError(
+            f"comm must be an mpi4py.MPI.Intracomm, or None for MPI.COMM_WORLD, "
+            f"got {type(comm).__name__}"
+        )
+    return comm
+
+
 class Ranks:
     """What the ranks that share a layer do together."""
 

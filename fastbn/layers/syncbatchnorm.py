@@ -14,7 +14,7 @@ import numpy as np
 from fastbn import _checks as checks
 from fastbn import _normalize as normalize
 from fastbn import _scalars as scalars
-from fastbn._mpi import Ranks, mpi
+from fastbn._mpi import Ranks, as_communicator
 from fastbn._types import Array, ArrayLike, DTypeLike, Statistics
 from fastbn.backends import backend_for, backend_of
 from fastbn.backends.common import factors_of
@@ -112,7 +112,7 @@ class SyncBatchNorm(BatchNorm):
             activation=activation,
             negative_slope=negative_slope,
         )
-        self.comm = mpi().COMM_WORLD if comm is None else comm
+        self.comm = as_communicator(comm)
         self._group = None
 
     # In training, what the core does is one part of what the ranks do.
@@ -313,7 +313,7 @@ def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:
     Raises
     ------
     TypeError
-        If it is not a batch normalization layer.
+        If it is not a batch normalization layer, or comm is no communicator.
     ValueError
         If it has ghost batches.
     RuntimeError

@@ -245,7 +245,7 @@ def test_a_twin_that_is_gone_keeps_no_batch_alive(rng, make):
         assert saved() is None
 
 
-class Ranks:
+class Ranks(OneRank):
     """A communicator that cannot be copied."""
 
     def __deepcopy__(self, memo):

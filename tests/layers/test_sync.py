@@ -137,6 +137,20 @@ def test_what_cannot_be_converted_is_refused(layer, error):
         fastbn.convert_sync_batchnorm(layer)
 
 
+@pytest.mark.parametrize("comm", [5, "world", 0], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda comm: fastbn.SyncBatchNorm(3, comm=comm),
+        lambda comm: fastbn.convert_sync_batchnorm(fastbn.BatchNorm2d(3), comm),
+    ],
+    ids=["constructed", "converted"],
+)
+def test_what_is_no_communicator_is_refused(make, comm):
+    with refused(TypeError, "comm must be an mpi4py.MPI.Intracomm", type(comm).__name__):
+        make(comm)
+
+
 @pytest.mark.parametrize("size", [2, 0])
 def test_ghost_batches_that_are_set_later_are_refused(rng, monkeypatch, size):
     alone_on_its_rank(monkeypatch, OneRank())
