@@ -167,15 +167,17 @@ def check_state(state: Any) -> None:
         elif isinstance(state, str | os.PathLike):
             hint = "; np.load and safetensors.numpy.load_file read files"
         elif isinstance(state, bytes | bytearray):
-            hint = "; np.load(io.BytesIO(state)) and safetensors.numpy.load(state) read it"
+            hint = (
+                "; np.load(io.BytesIO(state_dict)) and safetensors.numpy.load(state_dict) read it"
+            )
         elif hasattr(state, "read"):
-            hint = "; np.load(state) and safetensors.numpy.load(state.read()) read it"
+            hint = "; np.load(state_dict) and safetensors.numpy.load(state_dict.read()) read it"
         elif isinstance(state, list | tuple | ItemsView):
-            hint = "; dict(state) makes one of pairs"
+            hint = "; dict(state_dict) makes one of pairs"
         elif hasattr(state, "state_dict"):
             hint = "; pass its state_dict()"
         raise TypeError(
-            f"state must be a mapping of str to arrays, got {type(state).__name__}{hint}"
+            f"state_dict must be a mapping of str to arrays, got {type(state).__name__}{hint}"
         )
 
 
@@ -278,7 +280,7 @@ def _paths(
             yield from _paths(value, path)
         else:
             shown = "".join(f"[{part!r}]" for part in path)
-            yield path, f"state{shown}" if above else repr(key)
+            yield path, f"state_dict{shown}" if above else repr(key)
 
 
 def _foreign_key(path: tuple[str, ...], shown: str) -> ForeignKey | None:

@@ -95,17 +95,18 @@ class Lazy(Norm):
         return state
 
     def load_state_dict(
-        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+        self, state_dict: Mapping[str, Any], strict: bool = True, prefix: str = ""
     ) -> LoadedKeys:
         """Take the number of channels from an entry, then load as `BatchNorm2d` does."""
-        layer_checks.check_state(state)
+        layer_checks.check_state(state_dict)
         for name in self._state_names[:-1]:  # A counter may have the shape (1,).
-            shape = np.shape(state.get(prefix + name, 0))
+            shape = np.shape(state_dict.get(prefix + name, 0))
             if len(shape) == 1:
                 return self._initialized(
-                    shape[0], lambda becomes: becomes.load_state_dict(self, state, strict, prefix)
+                    shape[0],
+                    lambda becomes: becomes.load_state_dict(self, state_dict, strict, prefix),
                 )
-        return super().load_state_dict(state, strict, prefix)
+        return super().load_state_dict(state_dict, strict, prefix)
 
     def _initialized(self, num_features: int, call: Callable[[type[Norm]], Result]) -> Result:
         """Call a method of the class of `_becomes`, and become it; if that fails, stay lazy.

@@ -203,13 +203,13 @@ class LayerState:
         return bool(self._uninitialized())
 
     def load_state_dict(
-        self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
+        self, state_dict: Mapping[str, Any], strict: bool = True, prefix: str = ""
     ) -> LoadedKeys:
         """Copy parameters and buffers into the arrays that are there; all or nothing.
 
         Parameters
         ----------
-        state : mapping of str to array_like
+        state_dict : mapping of str to array_like
             A `state_dict`, one of torch's (tensors), or what ``np.load`` or
             ``safetensors.numpy.load_file`` returns. num_batches_tracked may be absent,
             and be a number of any real dtype, which is truncated, of the shape () or (1,).
@@ -228,38 +228,38 @@ class LayerState:
         RuntimeError
             If a shape does not fit or, with `strict`, a name is missing or unexpected.
         TypeError
-            If state is no mapping, or an entry does not hold real numbers.
+            If state_dict is no mapping, or an entry does not hold real numbers.
         ValueError
             If num_batches_tracked is negative or not finite, or an array of the layer is read-only.
         """
-        layer_checks.check_state(state)
+        layer_checks.check_state(state_dict)
         if not isinstance(strict, bool):
             raise TypeError(f"strict must be a bool, got {strict!r}; the prefix comes after it")
         own, waiting = self._state(), self._uninitialized()
         expected = [prefix + name for name in self._state_names if name in own or name in waiting]
-        unexpected = [key for key in state if key.startswith(prefix) and key not in expected]
-        missing = [key for key in expected if key not in state]
+        unexpected = [key for key in state_dict if key.startswith(prefix) and key not in expected]
+        missing = [key for key in expected if key not in state_dict]
         with contextlib.suppress(ValueError):  # torch before 1.0 had no counter
             missing.remove(prefix + "num_batches_tracked")
         if strict and (missing or unexpected):
             raise RuntimeError(
                 f"state does not fit {type(self).__name__}: "
                 f"missing keys {missing}, unexpected keys {unexpected}"
-                f"{layer_checks.state_hint(state, prefix, expected, self._lacking())}"
+                f"{layer_checks.state_hint(state_dict, prefix, expected, self._lacking())}"
             )
         for name in own:
-            if prefix + name in state:
+            if prefix + name in state_dict:
                 checks.check_ndarray(own[name], name, writeable=True)
         entries = {
             name: layer_checks.as_entry(
-                state[prefix + name], prefix + name, array, self._other_layers
+                state_dict[prefix + name], prefix + name, array, self._other_layers
             )
             for name, array in own.items()
-            if prefix + name in state
+            if prefix + name in state_dict
         }
         for name in waiting:
-            if prefix + name in state:
-                shape = np.shape(state[prefix + name])
+            if prefix + name in state_dict:
+                shape = np.shape(state_dict[prefix + name])
                 raise RuntimeError(f"{prefix + name} must have the shape (C,), got {shape}")
         checks.check_running_apart(own.get("running_mean"), own.get("running_var"))
         with np.errstate(all="ignore"):  # What an array's dtype cannot hold is inf there.

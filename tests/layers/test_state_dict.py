@@ -163,6 +163,13 @@ def test_an_entry_that_is_not_real_is_refused(trained, value):
         trained.load_state_dict(state)
 
 
+@pytest.mark.parametrize("make", [lambda: fastbn.BatchNorm2d(3), fastbn.LazyBatchNorm2d])
+def test_arguments_have_the_names_that_they_have_in_torch(trained, make):
+    bn = make()
+    bn.load_state_dict(state_dict=trained.state_dict(prefix="a."), strict=True, prefix="a.")
+    assert_loaded(bn, trained.state_dict())
+
+
 @pytest.mark.parametrize("state", [None, 3, [("weight", np.ones(3))]])
 def test_a_state_that_is_no_mapping_is_refused(trained, state):
     with refused(TypeError, intact=[trained]):
@@ -179,10 +186,14 @@ def npz(state):
 @pytest.mark.parametrize(
     ("form", "words", "mend"),
     [
-        (lambda state: list(state.items()), "got list; dict(state)", dict),
-        (lambda state: state.items(), "got dict_items; dict(state)", dict),
-        (npz, "got bytes; np.load(io.BytesIO(state))", lambda state: np.load(io.BytesIO(state))),
-        (lambda state: io.BytesIO(npz(state)), "got BytesIO; np.load(state)", np.load),
+        (lambda state: list(state.items()), "got list; dict(state_dict)", dict),
+        (lambda state: state.items(), "got dict_items; dict(state_dict)", dict),
+        (
+            npz,
+            "got bytes; np.load(io.BytesIO(state_dict))",
+            lambda state: np.load(io.BytesIO(state)),
+        ),
+        (lambda state: io.BytesIO(npz(state)), "got BytesIO; np.load(state_dict)", np.load),
     ],
     ids=["list of pairs", "items", "bytes", "open file"],
 )
@@ -453,12 +464,12 @@ def test_entries_of_nested_mappings_are_told(make, shape, state, name, params, s
     with pytest.raises(RuntimeError) as caught:
         layer.load_state_dict(state)
     message = str(caught.value)
-    assert f"'weight': state{params}['scale'], 'bias': state{params}['bias']" in message
+    assert f"'weight': state_dict{params}['scale'], 'bias': state_dict{params}['bias']" in message
     is_tracking = "running_mean" in names_of(layer)
-    words = f"'running_mean': state{stats}['mean'], 'running_var': state{stats}['var']"
+    words = f"'running_mean': state_dict{stats}['mean'], 'running_var': state_dict{stats}['var']"
     assert (words in message) == is_tracking
     advice = message[message.index("; pass ") + 7 : message.index("}") + 1]
-    layer.load_state_dict(eval(advice, {"state": state}))
+    layer.load_state_dict(eval(advice, {"state_dict": state}))
     assert layer.bias.tolist() == [3, 3, 3]
 
 
