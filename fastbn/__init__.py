@@ -96,4 +96,6 @@ if not TYPE_CHECKING:  # a checker takes every name that a module's __getattr__ 
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_LATER, *_LATER_MODULES})
+        from importlib.util import find_spec
+
+        return sorted([*__all__, *(["torch"] if find_spec("torch") else [])])

@@ -49,6 +49,10 @@ WITHOUT_INPUT_STATS = (
 )
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def batch_norm(
     input: ArrayLike,
     running_mean: Array | None,

@@ -15,6 +15,10 @@ __all__ = ["batch_norm"]
 NUMBERS = float, int
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def batch_norm(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,

@@ -1,5 +1,6 @@
 """What a type checker and a reader of help() get to know."""
 
+import importlib.util
 import inspect
 import pydoc
 import typing
@@ -44,6 +45,20 @@ def test_functions_name_the_public_module(name):
     function = getattr(fastbn.functional, name)
     assert function.__module__ == "fastbn.functional"
     assert f"function {name} in module fastbn.functional" in pydoc.render_doc(function)
+
+
+def test_dir_shows_what_is_public():
+    with_torch = ["torch"] if importlib.util.find_spec("torch") else []
+    assert dir(fastbn) == sorted([*fastbn.__all__, *with_torch])
+    assert dir(fastbn.functional) == sorted(fastbn.functional.__all__)
+    assert all(hasattr(fastbn, name) for name in dir(fastbn))
+
+
+@pytest.mark.torch
+def test_dir_of_torchs_layers_shows_what_is_public():
+    pytest.importorskip("torch")
+    for module in (fastbn.torch, fastbn.torch.functional):
+        assert dir(module) == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
