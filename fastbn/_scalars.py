@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 
 
+def full_name(cls: type) -> str:
+    """The name of a class that other libraries may have, too, with that of its module."""
+    return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
 def as_integer(value: Any, name: str, kind: str = "an integer") -> int:
     """An integer, which a bool is not."""
     try:

@@ -192,9 +192,12 @@ def _scale_and_shift(layer: Any) -> tuple[Statistics, Statistics]:
             f"each sample by statistics of its own, in evaluation too"
         )
     if not isinstance(layer, BatchNorm | InstanceNorm):
+        hint = ""
+        if hasattr(layer, "state_dict") and getattr(layer, "running_mean", None) is not None:
+            hint = "; load its state_dict() into fastbn.LazyBatchNorm2d(eps=layer.eps)"
         raise TypeError(
-            f"layer must be a batch normalization, or an instance normalization with running "
-            f"statistics, got {type(layer).__name__}"
+            f"layer must be one of fastbn's batch normalizations, or instance normalizations with "
+            f"running statistics, got {scalars.full_name(type(layer))}{hint}"
         )
     if layer.has_uninitialized_params():
         raise RuntimeError(
@@ -232,6 +235,10 @@ def _as_vector(value: Any, name: str, c: int) -> Statistics:
 
 def _as_floats(value: Any, name: str) -> Array:
     """An ndarray of one of the four dtypes, in native byte order."""
+    if hasattr(value, "weight"):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}; pass its weight and bias"
+        )
     array = checks.as_array(on_host(value, name), name)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

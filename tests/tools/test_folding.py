@@ -299,6 +299,38 @@ def test_a_layer_that_cannot_be_folded_is_refused(layer, exception, word):
         fastbn.fold(layer, np.ones((4, 4)))
 
 
+def test_no_layer_is_advised_for_what_has_no_running_statistics():
+    with pytest.raises(TypeError, match=r"got fastbn\.layers\.groupnorm\.GroupNorm$"):
+        fastbn.fold(fastbn.GroupNorm(2, 4), np.ones((4, 4)))
+
+
+class Convolution:
+    """What has a weight and a bias."""
+
+    weight, bias = np.ones((4, 4)), np.ones(4)
+
+
+def test_a_convolution_in_place_of_its_weight_is_refused_with_the_mend(rng):
+    layer = Convolution()
+    with refused(TypeError, "got Convolution; pass its weight and bias"):
+        fastbn.fold(trained(rng, 4), layer)
+    fastbn.fold(trained(rng, 4), layer.weight, layer.bias)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "InstanceNorm3d", "SyncBatchNorm"])
+def test_a_layer_of_torchs_is_refused_with_the_mend(name):
+    torch = pytest.importorskip("torch")
+    layer = getattr(torch.nn, name)(4, eps=1e-3, affine=True, track_running_stats=True)
+    with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.\w+\." + name) as caught:
+        fastbn.fold(layer, np.ones((4, 4)))
+    advice = str(caught.value).partition(" into ")[2]
+    ours = eval(advice, {"fastbn": fastbn, "layer": layer})
+    ours.load_state_dict(layer.state_dict())
+    assert ours.eps == 1e-3
+    fastbn.fold(ours, np.ones((4, 4)))
+
+
 @pytest.mark.parametrize(
     ("weight", "kwargs", "exception", "names"),
     [
