@@ -330,7 +330,10 @@ def convert_sync_batchnorm(layer: BatchNorm, comm: Any = None) -> SyncBatchNorm:
     True
     """
     if not isinstance(layer, BatchNorm):
-        raise TypeError(f"layer must be a batch normalization, got {type(layer).__name__}")
+        raise TypeError(
+            f"layer must be one of fastbn's batch normalizations, got "
+            f"{scalars.full_name(type(layer))}"
+        )
     if layer.ghost_batch_size is not None:
         raise ValueError("a layer with ghost batches normalizes less than its batch, not more")
     if layer.has_uninitialized_params():

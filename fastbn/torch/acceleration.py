@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastbn._scalars import full_name
+from fastbn.layers.state import LayerState
 from fastbn.torch import modules
 from fastbn.torch.fusion import FusedForward, Program
 from fastbn.torch.tracing import LISTS, CannotTrace
@@ -272,5 +274,8 @@ def check_model(model: torch.nn.Module) -> None:
     """Refuse what is no module."""
     if not isinstance(model, torch.nn.Module):
         is_class = isinstance(model, type)
-        what = f"the class {model.__name__}" if is_class else type(model).__name__
-        raise TypeError(f"the model must be a torch.nn.Module, got {what}")
+        what = f"the class {full_name(model)}" if is_class else full_name(type(model))
+        hint = ""
+        if isinstance(model, LayerState):
+            hint = "; fastbn's layers take NumPy arrays, and those of fastbn.torch tensors"
+        raise TypeError(f"the model must be a torch.nn.Module, got {what}{hint}")

@@ -151,6 +151,13 @@ def test_what_is_no_communicator_is_refused(make, comm):
         make(comm)
 
 
+@pytest.mark.torch
+def test_the_module_of_a_layer_that_cannot_be_converted_is_named():
+    torch = pytest.importorskip("torch")
+    with refused(TypeError, "fastbn's", "torch.nn.modules.batchnorm.BatchNorm2d"):
+        fastbn.convert_sync_batchnorm(torch.nn.BatchNorm2d(3))
+
+
 @pytest.mark.parametrize("size", [2, 0])
 def test_ghost_batches_that_are_set_later_are_refused(rng, monkeypatch, size):
     alone_on_its_rank(monkeypatch, OneRank())

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+import fastbn
+
 pytestmark = pytest.mark.torch
 
 torch = pytest.importorskip("torch")
@@ -899,12 +901,21 @@ def test_what_is_left_and_why():
     assert "meta: left, on meta" in str(found)
 
 
+NO_MODULES = {
+    "None": (None, "NoneType$"),
+    "class": (nn.BatchNorm2d, r"the class torch\.nn\.modules\.batchnorm\.BatchNorm2d$"),
+    "function": (lambda x: x, "function$"),
+    "layer": (
+        fastbn.BatchNorm2d(3),
+        r"fastbn\.layers\.batchnorm\.BatchNorm2d; .* fastbn\.torch tensors$",
+    ),
+}
+
+
 @pytest.mark.parametrize("function", [accelerate, restore, report])
-@pytest.mark.parametrize(
-    "model", [None, nn.BatchNorm2d, lambda x: x], ids=["None", "class", "function"]
-)
-def test_what_is_no_module_is_refused(function, model):
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got "):
+@pytest.mark.parametrize(("model", "words"), NO_MODULES.values(), ids=NO_MODULES)
+def test_what_is_no_module_is_refused(function, model, words):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got " + words):
         function(model)
 
 
