@@ -148,17 +148,18 @@ def _layout_hint(
     layer: BatchNorm | InstanceNorm, weight: Array, groups: int, bn_first: bool, transposed: bool
 ) -> str:
     """Suggest how to move the axes of a weight that fits the layer in another library's layout."""
-    if weight.ndim < 2:
+    if weight.ndim < 2 or groups < 1:
         return ""
     before_last, last = weight.shape[-2:]
-    layouts = [("in, out", groups * before_last if bn_first else last, "(-1, -2)")]
+    # With them the channels that the layer would have, and the extent that groups would divide.
+    layouts = [("in, out", groups * before_last if bn_first else last, last, "(-1, -2)")]
     if transposed:  # Keras, and Flax
         layouts = [
-            ("out, in", groups * before_last, "(-1, -2)"),
-            ("in, out", groups * last, "(-2, -1)"),
+            ("out, in", groups * before_last, last, "(-1, -2)"),
+            ("in, out", groups * last, before_last, "(-2, -1)"),
         ]
-    for axes, channels, moved in layouts:
-        if channels == layer.num_features:
+    for axes, channels, first, moved in layouts:
+        if channels == layer.num_features and first % groups == 0:
             return f"; if its axes are (..., {axes}), pass np.moveaxis(weight, {moved}, (0, 1))"
     return ""
 

@@ -389,6 +389,22 @@ def test_a_kernel_of_another_layout_is_told_how_to_pass_it(
     assert fastbn.fold(bn, moved, **arguments)[1].shape == (outputs,)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((4, 4), {"groups": 3}),
+        ((4, 8, 1, 4), {"groups": 3}),
+        ((8, 4), {"groups": 0}),
+        ((8, 4), {"groups": -1}),
+        ((5, 2), {"groups": 2, "transposed": True}),
+    ],
+    ids=str,
+)
+def test_groups_that_no_layout_has_are_not_blamed_on_it(rng, shape, options):
+    with pytest.raises(ValueError, match=r"groups must divide .*, got -?\d+$"):
+        fastbn.fold(trained(rng, 4), some(rng, shape), **options)
+
+
 # Activations.
 
 
