@@ -207,17 +207,20 @@ def checked_counts(
         return counts
     masked = "" if mask is None else " and a mask"
     values = "spatial element" if by_instance else "value per channel"
+    samples = _samples_of_instance if by_instance else _samples_of_ghost_batch
     if 1 in counts:
+        mend = "evaluation mode by running statistics takes single values"
+        if len(counts) > 1 and not by_instance:
+            mend = "drop or join it, or choose another size"
         raise ValueError(
             f"Expected more than 1 {values} when training, got input size {x.shape}{masked}"
-            f"{_samples_of(counts.index(1), batch_size, len(x))}; evaluation mode by running "
-            f"statistics takes single values"
+            f"{samples(counts, 1, batch_size, len(x))}; {mend}"
         )
     if mask is not None and 0 in counts and x.size:
         raise ValueError(
             f"mask leaves no value per channel, expected at least 2 when training, got input size "
-            f"{x.shape}{_samples_of(counts.index(0), batch_size, len(x))}; leave out a batch of "
-            f"which nothing counts"
+            f"{x.shape}{samples(counts, 0, batch_size, len(x))}; leave out a batch of which "
+            f"nothing counts"
         )
     return counts
 
@@ -239,14 +242,20 @@ def as_values_count(count: Any, x: Array, mask: Array | None) -> float:
     return number
 
 
-def _samples_of(batch: int, batch_size: int, n: int) -> str:
-    """Which samples a batch has, for a message; nothing if it is all of them."""
-    if not batch_size:
+def _samples_of_instance(counts: list[int], count: int, *_: int) -> str:
+    """Which is the first sample of so many values, for a message."""
+    return f", in which sample {counts.index(count)} is normalized by itself"
+
+
+def _samples_of_ghost_batch(counts: list[int], count: int, batch_size: int, n: int) -> str:
+    """Which samples the first ghost batch of so many values has; nothing if it is all of them."""
+    if len(counts) == 1:
         return ""
+    batch = counts.index(count)
+    which = "the last" if batch == len(counts) - 1 else "a"
     first, last = batch * batch_size, min((batch + 1) * batch_size, n) - 1
-    if first == last:
-        return f", in which sample {first} is normalized by itself"
-    return f", in which samples {first} to {last} are normalized by themselves"
+    samples = f"is sample {first} alone" if first == last else f"has samples {first} to {last}"
+    return f", of which {which} ghost batch, by ghost_batch_size={batch_size}, {samples}"
 
 
 # Inputs.

@@ -184,10 +184,32 @@ def test_a_size_that_is_none_is_refused(size):
         fastbn.BatchNorm2d(3, ghost_batch_size=size)
 
 
-def test_a_rest_of_a_single_value_is_an_error_that_changes_nothing(rng):
-    bn, x = fastbn.BatchNorm1d(3, ghost_batch_size=4), some(rng, (9, 3))
-    with refused(ValueError, "more than 1 value", "sample 8 ", intact=(bn, x)):
-        bn(x, out=x)
+SINGLE_VALUES = {
+    "last": (4, None, "the last ghost batch, by ghost_batch_size=4, is sample 8 alone; drop"),
+    "every": (1, None, "a ghost batch, by ghost_batch_size=1, is sample 0 alone; drop"),
+    "by a mask": (
+        3,
+        [0, 1, 2, 5, 6, 7],
+        "a ghost batch, by ghost_batch_size=3, has samples 3 to 5",
+    ),
+}
+
+
+@pytest.mark.parametrize(("size", "valid", "words"), SINGLE_VALUES.values(), ids=SINGLE_VALUES)
+def test_a_ghost_batch_of_a_single_value_is_an_error_that_changes_nothing(rng, size, valid, words):
+    bn, x = fastbn.BatchNorm1d(3, ghost_batch_size=size), some(rng, (9, 3))
+    mask = None if valid is None else np.isin(np.arange(9), valid)[:, np.newaxis]
+    names = "more than 1 value", words, "drop or join it, or choose another size"
+    with refused(ValueError, *names, intact=(bn, x)):
+        bn(x, out=x, mask=mask)
+
+
+@pytest.mark.parametrize("size", [None, 1, 4])
+def test_evaluation_is_advised_where_the_whole_batch_is_a_single_value(rng, size):
+    bn, x = fastbn.BatchNorm1d(3, ghost_batch_size=size), some(rng, (1, 3))
+    with pytest.raises(ValueError, match=r"size \(1, 3\); evaluation mode .* single values$"):
+        bn(x)
+    bn.eval()(x)
 
 
 def test_a_counter_that_cannot_take_all_parts_is_refused_and_nothing_changes(rng):
