@@ -66,9 +66,11 @@ def as_count(value: Any, name: str = "count") -> int:
 
 
 def as_real(value: Any, name: str) -> float:
-    """A real number, which a bool is not, as a float."""
+    """A real number, which a bool is not, as a float; one of a file of NumPy's is a 0-d array."""
     if type(value) is float:
         return value
+    if type(value) is np.ndarray and value.ndim == 0:
+        value = value[()]
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:

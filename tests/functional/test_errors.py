@@ -138,13 +138,35 @@ def test_unbiased_is_a_bool(x, bn, value):
         bn(x, out=x)
 
 
+def test_options_that_a_file_has_kept_serve_again(x, tmp_path):
+    np.savez(tmp_path / "bn.npz", num_features=3, eps=1e-3, momentum=0.3)
+    with np.load(tmp_path / "bn.npz") as file:
+        bn = fastbn.BatchNorm2d(**file)
+        options = {name: file[name] for name in ("eps", "momentum")}
+    assert repr(bn) == repr(fastbn.BatchNorm2d(3, 1e-3, 0.3))
+    mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
+    y = F.batch_norm(x, mean, var, training=True, **options)
+    assert support.same_bits(y, bn(x))
+    assert support.same_bits(var, bn.running_var)
+
+
+@pytest.mark.parametrize("value", [np.array("0.1"), np.array(True), np.array(0.1j), np.ones(1)])
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+def test_an_array_that_is_no_real_number_is_none(name, value):
+    with refused(TypeError, f"{name} must be a real number"):
+        fastbn.BatchNorm2d(3, **{name: value})
+
+
 @pytest.mark.parametrize("name", ["eps", "momentum"])
 def test_a_number_beyond_every_float_is_refused(name):
     with refused(ValueError, name):
         fastbn.BatchNorm2d(3, **{name: 10**400})
 
 
-@pytest.mark.parametrize("value", [1e-3, np.float32(1e-3), np.float64(1e-3), 1, np.int64(1)])
+NUMBERS = [1e-3, np.float32(1e-3), np.float64(1e-3), 1, np.int64(1), np.array(1e-3), np.array(1)]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
 def test_any_real_number_serves_as_eps_and_momentum(value):
     bn = fastbn.BatchNorm2d(3, eps=value, momentum=value)
     assert bn.eps == bn.momentum == value

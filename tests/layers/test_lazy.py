@@ -111,7 +111,7 @@ def test_the_counter_can_be_read_before_the_first_input(lazy, becomes):
 
 
 @families
-@pytest.mark.parametrize("channels", [1, 64, np.int64(64)])
+@pytest.mark.parametrize("channels", [1, 64, np.int64(64), np.array(64)])
 def test_a_number_of_channels_in_the_place_of_eps_is_refused(lazy, becomes, channels):
     with refused(TypeError, f"{lazy.__name__} takes no num_features", "eps", str(channels)):
         lazy(channels)
