@@ -39,6 +39,15 @@ def refuse_channels(eps: Any, layer: str) -> None:
         )
 
 
+# What to pass for a dtype, by its name.
+DTYPES = {
+    "float32": "np.float32",
+    "float64": "np.float64",
+    "float16": "np.float16",
+    "bfloat16": "ml_dtypes.bfloat16",
+}
+
+
 def as_dtype(value: Any) -> np.dtype[Any]:
     """One of the four dtypes; float32 for None."""
     try:
@@ -46,8 +55,12 @@ def as_dtype(value: Any) -> np.dtype[Any]:
     except TypeError:  # "bfloat16", for one, is known after an import of ml_dtypes only
         dtype = np.dtype(object)
     if not checks.is_float(dtype) or not dtype.isnative:
+        # That of torch.float32, or of another byte order.
+        name = str(value).rpartition(".")[2] if dtype.kind == "O" else dtype.name
+        mend = f"; pass {DTYPES[name]}" if name in DTYPES else ""
         raise TypeError(
-            f"dtype must be float32, float64, float16 or ml_dtypes.bfloat16, got {value!r}"
+            f"dtype must be np.float32, np.float64, np.float16 or ml_dtypes.bfloat16, in native "
+            f"byte order, got {value!r}{mend}"
         )
     return dtype
 

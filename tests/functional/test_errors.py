@@ -178,6 +178,30 @@ def test_an_unsupported_dtype_is_refused(value):
         fastbn.BatchNorm2d(3, dtype=value)
 
 
+class OfTorch:
+    """A dtype that NumPy does not know."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return f"torch.{self.name}"
+
+
+FOREIGN_DTYPES = {
+    "torch.float64": (OfTorch("float64"), "np.float64"),
+    "torch.bfloat16": (OfTorch("bfloat16"), "ml_dtypes.bfloat16"),
+    ">f4": (np.dtype(np.float32).newbyteorder(), "np.float32"),
+    "its name": (np.dtype(np.float16).newbyteorder().str, "np.float16"),
+}
+
+
+@pytest.mark.parametrize(("value", "mend"), FOREIGN_DTYPES.values(), ids=FOREIGN_DTYPES)
+def test_a_dtype_of_another_library_or_byte_order_is_refused_with_the_mend(value, mend):
+    with pytest.raises(TypeError, match=f"native byte order, got .*; pass {mend}$"):
+        fastbn.BatchNorm2d(3, dtype=value)
+
+
 def test_an_unknown_device_is_refused():
     with refused(ValueError, "tpu", "cpu"):
         fastbn.BatchNorm2d(3, device="tpu")
