@@ -79,6 +79,14 @@ def as_real(value: Any, name: str) -> float:
         raise ValueError(f"{name} must be a number that a float can hold") from None
 
 
+def as_finite(value: Any, name: str) -> float:
+    """A real number that is finite, as a float."""
+    number = as_real(value, name)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
 def as_bool(value: Any, name: str) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):
@@ -109,9 +117,7 @@ def as_activation(
         raise ValueError(f"{legal} {activation!r}")
     if activation is not None:
         activation = sys.intern(str(activation))  # The quick path knows names by identity.
-    slope = as_real(negative_slope, "negative_slope")
-    if not math.isfinite(slope):
-        raise ValueError(f"negative_slope must be finite, got {slope}")
+    slope = as_finite(negative_slope, "negative_slope")
     is_float32 = dtype is not None and dtype.itemsize < 8  # so is the arithmetic of 16 bits
     if is_float32 and activation == "leaky_relu" and abs(slope) > FLOAT32_MAX:
         raise ValueError(

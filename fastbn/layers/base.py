@@ -61,8 +61,8 @@ class Norm(Differentiable):
         negative_slope: float,
     ) -> None:
         """Check and keep the options, and make the arrays if the number of channels is known."""
-        self.eps = scalars.as_eps(eps, zero=self._zero_eps)
-        self.momentum = None if momentum is None else scalars.as_real(momentum, "momentum")
+        self.eps = scalars.as_finite(scalars.as_eps(eps, zero=self._zero_eps), "eps")
+        self.momentum = None if momentum is None else scalars.as_finite(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.unbiased = scalars.as_bool(unbiased, "unbiased")

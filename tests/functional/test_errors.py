@@ -138,6 +138,17 @@ def test_unbiased_is_a_bool(x, bn, value):
         bn(x, out=x)
 
 
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_the_options_of_a_layer_are_finite(name, value):
+    for make in (partial(fastbn.BatchNorm2d, 3), fastbn.LazyBatchNorm2d):
+        with refused(ValueError, name, value):
+            make(**{name: value})
+    if name == "eps":
+        with refused(ValueError, name, value):
+            fastbn.GroupNorm(1, 3, eps=value)
+
+
 def test_options_that_a_file_has_kept_serve_again(x, tmp_path):
     np.savez(tmp_path / "bn.npz", num_features=3, eps=1e-3, momentum=0.3)
     with np.load(tmp_path / "bn.npz") as file:
