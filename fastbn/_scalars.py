@@ -87,6 +87,16 @@ def as_finite(value: Any, name: str) -> float:
     return number
 
 
+def as_momentum(value: Any) -> float:
+    """The momentum of a function, which counts no batches."""
+    if value is None:
+        raise TypeError(
+            "momentum must be a real number, got None: the cumulative average is for layers, which "
+            "count batches, such as BatchNorm2d(..., momentum=None)"
+        )
+    return as_real(value, "momentum")
+
+
 def as_bool(value: Any, name: str) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):

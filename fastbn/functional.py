@@ -90,7 +90,8 @@ def batch_norm(
     training : bool, default False
         Whether to normalize by the statistics of the batch.
     momentum : float, default 0.1
-        The factor of the batch in the running statistics.
+        The factor of the batch in the running statistics. The cumulative average, a momentum of
+        None, is for layers, which count batches: ``BatchNorm2d(..., momentum=None)``.
     eps : float, default 1e-5
         Added to the variance. Greater than 0 in training, otherwise not less.
     out : ndarray of shape (N, C, ...), optional
@@ -150,7 +151,7 @@ def batch_norm(
             return y
     x = checks.as_input(input)
     size = scalars.as_batch_size(ghost_batch_size)
-    momentum = scalars.as_real(momentum, "momentum")
+    momentum = scalars.as_momentum(momentum)
     unbiased = scalars.as_bool(unbiased, "unbiased")
     if not training:
         return normalize.by_running(
@@ -333,7 +334,7 @@ def instance_norm(
         if result is not None:
             return result[0]
     x = checks.as_input(input)
-    momentum = scalars.as_real(momentum, "momentum")
+    momentum = scalars.as_momentum(momentum)
     unbiased = scalars.as_bool(unbiased, "unbiased")
     if not use_input_stats:
         return normalize.by_running(

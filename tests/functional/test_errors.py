@@ -113,6 +113,13 @@ def test_options_are_checked_in_every_mode(x, bn, options, exception, masked):
             call(x, bn.running_mean, bn.running_var, out=x, mask=mask, **options)
 
 
+def test_who_asks_a_function_for_the_cumulative_average_is_told_of_layers(x, bn):
+    running = bn.running_mean, bn.running_var
+    for call in NORMALIZATIONS:
+        with refused(TypeError, "BatchNorm2d(..., momentum=None)", intact=[bn, x]):
+            call(x, *running, out=x, momentum=None)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2"])
 @pytest.mark.parametrize("training", [False, True])
 def test_ghost_batch_size_is_checked_in_every_mode(x, bn, size, training):
