@@ -205,6 +205,13 @@ def test_a_constant_of_any_float32_magnitude_gives_its_bias(value):
     assert (F.batch_norm(x, None, None, None, bias, training=True) == bias.reshape(2, 1, 1)).all()
 
 
+def test_a_constant_gives_its_bias_where_float32_has_the_factor_of_eps(dtype):
+    x, bias = np.full((4, 2, 9, 9), 2.5, dtype), np.array([0.5, -1.0], dtype)
+    for eps in (1e-77, 1e-300) if dtype == np.float64 else (1e-77,):
+        y = F.batch_norm(x, None, None, None, bias, training=True, eps=eps)
+        assert (y == bias.reshape(2, 1, 1)).all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_magnitudes_of_1e30_give_the_right_output(rng, layout):
     x = sample(rng, "N(0,1)", (4, 3, 9, 9), np.float32)
