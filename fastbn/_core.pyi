@@ -241,6 +241,8 @@ def try_layer_backward(
     saved: SavedForBackward,
     weight: object,
     bias: object,
+    running_mean: object,
+    running_var: object,
     weight_grad: object,
     bias_grad: object,
     out: object,

@@ -142,22 +142,27 @@ cdef bint is_plain_target(object value, cnp.ndarray x, object out) noexcept:
 
 
 cdef bint is_plain_gradient(object gradient, object parameter, cnp.ndarray x, cnp.ndarray dy,
-                            object out, object residual_out) noexcept:
+                            tuple others) noexcept:
     """Tell whether it is a sum of gradients that can be added to, or None for a new one.
 
-    It is added to while x and dy may be read. NumPy rounds sums from float64, kernels round those
-    of 16 bits from float32.
+    It is added to while x and dy may be read, and is apart from the others, of which some may be
+    None. NumPy rounds sums from float64, kernels round those of 16 bits from float32.
     """
     cdef cnp.ndarray array
     if parameter is None:
         return gradient is None
     if gradient is None:
         return cnp.PyArray_ITEMSIZE(<cnp.ndarray>parameter) > 2
-    if not is_plain_target(gradient, x, out):
+    if not is_plain_target(gradient, x, None):
         return False
     array = <cnp.ndarray>gradient
-    return (cnp.PyArray_ITEMSIZE(array) > 2 and is_apart(array, x) and is_apart(array, dy)
-            and (residual_out is None or is_apart(array, <cnp.ndarray>residual_out)))
+    if cnp.PyArray_ITEMSIZE(array) <= 2 or not is_apart(array, x) or not is_apart(array, dy):
+        return False
+    for other in others:
+        if other is not None and not (
+                cnp.PyArray_CheckExact(other) and is_apart(array, <cnp.ndarray>other)):
+            return False
+    return True
 
 
 cdef bint is_plain_counter(object counter, Py_ssize_t batches) noexcept:

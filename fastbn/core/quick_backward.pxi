@@ -32,8 +32,8 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
     return target, dweight, dbias
 
 
-def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight_grad, bias_grad,
-                       out, residual_out, /):
+def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, running_mean, running_var,
+                       weight_grad, bias_grad, out, residual_out, /):
     """The gradients of a layer's input and residual, and the sums of those of weight and bias.
 
     None if it is not plain, or where a residual_out is without a residual.
@@ -55,10 +55,11 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, weight
             or not is_plain_residual_out(residual_out, array, dy, out)
             or not is_plain_vector(weight, array, residual_out)
             or not is_plain_vector(bias, array, residual_out)
-            or not is_plain_gradient(weight_grad, weight, array, dy, out, residual_out)
-            or not is_plain_gradient(bias_grad, bias, array, dy, out, residual_out)
-            or (weight_grad is not None and bias_grad is not None
-                and not is_apart(<cnp.ndarray>weight_grad, <cnp.ndarray>bias_grad))
+            or not is_plain_gradient(weight_grad, weight, array, dy,
+                                     (out, residual_out, weight, bias, running_mean, running_var))
+            or not is_plain_gradient(bias_grad, bias, array, dy,
+                                     (out, residual_out, weight, bias, running_mean, running_var,
+                                      weight_grad))
             or not (saved.kept is not None or saved.is_unchanged())):
         return None
     weights, channels = saved.weights(), cnp.PyArray_DIMS(array)[1]

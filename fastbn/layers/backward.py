@@ -98,13 +98,13 @@ class Differentiable(LayerState):
         residual_out: Array | None,
     ) -> tuple[Array, Array | None] | None:
         """`backward` of a plain call; None for any other."""
-        if self._adds_to_another_array():
-            return None
         result = _core.try_layer_backward(
             dy,
             saved,
             self.weight,
             self.bias,
+            self.running_mean,
+            self.running_var,
             self.weight_grad,
             self.bias_grad,
             out,
@@ -115,19 +115,6 @@ class Differentiable(LayerState):
         dx, derived, self.weight_grad, self.bias_grad = result
         self._saved = NO_SECOND_BACKWARD
         return dx, derived
-
-    def _adds_to_another_array(self) -> bool:
-        """Tell whether a gradient is another array of the layer, for which the core does not look.
-
-        It finds gradients that share memory with each other itself.
-        """
-        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        for gradient in (self.weight_grad, self.bias_grad):
-            if gradient is not None and (
-                gradient is weight or gradient is bias or gradient is mean or gradient is var
-            ):
-                return True
-        return False
 
     def _backward(
         self,

@@ -938,6 +938,10 @@ def overlapping_vectors(channels):
     return both[:channels], both[-channels:]
 
 
+def view(array):
+    return None if array is None else array[:]
+
+
 ALIASES = {
     "one another": lambda bn: [np.zeros(3, np.float32)] * 2,
     "one another in part": lambda bn: overlapping_vectors(3),
@@ -946,6 +950,8 @@ ALIASES = {
     "weight": lambda bn: (bn.weight, None),
     "weight, by the other": lambda bn: (np.zeros(3, np.float32), bn.weight),
     "bias": lambda bn: (None, bn.bias),
+    "a view of running_var": lambda bn: (view(bn.running_var), None),
+    "a view of bias": lambda bn: (None, view(bn.bias)),
 }
 
 
