@@ -53,7 +53,7 @@ class Differentiable(LayerState):
         in place, to its output, beside copies of weight and bias. That array must not have been
         written to since then, by an activation in place for example; of a NumPy array, up to 64
         elements tell. Weight and bias may change before the backward; only on a GPU, after a
-        forward that was not in place, the weight may not.
+        forward that was neither in place nor followed by an activation, the weight may not.
 
         Parameters
         ----------
@@ -156,7 +156,7 @@ class Differentiable(LayerState):
         out = checks.check_out(out, saved.x, dy, **read)
         derived = self._derived(saved, dy, residual_out, out=out, **read)
         buffers = self._grad_buffers(saved.mean)
-        if saved.in_place or isinstance(saved.x, np.ndarray):
+        if saved.in_place or saved.activation is not None or isinstance(saved.x, np.ndarray):
             parameters = {"weight": saved.weight, "bias": saved.bias}
         gate = gate_of(saved, dy, derived, is_new=residual_out is None)
         return dy, parameters, out, gate, buffers

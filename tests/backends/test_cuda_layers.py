@@ -187,13 +187,20 @@ def test_channels_that_the_output_does_not_determine(rng, half, frozen, in_place
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("weight", [0.5, 0.0])
-def test_parameters_may_be_updated_between_a_forward_in_place_and_its_backward(rng, weight, frozen):
+@pytest.mark.parametrize(
+    ("activation", "in_place"),
+    [(None, True), ("relu", True), ("relu", False), ("leaky_relu", False)],
+)
+def test_parameters_may_be_updated_between_a_forward_and_its_backward(
+    rng, activation, in_place, weight, frozen
+):
     x, dy, results = some(rng, (4, 3, 5, 6)), cupy.asarray(some(rng, (4, 3, 5, 6))), []
     for change in (0, 1):
-        layer, y = fastbn.BatchNorm2d(3, device="cuda"), cupy.asarray(x)
+        layer = fastbn.BatchNorm2d(3, device="cuda", activation=activation)
+        y = cupy.asarray(x)
         layer.frozen = frozen
         layer.weight[1] = weight
-        layer(y, out=y)
+        layer(y, out=y if in_place else None)
         layer.weight += change
         layer.bias += change
         results.append((layer.backward(dy), layer.weight_grad, layer.bias_grad))
