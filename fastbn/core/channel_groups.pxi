@@ -93,7 +93,7 @@ cdef Py_ssize_t read_weight(const GroupNormJob *norm, Py_ssize_t c0, Py_ssize_t 
 cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
     """Choose how many channels are walked together: whole GroupNorm's groups, or a part of one."""
     cdef Cut *cut = &norm.job.cut
-    cdef Py_ssize_t channels = norm.channels, most, tasks
+    cdef Py_ssize_t channels = norm.channels, most, tasks, step
     cdef Py_ssize_t run = max(cut.s * norm.job.itemsize, 1)
     if cut.column_layout:
         most = STRIP // (max(cut.s, 1) * cut.fold)
@@ -102,18 +102,20 @@ cdef void choose_spans(GroupNormJob *norm, int threads) noexcept nogil:
     else:
         most = min(GROUP_BYTES // (run * inputs_of(&norm.job)), GROUP)
     most = max(most, 1)
+    norm.span = 1
     if cut.fold > 1:  # a folded row is one strip
-        norm.span, cut.group = 1, cut.c
+        cut.group = cut.c
     elif channels <= most:
         # Enough for all threads; strips of columns are read faster where they are wide.
         tasks = threads if cut.column_layout else TASKS_OF_THREAD * threads
         most = min(most, max(cut.batches * cut.c // tasks, 1))
-        norm.span, cut.group = 1, channels * max(most // channels, 1)
-    else:
-        while channels % most != 0:
-            most -= 1
-        norm.span, cut.group = channels // most, most
-    cut.groups = ceil_div(cut.c, cut.group)
+        cut.group = channels * max(most // channels, 1)
+    else:  # parts of nearly the same size, in whole steps
+        step = LANES if cut.column_layout and cut.s < LANES else 1
+        cut.group = ceil_div(channels, ceil_div(channels, most))
+        cut.group = min(ceil_div(cut.group, step) * step, most)
+        norm.span, cut.period = ceil_div(channels, cut.group), channels
+    cut.groups = cut.c // cut.period * ceil_div(cut.period, cut.group)
 
 
 cdef void combine_span(const GroupNormJob *norm, Py_ssize_t span) noexcept nogil:

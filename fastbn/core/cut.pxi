@@ -69,6 +69,7 @@ cdef struct Cut:
     Py_ssize_t batches
     Py_ssize_t n, c, s
     Py_ssize_t group, groups      # channels that are walked together; groups of all channels
+    Py_ssize_t period             # channels after which groups begin anew
     Py_ssize_t earlier            # channels by which groups, but the first one, begin earlier
     Py_ssize_t block_n            # samples, or folded rows of the matrix, of a block
     Py_ssize_t block_s            # elements of a run that belong to a block
@@ -97,7 +98,7 @@ cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
     memset(&cut, 0, sizeof(Cut))
     if channels_last:
         n, s = n * s, 1
-    cut.batches, cut.n, cut.c, cut.s = batches, n, c, s
+    cut.batches, cut.n, cut.c, cut.s, cut.period = batches, n, c, s, c
     if s < RUN_MIN or s < RUN_MIN_OF_SUMS and 2 * s < 3 * n:
         cut_column_layout(&cut)
     else:
@@ -251,10 +252,15 @@ cdef Block block_of(const Cut *cut, Py_ssize_t g, Py_ssize_t b) noexcept nogil:
     """Block b of group g; the groups of the first batch come first, then those of the next."""
     cdef Block block
     cdef Py_ssize_t blocks_along_s = max(cut.blocks_along_s, 1), row = b // blocks_along_s
+    cdef Py_ssize_t first = 0, groups = cut.groups
     block.batch = g // cut.groups
     g -= block.batch * cut.groups
-    block.c0 = max(g * cut.group - cut.earlier, 0)
-    block.c1 = cut.c if g == cut.groups - 1 else (g + 1) * cut.group - cut.earlier
+    if cut.period < cut.c:
+        groups = ceil_div(cut.period, cut.group)
+        first = g // groups * cut.period
+        g %= groups
+    block.c0 = first + max(g * cut.group - cut.earlier, 0)
+    block.c1 = first + (cut.period if g == groups - 1 else (g + 1) * cut.group - cut.earlier)
     block.n0 = row * cut.block_n
     block.n1 = min(block.n0 + cut.block_n, cut.n // cut.fold)
     block.s0 = (b - row * blocks_along_s) * cut.block_s

@@ -28,7 +28,8 @@ from fastbn import functional as F
 
 pytestmark = pytest.mark.wheel
 
-# Shapes of runs and of columns; groups that are walked together, alone, and in parts.
+# Shapes of runs and of columns; groups that are walked together, alone, and in parts, of which the
+# last one may be smaller.
 SHAPES = [
     ((4, 6, 5, 7), 3),
     ((4, 6), 2),
@@ -37,6 +38,8 @@ SHAPES = [
     ((3, 96, 9, 9), 1),
     ((2, 600, 3, 3), 2),
     ((2, 1030, 2), 2),
+    ((2, 134, 7, 7), 2),
+    ((2, 1042, 3), 2),
     ((2, 4, 200, 180), 2),
     ((5, 4, 1, 1), 2),
     ((40, 20, 4, 4), 4),
