@@ -20,7 +20,7 @@ from cpython.pystate cimport PyThreadState
 from cpython.ref cimport Py_INCREF, PyTypeObject
 from cython.parallel cimport prange
 from libc.float cimport DBL_MAX, DBL_MIN, FLT_MAX, FLT_MIN
-from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, pow
+from libc.math cimport INFINITY, fabs, fmod, isfinite, isnan, sqrt
 from libc.stdint cimport INT32_MAX, INT64_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memset

@@ -16,6 +16,7 @@ import pytest
 # `reference` and `support` are imported by name, whichever import mode pytest runs in.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from internals import core
 from support import DTYPES, dtype_of
 
 # The same examples in every run; --hypothesis-profile=explore looks for new ones.
@@ -65,6 +66,14 @@ def run_serial(config, tests):
     command = [sys.executable, "-m", "pytest", *options, "-n0", "-m", "serial", *tests]
     print("\nTests that run alone:", flush=True)
     return subprocess.run(command, cwd=config.invocation_params.dir).returncode
+
+
+@pytest.fixture(params=[True, False], ids=["quick", "checked"])
+def quick(request):
+    """Each of the two paths."""
+    was_on = core.set_quick_path(request.param)
+    yield request.param
+    core.set_quick_path(was_on)
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ cdef Recovery recovery_of(Py_ssize_t itemsize, int type_num, double count) noexc
     """What decides it for outputs of a dtype and so many values in each channel."""
     cdef Recovery recovery
     recovery.least, recovery.greatest, recovery.ratio = FLT_MIN, FLT_MAX, 16.0
-    if itemsize == 8:
-        recovery.least, recovery.greatest = DBL_MIN, DBL_MAX
+    if itemsize == 8:  # times invstd, of 1e-154 to 1e154, the square of the weight is a double
+        recovery.least, recovery.greatest = 1e-75, 1e75
     elif type_num == cnp.NPY_FLOAT16:
         recovery.least, recovery.greatest = 6.103515625e-05, 65504.0
     elif itemsize == 2:  # bfloat16 has the exponents of float32, and fewer digits to lose
         recovery.ratio = 4.0
-    recovery.reach = pow(count, 0.5) + recovery.ratio  # no normalized value of n exceeds sqrt(n)
+    recovery.reach = sqrt(count) + recovery.ratio  # no normalized value of n exceeds sqrt(n)
     return recovery
 
 

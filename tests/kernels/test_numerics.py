@@ -315,3 +315,30 @@ def test_blocks_lose_no_more_than_the_rounding_of_their_means(rng, spread):
         _, exact_mean, exact_var = reference.moments(x)
         support.assert_close(mean, exact_mean, 1e-15)
         support.assert_close(m2 / count, exact_var, 1e-13 + 1e-16 * spread)
+
+
+LAYERS = {
+    "batch": lambda: fastbn.BatchNorm1d(4, dtype=np.float64),
+    "instance": lambda: fastbn.InstanceNorm1d(4, affine=True, dtype=np.float64),
+    "group": lambda: fastbn.GroupNorm(2, 4, dtype=np.float64),
+}
+EXPONENTS = [-320, -310, -300, -165, -100, -80, 80, 100, 160, 300]  # of weights
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@each("weight, x", [(w, x) for w in EXPONENTS for x in (-120, 0, 120) if abs(w) + abs(x) <= 320])
+def test_gradients_in_float64_are_right_for_weights_of_any_size(
+    rng, quick, make, in_place, weight, x
+):
+    values, dy = some(rng, (4, 4, 5), np.float64, mean=0), some(rng, (4, 4, 5), np.float64, mean=0)
+    gradients = []
+    for factor in (1.0, 10.0**weight):
+        layer, y = make(), values * 10.0**x
+        layer.eps, layer.weight[:] = 1e-300, factor
+        layer(y, out=y if in_place else None)
+        gradients.append(layer.backward(dy))
+    expected = gradients[0] * 10.0**weight
+    # Products with subnormal weights have few digits.
+    bound = 1e-12 * np.abs(expected).max() + 1e-322
+    support.assert_within(gradients[1], expected, bound)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import each
-from internals import alone_on_its_rank, core
+from internals import alone_on_its_rank
 from kinds import KINDS, OneRank
 from support import (
     byte_swapped,
@@ -47,14 +47,6 @@ LAYERS = {
     "sync": (alone, (6, 6, 5, 8)),
 }
 layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-
-
-@pytest.fixture(params=[True, False], ids=["quick", "checked"])
-def quick(request):
-    """Each of the two paths."""
-    was_on = core.set_quick_path(request.param)
-    yield request.param
-    core.set_quick_path(was_on)
 
 
 def relu_in_place(h):
