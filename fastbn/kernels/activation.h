@@ -104,9 +104,10 @@ ALWAYS_INLINE int NAME(kind_of_gate)(const fastbn_gate *gate)
     return gate->activation.kind == FASTBN_RELU ? FASTBN_RELU : FASTBN_LEAKY_RELU;
 }
 
-/* A gate for a step of elements. */
+/* A gate for a step of elements. It has no copy of the activation, which would be made anew on the
+ * stack for each step. */
 typedef struct {
-    NAME(activation) activation;
+    const NAME(activation) *activation;
     VA low[NAME(GATE_STEPS)], high[NAME(GATE_STEPS)];
 } NAME(gate);
 
@@ -141,7 +142,7 @@ NOT_INLINE void NAME(narrow_gates)(const fastbn_gate *gate, ptrdiff_t channels, 
 ALWAYS_INLINE NAME(gate) NAME(gate_of_run)(const NAME(gates) *gates, ptrdiff_t c)
 {
     NAME(gate) r;
-    r.activation = gates->activation;
+    r.activation = &gates->activation;
     UNROLL for (int j = 0; j < NAME(GATE_STEPS); j++) {
         r.low[j] = NAME(all_lanes)(gates->low[c]);
         r.high[j] = NAME(all_lanes)(gates->high[c]);
@@ -164,7 +165,7 @@ ALWAYS_INLINE void NAME(spread_gates)(const fastbn_matrix *matrix, const fastbn_
 ALWAYS_INLINE NAME(gate) NAME(gate_of_columns)(const NAME(gates) *gates, ptrdiff_t i)
 {
     NAME(gate) r;
-    r.activation = gates->activation;
+    r.activation = &gates->activation;
     UNROLL for (int j = 0; j < NAME(GATE_STEPS); j++) {
         r.low[j] = LOAD_A(gates->low + LANES + i + j * VA_LANES);
         r.high[j] = LOAD_A(gates->high + LANES + i + j * VA_LANES);

@@ -82,7 +82,7 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(int kind, step_sums sums, const
         VA v = NAME(load)(x + k * VA_LANES);
         IN_REGISTER(v);
         const NAME(passed) passed = NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), v,
-                                               &gate->activation, gate->low[k], gate->high[k]);
+                                               gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
             if (is_skipped(lanes, j, VD))

@@ -56,7 +56,7 @@ ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *ter
     vf v = NAME(load)(x + j * VF);
     IN_REGISTER(v);
     const NAME(passed) passed =
-        NAME(pass)(kind, NAME(load)(dy + j * VF), v, &terms->gate->activation,
+        NAME(pass)(kind, NAME(load)(dy + j * VF), v, terms->gate->activation,
                    terms->gate->low[j], terms->gate->high[j]);
     const vf g = only_valid_floats(lanes, j, passed.dy);
     const vf d = only_valid_floats(lanes, j, passed.x - mean.at[j]);
