@@ -83,9 +83,15 @@ int fastbn_omp_max_threads(void)
 /* What gcc's programs call of an OpenMP runtime; clang's and Intel's have it as well. */
 typedef void parallel_function(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
-/* Another runtime, whose threads are borrowed; NULL if there is none. */
+/* Another runtime, whose threads are borrowed; NULL if there is none. The first function is stored
+ * last: a thread that sees it sees the others, too, without Python's lock. */
 static parallel_function *borrowed_parallel;
 static int (*borrowed_thread_num)(void), (*borrowed_num_threads)(void);
+
+static parallel_function *look_at_borrowed(void)
+{
+    return __atomic_load_n(&borrowed_parallel, __ATOMIC_ACQUIRE);
+}
 
 /* The file that a function is in; empty if that is not known. */
 static const char *file_of(void *function)
@@ -99,8 +105,9 @@ static const char *own_runtime(void) { return file_of((void *)omp_get_max_thread
 
 static const char *runtime_in_use(void)
 {
+    parallel_function *const parallel = look_at_borrowed();
     void *function;
-    memcpy(&function, &borrowed_parallel, sizeof function);
+    memcpy(&function, &parallel, sizeof function);
     return function != NULL ? file_of(function) : own_runtime();
 }
 
@@ -140,7 +147,7 @@ int fastbn_omp_pause(void)
 {
 #if HAS_RUNTIMES
     const int paused = pause_runtime(own_runtime());
-    return borrowed_parallel == NULL ? paused : pause_runtime(runtime_in_use()) && paused;
+    return look_at_borrowed() == NULL ? paused : pause_runtime(runtime_in_use()) && paused;
 #else
     return 1;
 #endif
@@ -149,6 +156,7 @@ int fastbn_omp_pause(void)
 int fastbn_borrow_threads(const char *library)
 {
 #if HAS_RUNTIMES
+    parallel_function *to_store;
     void *parallel = function_seen_by(library, "GOMP_parallel");
     void *thread_num = function_seen_by(library, "omp_get_thread_num");
     void *num_threads = function_seen_by(library, "omp_get_num_threads");
@@ -158,7 +166,8 @@ int fastbn_borrow_threads(const char *library)
         return 1;
     memcpy(&borrowed_thread_num, &thread_num, sizeof thread_num);
     memcpy(&borrowed_num_threads, &num_threads, sizeof num_threads);
-    memcpy(&borrowed_parallel, &parallel, sizeof parallel);
+    memcpy(&to_store, &parallel, sizeof parallel);
+    __atomic_store_n(&borrowed_parallel, to_store, __ATOMIC_RELEASE);
     return 1;
 #else
     (void)library;
@@ -187,9 +196,10 @@ int fastbn_on_borrowed_threads(fastbn_work *work, void *data, int shares)
 {
 #if HAS_RUNTIMES
     region r = {work, data, shares};
-    if (borrowed_parallel == NULL)
+    parallel_function *const parallel = look_at_borrowed();
+    if (parallel == NULL)
         return 0;
-    borrowed_parallel(do_shares, &r, (unsigned)shares, 0);
+    parallel(do_shares, &r, (unsigned)shares, 0);
     return 1;
 #else
     (void)work, (void)data, (void)shares;
