@@ -47,7 +47,7 @@ cdef enum:
 
 
 cdef struct ValidPositions:
-    const unsigned char *mask
+    const unsigned char *ones     # of a boolean mask: 1 at valid positions, 0 at invalid ones
     Py_ssize_t size
     Py_ssize_t part_size          # positions of a part, of which the last one may have fewer
     Py_ssize_t counts[MASK_PARTS]
@@ -57,13 +57,13 @@ cdef struct ValidPositions:
 
 
 cdef Py_ssize_t count_in_parts(ValidPositions *valid, cnp.ndarray mask) noexcept:
-    """Count the valid positions of a C-contiguous mask; begin a search."""
+    """Count the valid positions of a C-contiguous boolean mask; begin a search."""
     cdef Py_ssize_t start, part = 0, total = 0
-    valid.mask, valid.size = <const unsigned char *>cnp.PyArray_BYTES(mask), cnp.PyArray_SIZE(mask)
+    valid.ones, valid.size = <const unsigned char *>cnp.PyArray_BYTES(mask), cnp.PyArray_SIZE(mask)
     valid.part_size = max((valid.size + MASK_PARTS - 1) // MASK_PARTS, SHORTEST_MASK_PART)
     for start in range(0, valid.size, valid.part_size):
         valid.counts[part] = isa_in_use.common.count_valid(
-            valid.mask + start, min(valid.part_size, valid.size - start))
+            valid.ones + start, min(valid.part_size, valid.size - start))
         total += valid.counts[part]
         part += 1
     valid.part, valid.up_to_end, valid.position, valid.before = -1, 0, 0, 0
@@ -78,27 +78,27 @@ cdef Py_ssize_t find_valid_position(ValidPositions *valid, Py_ssize_t n) noexcep
         valid.position, valid.before = valid.part * valid.part_size, valid.up_to_end
         valid.up_to_end += valid.counts[valid.part]
     while valid.position + 8 <= valid.size:
-        count = valid_of_eight(valid.mask + valid.position)
+        count = valid_of_eight(valid.ones + valid.position)
         if n < valid.before + count:
             break
         valid.position += 8
         valid.before += count
     position, count = valid.position, valid.before
-    while count < n or valid.mask[position] == 0:
-        count += valid.mask[position]
+    while count < n or valid.ones[position] == 0:
+        count += valid.ones[position]
         position += 1
     return position
 
 
-cdef Py_ssize_t valid_of_eight(const unsigned char *mask) noexcept:
-    """How many of eight positions are valid: a sum of bytes that are 0 or 1."""
+cdef Py_ssize_t valid_of_eight(const unsigned char *ones) noexcept:
+    """How many of eight positions are valid: the sum of their bytes."""
     cdef cnp.npy_uint64 bytes
-    memcpy(&bytes, mask, 8)
+    memcpy(&bytes, ones, 8)
     return <Py_ssize_t>((bytes * <cnp.npy_uint64>0x0101010101010101) >> 56)
 
 
 cdef int spread_over_valid(cnp.ndarray x, cnp.ndarray mask, Py_ssize_t *offsets) noexcept:
-    """Choose elements of x at valid positions: nobody reads the others.
+    """Choose elements of x at valid positions of a boolean mask: nobody reads the others.
 
     They are counted with the channels last, so that neighbouring probes are of several channels.
     """

@@ -20,7 +20,7 @@ cdef class SavedForBackward:
         A copy of the input, of all channels or of `kept_channels`, that the output does not tell.
     kept_channels : ndarray of int or None
     mask : ndarray or None
-        C-contiguous, if x is an array of NumPy's.
+        Boolean, a byte of 1 or 0 per position; C-contiguous, if x is an array of NumPy's.
     shape : tuple of int
         That of x at the time of the forward.
     batch_size : int

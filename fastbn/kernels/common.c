@@ -208,7 +208,8 @@ void COMMON(spread_masks)(valid_columns *valid, const fastbn_matrix *matrix, ptr
         spread_mask(matrix, r + t, valid->steps, valid->of_row[t] + LANES);
 }
 
-/* Counts the valid positions. Sums of bytes are widened before they overflow. */
+/* Counts the valid positions by their lowest bits, which 255 and 1 have in common. Sums of bytes
+ * are widened before they overflow. */
 static ptrdiff_t count_valid(const unsigned char *mask, ptrdiff_t len)
 {
     enum { WIDTH = 64, MOST = 255 };

@@ -224,7 +224,8 @@ typedef struct {
 
 /* What knows no dtype. */
 typedef struct {
-    /* How many of the first `len` positions are valid. */
+    /* How many of the first `len` positions are valid, of a mask of 255 and 0, or of a boolean one
+     * of 1 and 0. */
     ptrdiff_t (*count_valid)(const unsigned char *mask, ptrdiff_t len);
     /* invstd = 1 / sqrt(m2 / n + eps) */
     void (*invstd)(const double *m2, double n, double eps, ptrdiff_t count, double *invstd);
