@@ -51,12 +51,12 @@ cdef struct Job:
     Py_ssize_t leftover_samples   # those after the batches, which make up a smaller one
     bint channels_last
     Py_ssize_t itemsize
+    bint is_float64
     const Kernels *kernels
     BlockStep reduce
     GroupStep merge
     ApplyBlock apply
     Schedule schedule
-    bint refine_pivot             # whether a pivot must be near the mean
     bint in_float32               # whether sums may be as exact as float32, where that is faster
     bint in_float64               # whether the gradient of x is computed in float64, for its range
     int tries                     # what it tries: STORES, THREADS or NOTHING
@@ -117,7 +117,7 @@ cdef void init_job(Job *job, const char *x, Py_ssize_t n, Py_ssize_t c, Py_ssize
     job.samples = n
     job.x, job.itemsize, job.channels_last = x, itemsize, channels_last
     job.kernels = kernels_of(itemsize, type_num)
-    job.refine_pivot = itemsize == sizeof(double)
+    job.is_float64 = itemsize == sizeof(double)
     job.cut = cut_work(batches, n, c, s, channels_last)
     job.count = <double>(n * s)
     job.schedule = execute_batches
@@ -145,7 +145,7 @@ cdef void reduce_to_products(Job *job, double *sum_dy, double *sum_dy_xhat) noex
 
 cdef void sum_in_float32(Job *job) noexcept nogil:
     """Let sums be no more exact than results in float32 need: nothing else is made of them."""
-    job.in_float32 = job.itemsize < <Py_ssize_t>sizeof(double)
+    job.in_float32 = not job.is_float64
 
 
 cdef void apply_normalize(Job *job, char *out) noexcept nogil:

@@ -10,7 +10,7 @@ cdef void sum_block(const Job *job, const Block *block, int arithmetic, const do
     """
     if not job.cut.column_layout:
         sum_runs(job, block, arithmetic, centre, first, second, beside)
-    elif job.refine_pivot:
+    elif job.is_float64:
         sum_columns_in_chunks(job, block, ADDITIONS, arithmetic, centre, first, second)
     elif arithmetic == RAW and block.n1 - block.n0 > RAW_ROWS_MOST:
         sum_columns_in_chunks(job, block, RAW_ROWS_MOST, arithmetic, centre, first, second)

@@ -3,7 +3,7 @@
 
 cdef bint has_huge_mean(const Job *job, const double *means, Py_ssize_t channels) noexcept nogil:
     """Tell whether the mean of any channel is so large."""
-    return job.itemsize < <Py_ssize_t>sizeof(double) and isa_in_use.common.any_huge(means, channels)
+    return not job.is_float64 and isa_in_use.common.any_huge(means, channels)
 
 
 cdef bint needs_float64(const Job *job) noexcept nogil:
@@ -14,7 +14,7 @@ cdef bint needs_float64(const Job *job) noexcept nogil:
     cdef double means[COLUMNS]
     cdef Block block
     cdef Py_ssize_t batch, i, batches = 1
-    if job.dy == NULL or job.apply == NULL or job.itemsize == sizeof(double):
+    if job.dy == NULL or job.apply == NULL or job.is_float64:
         return False
     if job.mean.batch_stride != 0:
         batches = job.cut.batches + (job.leftover_samples > 0)

@@ -83,7 +83,7 @@ cdef void exact_moments(const Job *job, const Block *block, const BlockValid *va
     for c in range(channels):
         pivot[c] = pivot[c] if isfinite(pivot[c]) else 0.0
     sum_block(job, block, IN_FLOAT64, pivot, first, second)
-    if job.refine_pivot:
+    if job.is_float64:
         for c in range(channels):
             mean[c] = pivot[c] + first[c] / valid.count
             pivot[c] = mean[c] if isfinite(mean[c]) else pivot[c]
