@@ -76,8 +76,9 @@ cdef struct Cut:
     Py_ssize_t blocks_along_s     # 1, or more where runs are longer than a block
     Py_ssize_t blocks             # of each group
     Py_ssize_t fold               # rows of the matrix in a folded one; 1 in the row layout
-    Py_ssize_t width              # columns of a folded row
-    Py_ssize_t leftover_rows      # rows behind the last folded one; they go with the last block
+    Py_ssize_t width              # columns of a folded row; 0 in the row layout
+    # Rows behind the last folded one, which go with the last block; 0 in the row layout.
+    Py_ssize_t leftover_rows
 
 
 # A block of a group: the channels [c0, c1) of the samples, or folded rows, [n0, n1) of a batch. In
@@ -108,7 +109,7 @@ cdef Cut cut_work(Py_ssize_t batches, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s,
 
 cdef void cut_row_layout(Cut *cut) noexcept nogil:
     cdef Py_ssize_t s = cut.s
-    cut.column_layout, cut.fold = False, 1
+    cut.column_layout, cut.fold, cut.width, cut.leftover_rows = False, 1, 0, 0
     cut.group = 1
     cut.block_n = max(ROW_LAYOUT_BLOCK // max(s, 1), 1)
     # Long runs are cut at whole steps, into blocks of nearly the same length.
