@@ -305,6 +305,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
     for (ptrdiff_t r = next_row(matrix, 0), last; r < rows; r = next_row(matrix, last + 1)) {
         const ptrdiff_t distance = distance_of_rows(matrix, r, together);
         const int count = distance > 0 ? together : 1;
+        /* Trees, which take two rows at a time, are filled exactly: a single row is the last one. */
         const int begins = in_trees == 0, ends = in_trees + count == TREE;
         last = r + distance * (count - 1);
         if (masks_some)
@@ -322,7 +323,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
             WALK(together, begins, ends);
         else if (!by_trees || begins)
             WALK(together, 1, 0);
-        else if (2 * together < TREE && !ends)
+        else if (!ends)
             WALK(together, 0, 0);
         else
             WALK(together, 0, 1);
