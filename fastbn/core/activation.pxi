@@ -134,7 +134,7 @@ cdef void find_gate_bounds(const Job *job, int threads) noexcept nogil:
     """Find the bounds of the gates of all channels."""
     cdef Py_ssize_t tasks = job.cut.batches * ceil_div(job.cut.c, COLUMNS)
     if job.has_gate:
-        parallel_for(job, find_some_gate_bounds, 0, tasks, tasks, min(threads, <int>tasks))
+        parallel_for(job, find_some_gate_bounds, 0, tasks, tasks, threads)
 
 
 cdef void find_some_gate_bounds(const Job *job, Py_ssize_t g0, Py_ssize_t groups, Py_ssize_t t,

@@ -13,7 +13,7 @@ cdef extern from *:
     static FASTBN_THREAD_LOCAL double fastbn_alone, fastbn_alone_since, fastbn_caution;
     """
     # Each of these belongs to the calling thread of Python, which has OpenMP threads of its own.
-    # The number of threads that is set for its calls; 0 for none, THREADS_DEFAULT for the default.
+    # The number of threads that is set for its calls; 0 for none, -1 for the default.
     int threads_here "fastbn_threads_here"
     # Of calls that several threads could share: when this one began, and when the last one ended.
     double call_began "fastbn_call_began"
@@ -29,7 +29,6 @@ cdef extern from *:
 
 
 cdef enum:
-    THREADS_DEFAULT = -1
     # With less to read and write, a thread brings a few microseconds at best, and costs
     # milliseconds where another process has its CPU.
     BYTES_PER_THREAD = 524288
