@@ -62,11 +62,16 @@ static void advise(const block *freed, uintptr_t page, int advice)
 }
 
 #if defined(MADV_FREE)
-static int shall_be_offered(void)
+/* Whether a block of a size will be kept, and is offered then. */
+static int shall_be_offered(size_t size)
 {
+    int shall_be = 0;
     lock();
-    const int shall_be = kept.unoffered == 0;
-    kept.unoffered -= !shall_be;
+    if (size <= kept.limit) {
+        shall_be = kept.unoffered == 0;
+        if (!shall_be)
+            kept.unoffered--;
+    }
     unlock();
     return shall_be;
 }
@@ -74,7 +79,7 @@ static int shall_be_offered(void)
 /* Lets the system take pages where it needs them, as long as they are not written again. */
 static void offer_to_system(const block *freed)
 {
-    if (!shall_be_offered())
+    if (!shall_be_offered(freed->size))
         return;
     const double start = fastbn_seconds();
     /* The small pages at the ends would take longer than all huge ones together. */
@@ -221,7 +226,7 @@ static void give_back(void *ctx, void *memory, size_t size)
         below->free(below->ctx, memory, size);
         return;
     }
-    offer_to_system(&freed);
+    offer_to_system(&freed); /* before another thread can take it */
     const int count = keep(freed, gone);
     if (count < 0)
         below->free(below->ctx, memory, size);
