@@ -8,5 +8,5 @@ cdef Py_ssize_t l2_bytes = fastbn_cache_bytes(2)
 # 48 MiB on.
 cdef Py_ssize_t l3_bytes = min(fastbn_cache_bytes(3) or 16777216, 100663296)
 
-# What all threads together walk twice should be smaller than half of it, which others use too.
-cdef Py_ssize_t cache_bytes = l3_bytes // 2
+# What all threads together walk twice should be smaller than this, since others use the cache, too.
+cdef Py_ssize_t half_l3_bytes = l3_bytes // 2

@@ -71,11 +71,11 @@ cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
     So memory is read while results are written. Where the caches have it all, it only costs, but
     for one thread that has the third-level cache to itself.
     """
-    cdef bint is_in_l3 = input_bytes(job) <= 2 * l3_bytes
-    cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_in_l3 else AHEAD_GROUP_BYTES
+    cdef bint is_partly_in_l3 = input_bytes(job) <= 2 * l3_bytes
+    cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_partly_in_l3 else AHEAD_GROUP_BYTES
     # What is written elsewhere takes a part of the cache, too.
     cdef Py_ssize_t held = held_bytes if overwrites_input(job) else held_bytes // 4 * 3
-    return (bytes_in_caches(job) > cache_bytes and group_bytes(job) <= most
+    return (footprint_bytes(job) > half_l3_bytes and group_bytes(job) <= most
             and (threads == 1 or input_bytes(job) > held))
 
 

@@ -56,7 +56,7 @@ cdef Py_ssize_t groups_of(const Job *job) noexcept nogil:
 
 cdef bint is_in_l2(const Job *job, int threads) noexcept nogil:
     """Tell whether the second-level caches of so many threads have all arrays."""
-    return bytes_in_caches(job) <= threads * l2_bytes
+    return footprint_bytes(job) <= threads * l2_bytes
 
 
 cdef Py_ssize_t tasks_for(const Job *job, int threads) noexcept nogil:
@@ -131,7 +131,7 @@ cdef int tasks_reserved(const Job *job, Py_ssize_t count, int threads) noexcept 
     others took tasks each time, that memory would go to and fro. Otherwise it is one where each
     thread may have what its tasks are about in its second-level cache.
     """
-    if overwrites_input(job) and bytes_in_caches(job) <= LARGER_THAN_CACHES:
+    if overwrites_input(job) and footprint_bytes(job) <= LARGER_THAN_CACHES:
         return <int>max(count // (4 * threads), 1)
     return count >= 4 * threads and is_in_l2(job, threads)
 
@@ -268,7 +268,8 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
 
 cdef void execute_rounds(const Job *job, int threads) noexcept nogil:
     """Rounds of so many groups that the second walk finds them in the third-level cache."""
-    cdef Py_ssize_t r, groups = groups_of(job), most = max(cache_bytes // (2 * group_bytes(job)), 1)
+    cdef Py_ssize_t r, groups = groups_of(job)
+    cdef Py_ssize_t most = max(half_l3_bytes // (2 * group_bytes(job)), 1)
     if job.cut.column_layout:
         most = groups  # strips: they are neighbours in memory, of which caches hold the end anyway
     for r in range(ceil_div(groups, most)):
@@ -312,7 +313,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         find_valid(job)
     group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
         groups_of(job) >= tasks_for(job, threads)
-        and group_bytes(job) * threads <= cache_bytes))
+        and group_bytes(job) * threads <= half_l3_bytes))
     job.interleaves = group_by_group and groups_of(job) >= 2 * threads and interleaves_groups(job)
     job.reads_ahead = group_by_group and not job.interleaves and prefetches_groups(job, threads)
     job.finds_cached = (job.reduce == NULL or group_by_group) and finds_in_caches(

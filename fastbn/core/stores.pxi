@@ -52,22 +52,22 @@ cdef bint overwrites_input(const Job *job) noexcept nogil:
         job.out == job.x or job.out == job.dy or job.out == job.residual)
 
 
-cdef Py_ssize_t bytes_in_caches(const Job *job) noexcept nogil:
-    """The bytes of inputs and output, if there is one; it may be one of them."""
+cdef Py_ssize_t footprint_bytes(const Job *job) noexcept nogil:
+    """The bytes of memory of inputs and output, if there is one; it may have that of an input."""
     cdef bint adds_output = job.out != NULL and not overwrites_input(job)
     return input_bytes(job) + (array_bytes(job) if adds_output else 0)
 
 
 cdef bint tries_stores(const Job *job) noexcept nogil:
     """Tell whether trials decide, not the size of a job or a limit that is set."""
-    cdef Py_ssize_t of_all = bytes_in_caches(job)
+    cdef Py_ssize_t of_all = footprint_bytes(job)
     return (nontemporal_bytes < 0 and of_all >= trial_bytes and allows_nontemporal(job)
             and (of_all <= LARGER_THAN_CACHES or overwrites_input(job)))
 
 
 cdef bint uses_nontemporal(const Job *job) noexcept nogil:
     """Tell whether to write the output by non-temporal stores."""
-    cdef Py_ssize_t of_all = bytes_in_caches(job)
+    cdef Py_ssize_t of_all = footprint_bytes(job)
     if not allows_nontemporal(job):
         return False
     if job.tries == STORES:

@@ -22,7 +22,7 @@ cdef int what_it_tries(const Job *job, int threads) noexcept nogil:
     """Which of these a job of up to so many threads tries."""
     if tries_stores(job):
         return STORES
-    if bytes_in_caches(job) < trial_bytes and may_share(bytes_moved(job), threads):
+    if footprint_bytes(job) < trial_bytes and may_share(bytes_moved(job), threads):
         return THREADS
     return NOTHING
 
@@ -35,7 +35,7 @@ cdef int likely_way(const Job *job) noexcept nogil:
     """The way that is tried first."""
     if job.tries == THREADS:
         return 0
-    return not overwrites_input(job) and bytes_in_caches(job) > likely_bytes
+    return not overwrites_input(job) and footprint_bytes(job) > likely_bytes
 
 
 cdef uint64_t key_of(const Job *job, int threads) noexcept nogil:
