@@ -55,36 +55,6 @@ cdef const Kernels *kernels_of_array(cnp.ndarray array) noexcept:
     return kernels_of(cnp.PyArray_ITEMSIZE(array), cnp.PyArray_TYPE(array))
 
 
-cdef Vector constant(double value) noexcept nogil:
-    """A vector of one and the same value."""
-    cdef Vector vector
-    memset(&vector, 0, sizeof(Vector))
-    vector.value = value
-    return vector
-
-
-cdef Vector vector_of(cnp.ndarray array, double default) noexcept:
-    """An array of one value per channel, or per batch and channel; the default for None."""
-    cdef Vector vector
-    cdef const cnp.npy_intp *strides
-    cdef int ndim
-    if array is None:
-        return constant(default)
-    strides, ndim = cnp.PyArray_STRIDES(array), cnp.PyArray_NDIM(array)
-    vector.data = cnp.PyArray_BYTES(array)
-    vector.stride = strides[ndim - 1]
-    vector.batch_stride = strides[0] if ndim == 2 else 0
-    vector.kernels = kernels_of_array(array)
-    vector.value = default
-    return vector
-
-
-cdef double *output_vector(cnp.ndarray array, Vector *vector) noexcept:
-    """The data of a new float64 array, which the job's later steps read as the vector."""
-    vector[0] = vector_of(array, 0.0)
-    return <double *>vector.data
-
-
 cdef Statistics statistics_in(cnp.ndarray mean, cnp.ndarray m2, cnp.ndarray invstd) noexcept:
     """New float64 arrays of one value per channel, or per batch and channel."""
     cdef Statistics found
@@ -105,3 +75,9 @@ cdef void init_job_on(Job *job, cnp.ndarray x, cnp.ndarray mask, Py_ssize_t batc
              batch_size)
     if mask is not None:
         job.mask = <const unsigned char *>cnp.PyArray_BYTES(mask)
+
+
+cdef Py_ssize_t batches_of(cnp.ndarray x, Py_ssize_t batch_size) noexcept:
+    """The batches of so many samples, of which the last may have fewer; 0 stands for all."""
+    cdef Py_ssize_t samples = cnp.PyArray_DIMS(x)[0]
+    return 1 if batch_size == 0 or batch_size >= samples else ceil_div(samples, batch_size)

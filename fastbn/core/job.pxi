@@ -16,14 +16,6 @@ ctypedef void (*Schedule)(Job *job, int threads) noexcept nogil
 cdef enum:
     PROBES = 64                   # elements by which a change of an array is noticed
 
-# One value per channel, or per batch and channel, of any of the four dtypes, alignment and strides.
-cdef struct Vector:
-    const char *data              # NULL stands for a vector of one and the same value
-    Py_ssize_t stride
-    Py_ssize_t batch_stride       # 0 if all batches have the same values
-    const Kernels *kernels
-    double value
-
 # Where a job writes what it finds about batches: each of (batches, c).
 cdef struct Statistics:
     double *mean
@@ -163,27 +155,12 @@ cdef void apply_gradient(Job *job, char *out) noexcept nogil:
 # ------------------------------------------------------------------ where things are
 
 
-cdef const char *start_of_vector(const Vector *vector, const Block *block) noexcept nogil:
-    """Where the value of a block's first channel is."""
-    return vector.data + block.batch * vector.batch_stride + block.c0 * vector.stride
-
-
 cdef Block some_channels(Py_ssize_t i, Py_ssize_t channels) noexcept nogil:
     """The i-th COLUMNS of a number of channels, of the first batch."""
     cdef Block block
     memset(&block, 0, sizeof(Block))
     block.c0, block.c1 = i * COLUMNS, min((i + 1) * COLUMNS, channels)
     return block
-
-
-cdef void read_vector(const Vector *vector, const Block *block, double *to) noexcept nogil:
-    """The values of a block's channels."""
-    cdef Py_ssize_t c, count = block.c1 - block.c0
-    if vector.data != NULL:
-        vector.kernels.load_as_double(start_of_vector(vector, block), vector.stride, count, to)
-        return
-    for c in range(count):
-        to[c] = vector.value
 
 
 cdef void read_invstd(const Job *job, const Block *block, double *to) noexcept nogil:

@@ -234,49 +234,8 @@ cdef cnp.ndarray new_bits(Py_ssize_t count):
     return <cnp.ndarray>cnp.PyArray_ZEROS(1, &shape, cnp.NPY_UINT8, 0)
 
 
-cdef void read_all(const Vector *vector, Py_ssize_t channels, double *to) noexcept nogil:
-    """Read the values of all channels, which may be more than a block has."""
-    cdef Block block
-    memset(&block, 0, sizeof(Block))
-    block.c1 = channels
-    read_vector(vector, &block, to)
-
-
 cdef double *new_doubles(Py_ssize_t count) except NULL:
     cdef double *doubles = <double *>malloc(count * sizeof(double))
     if doubles == NULL:
         raise MemoryError("no memory for sums of the channels")
     return doubles
-
-
-cdef Py_ssize_t batches_of(cnp.ndarray x, Py_ssize_t batch_size) noexcept:
-    """The batches of so many samples, of which the last may have fewer; 0 stands for all."""
-    cdef Py_ssize_t samples = cnp.PyArray_DIMS(x)[0]
-    return 1 if batch_size == 0 or batch_size >= samples else ceil_div(samples, batch_size)
-
-
-cdef Vector repeated(const Vector *vector, Py_ssize_t channels, Py_ssize_t batches,
-                     double *to) noexcept nogil:
-    """A vector of one double per batch and channel, the same ones for each batch."""
-    cdef Py_ssize_t b
-    if vector.data == NULL:
-        return vector[0]
-    read_all(vector, channels, to)
-    for b in range(1, batches):
-        memcpy(to + b * channels, to, channels * sizeof(double))
-    return vector_of_batches(to, channels)
-
-
-cdef Vector vector_of_batches(const double *values, Py_ssize_t channels) noexcept nogil:
-    """A vector of one double per batch and channel."""
-    cdef Vector vector = vector_of_doubles(values)
-    vector.batch_stride = channels * sizeof(double)
-    return vector
-
-
-cdef Vector vector_of_doubles(const double *values) noexcept nogil:
-    """A vector of one double per channel."""
-    cdef Vector vector = constant(0.0)
-    vector.data, vector.stride = <const char *>values, sizeof(double)
-    vector.kernels = isa_in_use.float64
-    return vector

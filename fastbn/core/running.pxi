@@ -72,10 +72,3 @@ cdef void add_channels(const Vector *total, const Block *block, const double *ad
     for c in range(block.c1 - block.c0):
         sums[c] += added[c]
     write_vector(total, block, sums)
-
-
-cdef void write_vector(const Vector *vector, const Block *block,
-                       const double *values) noexcept nogil:
-    """Write the values of a block's channels."""
-    vector.kernels.store_from_double(values, vector.stride, block.c1 - block.c0,
-                                     <char *>start_of_vector(vector, block))
