@@ -41,19 +41,21 @@ cdef enum:
     LONG_RUN_BYTES = 524288
     COEFFICIENT_ELEMENTS = 1024
     COEFFICIENT_ROWS = 64
-    # Arrays of shorter runs have the column layout. Up to a second length, they have it for sums if
-    # there are more than two samples for three elements of a run: what a run costs the row layout
-    # beside its elements, a column costs the column layout. Without sums, they have it up to a
-    # third length. After sums in columns, results are walked run by run from a fourth length on,
-    # unless rows are folded.
+    # Shorter runs always are columns.
     RUN_MIN = LANES
+    # Shorter ones are columns for sums where 3 n > 2 s: what a run costs the row layout beside its
+    # elements, a column costs the column layout.
     RUN_MIN_OF_SUMS = 129
+    # From this length on, a job without sums has the row layout.
     RUN_MIN_OF_RESULTS = 48
+    # From this length on, results after sums in columns are walked run by run, unless rows are
+    # folded.
     RUN_MIN_AFTER_SUMS = 64
-    # Narrow rows are folded, as many into one as have so many columns at most: a row that is added
-    # to sums in memory waits for the one before it. Where there are few rows, no more of them are
-    # folded than an eighth, or than have a second number of columns.
+    # The columns of a folded row at most. Narrow rows are folded since a row that is added to sums
+    # in memory waits for the one before it.
     FOLDED_WIDTH = 256
+    # Where there are few rows, an eighth of them is folded into one at most, or as many as have so
+    # many columns, if that is more.
     FOLDED_WIDTH_LEAST = 96
     # Where a mask leaves out whole rows, rows of more channels are unfolded again.
     MASKED_WIDTH = 64
@@ -127,7 +129,8 @@ cdef void cut_column_layout(Cut *cut) noexcept nogil:
     height = cut.n // cut.fold
     cut.leftover_rows = cut.n % cut.fold
     cut.block_n = ceil_div(height, blocks_of(height, rows_of_block(cut, height)))
-    # Of rows that are not folded, pairs around their mean have exact sums if they stay together.
+    # Two rows that follow each other stay in one block, if they are not folded: where they lie
+    # equally far on both sides of the mean, the sums of a block are exact then.
     cut.block_n += cut.block_n % 2
     cut.blocks = 0 if cut.n * cut.s == 0 else max(ceil_div(height, max(cut.block_n, 1)), 1)
     cut.block_s = cut.s

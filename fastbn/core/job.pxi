@@ -156,7 +156,7 @@ cdef void apply_gradient(Job *job, char *out) noexcept nogil:
 
 
 cdef Block some_channels(Py_ssize_t i, Py_ssize_t channels) noexcept nogil:
-    """The i-th COLUMNS of a number of channels, of the first batch."""
+    """The channels from i * COLUMNS on, COLUMNS at most, as a block of the first batch."""
     cdef Block block
     memset(&block, 0, sizeof(Block))
     block.c0, block.c1 = i * COLUMNS, min((i + 1) * COLUMNS, channels)

@@ -26,7 +26,8 @@ def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activ
     follows = activation_of(activation, PyFloat_AS_DOUBLE(slope))
     saved = SavedForBackward.__new__(SavedForBackward)
     saved.frozen, saved.in_place = True, is_in_place(x, out)
-    # Running statistics bound no normalized value; 16 bits would not hold every one.
+    # The output does not determine x behind an activation or a residual. Nor does it in 16 bits,
+    # which do not hold every normalized value: running statistics set these no bound.
     if saved.in_place and (follows.kind != LINEAR or residual is not None
                            or cnp.PyArray_ITEMSIZE(<cnp.ndarray>x) == 2):
         saved.kept = new_like(x, None)

@@ -23,7 +23,7 @@ enum {
     OFFERS_LEFT_OUT = 1024,
 };
 
-/* A call takes 10 microseconds and more for a MiB. */
+/* The call whose result it is takes 10 microseconds and more for a MiB. */
 static const double MOST_SECONDS_PER_BYTE = 2e-6 / (1 << 20);
 
 /* The free blocks, those that were given back first in front. */

@@ -2,7 +2,7 @@
 
 cdef enum:
     NO_TASK = -1
-    # More threads than a call ever uses.
+    # The most threads of a region, whatever is set: their ranges lie on the stack.
     THREADS_MAX = 1024
     # Calls that read and write less keep Python's lock: to give it up and take it again would be a
     # part of their time that can be felt.
@@ -281,8 +281,8 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
 
     Non-temporal stores wait for memory and sums do not, as long as caches have what is read;
     ordinary stores would take the bandwidth of these caches that sums need. With small second-level
-    caches it is not measured, and done only where the kind of stores is set. Runs that are cut have
-    blocks of nearly the same length.
+    caches it is not measured, and done only where the kind of stores is set. The blocks of a run
+    that is cut have nearly the same length, so that none of them has less than INTERLEAVED either.
     """
     cdef Py_ssize_t most = INTERLEAVED_BYTES if job.dy == NULL else INTERLEAVED_BYTES_OF_TWO
     return (job.nontemporal and (has_large_l2 or nontemporal_bytes >= 0)

@@ -3,7 +3,7 @@
 # How a block is summed: deviations in float64 or in float32, or x and x^2 in float64.
 cdef enum:
     IN_FLOAT64
-    IN_FLOAT32  # of products and, in the row layout, of moments
+    IN_FLOAT32  # products in both layouts, moments in the row layout alone
     RAW
 
 cdef enum:
@@ -144,7 +144,7 @@ cdef void sum_again(const Job *job, const Block *block, const BlockValid *valid,
 
 cdef Py_ssize_t end_of_lost(const double *m2, Py_ssize_t begin, Py_ssize_t channels,
                             Py_ssize_t step) noexcept nogil:
-    """The end of the steps from a channel on each of which has a channel whose m2 is NaN."""
+    """Where, from `begin` on, the first step of so many channels begins that has no NaN in m2."""
     cdef Py_ssize_t end = begin, c = begin
     while c < min(end + step, channels):
         c += 1

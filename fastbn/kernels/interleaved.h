@@ -76,8 +76,8 @@ ALWAYS_INLINE NAME(coefficients_of_run) NAME(coefficients_of)(int summed,
     return r;
 }
 
-/* Behind each stretch of a run that is summed as much of another one is written, as STREAM_RUNS
- * writes it. Sums are those of sum_runs and of sum_runs_by_trees. */
+/* After each stretch of a run has been summed, as many results of another run are written, in whole
+ * lines as by STREAM_RUNS. Sums are those of sum_runs and of sum_runs_by_trees. */
 ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, const T *x,
                                             const fastbn_runs *runs, const double *centre,
                                             const fastbn_gate *gate, double *first, double *second,
