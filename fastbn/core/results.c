@@ -18,8 +18,8 @@ typedef struct {
 enum {
     MOST_BLOCKS = 64,
     MOST_OF_A_SIZE = 2,
-    /* Offering a block to the system may have to tell all CPUs of a process, which takes long on some
-     * virtual machines. Where it has, so many blocks are not offered. */
+    /* Offering a block to the system may have to tell all CPUs of a process, which takes long on
+     * some virtual machines. Where it has, so many blocks are not offered. */
     OFFERS_LEFT_OUT = 1024,
 };
 

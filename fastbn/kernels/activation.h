@@ -1,6 +1,7 @@
 /* Activations and their derivatives, for one dtype; dtype.h includes this file. */
 
-/* The numbers in their order, as integers: -0 comes before 0, and behind infinity there are NaNs. */
+/* The numbers in their order, as integers: -0 comes before 0, and behind infinity there are
+ * NaNs. */
 ALWAYS_INLINE ORDER_A NAME(order_of)(A value)
 {
     ORDER_A bits;
@@ -27,8 +28,8 @@ typedef struct {
     A gain, floor, cap;
 } NAME(activation);
 
-/* Whether a clamp computes it; of an activation the core's only_clamps tells the same. Infinity times 0 is a NaN, which
- * would not be the greater one. */
+/* Whether a clamp computes it; of an activation the core's only_clamps tells the same. Infinity
+ * times 0 is a NaN, which would not be the greater one. */
 ALWAYS_INLINE int NAME(is_clamped)(const fastbn_activation *activation)
 {
     const A slope = (A)activation->slope;

@@ -15,8 +15,8 @@ ALWAYS_INLINE uint32_t bits_from(const uint8_t *bits, size_t i)
     return (low | high << 16) >> i % 8;
 }
 
-/* Writes bits one behind the other, from any bit of a byte on. They were zeros. Other threads may write
- * bits of the first and of the last byte at the same time. */
+/* Writes bits one behind the other, from any bit of a byte on. They were zeros. Other threads may
+ * write bits of the first and of the last byte at the same time. */
 typedef struct {
     uint8_t *to;      /* the byte of the first bit that waits to be written */
     uint64_t waiting; /* less than 32 bits */

@@ -1,12 +1,12 @@
-/* What the kernels of all dtypes share, compiled once per instruction set, with ISA set to its name:
- * sums of lanes and columns, masks, and numbers of channels. */
+/* What the kernels of all dtypes share, compiled once per instruction set, with ISA set to its
+ * name: sums of lanes and columns, masks, and numbers of channels. */
 #include "common.h"
 #include "masks.h"
 
 /* ------------------------------------------------------------------ sums of lanes */
 
-/* The sums of a step, added up to those of one register: lane i is added to lane i + 8, then to lane
- * i + 4 and so on, whatever the width of a register is. */
+/* The sums of a step, added up to those of one register: lane i is added to lane i + 8, then to
+ * lane i + 4 and so on, whatever the width of a register is. */
 ALWAYS_INLINE vd fold_step(const double *sums)
 {
     vd v[STEPS];
@@ -94,8 +94,8 @@ ALWAYS_INLINE void add_runs(ptrdiff_t channels, ptrdiff_t run, const double *fro
     }
 }
 
-/* Adds the sums of the columns from the j-th one on, of channels that have a step or more each. Those
- * of the lanes of a channel are added up like those of a run. */
+/* Adds the sums of the columns from the j-th one on, of channels that have a step or more each.
+ * Those of the lanes of a channel are added up like those of a run. */
 static void add_long_runs(const fastbn_matrix *matrix, const column_sums *sums, ptrdiff_t j,
                           double *first_of_channel, double *second_of_channel)
 {

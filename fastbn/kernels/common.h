@@ -1,5 +1,5 @@
-/* What the kernels of all dtypes have in common: limits, values of columns and their sums, the ends of
- * runs. Functions that are long, and know no dtype, are in common.c. */
+/* What the kernels of all dtypes have in common: limits, values of columns and their sums, the ends
+ * of runs. Functions that are long, and know no dtype, are in common.c. */
 #ifndef FASTBN_KERNELS_COMMON_H
 #define FASTBN_KERNELS_COMMON_H
 
@@ -12,8 +12,8 @@
 
 enum {
     COLUMNS = FASTBN_COLUMNS,
-    /* Columns are prefetched about so many elements ahead; those of two arrays less, for hardware does
-     * most of it. */
+    /* Columns are prefetched about so many elements ahead; those of two arrays less, for hardware
+     * does most of it. */
     PREFETCHED = 512,
     PREFETCHED_OF_TWO = 64,
     /* Sums of rows prefetch so many elements ahead, or more. */

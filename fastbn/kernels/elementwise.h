@@ -77,16 +77,16 @@ enum {
                         : CACHE_LINE / sizeof(T),
 };
 
-/* The elements before the next address that stores are aligned to. A store that crosses a cache line
- * costs two. */
+/* The elements before the next address that stores are aligned to. A store that crosses a cache
+ * line costs two. */
 ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
 {
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
-/* Stores a run: AT(i, is_first) is a register of values at i, loaded with a prefetch or without, and
- * RESULT(v, i, from, count) makes results of it, which count for so many lanes from one on: in the
- * order of memory, each element of the run counts once. ONE(i) is a single result.
+/* Stores a run: AT(i, is_first) is a register of values at i, loaded with a prefetch or without,
+ * and RESULT(v, i, from, count) makes results of it, which count for so many lanes from one on: in
+ * the order of memory, each element of the run counts once. ONE(i) is a single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. What
  * they store is loaded before the loop: in place, it overwrites some of these elements. */
@@ -118,8 +118,8 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
  * element up to a stop, between which there are whole registers. OF(c) are the coefficients of
  * channel c, a struct of type `type`. AT(k, i, is_first) is the register at i, counted from the
  * first run on, with coefficients k, and STORE(to, v) stores its results. A register that reaches
- * over the end of a run into the next one has the values of both. The coefficients are local values:
- * what is stored cannot change them, so that they stay in registers. */
+ * over the end of a run into the next one has the values of both. The coefficients are local
+ * values: what is stored cannot change them, so that they stay in registers. */
 #define EACH_RUN(to, channels, len, start, stop, type, OF, AT, RESULT, STORE) \
     do { \
         ptrdiff_t i = (start); \
@@ -171,13 +171,14 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
     copy_register_nontemporal((char *)to, (const char *)&v);
 }
 
-/* The elements before the first whole line, from the first registers of the run, and those behind the
- * last one, from its last registers. */
+/* The elements before the first whole line, from the first registers of the run, and those behind
+ * the last one, from its last registers. */
 #  define STORE_HEAD(to, head, first, RESULT) \
     do { \
         T line[NAME(LINE)]; \
         UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) \
-            NAME(store)(line + i, RESULT((first)[i / VA_LANES], i, 0, NAME(lanes_among)((head)-i))); \
+            NAME(store)(line + i, \
+                        RESULT((first)[i / VA_LANES], i, 0, NAME(lanes_among)((head)-i))); \
         memcpy(to, line, (size_t)(head) * sizeof(T)); \
     } while (0)
 #  define STORE_TAIL(to, len, tail, last, RESULT) \
@@ -238,8 +239,9 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
 #  define STREAM_RUNS(to, channels, len, type, OF, AT, RESULT) (void)0
 #endif
 
-/* Where a kernel writes: straight to the output or, where non-temporal stores of what it writes at a
- * time would not be whole lines, into a buffer that is copied there in whole lines when it is full. */
+/* Where a kernel writes: straight to the output or, where non-temporal stores of what it writes at
+ * a time would not be whole lines, into a buffer that is copied there in whole lines when it is
+ * full. */
 enum {
     NAME(BUFFER) = BUFFER_BYTES / sizeof(T),
     /* A register of results that are not narrower fills a non-temporal store. */
@@ -254,8 +256,8 @@ typedef struct {
 } NAME(writer);
 
 /* For runs of `len` elements, whose lines are streamed backwards or not, if they may be. */
-ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int may_stream, int nontemporal, ptrdiff_t len,
-                                     int backwards)
+ALWAYS_INLINE void NAME(init_writer)(NAME(writer) *w, int may_stream, int nontemporal,
+                                     ptrdiff_t len, int backwards)
 {
     w->backwards = backwards;
     w->streams = may_stream && nontemporal && len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
@@ -302,8 +304,8 @@ ALWAYS_INLINE void NAME(advance)(NAME(writer) *w, ptrdiff_t count)
         NAME(flush)(w);
 }
 
-/* How many elements are written next. Where only a part of them is streamed, it ends with a line, and
- * what is left has several lines, too. */
+/* How many elements are written next. Where only a part of them is streamed, it ends with a line,
+ * and what is left has several lines, too. */
 ALWAYS_INLINE ptrdiff_t NAME(fitting)(const NAME(writer) *w, int may_stream, ptrdiff_t left)
 {
     const ptrdiff_t n = smaller(left, w->capacity - w->filled);
@@ -344,9 +346,9 @@ ALWAYS_INLINE int NAME(streams_runs)(const NAME(writer) *w, const fastbn_runs *r
 
 ALWAYS_INLINE A NAME(if_valid)(A a, int valid) { return valid ? a : (A)0; }
 
-/* What a kernel is fused with: nothing; an activation that a clamp computes, alone, after a residual,
- * or after one and with bits; or an epilogue of any kind, with a mask or without, at the price of
- * branches. */
+/* What a kernel is fused with: nothing; an activation that a clamp computes, alone, after a
+ * residual, or after one and with bits; or an epilogue of any kind, with a mask or without, at the
+ * price of branches. */
 enum { NAME(PLAIN), NAME(ACTIVATED), NAME(ADDED), NAME(NOTED), NAME(WHOLE) };
 
 #define ADDS(fused) \
@@ -629,7 +631,8 @@ ALWAYS_INLINE ptrdiff_t NAME(padding)(const T *to)
     return (VA_LANES - NAME(unaligned)(to)) % VA_LANES;
 }
 
-/* How far ahead rows that lie apart are prefetched: whole rows, of `prefetched` elements or more. */
+/* How far ahead rows that lie apart are prefetched: whole rows, of `prefetched` elements or
+ * more. */
 ALWAYS_INLINE ptrdiff_t NAME(rows_ahead)(const fastbn_matrix *matrix, ptrdiff_t prefetched)
 {
     return matrix->stride * (prefetched / matrix->len + 1);
@@ -643,9 +646,9 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
            matrix->rows * matrix->len * (ptrdiff_t)sizeof(T) >= STREAM_BYTES;
 }
 
-/* Writes such rows like STREAM_RUN. Where they lie one behind the other, lines reach over the end of
- * a row into the next one: behind the coefficients of the last column there are those of the first
- * ones. Those of a strip of a wider matrix lie apart, and each has ends of its own. */
+/* Writes such rows like STREAM_RUN. Where they lie one behind the other, lines reach over the end
+ * of a row into the next one: behind the coefficients of the last column there are those of the
+ * first ones. Those of a strip of a wider matrix lie apart, and each has ends of its own. */
 #if HAS_NONTEMPORAL
 #  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END) \
     do { \
@@ -680,19 +683,19 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
 #  define STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END) (void)0
 #endif
 
-/* Writes the rows of a matrix, and prefetches so many elements ahead. The mask of a row is spread over
- * its columns; one that is left out as a whole is zeros. BEGIN(row, begins) goes before a row, which
- * is so many elements behind the first one, and END(ends) behind it: one that begins does not go on
- * where the last one has ended. */
-#define WRITE_ROWS(matrix, masked, out, nontemporal, prefetched, backwards, AT, ONE, RESULT, BEGIN, \
-                   END) \
+/* Writes the rows of a matrix, and prefetches so many elements ahead. The mask of a row is spread
+ * over its columns; one that is left out as a whole is zeros. BEGIN(row, begins) goes before a row,
+ * which is so many elements behind the first one, and END(ends) behind it: one that begins does not
+ * go on where the last one has ended. */
+#define WRITE_ROWS(matrix, masked, out, nontemporal, prefetched, backwards, AT, ONE, RESULT, \
+                   BEGIN, END) \
     if (!(masked) && NAME(streams_rows)(matrix, nontemporal)) \
         STREAM_ROWS(matrix, out, prefetched, backwards, AT, RESULT, BEGIN, END); \
     else \
-        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, BEGIN, \
-                              END)
-#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, BEGIN, \
-                              END) \
+        WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, \
+                              BEGIN, END)
+#define WRITE_ROWS_ONE_BY_ONE(matrix, masked, out, nontemporal, prefetched, AT, ONE, RESULT, \
+                              BEGIN, END) \
     do { \
         const ptrdiff_t len = (matrix)->len, stride = (matrix)->stride; \
         const ptrdiff_t ahead = NAME(rows_ahead)(matrix, prefetched); \
@@ -799,7 +802,8 @@ static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix
         else if (fused == NAME(ADDED))
             NAME(normalize_rows)(0, NAME(ADDED), x, y, &rows, affine, epilogue, at, nontemporal);
         else if (fused == NAME(ACTIVATED))
-            NAME(normalize_rows)(0, NAME(ACTIVATED), x, y, &rows, affine, epilogue, at, nontemporal);
+            NAME(normalize_rows)(0, NAME(ACTIVATED), x, y, &rows, affine, epilogue, at,
+                                 nontemporal);
         else
             NAME(normalize_rows)(0, NAME(PLAIN), x, y, &rows, affine, NULL, at, nontemporal);
     }
@@ -834,7 +838,8 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
 #define DY_AT(i, is_first) NAME(fetch)(dy + row + i0 + (i), is_first, ahead)
 #define X_AT(i, is_first) NAME(fetch)(x + row + i0 + (i), is_first, ahead)
 #define GATED(dy, x, COEFFICIENT, i) \
-    NAME(gated_dx)(NAME(pass)(kind, dy, x, &activation, COEFFICIENT(low, i), COEFFICIENT(high, i)), \
+    NAME(gated_dx)(NAME(pass)(kind, dy, x, &activation, COEFFICIENT(low, i), \
+                              COEFFICIENT(high, i)), \
                    COEFFICIENT(dy_mean, i), COEFFICIENT(rest, i), COEFFICIENT(x_mean, i), \
                    COEFFICIENT(slope, i), COEFFICIENT(scale, i))
 #define LOADED(table, i) LOAD_A(table + i0 + (i))
@@ -846,7 +851,8 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
                              LOADED(scale, i)), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[row + i0 + (i)])), \
-                                    NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), REPEATED, i)) \
+                                    NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), \
+                                    REPEATED, i)) \
            : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
                             dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
                             slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
@@ -879,7 +885,8 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
         if (kind == FASTBN_RELU)
             NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows, gradient, gate, nontemporal);
         else if (kind == FASTBN_LEAKY_RELU)
-            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate,
+                                nontemporal);
         else if (!masks_columns(&rows))
             NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, nontemporal);
         else
@@ -889,11 +896,11 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
 
 /* ------------------------------------------------------------------ activations by themselves */
 
-/* For LANES channels from c0 on, the first of the numbers, in their order, at which the value before
- * the activation is greater than a limit, or a NaN if `nans` says so; one behind infinity if it is
- * nowhere. In this order, or for a negative scale in the opposite one, the values do not decrease:
- * each operation of Y keeps the order, rounding included. An infinite scale makes a NaN of the mean
- * alone, and infinities of what is on its two sides. */
+/* For LANES channels from c0 on, the first of the numbers, in their order, at which the value
+ * before the activation is greater than a limit, or a NaN if `nans` says so; one behind infinity if
+ * it is nowhere. In this order, or for a negative scale in the opposite one, the values do not
+ * decrease: each operation of Y keeps the order, rounding included. An infinite scale makes a NaN
+ * of the mean alone, and infinities of what is on its two sides. */
 ALWAYS_INLINE void NAME(find_crossings)(const NAME(affine) *k, ptrdiff_t c0, A limit, int nans,
                                         ORDER_A *crossing)
 {
@@ -919,7 +926,8 @@ ALWAYS_INLINE void NAME(find_crossings)(const NAME(affine) *k, ptrdiff_t c0, A l
         begin[i] = (NAME(order_of)(low[i]) & is_near) | (first & ~is_near);
         end[i] = (NAME(order_of)(high[i]) & is_near) | (behind & ~is_near);
     }
-    /* All bits of a choice are set, or none: compilers make masked stores, which take long, of `?:`. */
+    /* All bits of a choice are set, or none: compilers make masked stores, which take long, of
+     * `?:`. */
     while (open) {
         open = 0;
         for (int i = 0; i < LANES; i++) {

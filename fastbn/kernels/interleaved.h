@@ -2,7 +2,8 @@
  * file. Non-temporal stores wait for memory, and additions for one another: in turns they take less
  * time than one after the other. */
 
-/* What is summed: x and x^2, deviations from a pivot, dy and its products, or those behind a gate. */
+/* What is summed: x and x^2, deviations from a pivot, dy and its products, or those behind a
+ * gate. */
 enum { NAME(RAW_MOMENTS), NAME(MOMENTS), NAME(PRODUCTS), NAME(RELU_PRODUCTS) };
 
 #define HAS_PRODUCTS(summed) (summed == NAME(PRODUCTS) || summed == NAME(RELU_PRODUCTS))
@@ -32,7 +33,8 @@ ALWAYS_INLINE step_sums NAME(add_last_stretch)(int summed, step_sums sums, const
     T buffer[LANES];
     valid_lanes lanes = {0, NULL, 0, 0};
 #define END_BY_TREE(term) \
-    add_tree(sums, NAME(add_end)(NAME(term), no_tree(), 0, dy, x, NULL, len, i, ahead, gate, centre))
+    add_tree(sums, \
+             NAME(add_end)(NAME(term), no_tree(), 0, dy, x, NULL, len, i, ahead, gate, centre))
     if (summed == NAME(RELU_PRODUCTS))
         return END_BY_TREE(relu_product_term);
     if (summed == NAME(PRODUCTS))
@@ -49,8 +51,8 @@ ALWAYS_INLINE step_sums NAME(add_last_stretch)(int summed, step_sums sums, const
     return sums;
 }
 
-/* The coefficients of results, for all channels and for one: beside moments those of a normalization,
- * beside products those of a gradient. */
+/* The coefficients of results, for all channels and for one: beside moments those of a
+ * normalization, beside products those of a gradient. */
 typedef struct {
     NAME(affine) affine;
     NAME(gradient_coefficients) gradient;
@@ -178,8 +180,8 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
     COMMON(add_lanes)(sums, channels, first, second);
 }
 
-static void NAME(moments_beside_results)(const void *x, const fastbn_runs *runs, const double *pivot,
-                                         double *first, double *second,
+static void NAME(moments_beside_results)(const void *x, const fastbn_runs *runs,
+                                         const double *pivot, double *first, double *second,
                                          const fastbn_results *results)
 {
     const int activates = results->activation != NULL;

@@ -24,24 +24,24 @@ enum {
     FASTBN_ADDITIONS = 128,
     /* So many terms are added in float32 at most, where sums are trees. */
     FASTBN_TREE = 8,
-    /* So many elements of a run are summed, then as many of another one are written, in turns: those
-     * of a tree. Runs have as many at least. */
+    /* So many elements of a run are summed, then as many of another one are written, in turns:
+     * those of a tree. Runs have as many at least. */
     FASTBN_INTERLEAVED = FASTBN_TREE * FASTBN_LANES,
-    /* Raw moments are used where the square of the mean is at most so many times the variance. Their
-     * difference has the relative error of the sums, so many times. After 4,096 additions to a lane,
-     * or column, each of which may round by 2^-54 in the same direction, the variance has an error
-     * below 2^-25, and one about 2^-33 where rounding errors average out. */
+    /* Raw moments are used where the square of the mean is at most so many times the variance.
+     * Their difference has the relative error of the sums, so many times. After 4,096 additions to
+     * a lane, or column, each of which may round by 2^-54 in the same direction, the variance has
+     * an error below 2^-25, and one about 2^-33 where rounding errors average out. */
     FASTBN_RAW_MOST = 65536,
-    /* The most columns of a strip, and channels of a block of results: 512, and a cache line of 16-bit
-     * elements. */
+    /* The most columns of a strip, and channels of a block of results: 512, and a cache line of
+     * 16-bit elements. */
     FASTBN_COLUMNS = 544,
     /* The most channels whose runs are summed at a time in the row layout. */
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
-    /* Non-temporal stores of shorter runs, where each is written by itself, go through a buffer, since
-     * the lines at their ends cost more; and those of 16 bits, of which a register does not fill
-     * one. */
+    /* Non-temporal stores of shorter runs, where each is written by itself, go through a buffer,
+     * since the lines at their ends cost more; and those of 16 bits, of which a register does not
+     * fill one. */
     FASTBN_STREAM_BYTES = 3072,
 };
 
@@ -78,12 +78,12 @@ typedef struct {
     double slope, cap;
 } fastbn_activation;
 
-/* What follows a normalization, in the same walk: a residual, unless it is NULL, is added in the type
- * of element-wise arithmetic, and the activation is applied before the result is rounded.
+/* What follows a normalization, in the same walk: a residual, unless it is NULL, is added in the
+ * type of element-wise arithmetic, and the activation is applied before the result is rounded.
  *
  * Unless `alive` is NULL, bit i of it, which was 0, is set if the derivative of the activation at
- * the i-th element of the array, in the order of memory, is 1; at invalid positions it may be set or
- * not. `first` is the number of the first element of x. */
+ * the i-th element of the array, in the order of memory, is 1; at invalid positions it may be set
+ * or not. `first` is the number of the first element of x. */
 typedef struct {
     fastbn_activation activation;
     const void *residual;
@@ -92,7 +92,8 @@ typedef struct {
 } fastbn_epilogue;
 
 /* What dy passes before a backward uses it: it is multiplied by the derivative of the activation,
- * which changes where x leaves the interval from `low` to `high` of its channel; see gate_bounds. */
+ * which changes where x leaves the interval from `low` to `high` of its channel; see
+ * gate_bounds. */
 typedef struct {
     fastbn_activation activation;
     const double *low, *high;
@@ -140,9 +141,9 @@ typedef void fastbn_column_products(const void *dy, const void *x, const fastbn_
                                     double *second);
 
 /* What is written beside sums, of as many channels and samples as are summed, with runs of the same
- * length; the samples are `stride` elements apart. Beside moments y = affine(x), through an activation
- * that a clamp computes, unless that is NULL; beside products dx = gradient(dy, x), where dy passes a
- * gate, unless that is NULL. */
+ * length; the samples are `stride` elements apart. Beside moments y = affine(x), through an
+ * activation that a clamp computes, unless that is NULL; beside products dx = gradient(dy, x),
+ * where dy passes a gate, unless that is NULL. */
 typedef struct {
     const void *dy, *x;
     void *to;
@@ -161,8 +162,8 @@ typedef struct {
 
     /* first, second = the sums of x - pivot and of (x - pivot)^2 of each channel */
     fastbn_moments *moments;
-    /* first, second = the sums of dy and of dy * (x - mean); with a gate, unless it is NULL, there is
-     * no mask */
+    /* first, second = the sums of dy and of dy * (x - mean); with a gate, unless it is NULL, there
+     * is no mask */
     fastbn_products *products;
     /* The same in the column layout; sums are added to those in first and second. */
     fastbn_column_moments *column_moments;
@@ -172,20 +173,20 @@ typedef struct {
     fastbn_moments *tree_moments;
     fastbn_products *tree_products;
     fastbn_column_products *column_tree_products;
-    /* The sums of x and of x^2, whatever the pivot, which may be NULL. The squares of float64 are not
-     * exact: for it they are the ones above. */
+    /* The sums of x and of x^2, whatever the pivot, which may be NULL. The squares of float64 are
+     * not exact: for it they are the ones above. */
     fastbn_moments *raw_moments;
     fastbn_column_moments *column_raw_moments;
 
-    /* pivot = a finite number near the mean of each channel, found in `count` of its elements: those
-     * of the first channel are the elements `at` of x, of the next one the elements `stride` further
-     * on. NULL for float64. */
+    /* pivot = a finite number near the mean of each channel, found in `count` of its elements:
+     * those of the first channel are the elements `at` of x, of the next one the elements `stride`
+     * further on. NULL for float64. */
     void (*pivots)(const void *x, const ptrdiff_t *at, ptrdiff_t count, ptrdiff_t stride,
                    ptrdiff_t channels, double *pivot);
     /* tree_moments or, if the pivot is NULL, raw_moments, or tree_products; and results of other
      * channels, by non-temporal stores. There is no mask; gates are of FASTBN_RELU, or both
-     * NULL. NULL where there are no such stores, and for all dtypes but float32: 16 bits do not fill
-     * one, and sums of float64 come in chunks. */
+     * NULL. NULL where there are no such stores, and for all dtypes but float32: 16 bits do not
+     * fill one, and sums of float64 come in chunks. */
     void (*moments_beside_results)(const void *x, const fastbn_runs *runs, const double *pivot,
                                    double *first, double *second, const fastbn_results *results);
     void (*products_beside_results)(const void *dy, const void *x, const fastbn_runs *runs,
@@ -203,21 +204,23 @@ typedef struct {
     void (*column_gradient)(const void *dy, const void *x, void *dx, const fastbn_matrix *matrix,
                             const fastbn_gradient *gradient, const fastbn_gate *gate,
                             int nontemporal);
-    /* low, high = the least and the greatest x at which the value before the activation, as normalize
-     * computes it, is on one side: on that where the derivative is 1 or, for FASTBN_LEAKY_RELU, on
-     * the other. Of the output of the activation likewise, for FASTBN_LEAKY_RELU_INVERTED. */
+    /* low, high = the least and the greatest x at which the value before the activation, as
+     * normalize computes it, is on one side: on that where the derivative is 1 or, for
+     * FASTBN_LEAKY_RELU, on the other. Of the output of the activation likewise, for
+     * FASTBN_LEAKY_RELU_INVERTED. */
     void (*gate_bounds)(const fastbn_affine *affine, const fastbn_activation *activation,
                         ptrdiff_t count, double *low, double *high);
     /* to = dy times the derivative of the activation: of so many elements, of which the bits of
-     * `alive` from the first one on tell or, if that is NULL, those of y, the activation's output */
+     * `alive` from the first one on tell or, if that is NULL, those of y, the activation's
+     * output */
     void (*activation_gradient)(const void *dy, const void *y, const unsigned char *alive,
                                 ptrdiff_t first, ptrdiff_t count,
                                 const fastbn_activation *activation, void *to);
 } fastbn_kernels;
 
 /* What tells whether a backward can recover a channel from the output of a forward in place: the
- * weight is a normal number of the output's dtype, and so is the greatest value that it is multiplied
- * by, `reach`; and the bias is at most `ratio` times as large. */
+ * weight is a normal number of the output's dtype, and so is the greatest value that it is
+ * multiplied by, `reach`; and the bias is at most `ratio` times as large. */
 typedef struct {
     double least, greatest, reach, ratio;
 } fastbn_recovery;
@@ -238,8 +241,8 @@ typedef struct {
      * of the deviations from the pivot, would count; returns whether any is. */
     int (*float32_mean_and_m2)(const double *pivot, const double *first, const double *second,
                                double n, ptrdiff_t count, double *mean, double *m2);
-    /* The same of raw moments. m2 is NaN where it would have lost digits, since the square of the mean
-     * is more than FASTBN_RAW_MOST times the variance; returns whether any is. */
+    /* The same of raw moments. m2 is NaN where it would have lost digits, since the square of the
+     * mean is more than FASTBN_RAW_MOST times the variance; returns whether any is. */
     int (*raw_mean_and_m2)(const double *first, const double *second, double n, ptrdiff_t count,
                            double *mean, double *m2);
     /* Corrects the second sums of n products in float32, which take the mean for its first 24 bits.

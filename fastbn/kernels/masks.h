@@ -42,8 +42,8 @@ static inline ptrdiff_t distance_of_rows(const fastbn_matrix *matrix, ptrdiff_t 
     return distance;
 }
 
-/* The mask of LANES neighbouring columns of runs shorter than that: lane i has byte offset + index[i]
- * of a row of the mask. Such runs' columns have bytes that span no more than LANES. */
+/* The mask of LANES neighbouring columns of runs shorter than that: lane i has byte offset +
+ * index[i] of a row of the mask. Such runs' columns have bytes that span no more than LANES. */
 typedef struct {
     ptrdiff_t offset;
     uint8_t index[LANES];

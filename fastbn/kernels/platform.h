@@ -20,9 +20,10 @@ int fastbn_omp_max_threads(void);
  * ones when it needs them. Returns whether that could be done. */
 int fastbn_omp_pause(void);
 
-/* Lets the threads of another OpenMP runtime do the work, if the process has loaded it as a library,
- * or with one. Two pools of threads would take turns on the same CPUs: the idle threads of each spin
- * for milliseconds. Returns whether the library has a runtime, which may be the one in use. */
+/* Lets the threads of another OpenMP runtime do the work, if the process has loaded it as a
+ * library, or with one. Two pools of threads would take turns on the same CPUs: the idle threads of
+ * each spin for milliseconds. Returns whether the library has a runtime, which may be the one in
+ * use. */
 int fastbn_borrow_threads(const char *library);
 
 /* Does every share of some work, below 2^31, on borrowed threads; returns 0 if there are none, and
@@ -37,7 +38,8 @@ typedef struct {
 
 void fastbn_set_range(fastbn_range *range, ptrdiff_t first, ptrdiff_t end);
 
-/* Each returns a number that no other call returns; -1 when only `reserved` ones are left, or fewer. */
+/* Each returns a number that no other call returns; -1 when only `reserved` ones are left, or
+ * fewer. */
 ptrdiff_t fastbn_take_first(fastbn_range *range, ptrdiff_t reserved);
 ptrdiff_t fastbn_take_last(fastbn_range *range, ptrdiff_t reserved);
 

@@ -14,8 +14,8 @@
  *   load_, widen_, store_bfloat16  the same for bfloat16
  *   masked_vd(mask, vd),           the register, with zeros in the lanes for which the mask has 0
  *   masked_vf(mask, vf)            and not 255; lane i has byte i; MASK_BYTES bytes may be read
- *   pick_bytes(from, index, to)    LANES bytes, to[i] = from[index[i]]; indices are below LANES, and
- *                                  so many bytes may be read
+ *   pick_bytes(from, index, to)    LANES bytes, to[i] = from[index[i]]; indices are below LANES,
+ *                                  and so many bytes may be read
  *   greater_vd(a, b), less_vd(a, b)  lane by lane: a where it is greater, or less, than b; b
  *                                  elsewhere, also where one of them is NaN
  *   if_outside_vd(v, low, high, yes, no)  lane by lane: `yes` where v < low or v > high, and `no`
@@ -178,8 +178,8 @@ ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
     return i < ahead.border ? ahead.near : ahead.jump;
 }
 
-/* Whether an output lies a little behind an input, in the low 12 bits of their addresses. Loads that
- * follow a store to such an address wait, as if they might read what it has stored. */
+/* Whether an output lies a little behind an input, in the low 12 bits of their addresses. Loads
+ * that follow a store to such an address wait, as if they might read what it has stored. */
 ALWAYS_INLINE int follows_closely(const void *to, const void *from)
 {
     const uintptr_t distance = ((uintptr_t)to - (uintptr_t)from) % 4096;
@@ -273,7 +273,8 @@ ALWAYS_INLINE step same_step(double value)
 }
 
 /* Which lanes of a step are valid: those from `skip` on, except those whose byte of the mask, where
- * the step is masked, is 0. That of the next step, or of the same one of the next row, is `pitch` bytes further on. */
+ * the step is masked, is 0. That of the next step, or of the same one of the next row, is `pitch`
+ * bytes further on. */
 typedef struct {
     int masked;
     const uint8_t *mask;
@@ -300,7 +301,8 @@ ALWAYS_INLINE int is_skipped(valid_lanes lanes, int j, int count)
 #  define ZERO_BELOW(name, v_type, int_type, count) \
     ALWAYS_INLINE v_type name(long long skip, int j, v_type v) \
     { \
-        static const int_type lanes[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; \
+        static const int_type lanes[LANES] = {0, 1, 2,  3,  4,  5,  6,  7, \
+                                              8, 9, 10, 11, 12, 13, 14, 15}; \
         typedef int_type vi __attribute__((vector_size(sizeof(v_type)))); \
         vi lane; \
         memcpy(&lane, lanes + j * count, sizeof lane); \

@@ -96,7 +96,10 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
 }
 
 #define COMPARISONS(v_type, suffix) \
-    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return _mm256_max_##suffix(a, b); } \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) \
+    { \
+        return _mm256_max_##suffix(a, b); \
+    } \
     ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return _mm256_min_##suffix(a, b); } \
     ALWAYS_INLINE v_type outside_##v_type(v_type v, v_type low, v_type high) \
     { \

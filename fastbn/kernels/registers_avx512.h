@@ -93,7 +93,10 @@ ALWAYS_INLINE vf masked_vf(const uint8_t *mask, vf v)
 }
 
 #define COMPARISONS(v_type, suffix, mask) \
-    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) { return _mm512_max_##suffix(a, b); } \
+    ALWAYS_INLINE v_type greater_##v_type(v_type a, v_type b) \
+    { \
+        return _mm512_max_##suffix(a, b); \
+    } \
     ALWAYS_INLINE v_type less_##v_type(v_type a, v_type b) { return _mm512_min_##suffix(a, b); } \
     ALWAYS_INLINE mask inside_##v_type(v_type v, v_type low, v_type high) \
     { \

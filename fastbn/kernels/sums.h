@@ -23,8 +23,8 @@ ALWAYS_INLINE step_sums NAME(add_moments)(step_sums sums, const T *dy, const T *
 }
 
 #if ARITHMETIC_BITS == 32
-/* The j-th piece of a step in double; a register of 16-bit elements is converted once for both of its
- * pieces. */
+/* The j-th piece of a step in double; a register of 16-bit elements is converted once for both of
+ * its pieces. */
 ALWAYS_INLINE vd NAME(widen_piece)(const T *x, int j)
 {
     enum { PIECES = VF / VD };
@@ -236,8 +236,8 @@ ALWAYS_INLINE void NAME(add_rows_to_sums)(NAME(add_step) *add, column_sums *sums
 
 /* The same of moments, of products, and of products behind gates. */
 #define ADD_ROWS(name, add_rows, add) \
-    ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, ptrdiff_t i, \
-                                  ptrdiff_t i_tree, const T *dy, const T *x, \
+    ALWAYS_INLINE void NAME(name)(column_sums *sums, column_trees *trees, row_set rows, \
+                                  ptrdiff_t i, ptrdiff_t i_tree, const T *dy, const T *x, \
                                   const NAME(gate) *gate, valid_lanes lanes) \
     { \
         NAME(add_rows)(NAME(add), sums, trees, rows, i, i_tree, dy, x, gate, lanes); \
@@ -282,10 +282,11 @@ ALWAYS_INLINE void NAME(add_rows_to_columns)(NAME(add_rows) *add, column_sums *s
 #undef ADD
 }
 
-/* Some rows at a time, `together`, so that sums are loaded and stored less often. A mask, if there is
- * one, leaves out whole rows or, where it `masks_some` of their columns, these. */
-ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together, int masks_some,
-                                     const T *dy, const T *x, const fastbn_matrix *matrix,
+/* Some rows at a time, `together`, so that sums are loaded and stored less often. A mask, if there
+ * is one, leaves out whole rows or, where it `masks_some` of their columns, these. */
+ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int together,
+                                     int masks_some, const T *dy, const T *x,
+                                     const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
                                      double *first_of_channel, double *second_of_channel)
 {
@@ -305,7 +306,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
     for (ptrdiff_t r = next_row(matrix, 0), last; r < rows; r = next_row(matrix, last + 1)) {
         const ptrdiff_t distance = distance_of_rows(matrix, r, together);
         const int count = distance > 0 ? together : 1;
-        /* Trees, which take two rows at a time, are filled exactly: a single row is the last one. */
+        /* Trees, which take two rows at a time, are filled exactly: a single row is the last
+         * one. */
         const int begins = in_trees == 0, ends = in_trees + count == TREE;
         last = r + distance * (count - 1);
         if (masks_some)

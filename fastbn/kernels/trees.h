@@ -2,8 +2,8 @@
  * sums.h.
  *
  * Up to TREE terms of a lane are added in float32: those of a run pair after pair if they are TREE,
- * fewer of them, and those of columns, one after the other. These sums are added in double. Lanes and
- * trees are the same for every width of a register. */
+ * fewer of them, and those of columns, one after the other. These sums are added in double. Lanes
+ * and trees are the same for every width of a register. */
 
 /* The terms of a tree: steps of LANES elements, `pitch` elements apart. Each prefetches what lies
  * `ahead` elements further on, the next one `ahead_of_next` more. */
@@ -148,8 +148,8 @@ ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int mask
         return tree;
     NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
                                           last_step(x, len, sizeof(T), x_buffer),
-                                          masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0, 0,
-                                          gate);
+                                          masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0,
+                                          0, gate);
     last.lanes.skip = LANES - rest;
     return NAME(add_in_turn)(term, tree, &last, 1, centre);
 }
