@@ -82,7 +82,8 @@ class Lazy(Norm):
         """Take the number of channels from the input; do what the layer that this becomes does."""
         x = layer_checks.as_input_of_rank(input, self._ranks, self._family)
         num_features = x.shape[self._channel_axis(x)]
-        return self._initialized(
+        return Lazy._initialized(
+            self,
             num_features,
             lambda becomes: becomes.forward(self, x, out=out, mask=mask, residual=residual),
         )
@@ -102,17 +103,19 @@ class Lazy(Norm):
         for name in self._state_names[:-1]:  # A counter may have the shape (1,).
             shape = np.shape(state_dict.get(prefix + name, 0))
             if len(shape) == 1:
-                return self._initialized(
+                return Lazy._initialized(
+                    self,
                     shape[0],
                     lambda becomes: becomes.load_state_dict(self, state_dict, strict, prefix),
                 )
-        return super().load_state_dict(state_dict, strict, prefix)
+        return Norm.load_state_dict(self, state_dict, strict, prefix)
 
     def _initialized(self, num_features: int, call: Callable[[type[Norm]], Result]) -> Result:
         """Call a method of the class of `_becomes`, and become it; if that fails, stay lazy.
 
         Other threads may share the layer in evaluation mode. Those that come meanwhile wait, since
-        the class is the last thing that changes, and then find a layer that has all arrays.
+        the class is the last thing that changes, and then find a layer that has all arrays. So any
+        method of this class may go on with a layer that is lazy no more, and calls no other by it.
         """
         with _becoming:
             if isinstance(self, Lazy):

@@ -304,6 +304,30 @@ def test_threads_share_a_layer_in_evaluation_mode_from_its_first_input_on(
     assert type(bn) is becomes
 
 
+class InputOfTwoThreads:
+    """An array, before the conversion of which ends another thread calls a function."""
+
+    def __init__(self, x, function):
+        self.x, self.function = x, function
+
+    def __array__(self, dtype=None, copy=None):
+        thread = threading.Thread(target=self.function)
+        thread.start()
+        thread.join()
+        return self.x
+
+
+@families
+def test_a_thread_may_find_that_a_layer_is_lazy_no_more(rng, lazy, becomes):
+    x = some(rng, (16, 3, 6, 7))
+    bn, expected = lazy().eval(), full(becomes).eval()(x)
+    assert same_bits(bn(InputOfTwoThreads(x, lambda: bn(x))), expected)
+    bn, state = lazy().eval(), full(becomes).state_dict()
+    weight = InputOfTwoThreads(state["weight"], lambda: bn(x))
+    bn.load_state_dict({**state, "weight": weight})
+    assert same_bits(bn(x), expected)
+
+
 @families
 def test_a_thread_whose_first_input_is_refused_leaves_the_layer_to_the_others(
     rng, monkeypatch, lazy, becomes
