@@ -256,8 +256,8 @@ cdef void init_group_backward(GroupNormJob *norm, cnp.ndarray dy, cnp.ndarray x,
 def group_gates(cnp.ndarray x not None, cnp.ndarray weight):
     """Tell whether the sums of a group can be divided by any of the weights.
 
-    They are sums of products with the weights, which are doubles of full precision then, and
-    quotients that the arithmetic of results can hold.
+    They are sums of products with the weights, which have all their bits then, and quotients that
+    the arithmetic of results can hold.
     """
     cdef Vector weights = vector_of(weight, 1)
     return has_group_gates(x, &weights)
@@ -278,4 +278,4 @@ cdef bint has_group_gates(cnp.ndarray x, const Vector *weight) noexcept:
             if not fabs(values[c]) > 0.0:
                 return False
             least, greatest = min(least, fabs(values[c])), max(greatest, fabs(values[c]))
-    return least >= 1e-200 and greatest <= 1e200 and least >= greatest * ratio
+    return least >= 1e-305 and least >= greatest * ratio
