@@ -68,14 +68,15 @@ cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
 cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
     """Tell whether a group's second walk prefetches what another's first one reads next.
 
-    So memory is read while results are written. Where the caches have it all, it only costs, but
-    for one thread that has the third-level cache to itself.
+    So memory is read while results are written, unless a residual is read meanwhile. Where the
+    caches have it all, it only costs, but for one thread that has the third-level cache to itself.
     """
     cdef bint is_partly_in_l3 = input_bytes(job) <= 2 * l3_bytes
     cdef Py_ssize_t most = ahead_group_bytes_in_l3 if is_partly_in_l3 else AHEAD_GROUP_BYTES
     # What is written elsewhere takes a part of the cache, too.
     cdef Py_ssize_t held = held_bytes if overwrites_input(job) else held_bytes // 4 * 3
-    return (footprint_bytes(job) > half_l3_bytes and group_bytes(job) <= most
+    return (job.residual == NULL
+            and footprint_bytes(job) > half_l3_bytes and group_bytes(job) <= most
             and (threads == 1 or input_bytes(job) > held))
 
 
