@@ -244,6 +244,24 @@ def test_in_place_training_recovers_the_gradients(rng, dtype, layout, correlated
     support.assert_within(in_place.bias_grad, apart.bias_grad, 1e-6 * np.abs(apart.bias_grad))
 
 
+@each(
+    "dtype, ratio, relative", [("float32", 16, 1e-4), ("float16", 16, 2e-2), ("bfloat16", 4, 0.1)]
+)
+@each("outlier", [6, 30])
+def test_outliers_cost_gradients_in_place_few_digits(rng, dtype, ratio, relative, outlier):
+    x = rng.standard_normal((8, 2, 4000))
+    x[0, :, :6] = outlier
+    x = x.astype(support.dtype_of(dtype))
+    dy, gradients = np.sign(x), []
+    for out in (None, x.copy()):
+        bn = fastbn.BatchNorm1d(2)
+        bn.bias[:] = 0.97 * ratio, -0.97 * ratio
+        bn(x if out is None else out, out=out)
+        gradients.append(bn.backward(dy).astype(np.float64))
+    expected, actual = gradients
+    support.assert_within(actual, expected, relative / x.astype(np.float64).std())
+
+
 @each("ratio", [1.0, 4.0, 15.9, 16.1])
 @each("weight", [2.0, -0.5, 1e-6, 1e-40])
 def test_in_place_training_recovers_the_gradients_for_the_worst_dy(rng, dtype, weight, ratio):
