@@ -231,8 +231,8 @@ def as_values_count(count: Any, x: Array, mask: Array | None) -> float:
     While a graph is captured, a mask has no values that can be counted.
     """
     number = scalars.as_real(count, "count")
-    if not number >= 0.0:
-        raise ValueError(f"count must not be negative, got {number:g}")
+    if not 0.0 <= number < np.inf:
+        raise ValueError(f"count must be a number of values, got {number:g}")
     is_known = mask is None or backend_of(x).readable()
     if number == 0.0 and x.size and is_known and (values := values_per_channel(x, mask)):
         raise ValueError(

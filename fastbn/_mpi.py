@@ -115,8 +115,8 @@ class Ranks:
     ) -> tuple[Record, str | None]:
         """All-reduce the records; return the merged one and, if there is one, the reason to stop.
 
-        The reason is what the first rank with another opinion has to say, and one from which it
-        differs. It is sent in that case only.
+        The reason is what a rank that failed has to say, or two that differ from each other. It is
+        sent in that case only.
         """
         record = np.zeros(self._length)
         self._awaited = False

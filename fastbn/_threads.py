@@ -28,8 +28,9 @@ def is_used(omp_num_threads: str | None) -> bool:
     """Tell whether OpenMP uses a value: a positive number, or a list of them, one a level."""
     if omp_num_threads is None:
         return False
-    number = re.compile(r"\s*\+?0*[1-9][0-9]*\s*", re.ASCII)
-    return all(number.fullmatch(part) for part in omp_num_threads.split(","))
+    number = re.compile(r"\s*\+?[0-9]+\s*", re.ASCII)
+    parts = omp_num_threads.split(",")
+    return all(number.fullmatch(part) and 0 < int(part) < 2**63 for part in parts)
 
 
 # Read at import: once another OpenMP runtime has bound this thread to a CPU, it is too late.

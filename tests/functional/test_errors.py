@@ -691,6 +691,7 @@ PAIRED = {
     ("count", "exception"),
     [
         (-1, ValueError),
+        (np.inf, ValueError),
         (-0.5, ValueError),
         (float("nan"), ValueError),
         (0, ValueError),
