@@ -84,9 +84,10 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
-/* Stores a run: AT(i, is_first) is a register of values at i, loaded with a prefetch or without,
- * and RESULT(v, i, from, count) makes results of it, which count for so many lanes from one on: in
- * the order of memory, each element of the run counts once. ONE(i) is a single result.
+/* Stores a run. AT(i, is_first) is a register of values at i, loaded with a prefetch or without.
+ * RESULT(v, i, from, count) makes results of it, and may write bits about `count` lanes from lane
+ * `from` on: also where registers overlap, here and in all that follows, it is called in the order
+ * of memory, for each element once. ONE(i) is a single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. What
  * they store is loaded before the loop: in place, it overwrites some of these elements. */
@@ -115,11 +116,12 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
 #define AS_IT_IS(v, i, from, count) ((void)(from), (void)(count), (v))
 
 /* Stores the runs of several channels, one behind the other, of at least a register each, from an
- * element up to a stop, between which there are whole registers. OF(c) are the coefficients of
- * channel c, a struct of type `type`. AT(k, i, is_first) is the register at i, counted from the
- * first run on, with coefficients k, and STORE(to, v) stores its results. A register that reaches
- * over the end of a run into the next one has the values of both. The coefficients are local
- * values: what is stored cannot change them, so that they stay in registers. */
+ * element up to a stop in the last run, between which there are whole registers. OF(c) are the
+ * coefficients of channel c, a struct of type `type`. AT(k, i, is_first) is the register at i,
+ * counted from the first run on, with coefficients k, and STORE(to, v) stores its results. A
+ * register that reaches over the end of a run into the next one has the values of both. The
+ * coefficients are local values: what is stored cannot change them, so that they stay in registers.
+ */
 #define EACH_RUN(to, channels, len, start, stop, type, OF, AT, RESULT, STORE) \
     do { \
         ptrdiff_t i = (start); \
