@@ -42,10 +42,9 @@ cdef void set_epilogue(Job *job, Activation activation, cnp.ndarray residual,
 
 
 cdef bint only_clamps(const Job *job) noexcept nogil:
-    """Tell whether an epilogue in float32 is a clamp alone: see the kernels' is_clamped."""
-    cdef float slope = <float>job.activation.slope
+    """Tell whether an epilogue in float32 is a clamp alone."""
     return (job.residual == NULL and job.alive == NULL
-            and (job.activation.kind == RELU or 0.0 < slope <= 1.0))
+            and is_clamped(job.activation.kind, <float>job.activation.slope))
 
 
 cdef const Epilogue *epilogue_of(const Job *job, Py_ssize_t at,

@@ -32,6 +32,8 @@ cdef extern from "kernels.h" nogil:
         int kind
         double slope, cap
 
+    bint is_clamped "fastbn_is_clamped"(int kind, double slope)
+
     ctypedef struct Epilogue "fastbn_epilogue":
         Activation activation
         const void *residual

@@ -24,17 +24,13 @@ ALWAYS_INLINE A NAME(value_of)(ORDER_A order)
 typedef struct {
     int kind;
     A slope, inverse, low, high;
-    int is_clamped; /* whether the activation of z is max(z * gain, z), from `floor` to `cap` */
+    int is_clamped;
     A gain, floor, cap;
 } NAME(activation);
 
-/* Whether a clamp computes it; of an activation the core's only_clamps tells the same. Infinity
- * times 0 is a NaN, which would not be the greater one. */
 ALWAYS_INLINE int NAME(is_clamped)(const fastbn_activation *activation)
 {
-    const A slope = (A)activation->slope;
-    return activation->kind == FASTBN_LINEAR || activation->kind == FASTBN_RELU ||
-           (0 < slope && slope <= 1);
+    return fastbn_is_clamped(activation->kind, (double)(A)activation->slope);
 }
 
 ALWAYS_INLINE NAME(activation) NAME(activation_of)(const fastbn_activation *activation)

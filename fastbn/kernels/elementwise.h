@@ -525,6 +525,17 @@ ALWAYS_INLINE NAME(gradient_of_run) NAME(gradient_of)(const NAME(gradient_coeffi
                                    gates == NULL ? 0 : gates->high[c]};
 }
 
+/* dx of what passes the gate of one channel. */
+ALWAYS_INLINE VA NAME(gated_dx_of_run)(int kind, VA dy, VA x, const NAME(activation) *activation,
+                                       NAME(gradient_of_run) k)
+{
+    return NAME(gated_dx)(NAME(pass)(kind, dy, x, activation, NAME(all_lanes)(k.low),
+                                     NAME(all_lanes)(k.high)),
+                          NAME(all_lanes)(k.dy_mean), NAME(all_lanes)(k.rest),
+                          NAME(all_lanes)(k.x_mean), NAME(all_lanes)(k.slope),
+                          NAME(all_lanes)(k.scale));
+}
+
 ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, const void *x_,
                                        void *dx_, const fastbn_runs *runs,
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
@@ -546,11 +557,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
 #define X_AT(i, is_first) NAME(fetch)(x + i0 + (i), is_first, AHEAD(i))
-#define SAME(a) NAME(all_lanes)(a)
-#define GATED(k, dy, x) \
-    NAME(gated_dx)(NAME(pass)(kind, dy, x, &gates.activation, SAME((k).low), SAME((k).high)), \
-                   SAME((k).dy_mean), SAME((k).rest), SAME((k).x_mean), SAME((k).slope), \
-                   SAME((k).scale))
+#define GATED(k, dy, x) NAME(gated_dx_of_run)(kind, dy, x, &gates.activation, k)
 #define OF(c) NAME(gradient_of)(&coefficients, gated ? &gates : NULL, c)
 #define DX_AT(k, i, is_first) \
     (gated ? GATED(k, DY_AT(i, is_first), X_AT(i, is_first)) \
@@ -585,7 +592,6 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #undef DX_AT
 #undef OF
 #undef GATED
-#undef SAME
 #undef X_AT
 #undef DY_AT
 #undef AHEAD

@@ -107,15 +107,9 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
     }
 #define OF(c) NAME(coefficients_of)(summed, &coefficients, c)
 #define NORMALIZED(k, i) Y(NAME(load)(from + (i)), (k).centre, (k).scale, (k).shift)
-#define SAME(a) NAME(all_lanes)(a)
-#define GATED(k, dy, x) \
-    NAME(gated_dx)(NAME(pass)(FASTBN_RELU, dy, x, &coefficients.gates.activation, SAME((k).low), \
-                              SAME((k).high)), \
-                   SAME((k).dy_mean), SAME((k).rest), SAME((k).x_mean), SAME((k).slope), \
-                   SAME((k).scale))
 #define GRADIENT(k, dy, x) \
     (summed == NAME(RELU_PRODUCTS) \
-         ? GATED(k, dy, x) \
+         ? NAME(gated_dx_of_run)(FASTBN_RELU, dy, x, &coefficients.gates.activation, k) \
          : DX(dy, x, (k).dy_mean, (k).rest, (k).x_mean, (k).slope, (k).scale))
 #define AT(k, i) \
     (HAS_PRODUCTS(summed) \
@@ -173,8 +167,6 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
 #undef WRITE_UP_TO
 #undef AT
 #undef GRADIENT
-#undef GATED
-#undef SAME
 #undef NORMALIZED
 #undef OF
     COMMON(add_lanes)(sums, channels, first, second);

@@ -78,6 +78,13 @@ typedef struct {
     double slope, cap;
 } fastbn_activation;
 
+/* Whether the activation of z is max(z * gain, z), from a floor to a cap, with a slope in the type
+ * of element-wise arithmetic. Infinity times 0 is a NaN, which would not be the greater one. */
+static inline int fastbn_is_clamped(int kind, double slope)
+{
+    return kind == FASTBN_LINEAR || kind == FASTBN_RELU || (0 < slope && slope <= 1);
+}
+
 /* What follows a normalization, in the same walk: a residual, unless it is NULL, is added in the
  * type of element-wise arithmetic, and the activation is applied before the result is rounded.
  *
