@@ -160,13 +160,11 @@ cdef void execute_spans(Job *job, int threads) noexcept nogil:
     cdef Py_ssize_t spans, span, groups
     threads = threads_for(bytes_moved(job), threads)
     choose_spans(norm, threads)
-    job.nontemporal = uses_nontemporal(job)
-    if job.valid != NULL:
-        find_valid(job)
-    find_gate_bounds(job, threads)
+    find_for_walks(job, threads)
     groups = groups_of(job)
     spans = groups // norm.span
-    if threads == 1 or spans >= TASKS_OF_THREAD * threads or groups * job.cut.blocks == spans:
+    if (threads == 1 or spans >= TASKS_OF_THREAD * threads
+            or norm.span == 1 and job.cut.blocks == 1):
         job.interleaves = spans >= 2 * threads and interleaves_groups(job)
         job.reads_ahead = (norm.span == 1 and not job.interleaves
                            and prefetches_groups(job, threads))

@@ -296,6 +296,14 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
             and input_bytes(job) <= most)
 
 
+cdef void find_for_walks(Job *job, int threads) noexcept nogil:
+    """Find what all walks over a job's groups need to know, once these are chosen."""
+    job.nontemporal = uses_nontemporal(job)
+    find_gate_bounds(job, threads)
+    if job.valid != NULL and job.cut.groups > 0:
+        find_valid(job)
+
+
 cdef void execute_batches(Job *job, int threads) noexcept nogil:
     """Execute a job on at most so many threads, except for its leftover samples."""
     cdef bint group_by_group
@@ -308,10 +316,7 @@ cdef void execute_batches(Job *job, int threads) noexcept nogil:
         group_runs(&job.cut, job.itemsize, inputs_of(job), threads, tasks_for(job, threads))
     else:
         recut_runs(&job.cut, job.itemsize, tasks_for(job, threads))
-    job.nontemporal = uses_nontemporal(job)
-    find_gate_bounds(job, threads)
-    if job.valid != NULL and job.cut.groups > 0:
-        find_valid(job)
+    find_for_walks(job, threads)
     group_by_group = job.reduce != NULL and (threads == 1 or job.cut.blocks < 2 or (
         groups_of(job) >= tasks_for(job, threads)
         and group_bytes(job) * threads <= half_l3_bytes))
