@@ -37,6 +37,7 @@ cdef struct BlockValid:
     Py_ssize_t count              # how many there are of each channel
     Py_ssize_t first              # the first one, in the order of the mask's memory
 
+# What it has for each batch, or for all elements of the batches, is moved in `leftover_job`.
 cdef struct Job:
     Cut cut
     Py_ssize_t samples            # of a batch

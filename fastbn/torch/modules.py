@@ -85,8 +85,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if kept is not None and kept.are_of(tensors):
             return kept
         try:
-            if not all(tensor is None or tensor.is_leaf for tensor in tensors):
-                return Vectors(*tensors)  # Kept ones would keep the graph as well.
+            vectors = Vectors(*tensors)
+            # Kept ones would keep the graph as well, and not look at the mode again.
+            if vectors.has_inference_tensor() or not all(t is None or t.is_leaf for t in tensors):
+                return vectors
             kept = self.__dict__["_vectors"] = KeptVectors(*tensors)
         except Declined:
             return None

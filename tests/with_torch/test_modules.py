@@ -703,6 +703,24 @@ def test_a_state_dict_file_is_torchs(tmp_path):
 # Other modes of torch.
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_statistics_made_in_inference_mode_do_not_move_outside(grad):
+    errors, states, x = [], [], torch.randn(2, 4, 3, 3)
+    with torch.inference_mode():
+        modules = pair("BatchNorm2d", 4)
+        for module in modules:
+            module(x)
+    for module in modules:
+        mean = module.running_mean.clone()
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as error:
+            module(x)
+        errors.append(str(error.value))
+        states.append(module.state_dict())
+        assert torch.equal(module.running_mean, mean)
+    assert errors[0] == errors[1]
+    torch.testing.assert_close(*states)  # torch itself counts the batch before its error
+
+
 def test_inference_mode_and_no_grad():
     ours, theirs = pair("BatchNorm2d", 5)
     x = torch.randn(4, 5, 3, 3)
