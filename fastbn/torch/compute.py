@@ -35,6 +35,11 @@ class Declined(Exception):
     """A call that torch's own implementation takes, or refuses."""
 
 
+def made_in_inference_mode(tensors: tuple[Vector, ...]) -> bool:
+    """Tell whether a tensor was: outside of that mode it may not be written."""
+    return any(t is not None and t.is_inference() for t in tensors)
+
+
 class Vectors:
     """Running statistics, weight and bias, and perhaps a module's counter, as arrays."""
 
@@ -52,7 +57,7 @@ class Vectors:
             raise Declined(f"a parameter that is a {kinds.pop().__name__}")
         if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
             raise Declined("running statistics that require gradients")
-        if not torch.is_inference_mode_enabled() and self.has_inference_tensor():
+        if not torch.is_inference_mode_enabled() and made_in_inference_mode(self.tensors):
             raise Declined("a parameter made in inference mode, which torch does not write outside")
         self.dtypes = {t.dtype for t in self.tensors[:4] if t is not None}
         try:
@@ -60,10 +65,6 @@ class Vectors:
         except (TypeError, RuntimeError) as error:  # Of another device, or of no memory of its own.
             raise Declined(f"a parameter that is no array: {error}") from error
         self.running_mean, self.running_var, self.weight, self.bias, self.counter = arrays
-
-    def has_inference_tensor(self) -> bool:
-        """Tell whether one was made in inference mode, outside of which it may not be written."""
-        return any(t is not None and t.is_inference() for t in self.tensors)
 
 
 class KeptVectors(Vectors):

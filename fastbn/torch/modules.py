@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastbn.torch.compute import Call, Declined, KeptVectors, Vector, Vectors
+from fastbn.torch.compute import (
+    Call,
+    Declined,
+    KeptVectors,
+    Vector,
+    Vectors,
+    made_in_inference_mode,
+)
 from fastbn.torch.eager import Fallbacks, is_transformed
 from fastbn.torch.functional import check_activation, run, run_compiled
 
@@ -85,10 +92,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if kept is not None and kept.are_of(tensors):
             return kept
         try:
-            vectors = Vectors(*tensors)
+            are_leaves = all(tensor is None or tensor.is_leaf for tensor in tensors)
             # Kept ones would keep the graph as well, and not look at the mode again.
-            if vectors.has_inference_tensor() or not all(t is None or t.is_leaf for t in tensors):
-                return vectors
+            if not are_leaves or made_in_inference_mode(tensors):
+                return Vectors(*tensors)
             kept = self.__dict__["_vectors"] = KeptVectors(*tensors)
         except Declined:
             return None
