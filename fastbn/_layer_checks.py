@@ -30,8 +30,7 @@ def as_num_features(value: Any) -> int:
 
 def refuse_channels(eps: Any, layer: str) -> None:
     """Refuse a number of channels in the place of eps, which comes first in a lazy layer."""
-    if isinstance(eps, np.ndarray) and eps.ndim == 0:
-        eps = eps[()]
+    eps = scalars.scalar_of(eps)
     if isinstance(eps, int | np.integer) and not isinstance(eps, bool) and eps > 0:
         raise TypeError(
             f"{layer} takes no num_features, which the first input decides: what comes first is "

@@ -65,12 +65,16 @@ def as_count(value: Any, name: str = "count") -> int:
     return count
 
 
+def scalar_of(value: Any) -> Any:
+    """The scalar of a 0-d array, as which NumPy reads one from a file; other values as they are."""
+    return value[()] if type(value) is np.ndarray and value.ndim == 0 else value
+
+
 def as_real(value: Any, name: str) -> float:
-    """A real number, which a bool is not, as a float; one of a file of NumPy's is a 0-d array."""
+    """A real number, which a bool is not, as a float."""
     if type(value) is float:
         return value
-    if type(value) is np.ndarray and value.ndim == 0:
-        value = value[()]
+    value = scalar_of(value)
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     try:
