@@ -10,6 +10,7 @@ Array = NDArray[Any]
 Statistics = NDArray[np.float64]
 
 mask_padding: int
+bits_padding: int
 
 def platform() -> dict[str, Any]: ...
 def omp_max_threads() -> int: ...

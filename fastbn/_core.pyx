@@ -116,9 +116,11 @@ include "core/arrays.pxi"
 # which are mask_padding more bytes.
 #
 # An activation is None or its name. A residual has x's layout, shape and dtype; `alive` is None, or
-# an array of alive_bytes(x) zeros that takes the bits of which a backward can tell the derivatives.
+# an array of alive_bytes(x) zeros that takes the bits of which a backward can tell the derivatives:
+# one for each element, and bits_padding bytes behind them.
 
 mask_padding = MASK_BYTES
+bits_padding = BITS_PADDING
 
 
 def stats(cnp.ndarray x not None, cnp.ndarray mask, Py_ssize_t batch_size,

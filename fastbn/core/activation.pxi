@@ -22,12 +22,12 @@ cdef Activation activation_of(object name, double slope) except *:
 
 
 def alive_bytes(cnp.ndarray x not None):
-    """The bytes that a bit for each element takes."""
+    """The bytes that a bit for each element takes, and the padding behind them."""
     return bytes_of_bits(cnp.PyArray_SIZE(x))
 
 
 cdef Py_ssize_t bytes_of_bits(Py_ssize_t count) noexcept nogil:
-    return (count + 7) // 8
+    return (count + 7) // 8 + BITS_PADDING
 
 
 cdef void set_epilogue(Job *job, Activation activation, cnp.ndarray residual,
@@ -119,14 +119,63 @@ cdef GateOfJob gate_with(Activation activation, cnp.ndarray raw_dy, cnp.ndarray 
     return gate
 
 
-cdef const Gate *gate_of(const Job *job, const Block *block, Gate *gate) noexcept nogil:
-    """The gate of a block's channels, or NULL."""
-    if not job.has_gate:
+cdef const Gate *gate_of(const Job *job, const Block *block, Py_ssize_t at,
+                         Gate *gate) noexcept nogil:
+    """The gate of a block's channels, for a kernel that begins so many bytes behind dy; or NULL."""
+    if not job.has_gate and job.passed == NULL:
         return NULL
+    memset(gate, 0, sizeof(Gate))
     gate.activation = job.activation
-    gate.low = results_of(job, job.gate_bounds, block)
-    gate.high = gate.low + job.cut.batches * job.cut.c
+    if job.has_gate:
+        gate.low = results_of(job, job.gate_bounds, block)
+        gate.high = gate.low + job.cut.batches * job.cut.c
+        return gate
+    gate.first, gate.passed = number_of(job, at), job.passed + at
+    if job.activation.kind == RELU:
+        gate.alive = job.alive
     return gate
+
+
+cdef void pass_in_second_walk(Job *job) noexcept nogil:
+    """Let the second walk write what passes, and kernels of both derive it, by bits.
+
+    Written by the first one, it would be read by both, and non-temporal stores could not write it.
+    """
+    cdef bint is_linear = job.activation.kind == LINEAR
+    cdef bint has_bits = job.activation.kind == RELU and job.alive != NULL
+    has_bits = has_bits and job.cut.n * job.cut.s >= PRODUCTS_MIN  # else sums need the product
+    if (job.raw_dy == NULL or not (is_linear or has_bits) or not job.kernels.writes_passed
+            or job.mask != NULL or job.apply == NULL or not job.in_float32 or job.in_float64
+            or job.dy == job.out):  # nobody asks for it
+        return
+    if not is_linear or job.dy != job.raw_dy:
+        job.passed = <char *>job.dy
+    job.dy, job.raw_dy = job.raw_dy, NULL
+
+
+cdef bint sums_need_derived(const Job *job, const Block *block, Py_ssize_t count) noexcept nogil:
+    """Tell whether kernels cannot sum a block of so many positions by bits: where it is small."""
+    cdef Matrix folded, leftover
+    if job.passed == NULL or job.activation.kind == LINEAR:
+        return False
+    if count < PRODUCTS_MIN:
+        return True
+    if not job.cut.column_layout:
+        return block.length < LANES
+    folded, leftover = folded_matrix(job, block), leftover_matrix(job, block)
+    return folded.len < LANES or 0 < leftover.rows and leftover.len < LANES
+
+
+cdef Job with_derived(const Job *job, const Block *block) noexcept nogil:
+    """A job that derives by bits, as one that reads the product, which is written for a block.
+
+    To where the second walk writes it, which may be dy: what has passed passes once more.
+    """
+    cdef Job derived = job[0]
+    derived.raw_dy, derived.dy, derived.passed = job.dy, job.passed, NULL
+    derive_block(&derived, block)
+    derived.raw_dy = NULL
+    return derived
 
 
 cdef void find_gate_bounds(const Job *job, int threads) noexcept nogil:

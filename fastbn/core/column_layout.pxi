@@ -53,21 +53,19 @@ cdef void sum_columns(const Job *job, const Block *block, int arithmetic, const 
                       double *first, double *second) noexcept nogil:
     """The sums of a block: of moments or, with a dy, of products."""
     cdef Matrix folded = folded_matrix(job, block), leftover = leftover_matrix(job, block)
-    cdef Gate gate_memory
-    cdef const Gate *gate = gate_of(job, block, &gate_memory)
     memset(first, 0, folded.channels * sizeof(double))
     memset(second, 0, folded.channels * sizeof(double))
     if leaves_out_rows(job):
-        add_sections(job, block, arithmetic, centre, gate, first, second)
+        add_sections(job, block, arithmetic, centre, first, second)
     else:
-        add_columns(job, &folded, arithmetic, offset_of(job, block, block.n0), centre, gate, first,
+        add_columns(job, block, &folded, arithmetic, offset_of(job, block, block.n0), centre, first,
                     second)
-    add_columns(job, &leftover, arithmetic, offset_of(job, block, block.n1), centre, gate, first,
+    add_columns(job, block, &leftover, arithmetic, offset_of(job, block, block.n1), centre, first,
                 second)
 
 
 cdef void add_sections(const Job *job, const Block *block, int arithmetic, const double *centre,
-                       const Gate *gate, double *first, double *second) noexcept nogil:
+                       double *first, double *second) noexcept nogil:
     """Add the first rows of all folded ones, then the second ones and so on.
 
     These have the columns, and thus the sums, that they have in folded rows.
@@ -76,14 +74,16 @@ cdef void add_sections(const Job *job, const Block *block, int arithmetic, const
     cdef Py_ssize_t i, at = offset_of(job, block, block.n0)
     section.len = section.channels
     for i in range(job.cut.fold):
-        add_columns(job, &section, arithmetic, at, centre, gate, first, second)
+        add_columns(job, block, &section, arithmetic, at, centre, first, second)
         section.mask += 1
         at += job.cut.c * job.itemsize
 
 
-cdef void add_columns(const Job *job, const Matrix *matrix, int arithmetic, Py_ssize_t at,
-                      const double *centre, const Gate *gate, double *first,
+cdef void add_columns(const Job *job, const Block *block, const Matrix *matrix, int arithmetic,
+                      Py_ssize_t at, const double *centre, double *first,
                       double *second) noexcept nogil:
+    """Add what a matrix of a block's channels has, so many bytes behind x, to their sums."""
+    cdef Gate gate
     cdef SumColumnMoments *moments = job.kernels.column_moments
     cdef SumColumnProducts *products = job.kernels.column_products
     if matrix.rows == 0:
@@ -95,7 +95,8 @@ cdef void add_columns(const Job *job, const Matrix *matrix, int arithmetic, Py_s
     if job.dy == NULL:
         moments(job.x + at, matrix, centre, first, second)
     else:
-        products(job.dy + at, job.x + at, matrix, centre, gate, first, second)
+        products(job.dy + at, job.x + at, matrix, centre, gate_of(job, block, at, &gate), first,
+                 second)
 
 
 cdef void sum_columns_in_chunks(const Job *job, const Block *block, Py_ssize_t rows, int arithmetic,
@@ -147,19 +148,20 @@ cdef void normalize_matrix(const Job *job, const char *x, Py_ssize_t at, const M
 
 cdef void gradient_columns(const Job *job, const Block *block) noexcept nogil:
     cdef Gradient gradient
-    cdef Gate gate_memory
-    cdef const Gate *gate = gate_of(job, block, &gate_memory)
     cdef Matrix rows, leftover
     cdef Py_ssize_t at = offset_of(job, block, block.n0)
     cdef Py_ssize_t end = offset_of(job, block, block.n1)
+    cdef Gate gate_memory, gate_of_end
+    cdef const Gate *gate = gate_of(job, block, at, &gate_memory)
+    cdef const Gate *last_gate = gate_of(job, block, end, &gate_of_end)
     find_matrices(job, block, &rows, &leftover)
     gradient_of(job, block, &gradient)
     if job.in_float64:
-        gradient_in_float64(job, &gradient, gate, end, &leftover)
+        gradient_in_float64(job, &gradient, last_gate, end, &leftover)
         gradient_in_float64(job, &gradient, gate, at, &rows)
         return
     if leftover.rows > 0:
         job.kernels.column_gradient(job.dy + end, job.x + end, job.out + end, &leftover, &gradient,
-                                    gate, False)
+                                    last_gate, False)
     job.kernels.column_gradient(job.dy + at, job.x + at, job.out + at, &rows, &gradient, gate,
                                 job.nontemporal)

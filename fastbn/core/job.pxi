@@ -76,6 +76,7 @@ cdef struct Job:
     Py_ssize_t first_element      # the number of x's first one in the whole array
     const char *raw_dy            # or NULL; dy is the product of this and of the derivative, which
     const char *y                 # the bits or the output tell, and is written block by block
+    char *passed                  # or NULL; what passes of dy is written there beside dx
     Vector weight, bias, mean, invstd
     Vector var                    # instead of invstd, if it has data
     Vector sum_dy, sum_dy_xhat

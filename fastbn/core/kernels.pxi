@@ -8,6 +8,7 @@ cdef extern from "kernels.h" nogil:
         COLUMNS "FASTBN_COLUMNS"
         ADDITIONS "FASTBN_ADDITIONS"
         MASK_BYTES "FASTBN_MASK_BYTES"
+        BITS_PADDING "FASTBN_BITS_PADDING"
         STREAM_BYTES "FASTBN_STREAM_BYTES"
         INTERLEAVED "FASTBN_INTERLEAVED"
 
@@ -44,6 +45,9 @@ cdef extern from "kernels.h" nogil:
         Activation activation
         const double *low
         const double *high
+        const unsigned char *alive
+        Py_ssize_t first
+        void *passed
 
     ctypedef struct Ahead "fastbn_ahead":
         Py_ssize_t near, border, jump
@@ -85,6 +89,7 @@ cdef extern from "kernels.h" nogil:
                                                              double *second) noexcept nogil
 
     ctypedef struct Kernels "fastbn_kernels":
+        bint writes_passed
         void (*load_as_double)(const void *x, Py_ssize_t stride, Py_ssize_t count,
                                double *to) noexcept nogil
         void (*store_from_double)(const double *from_, Py_ssize_t stride, Py_ssize_t count,

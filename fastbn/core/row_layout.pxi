@@ -143,7 +143,8 @@ cdef void sum_group(const Job *job, const Block *block, int arithmetic, const do
     if job.dy == NULL:
         moments(job.x + at, &runs, centre, first, second)
     else:
-        products(job.dy + at, job.x + at, &runs, centre, gate_of(job, block, &gate), first, second)
+        products(job.dy + at, job.x + at, &runs, centre, gate_of(job, block, at, &gate), first,
+                 second)
 
 
 cdef void sum_beside_results(const Job *job, const Block *block, const double *centre,
@@ -164,9 +165,10 @@ cdef void sum_beside_results(const Job *job, const Block *block, const double *c
     if job.dy != NULL:
         gradient_of(job, beside, &gradient)
         results.dy, results.gradient = job.dy + at_results, &gradient
-        results.gate = gate_of(job, beside, &gate_of_results)
+        results.gate = gate_of(job, beside, at_results, &gate_of_results)
         job.kernels.products_beside_results(job.dy + at, job.x + at, &runs, centre,
-                                            gate_of(job, block, &gate), first, second, &results)
+                                            gate_of(job, block, at, &gate), first, second,
+                                            &results)
         return
     affine_of(job, beside, &affine)
     if has_huge_mean(job, affine.centre, beside.c1 - beside.c0):
@@ -207,7 +209,7 @@ cdef void gradient_runs(const Job *job, const Block *block) noexcept nogil:
     gradient_of(job, block, &gradient)
     if job.in_float64:
         matrix = matrix_of(&runs)
-        gradient_in_float64(job, &gradient, gate_of(job, block, &gate), at, &matrix)
+        gradient_in_float64(job, &gradient, gate_of(job, block, at, &gate), at, &matrix)
         return
     job.kernels.gradient(job.dy + at, job.x + at, job.out + at, &runs, &gradient,
-                         gate_of(job, block, &gate), job.nontemporal)
+                         gate_of(job, block, at, &gate), job.nontemporal)

@@ -46,7 +46,8 @@ cdef Py_ssize_t group_bytes(const Job *job) noexcept nogil:
 cdef Py_ssize_t bytes_moved(const Job *job) noexcept nogil:
     """The bytes that all steps of a job read and write."""
     cdef int walks = (job.reduce != NULL) + (job.apply != NULL)
-    cdef int further = (job.residual != NULL) + 2 * (job.raw_dy != NULL) + (job.kept != NULL)
+    cdef int further = ((job.residual != NULL) + 2 * (job.raw_dy != NULL) + (job.passed != NULL)
+                        + (job.kept != NULL))
     return array_bytes(job) * (inputs_of(job) * walks + (job.apply != NULL) + further)
 
 
@@ -290,7 +291,8 @@ cdef bint interleaves_groups(const Job *job) noexcept nogil:
             and job.kernels.moments_beside_results != NULL
             and job.in_float32 and not job.in_float64 and job.mask == NULL
             and not overwrites_input(job)
-            and job.raw_dy == NULL and (not job.has_gate or job.activation.kind == RELU)
+            and job.raw_dy == NULL and job.passed == NULL
+            and (not job.has_gate or job.activation.kind == RELU)
             and (not job.has_epilogue or only_clamps(job))
             and not job.cut.column_layout and job.cut.s >= INTERLEAVED
             and input_bytes(job) <= most)
@@ -358,6 +360,7 @@ cdef Job leftover_job(const Job *job) noexcept nogil:
     leftover.x += done
     leftover.first_element += done // job.itemsize
     leftover.dy += 0 if job.dy == NULL else done
+    leftover.passed += 0 if job.passed == NULL else done
     leftover.raw_dy += 0 if job.raw_dy == NULL else done
     leftover.y += 0 if job.y == NULL else done
     leftover.residual += 0 if job.residual == NULL else done
@@ -405,6 +408,7 @@ cdef void execute_steps(Job *job, int threads) noexcept nogil:
     if may_be_shared:
         note_begin()
     job.in_float64 = needs_float64(job)
+    pass_in_second_walk(job)
     job.tries = what_it_tries(job, threads) if may_be_shared else NOTHING
     if job.tries != NOTHING:
         job.trial = trial_with(key_of(job, threads), calls_of_way(job))

@@ -52,9 +52,10 @@ cdef bint overwrites_input(const Job *job) noexcept nogil:
 
 
 cdef Py_ssize_t footprint_bytes(const Job *job) noexcept nogil:
-    """The bytes of memory of inputs and output, if there is one; it may have that of an input."""
-    cdef bint adds_output = job.out != NULL and not overwrites_input(job)
-    return input_bytes(job) + (array_bytes(job) if adds_output else 0)
+    """The bytes of inputs and outputs, if there are any; these may have the memory of inputs."""
+    cdef int outputs = job.out != NULL and not overwrites_input(job)
+    outputs += job.passed != NULL and job.passed != job.dy
+    return input_bytes(job) + outputs * array_bytes(job)
 
 
 cdef bint tries_stores(const Job *job) noexcept nogil:

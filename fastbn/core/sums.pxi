@@ -302,9 +302,13 @@ cdef void reduce_products(const Job *job, Py_ssize_t g, Py_ssize_t b,
     cdef BlockValid valid = valid_of(job, g, b)
     cdef double *first = partial_sums_of(job, &block, b)
     cdef double *second = first + job.cut.c
+    cdef Job derived
     read_vector(&job.mean, &block, mean)
     if job.raw_dy != NULL:
         derive_block(job, &block)
+    elif sums_need_derived(job, &block, valid.count):
+        derived = with_derived(job, &block)
+        job = &derived
     if job.in_float32 and valid.count >= PRODUCTS_MIN:
         float32_products(job, &block, &valid, mean, first, second, beside)
     else:
@@ -319,10 +323,14 @@ cdef void float32_products(const Job *job, const Block *block, const BlockValid 
     """The same in float32; channels whose products have left its range are summed again."""
     cdef double exact_first[COLUMNS]
     cdef double exact_second[COLUMNS]
+    cdef Job derived
     cdef Py_ssize_t c, channels = block.c1 - block.c0
     sum_block(job, block, IN_FLOAT32, mean, first, second, beside)
     if not isa_in_use.common.float32_products(mean, first, <double>valid.count, channels, second):
         return
+    if job.passed != NULL and job.activation.kind != LINEAR:
+        derived = with_derived(job, block)
+        job = &derived
     sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)
     for c in range(channels):
         if isnan(second[c]):

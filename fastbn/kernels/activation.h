@@ -92,12 +92,16 @@ ALWAYS_INLINE uint32_t NAME(alive_bits)(VA z, const NAME(activation) *activation
 
 enum { NAME(GATE_STEPS) = LANES / (sizeof(VA) / sizeof(A)) };
 
-/* Kernels are made for two kinds of gates, those of FASTBN_RELU and of FASTBN_LEAKY_RELU: a branch
- * for each register would take as long as what it decides. */
+/* Kernels are made for each kind of gate, those of FASTBN_RELU, of FASTBN_LEAKY_RELU and of bits: a
+ * branch for each register would take as long as what it decides. */
+enum { BY_BITS = FASTBN_LEAKY_RELU_INVERTED + 1 };
+
 ALWAYS_INLINE int NAME(kind_of_gate)(const fastbn_gate *gate)
 {
-    if (gate == NULL)
+    if (gate == NULL || gate->activation.kind == FASTBN_LINEAR)
         return FASTBN_LINEAR;
+    if (WRITES_PASSED && gate->alive != NULL)
+        return BY_BITS;
     return gate->activation.kind == FASTBN_RELU ? FASTBN_RELU : FASTBN_LEAKY_RELU;
 }
 
@@ -121,6 +125,12 @@ ALWAYS_INLINE NAME(passed) NAME(pass)(int kind, VA dy, VA x, const NAME(activati
     if (kind == FASTBN_LEAKY_RELU)
         x = IF_OUTSIDE_A(x, low, high, x, x * activation->inverse);
     return (NAME(passed)){derived, x};
+}
+
+/* dy, from the i-th element of a run on, where the bit of an element is set, and 0 elsewhere. */
+ALWAYS_INLINE VA NAME(if_alive)(noted_run run, ptrdiff_t i, VA dy)
+{
+    return IF_BITS_A(bits_from(run.alive, (size_t)(run.first + i)), dy, (VA){0});
 }
 
 /* The gates of the channels of runs, or of columns behind LANES zeros. */

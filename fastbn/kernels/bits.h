@@ -4,10 +4,8 @@
 
 #include "common.h"
 
-/* So many bytes are read at a time: bits for all lanes of a register, from any bit of a byte on. */
-enum { BITS_BYTES = 4 };
-
-/* The bits from the i-th on, the first of them in the lowest place. */
+/* The bits from the i-th on, the first of them in the lowest place: those for all lanes of a
+ * register, from any bit of a byte on, and more. */
 ALWAYS_INLINE uint32_t bits_from(const uint8_t *bits, size_t i)
 {
     const uint8_t *p = bits + i / 8;

@@ -86,6 +86,25 @@ typedef struct {
     float centre[FLOATS_APART], first[FLOATS_APART], second[FLOATS_APART];
 } column_trees;
 
+/* The bits of a run of elements, or NULL, and the number of its first element. */
+typedef struct {
+    const uint8_t *alive;
+    ptrdiff_t first;
+} noted_run;
+
+ALWAYS_INLINE noted_run not_noted(void) { return (noted_run){NULL, 0}; }
+
+ALWAYS_INLINE noted_run noted_by(const fastbn_gate *gate)
+{
+    return (noted_run){gate->alive, gate->first};
+}
+
+/* The same so many elements further on. */
+ALWAYS_INLINE noted_run noted_from(noted_run run, ptrdiff_t i)
+{
+    return (noted_run){run.alive, run.first + i};
+}
+
 /* Rows of a matrix that are added up together. */
 typedef struct {
     int count, begin_trees, end_trees;
@@ -93,13 +112,14 @@ typedef struct {
     /* Memory is prefetched so many elements ahead, more for each next row, and more with each step.
      * Of rows that follow each other it is read in its order then. */
     ptrdiff_t ahead, ahead_of_next, ahead_grows;
+    noted_run noted;
 } row_set;
 
 ALWAYS_INLINE row_set row_set_of(int count, int begin_trees, int end_trees, ptrdiff_t stride,
-                                 ptrdiff_t len)
+                                 ptrdiff_t len, noted_run noted)
 {
     const ptrdiff_t set = count * stride, ahead = set * ((SUMS_PREFETCHED + set - 1) / set);
-    row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0};
+    row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0, noted};
     if (count > 1 && len == stride)
         rows.ahead_of_next = LANES - stride, rows.ahead_grows = (count - 1) * LANES;
     return rows;

@@ -71,6 +71,9 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
         NAME(store_strided)(from, stride, count, to);
 }
 
+/* Whether gates have bits, and gradients a second output: for more dtypes it would be much code. */
+#define WRITES_PASSED (ELEMENT_BITS == 32)
+
 #include "activation.h"
 #include "sums.h"
 #if ARITHMETIC_BITS == 32
@@ -85,6 +88,7 @@ static void NAME(store_from_double)(const double *from, ptrdiff_t stride, ptrdif
 #undef Y
 
 const fastbn_kernels PASTE(PASTE(fastbn_kernels_, ISA), PASTE(_, DTYPE)) = {
+    WRITES_PASSED,
     NAME(load_as_double),
     NAME(store_from_double),
     NAME(moments),

@@ -84,13 +84,18 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
+/* How a register of results is written: a part of it, or all of one that has just been loaded. */
+enum { NAME(PART), NAME(STORED), NAME(STREAMED) };
+
 /* Stores a run. AT(i, is_first) is a register of values at i, loaded with a prefetch or without.
- * RESULT(v, i, from, count) makes results of it, and may write bits about `count` lanes from lane
- * `from` on: also where registers overlap, here and in all that follows, it is called in the order
- * of memory, for each element once. ONE(i) is a single result.
+ * RESULT(how, v, i, from, count) makes results of it, and may write something else about `count`
+ * lanes from lane `from` on: also where registers overlap, here and in all that follows, it is
+ * called for each element once and, unless it goes backwards, in the order of memory. ONE(i) is a
+ * single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. What
- * they store is loaded before the loop: in place, it overwrites some of these elements. */
+ * they store is loaded before the loop, and all results are made before the first of the two is
+ * stored: in place, they overwrite some of these elements. */
 #define STORE_RUN(to, len, AT, ONE, RESULT) \
     do { \
         const ptrdiff_t last = (len)-VA_LANES; \
@@ -101,19 +106,20 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         } \
         ptrdiff_t i = NAME(unaligned)(to); \
         const VA begin = AT(0, 1), end = AT(last, 0); \
-        const VA begin_results = RESULT(begin, 0, 0, i); \
+        const VA begin_results = RESULT(NAME(PART), begin, 0, 0, i); \
         NO_UNROLL for (; i + NAME(STRETCH) - VA_LANES < last; i += NAME(STRETCH)) \
             UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                NAME(store)((to) + i + j, \
-                            RESULT(AT(i + j, j % NAME(LINE) == 0), i + j, 0, VA_LANES)); \
+                NAME(store)((to) + i + j, RESULT(NAME(STORED), AT(i + j, j % NAME(LINE) == 0), \
+                                                 i + j, 0, VA_LANES)); \
         NO_UNROLL for (; i < last; i += VA_LANES) \
-            NAME(store)((to) + i, RESULT(AT(i, 1), i, 0, VA_LANES)); \
+            NAME(store)((to) + i, RESULT(NAME(STORED), AT(i, 1), i, 0, VA_LANES)); \
+        const VA end_results = RESULT(NAME(PART), end, last, i - last, (len)-i); \
         NAME(store)(to, begin_results); \
-        NAME(store)((to) + last, RESULT(end, last, i - last, (len)-i)); \
+        NAME(store)((to) + last, end_results); \
     } while (0)
 
 /* Values that are results already. */
-#define AS_IT_IS(v, i, from, count) ((void)(from), (void)(count), (v))
+#define AS_IT_IS(how, v, i, from, count) ((void)(from), (void)(count), (v))
 
 /* Stores the runs of several channels, one behind the other, of at least a register each, from an
  * element up to a stop in the last run, between which there are whole registers. OF(c) are the
@@ -122,7 +128,7 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
  * register that reaches over the end of a run into the next one has the values of both. The
  * coefficients are local values: what is stored cannot change them, so that they stay in registers.
  */
-#define EACH_RUN(to, channels, len, start, stop, type, OF, AT, RESULT, STORE) \
+#define EACH_RUN(to, channels, len, start, stop, type, OF, AT, RESULT, STORE, HOW) \
     do { \
         ptrdiff_t i = (start); \
         for (ptrdiff_t c = 0, border = (len); c < (channels); c++, border += (len)) { \
@@ -130,15 +136,15 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
             const type of_run = OF(c); \
             NO_UNROLL for (; i + NAME(STRETCH) <= end; i += NAME(STRETCH)) \
                 UNROLL for (ptrdiff_t j = 0; j < NAME(STRETCH); j += VA_LANES) \
-                    STORE((to) + i + j, RESULT(AT(of_run, i + j, j % NAME(LINE) == 0), i + j, 0, \
-                                               VA_LANES)); \
+                    STORE((to) + i + j, RESULT(HOW, AT(of_run, i + j, j % NAME(LINE) == 0), i + j, \
+                                               0, VA_LANES)); \
             NO_UNROLL for (; i + VA_LANES <= end; i += VA_LANES) \
-                STORE((to) + i, RESULT(AT(of_run, i, 1), i, 0, VA_LANES)); \
+                STORE((to) + i, RESULT(HOW, AT(of_run, i, 1), i, 0, VA_LANES)); \
             if (i < border && c + 1 < (channels)) { \
                 const uint32_t of_this_run = ((uint32_t)1 << (border - i)) - 1; \
                 const type of_next = OF(c + 1); \
                 const VA v = IF_BITS_A(of_this_run, AT(of_run, i, 1), AT(of_next, i, 0)); \
-                STORE((to) + i, RESULT(v, i, 0, VA_LANES)); \
+                STORE((to) + i, RESULT(HOW, v, i, 0, VA_LANES)); \
                 i += VA_LANES; \
             } \
         } \
@@ -151,10 +157,12 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
         const ptrdiff_t head = NAME(unaligned)(to), tail = (whole - head) % VA_LANES; \
         const type of_first = OF(0), of_last = OF((channels)-1); \
         const VA begin = AT(of_first, 0, 1), end = AT(of_last, last, 0); \
-        const VA begin_results = RESULT(begin, 0, 0, head); \
-        EACH_RUN(to, channels, len, head, whole, type, OF, AT, RESULT, NAME(store)); \
+        const VA begin_results = RESULT(NAME(PART), begin, 0, 0, head); \
+        EACH_RUN(to, channels, len, head, whole, type, OF, AT, RESULT, NAME(store), \
+                 NAME(STORED)); \
+        const VA end_results = RESULT(NAME(PART), end, last, VA_LANES - tail, tail); \
         NAME(store)(to, begin_results); \
-        NAME(store)((to) + last, RESULT(end, last, VA_LANES - tail, tail)); \
+        NAME(store)((to) + last, end_results); \
     } while (0)
 
 /* How many of the lanes of a register are among the first `count` elements. */
@@ -179,8 +187,8 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
     do { \
         T line[NAME(LINE)]; \
         UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) \
-            NAME(store)(line + i, \
-                        RESULT((first)[i / VA_LANES], i, 0, NAME(lanes_among)((head)-i))); \
+            NAME(store)(line + i, RESULT(NAME(PART), (first)[i / VA_LANES], i, 0, \
+                                         NAME(lanes_among)((head)-i))); \
         memcpy(to, line, (size_t)(head) * sizeof(T)); \
     } while (0)
 #  define STORE_TAIL(to, len, tail, last, RESULT) \
@@ -189,7 +197,8 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
         T line[NAME(LINE)]; \
         UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) { \
             const ptrdiff_t from = NAME(lanes_among)(skipped - i); \
-            NAME(store)(line + i, RESULT((last)[i / VA_LANES], start + i, from, VA_LANES - from)); \
+            NAME(store)(line + i, RESULT(NAME(PART), (last)[i / VA_LANES], start + i, from, \
+                                         VA_LANES - from)); \
         } \
         memcpy((to) + start + skipped, line + skipped, (size_t)(tail) * sizeof(T)); \
     } while (0)
@@ -214,7 +223,7 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
          left > 0; i += (backwards) ? -NAME(LINE) : NAME(LINE), left--) { \
         VA v[NAME(REGISTERS)]; \
         UNROLL for (ptrdiff_t j = 0; j < NAME(LINE); j += VA_LANES) \
-            v[j / VA_LANES] = RESULT(AT(i + j, j == 0), i + j, 0, VA_LANES); \
+            v[j / VA_LANES] = RESULT(NAME(STREAMED), AT(i + j, j == 0), i + j, 0, VA_LANES); \
         UNROLL for (ptrdiff_t j = 0; j < NAME(LINE); j += VA_LANES) \
             copy_register_nontemporal((char *)((to) + i + j), (const char *)&v[j / VA_LANES]); \
     }
@@ -233,7 +242,8 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
             last[i / VA_LANES] = AT(of_last, whole - NAME(LINE) + i, 0); \
         } \
         STORE_HEAD(to, head, first, RESULT); \
-        EACH_RUN(to, channels, len, head, whole - tail, type, OF, AT, RESULT, NAME(stream)); \
+        EACH_RUN(to, channels, len, head, whole - tail, type, OF, AT, RESULT, NAME(stream), \
+                 NAME(STREAMED)); \
         STORE_TAIL(to, whole, tail, last, RESULT); \
     } while (0)
 #else
@@ -429,7 +439,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, c
         if (!prefetches || fused == NAME(NOTED) ||
             (!masked && fused != NAME(WHOLE) && (streams_runs || NAME(stores_runs)(&w, runs)))) {
             enum { i0 = 0 };
-#define RESULT(z, i, from, count) FINISHED(fused, z, from, count)
+#define RESULT(how, z, i, from, count) FINISHED(fused, z, from, count)
             if (NAME(MAY_STREAM) && streams_runs)
                 STREAM_RUNS(y, channels, len, NAME(affine_of_run), OF, Z_AT, RESULT);
             else
@@ -447,7 +457,7 @@ ALWAYS_INLINE void NAME(normalize_runs)(int masked, int fused, int prefetches, c
                                                       Y(NAME(decode)(x[i0 + (i)]), k.centre, \
                                                         k.scale, k.shift), i)), \
                 i0 + (i))
-#define RESULT(z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
+#define RESULT(how, z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
             WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, RESULT)
 #undef RESULT
 #undef ONE
@@ -501,6 +511,100 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
         NAME(normalize_runs)(0, NAME(PLAIN), 1, x, y, runs, affine, NULL, nontemporal);
 }
 
+/* A dy that passes as a whole or by bits, and where it is written then. */
+typedef struct {
+    const T *dy;
+    noted_run noted;
+    T *to;
+    int streams;  /* whether what lies beside streamed lines of dx is streamed, too */
+    VA of_loaded; /* what has passed of the register that was loaded last */
+} NAME(passing);
+
+enum { PASSED = BY_BITS + 1 }; /* the kind of gate of such a dy */
+
+ALWAYS_INLINE int NAME(kind_of_passing)(const fastbn_gate *gate)
+{
+    const int is_written = WRITES_PASSED && gate != NULL && gate->passed != NULL;
+    return is_written ? PASSED : NAME(kind_of_gate)(gate);
+}
+
+/* That which begins `at` elements behind the first one of the gate, beside a dx. */
+ALWAYS_INLINE NAME(passing) NAME(passing_from)(const fastbn_gate *gate, const T *dy, ptrdiff_t at,
+                                               const T *dx)
+{
+    T *to = (T *)gate->passed + at;
+    const int fits = ((uintptr_t)to - (uintptr_t)dx) % CACHE_LINE == 0;
+    return (NAME(passing)){dy, noted_from(noted_by(gate), at), to, to != dy && fits, {0}};
+}
+
+ALWAYS_INLINE void NAME(advance_passing)(NAME(passing) *run, ptrdiff_t count)
+{
+    run->dy += count;
+    run->noted = noted_from(run->noted, count);
+    run->to += count;
+}
+
+/* What passes of the register at i. */
+ALWAYS_INLINE VA NAME(passing_at)(const NAME(passing) *run, ptrdiff_t i, VA dy)
+{
+    return run->noted.alive == NULL ? dy : NAME(if_alive)(run->noted, i, dy);
+}
+
+/* The same of one that has just been loaded. */
+ALWAYS_INLINE VA NAME(pass_loaded)(NAME(passing) *run, ptrdiff_t i, VA dy)
+{
+    run->of_loaded = NAME(passing_at)(run, i, dy);
+    return run->of_loaded;
+}
+
+/* Writes what has passed of the register at i, or of `count` of its lanes from lane `from` on. */
+ALWAYS_INLINE void NAME(write_passed)(const NAME(passing) *run, int how, ptrdiff_t i,
+                                      ptrdiff_t from, ptrdiff_t count)
+{
+    if (how == NAME(PART)) {
+        T lanes[VA_LANES];
+        NAME(store)(lanes, NAME(passing_at)(run, i, NAME(load)(run->dy + i)));
+        memcpy(run->to + i + from, lanes + from, (size_t)count * sizeof(T));
+        return;
+    }
+#if HAS_NONTEMPORAL
+    if (how == NAME(STREAMED) && run->streams) {
+        NAME(stream)(run->to + i, run->of_loaded);
+        return;
+    }
+#endif
+    NAME(store)(run->to + i, run->of_loaded);
+}
+
+/* What passes of a single element, which is written. */
+ALWAYS_INLINE A NAME(pass_one)(const NAME(passing) *run, ptrdiff_t i)
+{
+    const VA dy = NAME(all_lanes)(NAME(decode)(run->dy[i]));
+    const A passed = NAME(first_lane)(NAME(passing_at)(run, i, dy));
+    run->to[i] = NAME(encode)(passed);
+    return passed;
+}
+
+/* dy at i of a run, or what passes of it, as a register and as a single one. */
+#define DY_OR_PASSED(kind, dy, i) \
+    (kind == PASSED ? NAME(pass_loaded)(&passing, i0 + (i), dy) : (dy))
+#define ONE_DY_OR_PASSED(kind, dy, i) \
+    (kind == PASSED ? NAME(pass_one)(&passing, i0 + (i)) : NAME(decode)((dy)[i0 + (i)]))
+
+/* A register of results; before it, what has passed is written. */
+ALWAYS_INLINE VA NAME(after_passed)(int kind, int how, VA v, const NAME(passing) *run, ptrdiff_t i,
+                                    ptrdiff_t from, ptrdiff_t count)
+{
+    if (kind == PASSED)
+        NAME(write_passed)(run, how, i, from, count);
+    return v;
+}
+#define AFTER_PASSED(kind, how, v, i, from, count) \
+    NAME(after_passed)(kind, how, v, &passing, i0 + (i), from, count)
+
+/* Whether x tells what passes. */
+#define HAS_BOUNDS(kind) (kind == FASTBN_RELU || kind == FASTBN_LEAKY_RELU)
+
 /* dx from what has passed a gate. */
 ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_mean, VA rest, VA x_mean, VA slope,
                                 VA scale)
@@ -541,7 +645,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
                                        int nontemporal)
 {
-    const int gated = kind != FASTBN_LINEAR;
+    const int gated = HAS_BOUNDS(kind);
     NAME(gradient_coefficients) coefficients;
     NAME(gates) gates;
     NAME(writer) w;
@@ -554,6 +658,9 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
         const T *dy = (const T *)dy_ + n * runs->stride, *x = (const T *)x_ + n * runs->stride;
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
+        NAME(passing) passing;
+        if (kind == PASSED)
+            passing = NAME(passing_from)(gate, dy, n * runs->stride, (T *)dx_ + n * runs->stride);
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
 #define X_AT(i, is_first) NAME(fetch)(x + i0 + (i), is_first, AHEAD(i))
@@ -561,17 +668,18 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #define OF(c) NAME(gradient_of)(&coefficients, gated ? &gates : NULL, c)
 #define DX_AT(k, i, is_first) \
     (gated ? GATED(k, DY_AT(i, is_first), X_AT(i, is_first)) \
-           : DX(DY_AT(i, is_first), X_AT(i, is_first), (k).dy_mean, (k).rest, (k).x_mean, \
-                (k).slope, (k).scale))
+           : DX(DY_OR_PASSED(kind, DY_AT(i, is_first), i), X_AT(i, is_first), (k).dy_mean, \
+                (k).rest, (k).x_mean, (k).slope, (k).scale))
+#define RESULT(how, v, i, from, count) AFTER_PASSED(kind, how, v, i, from, count)
         const int streams_runs = NAME(streams_runs)(&w, runs);
         const ptrdiff_t channels = runs->channels, len = runs->len;
         if (!masked && (streams_runs || NAME(stores_runs)(&w, runs))) {
             enum { i0 = 0 };
             T *dx = (T *)dx_ + n * runs->stride;
             if (NAME(MAY_STREAM) && streams_runs)
-                STREAM_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, AS_IT_IS);
+                STREAM_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, RESULT);
             else
-                STORE_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, AS_IT_IS);
+                STORE_RUNS(dx, channels, len, NAME(gradient_of_run), OF, DX_AT, RESULT);
             continue;
         }
         NAME(start)(&w, (T *)dx_ + n * runs->stride);
@@ -581,14 +689,17 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(k, NAME(all_lanes)(NAME(decode)(dy[i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[i0 + (i)])))) \
-           : MASKED_LANE(DX(NAME(decode)(dy[i0 + (i)]), NAME(decode)(x[i0 + (i)]), k.dy_mean, \
+           : MASKED_LANE(DX(ONE_DY_OR_PASSED(kind, dy, i), NAME(decode)(x[i0 + (i)]), k.dy_mean, \
                             k.rest, k.x_mean, k.slope, k.scale), i0 + (i)))
-            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, AS_IT_IS)
+            WRITE_RUN(&w, NAME(MAY_STREAM), len, AT, ONE, RESULT)
 #undef AT
 #undef ONE
             ahead.border -= len;
+            if (kind == PASSED)
+                NAME(advance_passing)(&passing, len);
         }
         NAME(flush)(&w);
+#undef RESULT
 #undef DX_AT
 #undef OF
 #undef GATED
@@ -602,11 +713,13 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
                            const fastbn_gradient *gradient, const fastbn_gate *gate,
                            int nontemporal)
 {
-    const int kind = NAME(kind_of_gate)(gate);
+    const int kind = NAME(kind_of_passing)(gate);
     if (kind == FASTBN_RELU)
         NAME(gradient_runs)(0, FASTBN_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
     else if (kind == FASTBN_LEAKY_RELU)
         NAME(gradient_runs)(0, FASTBN_LEAKY_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
+    else if (WRITES_PASSED && kind == PASSED)
+        NAME(gradient_runs)(0, PASSED, dy, x, dx, runs, gradient, gate, nontemporal);
     else if (runs->mask == NULL)
         NAME(gradient_runs)(0, FASTBN_LINEAR, dy, x, dx, runs, gradient, NULL, nontemporal);
     else
@@ -772,7 +885,7 @@ ALWAYS_INLINE void NAME(normalize_rows)(int masked, int fused, const T *x, T *y,
                                                  centre[i0 + (i)], scale[i0 + (i)], \
                                                  shift[i0 + (i)]), i)), \
                 i0 + (i))
-#define RESULT(z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
+#define RESULT(how, z, i, from, count) MASKED_LANES(FINISHED(fused, z, from, count), i0 + (i))
 #define BEGIN(row, begins) \
     residual = NAME(residual_from)(fused, epilogue, at + (row)); \
     if (begins) \
@@ -820,9 +933,9 @@ static void NAME(column_normalize)(const void *x_, void *y_, const fastbn_matrix
 ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const T *x, T *dx,
                                        const fastbn_matrix *matrix,
                                        const fastbn_gradient *gradient, const fastbn_gate *gate,
-                                       int nontemporal)
+                                       ptrdiff_t at, int nontemporal)
 {
-    const int gated = kind != FASTBN_LINEAR;
+    const int gated = HAS_BOUNDS(kind);
     CACHE_ALIGNED A k[7][COLUMNS + 2 * CACHE_LINE / sizeof(A)];
     const ptrdiff_t padding = NAME(padding)(dx);
     A *dy_mean = k[0] + padding, *rest = k[1] + padding, *x_mean = k[2] + padding;
@@ -831,6 +944,7 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
     NAME(gradient_coefficients) of_channel;
     NAME(gates) gates;
     NAME(activation) activation;
+    NAME(passing) passing;
     NAME(narrow_gradient)(gradient, matrix->channels, &of_channel);
     NAME(spread)(matrix, of_channel.dy_mean, dy_mean);
     NAME(spread)(matrix, of_channel.rest, rest);
@@ -854,22 +968,26 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
 #define REPEATED(table, i) NAME(all_lanes)(table[i0 + (i)])
 #define AT(i, is_first) \
     (gated ? GATED(DY_AT(i, is_first), X_AT(i, is_first), LOADED, i) \
-           : MASKED_LANES(DX(DY_AT(i, is_first), X_AT(i, is_first), LOADED(dy_mean, i), \
-                             LOADED(rest, i), LOADED(x_mean, i), LOADED(slope, i), \
-                             LOADED(scale, i)), i0 + (i)))
+           : MASKED_LANES(DX(DY_OR_PASSED(kind, DY_AT(i, is_first), i), X_AT(i, is_first), \
+                             LOADED(dy_mean, i), LOADED(rest, i), LOADED(x_mean, i), \
+                             LOADED(slope, i), LOADED(scale, i)), i0 + (i)))
 #define ONE(i) \
     (gated ? NAME(first_lane)(GATED(NAME(all_lanes)(NAME(decode)(dy[row + i0 + (i)])), \
                                     NAME(all_lanes)(NAME(decode)(x[row + i0 + (i)])), \
                                     REPEATED, i)) \
-           : MASKED_LANE(DX(NAME(decode)(dy[row + i0 + (i)]), NAME(decode)(x[row + i0 + (i)]), \
-                            dy_mean[i0 + (i)], rest[i0 + (i)], x_mean[i0 + (i)], \
-                            slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
-#define BEGIN(row, begins) (void)0
+           : MASKED_LANE(DX(ONE_DY_OR_PASSED(kind, dy + row, i), \
+                            NAME(decode)(x[row + i0 + (i)]), dy_mean[i0 + (i)], rest[i0 + (i)], \
+                            x_mean[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
+#define RESULT(how, v, i, from, count) AFTER_PASSED(kind, how, v, i, from, count)
+#define BEGIN(row, begins) \
+    if (kind == PASSED) \
+    passing = NAME(passing_from)(gate, dy + (row), at + (row), dx + (row))
 #define END(ends) (void)0
     WRITE_ROWS(matrix, masked, dx, nontemporal, PREFETCHED_OF_TWO,
-               follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, AS_IT_IS, BEGIN, END);
+               follows_closely(dx, x) || follows_closely(dx, dy), AT, ONE, RESULT, BEGIN, END);
 #undef END
 #undef BEGIN
+#undef RESULT
 #undef AT
 #undef ONE
 #undef REPEATED
@@ -884,21 +1002,25 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
                                   const fastbn_gate *gate, int nontemporal)
 {
     fastbn_matrix rows;
-    const int kind = NAME(kind_of_gate)(gate);
+    const int kind = NAME(kind_of_passing)(gate);
     for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
         const ptrdiff_t at = r * matrix->stride;
         const T *dy = (const T *)dy_ + at, *x = (const T *)x_ + at;
         T *dx = (T *)dx_ + at;
         count = NAME(rows_from)(matrix, r, &rows);
         if (kind == FASTBN_RELU)
-            NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows, gradient, gate, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_RELU, dy, x, dx, &rows, gradient, gate, at, nontemporal);
         else if (kind == FASTBN_LEAKY_RELU)
-            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate,
+            NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate, at,
                                 nontemporal);
+        else if (WRITES_PASSED && kind == PASSED)
+            NAME(gradient_rows)(0, PASSED, dy, x, dx, &rows, gradient, gate, at, nontemporal);
         else if (!masks_columns(&rows))
-            NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, nontemporal);
+            NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, at,
+                                nontemporal);
         else
-            NAME(gradient_rows)(1, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, nontemporal);
+            NAME(gradient_rows)(1, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, at,
+                                nontemporal);
     }
 }
 
@@ -1003,8 +1125,7 @@ ALWAYS_INLINE void NAME(derive_run)(int by_bits, int is_relu, const T *dy, const
 #undef DERIVE
 }
 
-/* Of FASTBN_LINEAR the derivative is 1. The bits are copied, since more of them are read at a time
- * than there may be. */
+/* Of FASTBN_LINEAR the derivative is 1. */
 static void NAME(activation_gradient)(const void *dy_, const void *y_, const unsigned char *alive,
                                       ptrdiff_t first, ptrdiff_t count,
                                       const fastbn_activation *activation_, void *to_)
@@ -1013,7 +1134,6 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
     const int is_relu = activation.kind == FASTBN_RELU;
     const T *dy = dy_, *y = y_;
     T *to = to_;
-    uint8_t bits[4096];
     if (activation.kind == FASTBN_LINEAR) {
         memmove(to, dy, (size_t)count * sizeof(T));
         return;
@@ -1022,15 +1142,10 @@ static void NAME(activation_gradient)(const void *dy_, const void *y_, const uns
         NAME(derive_run)(0, is_relu, dy, y, NULL, 0, count, &activation, to);
         return;
     }
-    for (ptrdiff_t i = 0, n; i < count; i += n) {
-        const size_t begin = (size_t)(first + i) / 8, from = (size_t)(first + i) % 8;
-        n = smaller(count - i, ((ptrdiff_t)sizeof bits - BITS_BYTES) * 8);
-        memcpy(bits, alive + begin, (from + (size_t)n + 7) / 8);
-        if (is_relu)
-            NAME(derive_run)(1, 1, dy + i, NULL, bits, from, n, &activation, to + i);
-        else
-            NAME(derive_run)(1, 0, dy + i, NULL, bits, from, n, &activation, to + i);
-    }
+    if (is_relu)
+        NAME(derive_run)(1, 1, dy, NULL, alive, (size_t)first, count, &activation, to);
+    else
+        NAME(derive_run)(1, 0, dy, NULL, alive, (size_t)first, count, &activation, to);
 }
 
 #undef ONE_FINISHED

@@ -39,6 +39,8 @@ enum {
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
+    /* Bits of elements are read four bytes at a time: as many behind theirs can be read, too. */
+    FASTBN_BITS_PADDING = 3,
     /* Non-temporal stores of shorter runs, where each is written by itself, go through a buffer,
      * since the lines at their ends cost more; and those of 16 bits, of which a register does not
      * fill one. */
@@ -99,11 +101,18 @@ typedef struct {
 } fastbn_epilogue;
 
 /* What dy passes before a backward uses it: it is multiplied by the derivative of the activation,
- * which changes where x leaves the interval from `low` to `high` of its channel; see
- * gate_bounds. */
+ * which changes where x leaves the interval from `low` to `high` of its channel; see gate_bounds.
+ *
+ * Unless `alive` is NULL, its bits tell, instead of x, where the derivative is 1, and elsewhere it
+ * is 0; `first` is the number of the first element of dy. Sums take them of rows, or runs, of
+ * FASTBN_LANES elements or more. Unless `passed` is NULL, kernels that write dx also write to it
+ * what has passed, by bits or, without them, all of dy; it may be dy. */
 typedef struct {
     fastbn_activation activation;
     const double *low, *high;
+    const unsigned char *alive;
+    ptrdiff_t first;
+    void *passed;
 } fastbn_gate;
 
 /* While one of the first `border` elements of a sample is read, the one `near` further on is
@@ -162,6 +171,8 @@ typedef struct {
 } fastbn_results;
 
 typedef struct {
+    /* Whether a gate may have `alive` and `passed`. */
+    int writes_passed;
     /* to[i] = the element i * stride bytes after x */
     void (*load_as_double)(const void *x, ptrdiff_t stride, ptrdiff_t count, double *to);
     /* the element i * stride bytes after to = from[i] */

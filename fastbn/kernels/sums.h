@@ -288,7 +288,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
                                      int masks_some, const T *dy, const T *x,
                                      const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
-                                     double *first_of_channel, double *second_of_channel)
+                                     noted_run noted, double *first_of_channel,
+                                     double *second_of_channel)
 {
     column_sums sums;
     column_trees trees;
@@ -316,7 +317,8 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
 #define WALK(count, begin, end) \
     NAME(add_rows_to_columns)(add, &sums, &trees, \
                               row_set_of(count, begin, end, \
-                                         (count > 1 ? distance : 1) * stride, len), \
+                                         (count > 1 ? distance : 1) * stride, len, \
+                                         noted_from(noted, r * stride)), \
                               dy + r * stride, x + r * stride, len, \
                               masks_some ? &valid : NULL, gate == NULL ? NULL : &gates)
         if (count == 1)
@@ -343,9 +345,11 @@ ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, int toget
                                     const double *centre, double *first, double *second)
 {
     if (masks_columns(matrix))
-        NAME(sum_columns)(add, by_trees, together, 1, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, together, 1, dy, x, matrix, centre, NULL, not_noted(),
+                          first, second);
     else
-        NAME(sum_columns)(add, by_trees, together, 0, dy, x, matrix, centre, NULL, first, second);
+        NAME(sum_columns)(add, by_trees, together, 0, dy, x, matrix, centre, NULL, not_noted(),
+                          first, second);
 }
 
 static void NAME(column_moments)(const void *x, const fastbn_matrix *matrix, const double *pivot,
@@ -369,11 +373,11 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate, first,
-                          second);
+        NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate,
+                          not_noted(), first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate, first,
-                          second);
+        NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate,
+                          not_noted(), first, second);
     else
         NAME(sum_matrix)(NAME(add_row_products), 0, 2, dy, x, matrix, mean, first, second);
 }

@@ -12,6 +12,7 @@ typedef struct {
     ptrdiff_t pitch, ahead, ahead_of_next;
     valid_lanes lanes;
     const NAME(gate) *gate;
+    noted_run noted;
 } NAME(terms);
 
 /* The j-th register of the t-th term; the first one prefetches. */
@@ -73,6 +74,23 @@ GATED_PRODUCT_TERM(relu_product_term, FASTBN_RELU)
 GATED_PRODUCT_TERM(leaky_product_term, FASTBN_LEAKY_RELU)
 #undef GATED_PRODUCT_TERM
 
+/* And of what has passed a gate of bits. */
+ALWAYS_INLINE tree_sum NAME(noted_product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
+                                                float_step mean)
+{
+    const ptrdiff_t at = t * terms->pitch;
+    const T *dy = terms->dy + at, *x = terms->x + at;
+    const valid_lanes lanes = lanes_of_next(terms->lanes, t);
+    if (j == 0) {
+        PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
+        PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
+    }
+    const VA passed = NAME(if_alive)(terms->noted, at + j * VF, NAME(load)(dy + j * VF));
+    const vf g = only_valid_floats(lanes, j, passed);
+    const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
+    return (tree_sum){g, g * d};
+}
+
 /* Adds TREE terms, pair after pair: memory is read in its order, and little waits in registers. */
 ALWAYS_INLINE step_sums NAME(add_whole_tree)(NAME(term) *term, step_sums sums,
                                              const NAME(terms) *terms, float_step centre)
@@ -127,20 +145,22 @@ static void NAME(pivots)(const void *x_, const ptrdiff_t *at, ptrdiff_t count, p
 /* The terms of a run from the i-th element on. */
 ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x,
                                              const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead,
-                                             const NAME(gate) *gate)
+                                             const NAME(gate) *gate, noted_run noted)
 {
     return (NAME(terms)){dy + i, x + i, LANES, ahead, 0,
-                         {masked, masked ? mask + i : NULL, LANES, 0}, gate};
+                         {masked, masked ? mask + i : NULL, LANES, 0}, gate,
+                         noted_from(noted, i)};
 }
 
 /* Adds the end of a run to a tree, from the i-th element on: less than TREE whole steps, and a step
  * that overlaps the one before it. */
 ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int masked, const T *dy,
                                       const T *x, const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
-                                      ptrdiff_t ahead, const NAME(gate) *gate, float_step centre)
+                                      ptrdiff_t ahead, const NAME(gate) *gate, noted_run noted,
+                                      float_step centre)
 {
     const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
-    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate);
+    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate, noted);
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
     tree = NAME(add_in_turn)(term, tree, &whole, steps, centre);
@@ -149,7 +169,7 @@ ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int mask
     NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
                                           last_step(x, len, sizeof(T), x_buffer),
                                           masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0,
-                                          0, gate);
+                                          0, gate, noted_from(noted, len - LANES));
     last.lanes.skip = LANES - rest;
     return NAME(add_in_turn)(term, tree, &last, 1, centre);
 }
@@ -163,7 +183,8 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_tree)(ptrdiff_t len)
 
 ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T *dy, const T *x,
                                            const fastbn_runs *runs, const double *centre,
-                                           const fastbn_gate *gate, double *first, double *second)
+                                           const fastbn_gate *gate, noted_run noted,
+                                           double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES];
     NAME(gates) gates;
@@ -176,7 +197,9 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
         fastbn_ahead ahead = runs->ahead;
         count = smaller(samples_of_tree, runs->samples - n);
         for (ptrdiff_t c = 0; c < runs->channels; c++) {
-            const T *dy_run = dy + n * stride + c * len, *x_run = x + n * stride + c * len;
+            const ptrdiff_t at = n * stride + c * len;
+            const T *dy_run = dy + at, *x_run = x + at;
+            const noted_run noted_of_run = noted_from(noted, at);
             const float_step around = same_float_step(centre[c]);
             NAME(gate) own;
             if (gate != NULL)
@@ -185,7 +208,8 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
             ptrdiff_t i = 0;
             for (; i + TREE * LANES <= len; i += TREE * LANES) {
                 const NAME(terms) terms = NAME(terms_of_run)(masked, dy_run, x_run, mask, i,
-                                                             prefetch_distance(ahead, i), &own);
+                                                             prefetch_distance(ahead, i), &own,
+                                                             noted_of_run);
                 s = NAME(add_whole_tree)(term, s, &terms, around);
             }
             if (i < len) {
@@ -194,7 +218,8 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
                     tree = NAME(add_end)(term, tree, masked, dy_run + m * stride,
                                          x_run + m * stride,
                                          masked ? mask + m * runs->mask_stride : NULL, len, i,
-                                         prefetch_distance(ahead, i), &own, around);
+                                         prefetch_distance(ahead, i), &own,
+                                         noted_from(noted_of_run, m * stride), around);
                 s = add_tree(s, tree);
             }
             ahead.border -= len;
@@ -208,9 +233,11 @@ static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const dou
                                double *first, double *second)
 {
     if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, NULL, first, second);
+        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, NULL, not_noted(), first,
+                                second);
     else
-        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, NULL, first, second);
+        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, NULL, not_noted(), first,
+                                second);
 }
 
 static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs *runs,
@@ -219,14 +246,20 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_runs_by_trees)(NAME(relu_product_term), 0, dy, x, runs, mean, gate, first, second);
+        NAME(sum_runs_by_trees)(NAME(relu_product_term), 0, dy, x, runs, mean, gate, not_noted(),
+                                first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_runs_by_trees)(NAME(leaky_product_term), 0, dy, x, runs, mean, gate, first,
-                                second);
+        NAME(sum_runs_by_trees)(NAME(leaky_product_term), 0, dy, x, runs, mean, gate, not_noted(),
+                                first, second);
+    else if (WRITES_PASSED && kind == BY_BITS)
+        NAME(sum_runs_by_trees)(NAME(noted_product_term), 0, dy, x, runs, mean, NULL,
+                                noted_by(gate), first, second);
     else if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, first, second);
+        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, not_noted(), first,
+                                second);
     else
-        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, NULL, first, second);
+        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, NULL, not_noted(), first,
+                                second);
 }
 
 /* ------------------------------------------------------------------ the column layout */
@@ -237,7 +270,8 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
                                            ptrdiff_t i_tree, const T *dy, const T *x,
                                            const NAME(gate) *gate, valid_lanes lanes)
 {
-    const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, gate};
+    const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, gate,
+                               noted_from(rows.noted, i)};
     const float_step around = load_float_step(trees->centre + LANES + i);
     tree_sums tree = rows.begin_trees ? no_tree() : load_tree(trees, i_tree);
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
@@ -253,6 +287,7 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
 ADD_ROWS(add_products_of_rows, add_rows_to_trees, product_term)
 ADD_ROWS(add_relu_products_of_rows, add_rows_to_trees, relu_product_term)
 ADD_ROWS(add_leaky_products_of_rows, add_rows_to_trees, leaky_product_term)
+ADD_ROWS(add_noted_products_of_rows, add_rows_to_trees, noted_product_term)
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                        const double *mean, const fastbn_gate *gate, double *first,
@@ -261,10 +296,13 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
         NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
-                          first, second);
+                          not_noted(), first, second);
     else if (kind == FASTBN_LEAKY_RELU)
         NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
-                          first, second);
+                          not_noted(), first, second);
+    else if (WRITES_PASSED && kind == BY_BITS)
+        NAME(sum_columns)(NAME(add_noted_products_of_rows), 1, 2, 0, dy, x, matrix, mean, NULL,
+                          noted_by(gate), first, second);
     else
         NAME(sum_matrix)(NAME(add_products_of_rows), 1, 2, dy, x, matrix, mean, first, second);
 }

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fastbn import _core
 from fastbn.torch import compute
 from fastbn.torch.arrays import as_array_or_none, empty_like
 from fastbn.torch.compute import Call, Needs, Saved, Vector, Vectors
@@ -61,7 +62,7 @@ def _(
     statistics = [x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2)]
     running = running_mean, running_var
     moved = [x.new_empty(0) if r is None else torch.empty_like(r) for r in running]
-    count = (x.numel() + 7) // 8 if notes_alive(activation, residual) else 0
+    count = (x.numel() + 7) // 8 + _core.bits_padding if notes_alive(activation, residual) else 0
     return empty_like(x), *statistics, *moved, x.new_empty(count, dtype=torch.uint8)
 
 

@@ -250,6 +250,59 @@ def test_each_element_has_its_own_bit_behind_a_residual(
             assert is_rounded.mean() < 1e-3
 
 
+# Shapes with ends: of runs, of rows, of folded ones, and less than the kernels take at a time.
+BEHIND = {
+    **KEPT,
+    "several blocks of a run": ((1, 2, 300, 200), False),
+    "a folded row and a rest": ((3, 5, 7, 13), True),
+    "rows of few columns": ((5, 3, 1, 2), True),
+    "few positions": ((2, 4, 3, 7), False),
+    "less than two registers": ((4, 6, 1, 1), False),
+    "a strip and a narrow one": ((9, 1031, 4, 4), True),
+}
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(("shape", "is_last"), BEHIND.values(), ids=BEHIND)
+@pytest.mark.parametrize("options", [{}, {"ghost_batch_size": 2}], ids=["batch", "ghost batches"])
+@pytest.mark.parametrize("stored_from", [0, 2**62])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # a positive output is not rounded to 0
+def test_gradients_behind_a_residual_have_the_bits_of_those_of_what_passes(
+    rng, dtype, shape, is_last, options, stored_from, set_num_threads
+):
+    dtype = np.dtype(dtype)
+    x, added, dy = (some(rng, shape, dtype, mean=0) for _ in range(3))
+    layer = fastbn.BatchNorm2d(shape[1], activation="relu", **options)
+    plain = fastbn.BatchNorm2d(shape[1], **options)
+    passed = np.where(layer(x, residual=added) > 0, dy, dtype.type(0))
+    plain(x)
+    expected = plain.backward(passed), passed, plain.weight_grad, plain.bias_grad
+
+    def placed(a, address):
+        a = at(address, np.moveaxis(a, 1, -1) if is_last else a)
+        return np.moveaxis(a, -1, 1) if is_last else a
+
+    def gradients(place, address):
+        gradient, out, residual_out = placed(dy, address), placed(dy, 0), placed(dy, address)
+        if place == "dx over dy":
+            out = gradient
+        elif place == "the residual's over dy":
+            residual_out = gradient
+        elif place == "new arrays":
+            out = residual_out = None
+        layer.zero_grad()
+        layer(placed(x, 0), residual=added)
+        results = layer.backward(gradient, out=out, residual_out=residual_out)
+        return *results, layer.weight_grad, layer.bias_grad
+
+    with nontemporal_from(stored_from):
+        for threads in (1, 3):
+            set_num_threads(threads)
+            for place in ("apart", "dx over dy", "the residual's over dy", "new arrays"):
+                for address in (0, 4 * dtype.itemsize):
+                    assert all(map(same_bits, gradients(place, address), expected)), place
+
+
 # Groups of channels of which one is summed while another one's results are streamed.
 INTERLEAVED = [
     (40, 46, 11, 12),  # raw moments, and a last group of fewer channels
