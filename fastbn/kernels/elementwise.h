@@ -84,6 +84,12 @@ ALWAYS_INLINE ptrdiff_t NAME(unaligned)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % (VA_LANES * sizeof(T)) / sizeof(T));
 }
 
+/* The elements before the next cache line. */
+ALWAYS_INLINE ptrdiff_t NAME(before_line)(const T *to)
+{
+    return (ptrdiff_t)(-(uintptr_t)to % CACHE_LINE / sizeof(T));
+}
+
 /* How a register of results is written: a part of it, or all of one that has just been loaded. */
 enum { NAME(PART), NAME(STORED), NAME(STREAMED) };
 
@@ -205,7 +211,7 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
 
 #  define STREAM_RUN(to, len, backwards, AT, RESULT) \
     do { \
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t head = NAME(before_line)(to); \
         const ptrdiff_t tail = ((len)-head) % NAME(LINE); \
         VA first[NAME(REGISTERS)], last[NAME(REGISTERS)]; \
         PREFETCH_TO_WRITE((to) + (len)-1); \
@@ -234,7 +240,7 @@ ALWAYS_INLINE void NAME(stream)(T *to, VA v)
     do { \
         const type of_first = OF(0), of_last = OF((channels)-1); \
         const ptrdiff_t whole = (channels) * (len); \
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(to) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t head = NAME(before_line)(to); \
         const ptrdiff_t tail = (whole - head) % NAME(LINE); \
         VA first[NAME(REGISTERS)], last[NAME(REGISTERS)]; \
         UNROLL for (ptrdiff_t i = 0; i < NAME(LINE); i += VA_LANES) { \
@@ -777,7 +783,7 @@ ALWAYS_INLINE int NAME(streams_rows)(const fastbn_matrix *matrix, int nontempora
         const int apart = len != (matrix)->stride; \
         const ptrdiff_t ahead = apart ? NAME(rows_ahead)(matrix, prefetched) : prefetched; \
         const uint8_t *mask = NULL; /* there is none */ \
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)(out) % CACHE_LINE / sizeof(T)); \
+        const ptrdiff_t head = NAME(before_line)(out); \
         const ptrdiff_t tail = ((apart ? len : rows * len) - head) % NAME(LINE); \
         for (ptrdiff_t n = 0; n < rows; n++) { \
             const ptrdiff_t r = (backwards) ? rows - 1 - n : n, row = r * (matrix)->stride; \

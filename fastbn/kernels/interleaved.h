@@ -124,7 +124,7 @@ ALWAYS_INLINE void NAME(sum_beside_results)(int summed, int fused, const T *dy, 
         const T *dy_from =
             HAS_PRODUCTS(summed) ? (const T *)results->dy + n * results->stride : from;
         T *to = (T *)results->to + n * results->stride;
-        const ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)to % CACHE_LINE / sizeof(T));
+        const ptrdiff_t head = NAME(before_line)(to);
         const ptrdiff_t tail = (whole - head) % LINE;
         const NAME(coefficients_of_run) of_first = OF(0), of_last = OF(channels - 1);
         fastbn_ahead ahead = runs->ahead;
