@@ -39,7 +39,7 @@ def call_all(x, dy, **options):
 def call_fused(x, dy):
     vectors = np.linspace(1, 2, x.shape[1]), np.linspace(-1, 1, x.shape[1])
     kind = fastbn.BatchNorm2d if x.ndim == 4 else fastbn.BatchNorm1d
-    for activation in ("relu", "relu6", "leaky_relu"):
+    for activation in (None, "relu", "relu6", "leaky_relu"):
         y, mean, invstd = F.batch_norm_forward(x, *vectors, activation=activation)
         dx = F.batch_norm_backward(
             dy, x, vectors[0], mean, invstd, bias=vectors[1], activation=activation
@@ -49,8 +49,11 @@ def call_fused(x, dy):
         if x.size == 0:  # a layer in training refuses an empty batch
             continue
         layer = kind(x.shape[1], activation=activation)
-        assert np.isfinite(layer(x, residual=dy)).all()
-        assert all(np.isfinite(gradient).all() for gradient in layer.backward(dy))
+        for name in (None, "out", "residual_out"):  # what takes the place of dy
+            assert np.isfinite(layer(x, residual=dy)).all()
+            gradient = dy.copy(order="K")
+            places = {} if name is None else {name: gradient}
+            assert all(np.isfinite(result).all() for result in layer.backward(gradient, **places))
 
 
 rng = np.random.default_rng(0)

@@ -155,21 +155,19 @@ cdef void pass_in_second_walk(Job *job) noexcept nogil:
 
 cdef bint sums_need_derived(const Job *job, const Block *block, Py_ssize_t count) noexcept nogil:
     """Tell whether kernels cannot sum a block of so many positions by bits: where it is small."""
-    cdef Matrix folded, leftover
     if job.passed == NULL or job.activation.kind == LINEAR:
         return False
     if count < PRODUCTS_MIN:
         return True
-    if not job.cut.column_layout:
+    if not job.cut.column_layout:  # the last part of a run of 2^26 elements may be so short
         return block.length < LANES
-    folded, leftover = folded_matrix(job, block), leftover_matrix(job, block)
-    return folded.len < LANES or 0 < leftover.rows and leftover.len < LANES
+    return folded_matrix(job, block).len < LANES
 
 
 cdef Job with_derived(const Job *job, const Block *block) noexcept nogil:
     """A job that derives by bits, as one that reads the product, which is written for a block.
 
-    To where the second walk writes it, which may be dy: what has passed passes once more.
+    The memory is that of the second walk's. It may be dy, since to pass twice is to pass once.
     """
     cdef Job derived = job[0]
     derived.raw_dy, derived.dy, derived.passed = job.dy, job.passed, NULL

@@ -52,7 +52,7 @@ cdef bint overwrites_input(const Job *job) noexcept nogil:
 
 
 cdef Py_ssize_t footprint_bytes(const Job *job) noexcept nogil:
-    """The bytes of inputs and outputs, if there are any; these may have the memory of inputs."""
+    """The bytes of all inputs, and of the outputs that do not take the place of one."""
     cdef int outputs = job.out != NULL and not overwrites_input(job)
     outputs += job.passed != NULL and job.passed != job.dy
     return input_bytes(job) + outputs * array_bytes(job)

@@ -54,5 +54,5 @@ cdef uint64_t key_of(const Job *job, int threads) noexcept nogil:
         + 8 * job.has_gate + 16 * (job.residual != NULL) + 32 * (job.alive != NULL)
         + 64 * (job.kept != NULL) + 128 * (job.raw_dy != NULL) + 256 * (job.mask != NULL)
         + 512 * job.has_epilogue + 1024 * (job.dy != NULL) + 2048 * (job.out != NULL)
-        + 4096 * (job.passed != NULL) + 8192 * (job.passed == job.dy))
+        + 4096 * (job.passed != NULL) + 8192 * (job.passed != NULL and job.passed == job.dy))
     return key

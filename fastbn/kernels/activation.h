@@ -92,9 +92,10 @@ ALWAYS_INLINE uint32_t NAME(alive_bits)(VA z, const NAME(activation) *activation
 
 enum { NAME(GATE_STEPS) = LANES / (sizeof(VA) / sizeof(A)) };
 
-/* Kernels are made for each kind of gate, those of FASTBN_RELU, of FASTBN_LEAKY_RELU and of bits: a
- * branch for each register would take as long as what it decides. */
-enum { BY_BITS = FASTBN_LEAKY_RELU_INVERTED + 1 };
+/* Kernels are made for each kind of gate, since a branch for each register would take as long as
+ * what it decides: FASTBN_LINEAR, which all of dy passes, FASTBN_RELU and FASTBN_LEAKY_RELU, of
+ * which x tells, sums BY_BITS, and gradients that write what passes BESIDE_DX. */
+enum { BY_BITS = FASTBN_LEAKY_RELU_INVERTED + 1, BESIDE_DX };
 
 ALWAYS_INLINE int NAME(kind_of_gate)(const fastbn_gate *gate)
 {
@@ -114,21 +115,21 @@ typedef struct {
 
 typedef struct {
     VA dy, x;
-} NAME(passed);
+} NAME(dy_and_x);
 
 /* dy through a gate of this kind, and the x that it belongs to, which is recovered from the output
  * of FASTBN_LEAKY_RELU. */
-ALWAYS_INLINE NAME(passed) NAME(pass)(int kind, VA dy, VA x, const NAME(activation) *activation,
+ALWAYS_INLINE NAME(dy_and_x) NAME(pass)(int kind, VA dy, VA x, const NAME(activation) *activation,
                                       VA low, VA high)
 {
     const VA derived = NAME(derive)(kind == FASTBN_RELU, dy, x, activation, low, high);
     if (kind == FASTBN_LEAKY_RELU)
         x = IF_OUTSIDE_A(x, low, high, x, x * activation->inverse);
-    return (NAME(passed)){derived, x};
+    return (NAME(dy_and_x)){derived, x};
 }
 
 /* dy, from the i-th element of a run on, where the bit of an element is set, and 0 elsewhere. */
-ALWAYS_INLINE VA NAME(if_alive)(noted_run run, ptrdiff_t i, VA dy)
+ALWAYS_INLINE VA NAME(if_alive)(run_bits run, ptrdiff_t i, VA dy)
 {
     return IF_BITS_A(bits_from(run.alive, (size_t)(run.first + i)), dy, (VA){0});
 }

@@ -90,19 +90,19 @@ typedef struct {
 typedef struct {
     const uint8_t *alive;
     ptrdiff_t first;
-} noted_run;
+} run_bits;
 
-ALWAYS_INLINE noted_run not_noted(void) { return (noted_run){NULL, 0}; }
+ALWAYS_INLINE run_bits no_bits(void) { return (run_bits){NULL, 0}; }
 
-ALWAYS_INLINE noted_run noted_by(const fastbn_gate *gate)
+ALWAYS_INLINE run_bits bits_of_gate(const fastbn_gate *gate)
 {
-    return (noted_run){gate->alive, gate->first};
+    return (run_bits){gate->alive, gate->first};
 }
 
 /* The same so many elements further on. */
-ALWAYS_INLINE noted_run noted_from(noted_run run, ptrdiff_t i)
+ALWAYS_INLINE run_bits skip_bits(run_bits run, ptrdiff_t i)
 {
-    return (noted_run){run.alive, run.first + i};
+    return (run_bits){run.alive, run.first + i};
 }
 
 /* Rows of a matrix that are added up together. */
@@ -112,14 +112,14 @@ typedef struct {
     /* Memory is prefetched so many elements ahead, more for each next row, and more with each step.
      * Of rows that follow each other it is read in its order then. */
     ptrdiff_t ahead, ahead_of_next, ahead_grows;
-    noted_run noted;
+    run_bits bits;
 } row_set;
 
 ALWAYS_INLINE row_set row_set_of(int count, int begin_trees, int end_trees, ptrdiff_t stride,
-                                 ptrdiff_t len, noted_run noted)
+                                 ptrdiff_t len, run_bits bits)
 {
     const ptrdiff_t set = count * stride, ahead = set * ((SUMS_PREFETCHED + set - 1) / set);
-    row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0, noted};
+    row_set rows = {count, begin_trees, end_trees, stride, ahead, 0, 0, bits};
     if (count > 1 && len == stride)
         rows.ahead_of_next = LANES - stride, rows.ahead_grows = (count - 1) * LANES;
     return rows;

@@ -90,14 +90,14 @@ ALWAYS_INLINE ptrdiff_t NAME(before_line)(const T *to)
     return (ptrdiff_t)(-(uintptr_t)to % CACHE_LINE / sizeof(T));
 }
 
-/* How a register of results is written: a part of it, or all of one that has just been loaded. */
+/* How a register of results is written: a part of it, or all of it, stored or streamed. */
 enum { NAME(PART), NAME(STORED), NAME(STREAMED) };
 
 /* Stores a run. AT(i, is_first) is a register of values at i, loaded with a prefetch or without.
  * RESULT(how, v, i, from, count) makes results of it, and may write something else about `count`
  * lanes from lane `from` on: also where registers overlap, here and in all that follows, it is
- * called for each element once and, unless it goes backwards, in the order of memory. ONE(i) is a
- * single result.
+ * called for each element once and, unless it goes backwards, in the order of memory. A whole
+ * register is the one that AT has loaded last. ONE(i) is a single result.
  *
  * All stores are aligned but those of the first and the last register, which overlap others. What
  * they store is loaded before the loop, and all results are made before the first of the two is
@@ -520,18 +520,16 @@ static void NAME(normalize)(const void *x, void *y, const fastbn_runs *runs,
 /* A dy that passes as a whole or by bits, and where it is written then. */
 typedef struct {
     const T *dy;
-    noted_run noted;
+    run_bits bits;
     T *to;
     int streams;  /* whether what lies beside streamed lines of dx is streamed, too */
     VA of_loaded; /* what has passed of the register that was loaded last */
 } NAME(passing);
 
-enum { PASSED = BY_BITS + 1 }; /* the kind of gate of such a dy */
-
-ALWAYS_INLINE int NAME(kind_of_passing)(const fastbn_gate *gate)
+ALWAYS_INLINE int NAME(kind_of_gradient)(const fastbn_gate *gate)
 {
     const int is_written = WRITES_PASSED && gate != NULL && gate->passed != NULL;
-    return is_written ? PASSED : NAME(kind_of_gate)(gate);
+    return is_written ? BESIDE_DX : NAME(kind_of_gate)(gate);
 }
 
 /* That which begins `at` elements behind the first one of the gate, beside a dx. */
@@ -540,20 +538,20 @@ ALWAYS_INLINE NAME(passing) NAME(passing_from)(const fastbn_gate *gate, const T 
 {
     T *to = (T *)gate->passed + at;
     const int fits = ((uintptr_t)to - (uintptr_t)dx) % CACHE_LINE == 0;
-    return (NAME(passing)){dy, noted_from(noted_by(gate), at), to, to != dy && fits, {0}};
+    return (NAME(passing)){dy, skip_bits(bits_of_gate(gate), at), to, to != dy && fits, {0}};
 }
 
 ALWAYS_INLINE void NAME(advance_passing)(NAME(passing) *run, ptrdiff_t count)
 {
     run->dy += count;
-    run->noted = noted_from(run->noted, count);
+    run->bits = skip_bits(run->bits, count);
     run->to += count;
 }
 
 /* What passes of the register at i. */
 ALWAYS_INLINE VA NAME(passing_at)(const NAME(passing) *run, ptrdiff_t i, VA dy)
 {
-    return run->noted.alive == NULL ? dy : NAME(if_alive)(run->noted, i, dy);
+    return run->bits.alive == NULL ? dy : NAME(if_alive)(run->bits, i, dy);
 }
 
 /* The same of one that has just been loaded. */
@@ -593,15 +591,15 @@ ALWAYS_INLINE A NAME(pass_one)(const NAME(passing) *run, ptrdiff_t i)
 
 /* dy at i of a run, or what passes of it, as a register and as a single one. */
 #define DY_OR_PASSED(kind, dy, i) \
-    (kind == PASSED ? NAME(pass_loaded)(&passing, i0 + (i), dy) : (dy))
+    (kind == BESIDE_DX ? NAME(pass_loaded)(&passing, i0 + (i), dy) : (dy))
 #define ONE_DY_OR_PASSED(kind, dy, i) \
-    (kind == PASSED ? NAME(pass_one)(&passing, i0 + (i)) : NAME(decode)((dy)[i0 + (i)]))
+    (kind == BESIDE_DX ? NAME(pass_one)(&passing, i0 + (i)) : NAME(decode)((dy)[i0 + (i)]))
 
 /* A register of results; before it, what has passed is written. */
 ALWAYS_INLINE VA NAME(after_passed)(int kind, int how, VA v, const NAME(passing) *run, ptrdiff_t i,
                                     ptrdiff_t from, ptrdiff_t count)
 {
-    if (kind == PASSED)
+    if (kind == BESIDE_DX)
         NAME(write_passed)(run, how, i, from, count);
     return v;
 }
@@ -612,7 +610,7 @@ ALWAYS_INLINE VA NAME(after_passed)(int kind, int how, VA v, const NAME(passing)
 #define HAS_BOUNDS(kind) (kind == FASTBN_RELU || kind == FASTBN_LEAKY_RELU)
 
 /* dx from what has passed a gate. */
-ALWAYS_INLINE VA NAME(gated_dx)(NAME(passed) passed, VA dy_mean, VA rest, VA x_mean, VA slope,
+ALWAYS_INLINE VA NAME(gated_dx)(NAME(dy_and_x) passed, VA dy_mean, VA rest, VA x_mean, VA slope,
                                 VA scale)
 {
     return DX(passed.dy, passed.x, dy_mean, rest, x_mean, slope, scale);
@@ -665,7 +663,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
         const uint8_t *mask = masked ? runs->mask + n * runs->mask_stride : NULL;
         fastbn_ahead ahead = runs->ahead;
         NAME(passing) passing;
-        if (kind == PASSED)
+        if (kind == BESIDE_DX)
             passing = NAME(passing_from)(gate, dy, n * runs->stride, (T *)dx_ + n * runs->stride);
 #define AHEAD(i) prefetch_distance(ahead, i0 + (i))
 #define DY_AT(i, is_first) NAME(fetch)(dy + i0 + (i), is_first, AHEAD(i))
@@ -701,7 +699,7 @@ ALWAYS_INLINE void NAME(gradient_runs)(int masked, int kind, const void *dy_, co
 #undef AT
 #undef ONE
             ahead.border -= len;
-            if (kind == PASSED)
+            if (kind == BESIDE_DX)
                 NAME(advance_passing)(&passing, len);
         }
         NAME(flush)(&w);
@@ -719,13 +717,13 @@ static void NAME(gradient)(const void *dy, const void *x, void *dx, const fastbn
                            const fastbn_gradient *gradient, const fastbn_gate *gate,
                            int nontemporal)
 {
-    const int kind = NAME(kind_of_passing)(gate);
+    const int kind = NAME(kind_of_gradient)(gate);
     if (kind == FASTBN_RELU)
         NAME(gradient_runs)(0, FASTBN_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
     else if (kind == FASTBN_LEAKY_RELU)
         NAME(gradient_runs)(0, FASTBN_LEAKY_RELU, dy, x, dx, runs, gradient, gate, nontemporal);
-    else if (WRITES_PASSED && kind == PASSED)
-        NAME(gradient_runs)(0, PASSED, dy, x, dx, runs, gradient, gate, nontemporal);
+    else if (WRITES_PASSED && kind == BESIDE_DX)
+        NAME(gradient_runs)(0, BESIDE_DX, dy, x, dx, runs, gradient, gate, nontemporal);
     else if (runs->mask == NULL)
         NAME(gradient_runs)(0, FASTBN_LINEAR, dy, x, dx, runs, gradient, NULL, nontemporal);
     else
@@ -986,7 +984,7 @@ ALWAYS_INLINE void NAME(gradient_rows)(int masked, int kind, const T *dy, const 
                             x_mean[i0 + (i)], slope[i0 + (i)], scale[i0 + (i)]), i0 + (i)))
 #define RESULT(how, v, i, from, count) AFTER_PASSED(kind, how, v, i, from, count)
 #define BEGIN(row, begins) \
-    if (kind == PASSED) \
+    if (kind == BESIDE_DX) \
     passing = NAME(passing_from)(gate, dy + (row), at + (row), dx + (row))
 #define END(ends) (void)0
     WRITE_ROWS(matrix, masked, dx, nontemporal, PREFETCHED_OF_TWO,
@@ -1008,7 +1006,7 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
                                   const fastbn_gate *gate, int nontemporal)
 {
     fastbn_matrix rows;
-    const int kind = NAME(kind_of_passing)(gate);
+    const int kind = NAME(kind_of_gradient)(gate);
     for (ptrdiff_t r = 0, count; r < matrix->rows; r += count) {
         const ptrdiff_t at = r * matrix->stride;
         const T *dy = (const T *)dy_ + at, *x = (const T *)x_ + at;
@@ -1019,8 +1017,8 @@ static void NAME(column_gradient)(const void *dy_, const void *x_, void *dx_,
         else if (kind == FASTBN_LEAKY_RELU)
             NAME(gradient_rows)(0, FASTBN_LEAKY_RELU, dy, x, dx, &rows, gradient, gate, at,
                                 nontemporal);
-        else if (WRITES_PASSED && kind == PASSED)
-            NAME(gradient_rows)(0, PASSED, dy, x, dx, &rows, gradient, gate, at, nontemporal);
+        else if (WRITES_PASSED && kind == BESIDE_DX)
+            NAME(gradient_rows)(0, BESIDE_DX, dy, x, dx, &rows, gradient, gate, at, nontemporal);
         else if (!masks_columns(&rows))
             NAME(gradient_rows)(0, FASTBN_LINEAR, dy, x, dx, &rows, gradient, NULL, at,
                                 nontemporal);

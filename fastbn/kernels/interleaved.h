@@ -13,7 +13,7 @@ ALWAYS_INLINE step_sums NAME(add_stretch)(int summed, step_sums sums, const T *d
                                           ptrdiff_t ahead, const NAME(gate) *gate,
                                           float_step centre)
 {
-    const NAME(terms) terms = NAME(terms_of_run)(0, dy, x, NULL, 0, ahead, gate, not_noted());
+    const NAME(terms) terms = NAME(terms_of_run)(0, dy, x, NULL, 0, ahead, gate, no_bits());
     if (summed == NAME(RELU_PRODUCTS))
         return NAME(add_whole_tree)(NAME(relu_product_term), sums, &terms, centre);
     if (summed == NAME(PRODUCTS))
@@ -34,7 +34,7 @@ ALWAYS_INLINE step_sums NAME(add_last_stretch)(int summed, step_sums sums, const
     valid_lanes lanes = {0, NULL, 0, 0};
 #define END_BY_TREE(term) \
     add_tree(sums, NAME(add_end)(NAME(term), no_tree(), 0, dy, x, NULL, len, i, ahead, gate, \
-                                 not_noted(), centre))
+                                 no_bits(), centre))
     if (summed == NAME(RELU_PRODUCTS))
         return END_BY_TREE(relu_product_term);
     if (summed == NAME(PRODUCTS))

@@ -39,7 +39,7 @@ enum {
     FASTBN_GROUP = 64,
     /* A mask is read so many bytes at a time: as many bytes behind its end can be read, too. */
     FASTBN_MASK_BYTES = 16,
-    /* Bits of elements are read four bytes at a time: as many behind theirs can be read, too. */
+    /* Bits of elements are read four bytes at a time; three of them may lie behind the last one. */
     FASTBN_BITS_PADDING = 3,
     /* Non-temporal stores of shorter runs, where each is written by itself, go through a buffer,
      * since the lines at their ends cost more; and those of 16 bits, of which a register does not
@@ -104,9 +104,10 @@ typedef struct {
  * which changes where x leaves the interval from `low` to `high` of its channel; see gate_bounds.
  *
  * Unless `alive` is NULL, its bits tell, instead of x, where the derivative is 1, and elsewhere it
- * is 0; `first` is the number of the first element of dy. Sums take them of rows, or runs, of
- * FASTBN_LANES elements or more. Unless `passed` is NULL, kernels that write dx also write to it
- * what has passed, by bits or, without them, all of dy; it may be dy. */
+ * is 0; `first` is the number of the first element of dy. Of sums, those in float32 take them, of
+ * rows, or runs, of FASTBN_LANES elements or more, and of a single shorter row behind these. Kernels
+ * that write dx take them with `passed`: there they write what has passed, too, or without bits all
+ * of dy. It may be dy. */
 typedef struct {
     fastbn_activation activation;
     const double *low, *high;

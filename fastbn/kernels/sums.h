@@ -81,7 +81,7 @@ ALWAYS_INLINE step_sums NAME(add_gated_products)(int kind, step_sums sums, const
     UNROLL for (int k = 0; k < NAME(GATE_STEPS); k++) {
         VA v = NAME(load)(x + k * VA_LANES);
         IN_REGISTER(v);
-        const NAME(passed) passed = NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), v,
+        const NAME(dy_and_x) passed = NAME(pass)(kind, NAME(load)(dy + k * VA_LANES), v,
                                                gate->activation, gate->low[k], gate->high[k]);
         UNROLL for (int i = 0; i < PIECES; i++) {
             const int j = k * PIECES + i;
@@ -288,7 +288,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
                                      int masks_some, const T *dy, const T *x,
                                      const fastbn_matrix *matrix,
                                      const double *centre_of_channel, const fastbn_gate *gate,
-                                     noted_run noted, double *first_of_channel,
+                                     run_bits bits, double *first_of_channel,
                                      double *second_of_channel)
 {
     column_sums sums;
@@ -318,7 +318,7 @@ ALWAYS_INLINE void NAME(sum_columns)(NAME(add_rows) *add, int by_trees, int toge
     NAME(add_rows_to_columns)(add, &sums, &trees, \
                               row_set_of(count, begin, end, \
                                          (count > 1 ? distance : 1) * stride, len, \
-                                         noted_from(noted, r * stride)), \
+                                         skip_bits(bits, r * stride)), \
                               dy + r * stride, x + r * stride, len, \
                               masks_some ? &valid : NULL, gate == NULL ? NULL : &gates)
         if (count == 1)
@@ -345,10 +345,10 @@ ALWAYS_INLINE void NAME(sum_matrix)(NAME(add_rows) *add, int by_trees, int toget
                                     const double *centre, double *first, double *second)
 {
     if (masks_columns(matrix))
-        NAME(sum_columns)(add, by_trees, together, 1, dy, x, matrix, centre, NULL, not_noted(),
+        NAME(sum_columns)(add, by_trees, together, 1, dy, x, matrix, centre, NULL, no_bits(),
                           first, second);
     else
-        NAME(sum_columns)(add, by_trees, together, 0, dy, x, matrix, centre, NULL, not_noted(),
+        NAME(sum_columns)(add, by_trees, together, 0, dy, x, matrix, centre, NULL, no_bits(),
                           first, second);
 }
 
@@ -374,10 +374,10 @@ static void NAME(column_products)(const void *dy, const void *x, const fastbn_ma
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
         NAME(sum_columns)(NAME(add_row_relu_products), 0, 2, 0, dy, x, matrix, mean, gate,
-                          not_noted(), first, second);
+                          no_bits(), first, second);
     else if (kind == FASTBN_LEAKY_RELU)
         NAME(sum_columns)(NAME(add_row_leaky_products), 0, 2, 0, dy, x, matrix, mean, gate,
-                          not_noted(), first, second);
+                          no_bits(), first, second);
     else
         NAME(sum_matrix)(NAME(add_row_products), 0, 2, dy, x, matrix, mean, first, second);
 }

@@ -12,7 +12,7 @@ typedef struct {
     ptrdiff_t pitch, ahead, ahead_of_next;
     valid_lanes lanes;
     const NAME(gate) *gate;
-    noted_run noted;
+    run_bits bits;
 } NAME(terms);
 
 /* The j-th register of the t-th term; the first one prefetches. */
@@ -56,7 +56,7 @@ ALWAYS_INLINE tree_sum NAME(gated_product_term)(int kind, const NAME(terms) *ter
     }
     vf v = NAME(load)(x + j * VF);
     IN_REGISTER(v);
-    const NAME(passed) passed =
+    const NAME(dy_and_x) passed =
         NAME(pass)(kind, NAME(load)(dy + j * VF), v, terms->gate->activation,
                    terms->gate->low[j], terms->gate->high[j]);
     const vf g = only_valid_floats(lanes, j, passed.dy);
@@ -75,7 +75,7 @@ GATED_PRODUCT_TERM(leaky_product_term, FASTBN_LEAKY_RELU)
 #undef GATED_PRODUCT_TERM
 
 /* And of what has passed a gate of bits. */
-ALWAYS_INLINE tree_sum NAME(noted_product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
+ALWAYS_INLINE tree_sum NAME(bits_product_term)(const NAME(terms) *terms, ptrdiff_t t, int j,
                                                 float_step mean)
 {
     const ptrdiff_t at = t * terms->pitch;
@@ -85,7 +85,7 @@ ALWAYS_INLINE tree_sum NAME(noted_product_term)(const NAME(terms) *terms, ptrdif
         PREFETCH(dy + terms->ahead + t * terms->ahead_of_next);
         PREFETCH(x + terms->ahead + t * terms->ahead_of_next);
     }
-    const VA passed = NAME(if_alive)(terms->noted, at + j * VF, NAME(load)(dy + j * VF));
+    const VA passed = NAME(if_alive)(terms->bits, at + j * VF, NAME(load)(dy + j * VF));
     const vf g = only_valid_floats(lanes, j, passed);
     const vf d = only_valid_floats(lanes, j, NAME(load)(x + j * VF) - mean.at[j]);
     return (tree_sum){g, g * d};
@@ -145,22 +145,22 @@ static void NAME(pivots)(const void *x_, const ptrdiff_t *at, ptrdiff_t count, p
 /* The terms of a run from the i-th element on. */
 ALWAYS_INLINE NAME(terms) NAME(terms_of_run)(int masked, const T *dy, const T *x,
                                              const uint8_t *mask, ptrdiff_t i, ptrdiff_t ahead,
-                                             const NAME(gate) *gate, noted_run noted)
+                                             const NAME(gate) *gate, run_bits bits)
 {
     return (NAME(terms)){dy + i, x + i, LANES, ahead, 0,
                          {masked, masked ? mask + i : NULL, LANES, 0}, gate,
-                         noted_from(noted, i)};
+                         skip_bits(bits, i)};
 }
 
 /* Adds the end of a run to a tree, from the i-th element on: less than TREE whole steps, and a step
  * that overlaps the one before it. */
 ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int masked, const T *dy,
                                       const T *x, const uint8_t *mask, ptrdiff_t len, ptrdiff_t i,
-                                      ptrdiff_t ahead, const NAME(gate) *gate, noted_run noted,
+                                      ptrdiff_t ahead, const NAME(gate) *gate, run_bits bits,
                                       float_step centre)
 {
     const ptrdiff_t steps = (len - i) / LANES, rest = (len - i) % LANES;
-    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate, noted);
+    const NAME(terms) whole = NAME(terms_of_run)(masked, dy, x, mask, i, ahead, gate, bits);
     T dy_buffer[LANES], x_buffer[LANES];
     uint8_t mask_buffer[LANES + MASK_BYTES];
     tree = NAME(add_in_turn)(term, tree, &whole, steps, centre);
@@ -169,7 +169,7 @@ ALWAYS_INLINE tree_sums NAME(add_end)(NAME(term) *term, tree_sums tree, int mask
     NAME(terms) last = NAME(terms_of_run)(masked, last_step(dy, len, sizeof(T), dy_buffer),
                                           last_step(x, len, sizeof(T), x_buffer),
                                           masked ? last_step(mask, len, 1, mask_buffer) : NULL, 0,
-                                          0, gate, noted_from(noted, len - LANES));
+                                          0, gate, skip_bits(bits, len - LANES));
     last.lanes.skip = LANES - rest;
     return NAME(add_in_turn)(term, tree, &last, 1, centre);
 }
@@ -183,7 +183,7 @@ ALWAYS_INLINE ptrdiff_t NAME(samples_of_tree)(ptrdiff_t len)
 
 ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T *dy, const T *x,
                                            const fastbn_runs *runs, const double *centre,
-                                           const fastbn_gate *gate, noted_run noted,
+                                           const fastbn_gate *gate, run_bits bits,
                                            double *first, double *second)
 {
     double sums[FASTBN_GROUP][2][LANES];
@@ -199,7 +199,7 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
         for (ptrdiff_t c = 0; c < runs->channels; c++) {
             const ptrdiff_t at = n * stride + c * len;
             const T *dy_run = dy + at, *x_run = x + at;
-            const noted_run noted_of_run = noted_from(noted, at);
+            const run_bits bits_of_run = skip_bits(bits, at);
             const float_step around = same_float_step(centre[c]);
             NAME(gate) own;
             if (gate != NULL)
@@ -209,7 +209,7 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
             for (; i + TREE * LANES <= len; i += TREE * LANES) {
                 const NAME(terms) terms = NAME(terms_of_run)(masked, dy_run, x_run, mask, i,
                                                              prefetch_distance(ahead, i), &own,
-                                                             noted_of_run);
+                                                             bits_of_run);
                 s = NAME(add_whole_tree)(term, s, &terms, around);
             }
             if (i < len) {
@@ -219,7 +219,7 @@ ALWAYS_INLINE void NAME(sum_runs_by_trees)(NAME(term) *term, int masked, const T
                                          x_run + m * stride,
                                          masked ? mask + m * runs->mask_stride : NULL, len, i,
                                          prefetch_distance(ahead, i), &own,
-                                         noted_from(noted_of_run, m * stride), around);
+                                         skip_bits(bits_of_run, m * stride), around);
                 s = add_tree(s, tree);
             }
             ahead.border -= len;
@@ -233,10 +233,10 @@ static void NAME(tree_moments)(const void *x, const fastbn_runs *runs, const dou
                                double *first, double *second)
 {
     if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, NULL, not_noted(), first,
+        NAME(sum_runs_by_trees)(NAME(moment_term), 0, x, x, runs, pivot, NULL, no_bits(), first,
                                 second);
     else
-        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, NULL, not_noted(), first,
+        NAME(sum_runs_by_trees)(NAME(moment_term), 1, x, x, runs, pivot, NULL, no_bits(), first,
                                 second);
 }
 
@@ -246,19 +246,19 @@ static void NAME(tree_products)(const void *dy, const void *x, const fastbn_runs
 {
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
-        NAME(sum_runs_by_trees)(NAME(relu_product_term), 0, dy, x, runs, mean, gate, not_noted(),
+        NAME(sum_runs_by_trees)(NAME(relu_product_term), 0, dy, x, runs, mean, gate, no_bits(),
                                 first, second);
     else if (kind == FASTBN_LEAKY_RELU)
-        NAME(sum_runs_by_trees)(NAME(leaky_product_term), 0, dy, x, runs, mean, gate, not_noted(),
+        NAME(sum_runs_by_trees)(NAME(leaky_product_term), 0, dy, x, runs, mean, gate, no_bits(),
                                 first, second);
     else if (WRITES_PASSED && kind == BY_BITS)
-        NAME(sum_runs_by_trees)(NAME(noted_product_term), 0, dy, x, runs, mean, NULL,
-                                noted_by(gate), first, second);
+        NAME(sum_runs_by_trees)(NAME(bits_product_term), 0, dy, x, runs, mean, NULL,
+                                bits_of_gate(gate), first, second);
     else if (runs->mask == NULL)
-        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, not_noted(), first,
+        NAME(sum_runs_by_trees)(NAME(product_term), 0, dy, x, runs, mean, NULL, no_bits(), first,
                                 second);
     else
-        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, NULL, not_noted(), first,
+        NAME(sum_runs_by_trees)(NAME(product_term), 1, dy, x, runs, mean, NULL, no_bits(), first,
                                 second);
 }
 
@@ -271,7 +271,7 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
                                            const NAME(gate) *gate, valid_lanes lanes)
 {
     const NAME(terms) terms = {dy, x, rows.stride, rows.ahead, rows.ahead_of_next, lanes, gate,
-                               noted_from(rows.noted, i)};
+                               skip_bits(rows.bits, i)};
     const float_step around = load_float_step(trees->centre + LANES + i);
     tree_sums tree = rows.begin_trees ? no_tree() : load_tree(trees, i_tree);
     UNROLL for (int j = 0; j < FLOAT_STEPS; j++)
@@ -287,7 +287,7 @@ ALWAYS_INLINE void NAME(add_rows_to_trees)(NAME(term) *term, column_sums *sums,
 ADD_ROWS(add_products_of_rows, add_rows_to_trees, product_term)
 ADD_ROWS(add_relu_products_of_rows, add_rows_to_trees, relu_product_term)
 ADD_ROWS(add_leaky_products_of_rows, add_rows_to_trees, leaky_product_term)
-ADD_ROWS(add_noted_products_of_rows, add_rows_to_trees, noted_product_term)
+ADD_ROWS(add_bits_products_of_rows, add_rows_to_trees, bits_product_term)
 
 static void NAME(column_tree_products)(const void *dy, const void *x, const fastbn_matrix *matrix,
                                        const double *mean, const fastbn_gate *gate, double *first,
@@ -296,13 +296,13 @@ static void NAME(column_tree_products)(const void *dy, const void *x, const fast
     const int kind = NAME(kind_of_gate)(gate);
     if (kind == FASTBN_RELU)
         NAME(sum_columns)(NAME(add_relu_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
-                          not_noted(), first, second);
+                          no_bits(), first, second);
     else if (kind == FASTBN_LEAKY_RELU)
         NAME(sum_columns)(NAME(add_leaky_products_of_rows), 1, 2, 0, dy, x, matrix, mean, gate,
-                          not_noted(), first, second);
+                          no_bits(), first, second);
     else if (WRITES_PASSED && kind == BY_BITS)
-        NAME(sum_columns)(NAME(add_noted_products_of_rows), 1, 2, 0, dy, x, matrix, mean, NULL,
-                          noted_by(gate), first, second);
+        NAME(sum_columns)(NAME(add_bits_products_of_rows), 1, 2, 0, dy, x, matrix, mean, NULL,
+                          bits_of_gate(gate), first, second);
     else
         NAME(sum_matrix)(NAME(add_products_of_rows), 1, 2, dy, x, matrix, mean, first, second);
 }

@@ -1,5 +1,6 @@
 """The same bits for every number of threads, for every load and address, in place or not."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -250,57 +251,85 @@ def test_each_element_has_its_own_bit_behind_a_residual(
             assert is_rounded.mean() < 1e-3
 
 
-# Shapes with ends: of runs, of rows, of folded ones, and less than the kernels take at a time.
+# Shapes with ends, of runs, of rows and of folded ones, and with less than kernels take at a time.
 BEHIND = {
     **KEPT,
     "several blocks of a run": ((1, 2, 300, 200), False),
-    "a folded row and a rest": ((3, 5, 7, 13), True),
-    "rows of few columns": ((5, 3, 1, 2), True),
+    "runs of columns": ((130, 5, 2, 3), False),
+    "folded rows and a rest": ((13, 4, 2, 10), True),
+    "rows of few columns": ((61, 3, 1, 3), True),
+    "one column": ((300, 1, 1, 1), True),
     "few positions": ((2, 4, 3, 7), False),
     "less than two registers": ((4, 6, 1, 1), False),
-    "a strip and a narrow one": ((9, 1031, 4, 4), True),
+    "a strip and a narrow one": ((61, 321, 1, 3), True),  # by 7 threads
 }
+copied = partial(np.array, order="K")
+# Where gradients are written: all apart, or one of them over dy.
+PLACED = ["apart", "dx over dy", "the residual's over dy", "new arrays"]
+
+
+def gradients_of(layer, x, added, dy, place, placed, mask=None):
+    """Those of a step whose arrays `placed` copies, as results of a forward with a residual."""
+    x, gradient, out, residual_out = map(placed, (x, dy, dy, dy))
+    if place == "dx over dy":
+        out = gradient
+    elif place == "the residual's over dy":
+        residual_out = gradient
+    elif place == "new arrays":
+        out = residual_out = None
+    layer.zero_grad()
+    layer(x, residual=added, mask=mask)
+    results = layer.backward(gradient, out=out, residual_out=residual_out)
+    return *results, layer.weight_grad, layer.bias_grad
 
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize(("shape", "is_last"), BEHIND.values(), ids=BEHIND)
+@pytest.mark.parametrize("activation", [None, "relu", "relu6"])
 @pytest.mark.parametrize("options", [{}, {"ghost_batch_size": 2}], ids=["batch", "ghost batches"])
 @pytest.mark.parametrize("stored_from", [0, 2**62])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])  # a positive output is not rounded to 0
 def test_gradients_behind_a_residual_have_the_bits_of_those_of_what_passes(
-    rng, dtype, shape, is_last, options, stored_from, set_num_threads
+    rng, shape, is_last, activation, options, stored_from, set_num_threads
 ):
-    dtype = np.dtype(dtype)
-    x, added, dy = (some(rng, shape, dtype, mean=0) for _ in range(3))
-    layer = fastbn.BatchNorm2d(shape[1], activation="relu", **options)
+    x, added, dy = (some(rng, shape, np.dtype("float32"), mean=0) for _ in range(3))
+    layer = fastbn.BatchNorm2d(shape[1], activation=activation, **options)
     plain = fastbn.BatchNorm2d(shape[1], **options)
-    passed = np.where(layer(x, residual=added) > 0, dy, dtype.type(0))
+    y = layer(x, residual=added)
+    passes = {None: y == y, "relu": y > 0, "relu6": (y > 0) & (y < 6)}[activation]
+    passed = np.where(passes, dy, np.float32(0))
     plain(x)
     expected = plain.backward(passed), passed, plain.weight_grad, plain.bias_grad
 
-    def placed(a, address):
-        a = at(address, np.moveaxis(a, 1, -1) if is_last else a)
+    def placed(a):
+        a = at(next(addresses), np.moveaxis(a, 1, -1) if is_last else a)
         return np.moveaxis(a, -1, 1) if is_last else a
 
-    def gradients(place, address):
-        gradient, out, residual_out = placed(dy, address), placed(dy, 0), placed(dy, address)
-        if place == "dx over dy":
-            out = gradient
-        elif place == "the residual's over dy":
-            residual_out = gradient
-        elif place == "new arrays":
-            out = residual_out = None
-        layer.zero_grad()
-        layer(placed(x, 0), residual=added)
-        results = layer.backward(gradient, out=out, residual_out=residual_out)
-        return *results, layer.weight_grad, layer.bias_grad
-
     with nontemporal_from(stored_from):
-        for threads in (1, 3):
+        for threads, place in itertools.product((1, 7), PLACED):
             set_num_threads(threads)
-            for place in ("apart", "dx over dy", "the residual's over dy", "new arrays"):
-                for address in (0, 4 * dtype.itemsize):
-                    assert all(map(same_bits, gradients(place, address), expected)), place
+            for cycle in ((0, 0, 0, 0), (0, 16, 16, 0), (0, 16, 0, 16)):
+                addresses = iter(cycle)
+                gradients = gradients_of(layer, x, added, dy, place, placed)
+                assert all(map(same_bits, gradients, expected)), (threads, place, cycle)
+
+
+@pytest.mark.parametrize("place", PLACED)
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("scale", "of_x"), [(2.0**-115, 1), (2.0**60, 1), (1, 1e34)])
+def test_gradients_behind_a_residual_may_leave_the_range_of_float32_sums(
+    rng, scale, of_x, masked, is_last, place
+):
+    layout = channels_last if is_last else contiguous
+    x, added, dy = (layout(some(rng, (4, 3, 8, 8), mean=0)) for _ in range(3))
+    x, dy = x * np.float32(of_x), dy * np.float32(scale)
+    mask = rng.random((4, 1, 8, 8)) < 0.9 if masked else None
+    layer, plain = fastbn.BatchNorm2d(3, activation="relu"), fastbn.BatchNorm2d(3)
+    passed = np.where(layer(x, residual=added, mask=mask) > 0, dy, np.float32(0))
+    plain(x, mask=mask)
+    expected = plain.backward(passed), passed, plain.weight_grad, plain.bias_grad
+    gradients = gradients_of(layer, x, added, dy, place, copied, mask)
+    assert all(map(same_bits, gradients, expected))
 
 
 # Groups of channels of which one is summed while another one's results are streamed.
