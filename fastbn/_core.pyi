@@ -158,6 +158,7 @@ def try_evaluate(
     residual: object,
     ranks: tuple[int, ...] | None,
     num_features: int | None,
+    alive: Array | None = None,
     /,
 ) -> Array | None: ...
 def try_train(
@@ -173,6 +174,7 @@ def try_train(
     activation: object,
     slope: object,
     residual: object,
+    alive: Array | None = None,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_frozen(
@@ -235,6 +237,8 @@ def try_backward(
     bias: object,
     activation: object,
     slope: object,
+    alive: Array | None = None,
+    residual_out: object = None,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_backward(

@@ -1,7 +1,12 @@
 # The backwards of the quick path.
 
-def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
-    """The gradients of `batch_norm_forward`; None if the call is not plain."""
+def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope,
+                 cnp.ndarray alive=None, residual_out=None, /):
+    """The gradients of `batch_norm_forward`; None if the call is not plain.
+
+    Bits tell the derivatives, if there are any: then what passes is written to residual_out, or
+    first to the memory of the result.
+    """
     cdef cnp.ndarray array, target, dweight, dbias
     cdef Vector weights, means, invstds
     cdef GateOfJob gate
@@ -16,7 +21,9 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
             or not is_plain_vector(mean, array, out)
             or not is_plain_vector(invstd, array, out)
             or not is_plain_activation(activation, slope, array)
-            or (activation is not None and not is_plain_vector(bias, array, out))):
+            or (activation is not None and not is_plain_vector(bias, array, out))
+            or not is_plain_residual_out(residual_out, array, <cnp.ndarray>dy, out)
+            or (alive is not None and out is not None and is_same(<cnp.ndarray>out, array))):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
@@ -24,7 +31,10 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope, /):
     dbias = new_vector(channels, cnp.NPY_FLOAT64)
     weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
     gate = gate_with(activation_of(activation, PyFloat_AS_DOUBLE(slope)), None, None, None)
-    if activation is not None:
+    if alive is not None:
+        gate = gate_with(gate.activation, <cnp.ndarray>dy, None, alive)
+        dy = target if residual_out is None else residual_out
+    elif activation is not None:
         gate.weight, gate.bias = weights, vector_of(bias, 0)
     init_job_on(&job, array, None, 0)
     differentiate(&job, <cnp.ndarray>dy, &weights, &means, &invstds, &gate, target, channels,

@@ -1,14 +1,14 @@
 # The forwards of the quick path.
 
 def try_evaluate(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
-                 residual, tuple ranks, num_features, /):
+                 residual, tuple ranks, num_features, cnp.ndarray alive=None, /):
     """Normalize by running statistics; None if the call is not plain."""
     if (not is_plain_input(x, ranks, num_features)
             or not is_plain_forward(x, out, weight, bias, eps, activation, slope, residual)
             or not are_plain_statistics(running_mean, running_var, x, out)):
         return None
     return by_running(x, out, running_mean, running_var, weight, bias, eps,
-                      activation_of(activation, PyFloat_AS_DOUBLE(slope)), residual, None)
+                      activation_of(activation, PyFloat_AS_DOUBLE(slope)), residual, alive, None)
 
 
 def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activation, slope,
@@ -41,13 +41,14 @@ def try_layer_frozen(x, out, running_mean, running_var, weight, bias, eps, activ
     read_all(&variances, saved.channels, saved.invstd_memory())
     isa_in_use.common.invstd(saved.invstd_memory(), 1.0, PyFloat_AS_DOUBLE(eps), saved.channels,
                              saved.invstd_memory())
-    y = by_running(x, out, running_mean, running_var, weight, bias, eps, follows, residual, saved)
+    y = by_running(x, out, running_mean, running_var, weight, bias, eps, follows, residual,
+                   saved.alive, saved)
     save_array(saved, x, y)
     return y, saved
 
 
 def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, unbiased,
-              activation, slope, residual, /):
+              activation, slope, residual, cnp.ndarray alive=None, /):
     """Normalize by the batch and move the running statistics; None if the call is not plain.
 
     Returns y, mean and invstd.
@@ -66,7 +67,7 @@ def try_train(x, out, running_mean, running_var, weight, bias, momentum, eps, un
     found.m2 = new_doubles(channels)
     try:
         y = train(x, out, running_mean, running_var, None, weight, bias, momentum, eps, unbiased,
-                  activation, slope, residual, &found, None, False, False)
+                  activation, slope, residual, alive, &found, None, False, False)
     finally:
         free(found.m2)
     return None if y is None else (y, mean, invstd)
@@ -94,7 +95,7 @@ def try_layer_train(x, out, running_mean, running_var, counter, weight, bias, mo
     saved.allocate(batches_of(x, saved.batch_size), cnp.PyArray_DIMS(x)[1])
     found = statistics_of(saved)
     y = train(x, out, running_mean, running_var, counter, weight, bias, momentum, eps, unbiased,
-              activation, slope, residual, &found, saved, by_instance, keeps)
+              activation, slope, residual, None, &found, saved, by_instance, keeps)
     if y is None:
         return None
     if keeps:
@@ -225,7 +226,7 @@ cdef bint all_recoverable(cnp.ndarray x, SavedForBackward saved, const Activatio
 cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
                             cnp.ndarray running_var, cnp.ndarray weight, cnp.ndarray bias,
                             object eps, Activation activation, cnp.ndarray residual,
-                            SavedForBackward saved):
+                            cnp.ndarray alive, SavedForBackward saved):
     """A plain x, normalized by running statistics."""
     cdef Job job
     cdef cnp.ndarray target = result_like(x, out)
@@ -234,7 +235,7 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
     job.weight, job.bias = vector_of(weight, 1), vector_of(bias, 0)
     job.eps = PyFloat_AS_DOUBLE(eps)
     apply_normalize(&job, cnp.PyArray_BYTES(target))
-    set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
+    set_epilogue(&job, activation, residual, alive)
     save_in_pass(&job, target, saved)
     execute(&job)
     return target
@@ -245,11 +246,12 @@ cdef cnp.ndarray by_running(cnp.ndarray x, object out, cnp.ndarray running_mean,
 cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object running_var,
                        object counter, object weight, object bias, object momentum, object eps,
                        object unbiased, object activation, object slope, object residual,
-                       const Statistics *found, SavedForBackward saved, bint by_instance,
-                       bint keeps):
+                       cnp.ndarray alive, const Statistics *found, SavedForBackward saved,
+                       bint by_instance, bint keeps):
     """The forward of a plain input in training; None if anything else is not plain.
 
-    The statistics are written. The batch size is what is saved of it, if anything is saved.
+    The statistics are written. The batch size is what is saved of it, if anything is saved, and the
+    bits are those that are saved if what the backward needs is kept.
     """
     cdef Activation follows
     cdef Running running
@@ -276,6 +278,7 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
     if keeps:
         saved.in_place = is_in_place(x, out)
         save_options(saved, x, weight, bias, activation, &follows, residual)
+        alive = saved.alive
         if saved.in_place:
             if residual is not None or not is_invertible(&follows, x):
                 saved.kept = new_like(x, None)
@@ -285,8 +288,8 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
     if running_mean is not None:
         running.mean, running.var = vector_of(running_mean, 0), vector_of(running_var, 0)
         aim_at_batch(&running, x, size, 0, momentum, counter, unbiased)
-    normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, found,
-                      saved, by_instance, NULL if running_mean is None else &running)
+    normalize_batches(x, weight, bias, PyFloat_AS_DOUBLE(eps), target, follows, residual, alive,
+                      found, saved, by_instance, NULL if running_mean is None else &running)
     if running_mean is not None and batches > 1:  # one batch after the other
         for b in range(batches):
             aim_at_batch(&running, x, size, b, momentum, counter, unbiased)
@@ -299,8 +302,8 @@ cdef cnp.ndarray train(cnp.ndarray x, object out, object running_mean, object ru
 
 cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, double eps,
                            cnp.ndarray out, Activation activation, cnp.ndarray residual,
-                           const Statistics *found, SavedForBackward saved, bint by_instance,
-                           const Running *running) except -1:
+                           cnp.ndarray alive, const Statistics *found, SavedForBackward saved,
+                           bint by_instance, const Running *running) except -1:
     """Normalize batches of a plain x by their statistics, which are written.
 
     Running statistics move towards those of a single batch.
@@ -322,7 +325,7 @@ cdef int normalize_batches(cnp.ndarray x, cnp.ndarray weight, cnp.ndarray bias, 
         job.running = running if batches == 1 else NULL
         sum_in_float32(&job)
         apply_normalize(&job, cnp.PyArray_BYTES(out))
-        set_epilogue(&job, activation, residual, None if saved is None else saved.alive)
+        set_epilogue(&job, activation, residual, alive)
         save_in_pass(&job, out, saved)
         return execute(&job)
     finally:

@@ -147,12 +147,10 @@ def train(
 ) -> tuple[Statistics, Statistics]:
     """Normalize by the batch; return mean and invstd."""
     parameters = vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias
-    if epilogue.alive is None:
-        unbiased = True
-        follows = epilogue.activation, epilogue.negative_slope, epilogue.residual
-        result = _core.try_train(x, out, *parameters, call.momentum, call.eps, unbiased, *follows)
-        if result is not None:
-            return result[1:]
+    unbiased = True
+    result = _core.try_train(x, out, *parameters, call.momentum, call.eps, unbiased, *epilogue)
+    if result is not None:
+        return result[1:]
     refuse_empty(x)
     try:
         x = checks.as_input(x)
@@ -168,10 +166,10 @@ def train(
 def evaluate(x: Array, out: Array, vectors: Vectors, call: Call, epilogue: Epilogue) -> None:
     """Normalize by running statistics."""
     parameters = vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias
-    if epilogue.alive is None:
-        follows = epilogue.activation, epilogue.negative_slope, epilogue.residual
-        if _core.try_evaluate(x, out, *parameters, call.eps, *follows, None, None) is not None:
-            return
+    follows = epilogue[:3]
+    plain = _core.try_evaluate(x, out, *parameters, call.eps, *follows, None, None, epilogue.alive)
+    if plain is not None:
+        return
     refuse_empty(x)
     try:
         x = checks.as_input(x)
@@ -253,8 +251,9 @@ def differentiate_batch(dy: torch.Tensor, gradient: Array, saved: Saved, needs: 
     operands = gradient, x, as_array_or_none(saved.weight), saved.mean, saved.invstd
     if saved.alive is not None:
         dresidual, derived = new_like(saved.x, x) if needs.residual else (None, None)
-        call = normalize.Backward(*operands, out, gate=gate_of(saved, derived))
-        _, dweight, dbias = normalize.backward(call)
+        _, dweight, dbias = differentiate_by_bits(
+            normalize.Backward(*operands, out), saved, derived
+        )
     else:
         dresidual = dy if needs.residual else None
         _, dweight, dbias = F.batch_norm_backward(
@@ -265,6 +264,16 @@ def differentiate_batch(dy: torch.Tensor, gradient: Array, saved: Saved, needs: 
             out=out,
         )
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+def differentiate_by_bits(
+    call: normalize.Backward, saved: Saved, derived: Array | None
+) -> tuple[Array, Statistics, Statistics]:
+    """The gradients of a call; `derived` takes that of the residual."""
+    gate = gate_of(saved, derived)
+    options = None, saved.activation, saved.negative_slope
+    gradients = _core.try_backward(*call[:6], *options, gate.alive, derived)
+    return normalize.backward(call._replace(gate=gate)) if gradients is None else gradients
 
 
 def differentiate_parts(dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs) -> Gradients:

@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from internals import PACKAGE, core
+from internals import CHECKS, PACKAGE, core
 from support import beside_another_runtime, output_of
 
 import fastbn
@@ -150,6 +150,41 @@ def test_gradients_through_an_activation_and_of_a_residual(activation, training)
     module = randomized(accelerated.BatchNorm2d(3, dtype=torch.float64)).train(training)
     x, residual = torch.randn(2, 2, 3, 3, 2, dtype=torch.float64)
     assert_gradients(module, x.requires_grad_(), residual.requires_grad_(), activation)
+
+
+def fused_steps(training):
+    """Outputs, gradients and statistics behind a residual, of each activation."""
+    dy = torch.randn(4, 3, 5, 6)
+    for activation in ACTIVATIONS:
+        bn = randomized(accelerated.BatchNormAct2d(3, activation)).train(training)
+        x, residual = torch.randn(2, 4, 3, 5, 6)
+        y = bn(x.requires_grad_(), residual.requires_grad_())
+        y.backward(dy)
+        yield [y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad, *bn.buffers()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_behind_a_residual_both_paths_give_the_same_bits(training):
+    results = []
+    was_on = core.set_quick_path(True)
+    try:
+        for on in (True, False):
+            core.set_quick_path(on)
+            torch.manual_seed(1)
+            results.append(list(fused_steps(training)))
+    finally:
+        core.set_quick_path(was_on)
+    for quick, checked in zip(*results, strict=True):
+        assert all(map(torch.equal, quick, checked))
+
+
+def test_a_step_behind_a_residual_takes_the_quick_path(monkeypatch):
+    def checked(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(f"{CHECKS}.as_input", checked)
+    monkeypatch.setattr(core, "backward", checked)
+    assert all(torch.isfinite(part).all() for step in fused_steps(True) for part in step)
 
 
 def assert_gradients(module, x, residual, activation):
