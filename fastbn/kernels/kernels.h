@@ -104,10 +104,10 @@ typedef struct {
  * which changes where x leaves the interval from `low` to `high` of its channel; see gate_bounds.
  *
  * Unless `alive` is NULL, its bits tell, instead of x, where the derivative is 1, and elsewhere it
- * is 0; `first` is the number of the first element of dy. Of sums, those in float32 take them, of
- * rows, or runs, of FASTBN_LANES elements or more, and of a single shorter row behind these. Kernels
- * that write dx take them with `passed`: there they write what has passed, too, or without bits all
- * of dy. It may be dy. */
+ * is 0; `first` is the number of the first element of dy. Sums in float32 take them, of rows, or
+ * runs, of FASTBN_LANES elements or more, and of a single shorter row behind these. Kernels that
+ * write dx take them with `passed`: what has passed is written there, too, or all of dy if there
+ * are no bits. It may be dy. */
 typedef struct {
     fastbn_activation activation;
     const double *low, *high;
