@@ -20,6 +20,7 @@ from fastbn.torch.tracing import (
     LISTS,
     Attributes,
     CannotTrace,
+    frozen,
     parameters_of,
     trace,
 )
@@ -274,50 +275,53 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        tensors, key = self.kind_of(args, kwargs)
+        tensors, constants, key = self.kind_of(args, kwargs)
         program = self.programs.get(key)
         if program is None and key is not None and not torch.compiler.is_compiling():
-            program = self.traced(key)
+            program = self.traced(key, constants)
         if isinstance(program, Program) and program.holds_for(module):
             return program.run(module, *tensors)
         return type(module).forward(module, *args, **kwargs)
 
-    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
-        """The tensors of a call, and what else its program depends on; None for other calls."""
+    def kind_of(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any], Any]:
+        """The tensors and the constants of a call, and what its program depends on.
+
+        That is None for calls with other arguments.
+        """
         names = list(self.defaults)
         given = dict(zip(names, args, strict=False))
         if len(args) > len(names) or any(k in given or k not in names for k in kwargs):
-            return [], None
+            return [], {}, None
         given.update(kwargs)
-        tensors, key = [], [self.module.training]
+        tensors, constants, key = [], {}, [self.module.training]
         for name in names:
             value = given.get(name, self.defaults[name])
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
                 key.append(torch.Tensor)
             elif value is None or isinstance(value, bool | int | float | str):
-                key.append((type(value), value))
+                constants[name] = value
+                key.append(frozen(value))
             else:
-                return [], None
-        return tensors, tuple(key)
+                return [], {}, None
+        return tensors, constants, tuple(key)
 
     def trace_plain_calls(self) -> list[Program | str]:
         """The programs, in training and not, of calls with tensors for all that has no default."""
+        constants = {n: d for n, d in self.defaults.items() if d is not inspect.Parameter.empty}
         kinds = [
-            torch.Tensor if default is inspect.Parameter.empty else (type(default), default)
-            for default in self.defaults.values()
+            frozen(constants[name]) if name in constants else torch.Tensor for name in self.defaults
         ]
-        return [self.traced((training, *kinds)) for training in (True, False)]
+        return [self.traced((training, *kinds), constants) for training in (True, False)]
 
-    def traced(self, key: Any) -> Program | str:
+    def traced(self, key: Any, constants: dict[str, Any]) -> Program | str:
         """The program for calls of a kind, or why there is none."""
         if key in self.programs or len(self.programs) == MOST_PROGRAMS:
             return self.programs.get(key, "its forward is called with too many constants")
-        training, *kinds = key
-        named = zip(self.defaults, kinds, strict=True)
-        constants = {name: kind[1] for name, kind in named if kind is not torch.Tensor}
         try:
-            fusion = fusion_of(self.module, constants, training=training)
+            fusion = fusion_of(self.module, constants, training=key[0])
             program: Program | str = Program(self.module, fusion)
         except CannotTrace as reason:
             program = str(reason)

@@ -397,4 +397,6 @@ def frozen(value: Any) -> Any:
     if isinstance(value, tuple | list | frozenset):
         items = list(map(frozen, value))
         return NotImplemented if any(i is NotImplemented for i in items) else (type(value), items)
+    if isinstance(value, float):  # 0.0 and -0.0 are equal, and NaN is not even to itself.
+        return type(value), value.hex()
     return (type(value), value) if isinstance(value, CONSTANTS) else NotImplemented

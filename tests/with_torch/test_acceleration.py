@@ -733,6 +733,41 @@ def test_many_constants_are_the_forwards_own():
     assert len(model.forward.programs) == 8
 
 
+def test_a_zero_is_seen_beside_one_of_another_sign():
+    original = model_with(optional).eval()
+    model = accelerate(copy.deepcopy(original))
+    x = torch.randn(4, 3, 5, 5)
+    for scale in (0.0, -0.0, 0.0):
+        expected = original(x, scale=scale).signbit()
+        assert torch.equal(model(x, scale=scale).signbit(), expected)
+
+
+SCALED = {
+    "number": (float, lambda self, x: F.relu(self.bn(x)) * self.scale),
+    "tuple": (lambda number: (number,), lambda self, x: F.relu(self.bn(x)) * self.scale[0]),
+}
+
+
+@pytest.mark.parametrize(("scale", "forward"), SCALED.values(), ids=SCALED)
+def test_a_change_of_the_sign_of_a_zero_is_noticed(scale, forward):
+    original = model_with(forward).eval()
+    original.scale = scale(0.0)
+    model = accelerate(copy.deepcopy(original))
+    assert report(model).fused
+    x = torch.randn(4, 3, 5, 5)
+    for number in (-0.0, 0.0):
+        model.scale = original.scale = scale(number)
+        assert torch.equal(model(x).signbit(), original(x).signbit())
+
+
+def test_calls_with_nan_have_one_program():
+    model = accelerate(model_with(optional).eval())
+    x = torch.randn(4, 3, 5, 5)
+    for _ in range(3):
+        assert model(x, scale=float("nan")).isnan().all()
+    assert len(model.forward.programs) == 3
+
+
 class Residual(nn.Module):
     """The block of a residual network."""
 
