@@ -242,6 +242,13 @@ def missing_tensors(module: Module) -> list[str]:
     return [name for name, tensor in tensors if tensor is None]
 
 
+def is_constant(value: Any) -> bool:
+    """Tell whether an argument is one for which a forward may be traced, as it is."""
+    if type(value) is tuple:
+        return all(map(is_constant, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 class FusedForward:
     """The forward of a module in which batch normalizations activate.
 
@@ -253,6 +260,9 @@ class FusedForward:
     def __init__(self, module: Module) -> None:
         self.module = module
         self.defaults = {name: p.default for name, p in parameters_of(module).items()}
+        for name, default in self.defaults.items():
+            if default is not inspect.Parameter.empty and not is_constant(default):
+                raise CannotTrace(f"its forward has a default for {name} that is no constant")
         self.programs: dict[Any, Program | str] = {}  # Or why there is none.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -301,7 +311,7 @@ class FusedForward:
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
                 key.append(torch.Tensor)
-            elif value is None or isinstance(value, bool | int | float | str):
+            elif is_constant(value):
                 constants[name] = value
                 key.append(frozen(value))
             else:

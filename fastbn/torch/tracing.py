@@ -395,7 +395,7 @@ def is_of_class(cls: type, name: str) -> bool:
 def frozen(value: Any) -> Any:
     """A value to compare with later ones, NotImplemented for one whose changes do not show."""
     if isinstance(value, tuple | list | frozenset):
-        items = list(map(frozen, value))
+        items = tuple(map(frozen, value))
         return NotImplemented if any(i is NotImplemented for i in items) else (type(value), items)
     if isinstance(value, float):  # 0.0 and -0.0 are equal, and NaN is not even to itself.
         return type(value), value.hex()

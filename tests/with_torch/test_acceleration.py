@@ -724,6 +724,40 @@ def test_a_program_for_each_kind_of_call(kwargs):
         model()
 
 
+def with_a_tuple(self, x, size=(1, 2.0)):
+    return self.relu(self.bn(self.conv(x))) * size[1]
+
+
+def with_a_list(self, x, size=[1, 2.0]):  # noqa: B006
+    return with_a_tuple(self, x, size)
+
+
+def with_a_dict(self, x, size={1: 2.0}):  # noqa: B006
+    return with_a_tuple(self, x, size)
+
+
+def with_a_function(self, x, act=F.relu):
+    return act(self.bn(self.conv(x)))
+
+
+def test_a_default_of_several_numbers_is_a_constant():
+    original = model_with(with_a_tuple)
+    model = accelerate(copy.deepcopy(original))
+    assert report(model).fused == {"bn": "relu"}
+    x = torch.randn(4, 3, 5, 5)
+    for args in ((), ((1, 2.0),), ((1, 3.0),)):
+        torch.testing.assert_close(model(x, *args), original(x, *args))
+    assert len(model.forward.programs) == 3  # in training with both tuples, and in evaluation
+
+
+@pytest.mark.parametrize("forward", [with_a_list, with_a_dict, with_a_function])
+def test_other_defaults_are_not_traced(forward):
+    original = model_with(forward)
+    model = accelerate(copy.deepcopy(original))
+    assert report(model).unfused["bn"].startswith("its forward has a default")
+    assert_same_steps(model, original)
+
+
 def test_many_constants_are_the_forwards_own():
     original = model_with(optional)
     model = accelerate(copy.deepcopy(original))
