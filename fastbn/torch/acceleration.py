@@ -10,7 +10,7 @@ import torch
 from fastbn._scalars import full_name
 from fastbn.layers.state import LayerState
 from fastbn.torch import modules
-from fastbn.torch.fusion import FusedForward, Program
+from fastbn.torch.fusion import TOO_MANY, FusedForward, Program
 from fastbn.torch.tracing import LISTS, CannotTrace
 
 OURS = {
@@ -239,6 +239,8 @@ def note_fusions(result: Report, name: str, owner: torch.nn.Module) -> None:
             unfused = dict.fromkeys(program.fused, "its module has changed since; accelerate again")
         elif forward is None:
             unfused = program.unfused | dict.fromkeys(program.fused, "accelerated without fusing")
+        elif forward.had_too_many:
+            unfused = program.unfused | dict.fromkeys(program.fused, TOO_MANY)
         else:
             unfused = program.unfused
             result.fused |= {prefix + path: what for path, what in program.fused.items()}

@@ -34,6 +34,7 @@ LEAKY_RELUS = {F.leaky_relu, F.leaky_relu_}
 ADDITIONS = {operator.add, torch.add, "add", "__add__"}
 ADDITIONS_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
 MOST_PROGRAMS = 8
+TOO_MANY = "its forward is called with too many constants; pass changing numbers as tensors"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
@@ -264,9 +265,10 @@ class FusedForward:
             if default is not inspect.Parameter.empty and not is_constant(default):
                 raise CannotTrace(f"its forward has a default for {name} that is no constant")
         self.programs: dict[Any, Program | str] = {}  # Or why there is none.
+        self.had_too_many = False  # kinds of calls, so that some had no program
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"programs": {}}
+        return vars(self) | {"programs": {}, "had_too_many": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedForward:
         memo[id(self)] = twin = type(self).__new__(type(self))
@@ -328,8 +330,11 @@ class FusedForward:
 
     def traced(self, key: Any, constants: dict[str, Any]) -> Program | str:
         """The program for calls of a kind, or why there is none."""
-        if key in self.programs or len(self.programs) == MOST_PROGRAMS:
-            return self.programs.get(key, "its forward is called with too many constants")
+        if key in self.programs:
+            return self.programs[key]
+        if len(self.programs) == MOST_PROGRAMS:
+            self.had_too_many = True
+            return TOO_MANY
         try:
             fusion = fusion_of(self.module, constants, training=key[0])
             program: Program | str = Program(self.module, fusion)

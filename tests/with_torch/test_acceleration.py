@@ -763,8 +763,12 @@ def test_many_constants_are_the_forwards_own():
     model = accelerate(copy.deepcopy(original))
     x = torch.randn(4, 3, 5, 5)
     for i in range(12):
+        # 1.0 is the default, and plain calls have two programs.
+        assert report(model).fused == ({"bn": "relu"} if i <= 7 else {})
         torch.testing.assert_close(model(x, scale=float(i)), original(x, scale=float(i)))
     assert len(model.forward.programs) == 8
+    assert "too many constants; pass changing numbers as tensors" in report(model).unfused["bn"]
+    assert report(accelerate(model)).fused == {"bn": "relu"}
 
 
 def test_a_zero_is_seen_beside_one_of_another_sign():
