@@ -133,6 +133,10 @@ def remove_program(module: torch.nn.Module) -> None:
 def restore(model: torch.nn.Module) -> torch.nn.Module:
     """Undo `accelerate`.
 
+    Tools that look for torch's very classes need that: ``torch.jit.script``, and those that fuse
+    batch normalizations with convolutions, for quantization for example. Some of the latter leave
+    fastbn's modules as they are without a word.
+
     Parameters
     ----------
     model : torch.nn.Module

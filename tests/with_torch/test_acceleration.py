@@ -669,6 +669,34 @@ def test_tools_that_know_torchs_classes_alone_take_a_restored_model(tool):
     torch.testing.assert_close(result(x), original(x), atol=1e-5, rtol=1e-5)
 
 
+def fused_by_optimization(model, x):
+    return pytest.importorskip("torch.fx.experimental.optimization").fuse(model)
+
+
+def fused_for_quantization(model, x):
+    return pytest.importorskip("torch.ao.quantization.quantize_fx").fuse_fx(model)
+
+
+def quantized(model, x):
+    tools = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    options = pytest.importorskip("torch.ao.quantization").get_default_qconfig_mapping("x86")
+    prepared = tools.prepare_fx(model, options, (x,))
+    prepared(x)
+    return tools.convert_fx(prepared)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", [fused_by_optimization, fused_for_quantization, quantized])
+def test_tools_that_pass_over_other_classes_find_those_of_a_restored_model(tool):
+    model = accelerate(residual_network().eval())
+    x = torch.randn(4, 3, 5, 5)
+    left = [
+        sum(isinstance(module, nn.BatchNorm2d) for module in tool(m, x).modules())
+        for m in (copy.deepcopy(model), restore(model))
+    ]
+    assert left == [5, 0]
+
+
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_of_a_fused_addition_has_its_values():
     model = accelerate(model_with(ADDED["left"]).eval())
