@@ -930,11 +930,8 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
-def test_fused_models_train_the_same_within(around, training):
-    original = residual_network().double().train(training)
-    model = accelerate(copy.deepcopy(original))
+def assert_same_within(around, model, original):
+    """A step of both, whose forwards run within something."""
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     results = []
     for m in (model, original):
@@ -944,7 +941,37 @@ def test_fused_models_train_the_same_within(around, training):
         results.append([y, leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_fused_models_train_the_same_within(around, training):
+    original = residual_network().double().train(training)
+    model = accelerate(copy.deepcopy(original))
+    assert_same_within(around, model, original)
     assert not report(model).fallbacks
+
+
+def counted(model, x):
+    with pytest.importorskip("torch.utils.flop_counter").FlopCounterMode(display=False):
+        return model(x)
+
+
+def selective(model, x):
+    tools = pytest.importorskip("torch.utils.checkpoint")
+    contexts = functools.partial(
+        tools.create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default]
+    )
+    return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("around", [counted, selective])
+def test_dispatch_modes_see_torchs_operations(around):
+    original = residual_network().double()
+    model = accelerate(copy.deepcopy(original))
+    assert_same_within(around, model, original)
+    reasons = {reason for counts in report(model).fallbacks.values() for reason in counts}
+    assert reasons == {"forward AD, torch.func, a trace or a dispatch mode"}
 
 
 def test_names_parameters_and_optimizers_stay():
