@@ -282,6 +282,13 @@ class FusedForward:
         return code
 
     @property
+    def __globals__(self) -> dict[str, Any]:
+        """There are none; torch.jit.script asks for them, to compile the source of a function."""
+        raise AttributeError(
+            "a fused forward is no function: restore the model before torch.jit.script"
+        )
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(types.MethodType(type(self.module).forward, self.module))
 
