@@ -652,6 +652,15 @@ def test_convolutions_take_in_batch_normalizations_as_before():
     torch.testing.assert_close(model(x), original(x), atol=1e-5, rtol=1e-5)
 
 
+def test_an_accelerated_model_is_converted_to_torchs_sync_batch_norm():
+    original = model_with(FUSED["module"]).eval()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(accelerate(copy.deepcopy(original)))
+    assert report(model).left == {"bn": "a SyncBatchNorm"}
+    assert type(model.bn) is nn.SyncBatchNorm
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model(x), original(x))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tool", ["script", "fuse_modules"])
 def test_tools_that_know_torchs_classes_alone_take_a_restored_model(tool):
