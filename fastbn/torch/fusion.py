@@ -35,7 +35,7 @@ ADDITIONS = {operator.add, torch.add, "add", "__add__"}
 ADDITIONS_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
 MOST_PROGRAMS = 8
 TOO_MANY = "its forward is called with too many constants; pass changing numbers as tensors"
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+NUMBERS_AND_STRINGS = type(None), bool, int, float, str
 
 
 class Activation(NamedTuple):
@@ -187,7 +187,13 @@ def residual_of(node: fx.Node, bn: fx.Node) -> fx.Node | None:
 
 def is_tapped(module: Module) -> bool:
     """Tell whether others see or change what goes into a module and what comes out."""
-    return "forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS)
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 # The program.
@@ -207,25 +213,27 @@ class Program:
         self._fused_modules = [(m, what_it_does(m)) for m in fusion.modules]
         called = {node.target for node in fusion.graph.nodes if node.op == "call_module"}
         opened = [module, *opened_containers(module, called)]
-        self._children = [(m, list(m._modules.items())) for m in opened]
-        self._missing = [(m, missing_tensors(m)) for m in opened]
+        self._opened = [(m, list(m._modules.items()), missing_tensors(m)) for m in opened]
 
     def holds_for(self, module: Module) -> bool:
         """Tell whether the forward would do the same as when it was traced."""
+        # Loops, which cost less than generators, since each call asks.
+        for m, children, missing in self._opened:
+            if list(m._modules.items()) != children or missing_tensors(m) != missing:
+                return False
+        for m, done in self._fused_modules:
+            if what_it_does(m) != done or is_tapped(m):
+                return False
         return (
             type(module).forward is self._forward
-            and all(list(m._modules.items()) == children for m, children in self._children)
-            and all(missing_tensors(m) == missing for m, missing in self._missing)
             and self._attributes.are_of(module)
-            and all(what_it_does(m) == done for m, done in self._fused_modules)
-            and not any(is_tapped(m) for m, _ in self._fused_modules)
             and not torch_module._has_any_global_hook()
         )
 
 
-def what_it_does(module: Module) -> tuple[type, Activation | None]:
-    """What a batch normalization or an activation does, apart from its parameters."""
-    return type(module), activation_of_module(module)
+def what_it_does(module: Module) -> tuple[type, float | None]:
+    """What tells what a batch normalization or an activation does, apart from its parameters."""
+    return type(module), module.__dict__.get("negative_slope")
 
 
 def opened_containers(module: Module, called: set[Any], prefix: str = "") -> Iterator[Module]:
@@ -239,6 +247,8 @@ def opened_containers(module: Module, called: set[Any], prefix: str = "") -> Ite
 
 def missing_tensors(module: Module) -> list[str]:
     """The parameters and buffers that a module does without."""
+    if not module._parameters and not module._buffers:
+        return []
     tensors = *module._parameters.items(), *module._buffers.items()
     return [name for name, tensor in tensors if tensor is None]
 
@@ -247,7 +257,7 @@ def is_constant(value: Any) -> bool:
     """Tell whether an argument is one for which a forward may be traced, as it is."""
     if type(value) is tuple:
         return all(map(is_constant, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return isinstance(value, NUMBERS_AND_STRINGS)
 
 
 class FusedForward:
@@ -309,14 +319,17 @@ class FusedForward:
 
         That is None for calls with other arguments.
         """
-        names = list(self.defaults)
-        given = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or any(k in given or k not in names for k in kwargs):
+        if kwargs:
+            given = dict(zip(self.defaults, args, strict=False))
+            if any(name in given or name not in self.defaults for name in kwargs):
+                return [], {}, None
+            args = tuple((self.defaults | given | kwargs).values())
+        elif len(args) < len(self.defaults):
+            args = *args, *list(self.defaults.values())[len(args) :]
+        if len(args) > len(self.defaults):
             return [], {}, None
-        given.update(kwargs)
         tensors, constants, key = [], {}, [self.module.training]
-        for name in names:
-            value = given.get(name, self.defaults[name])
+        for name, value in zip(self.defaults, args, strict=True):
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
                 key.append(torch.Tensor)

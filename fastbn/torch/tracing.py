@@ -46,6 +46,7 @@ LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
 CONTAINERS = (*LISTS, torch.nn.Sequential)
 FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, type
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, *FUNCTIONS)
+SEVERAL = tuple, list, frozenset
 PLAIN_ATTRIBUTES = set(vars(torch.nn.Module())) | {"forward"}
 
 
@@ -63,14 +64,12 @@ class Attributes(NamedTuple):
 
     def are_of(self, module: torch.nn.Module) -> bool:
         """Tell whether a module has the same ones now."""
-        return (
-            type(module) is self.cls
-            and attributes_of(module, self.names) == self.of_module
-            and all(
-                frozen(getattr(cls, name, None)) == value
-                for (cls, name), value in self.of_classes.items()
-            )
-        )
+        if type(module) is not self.cls or attributes_of(module, self.names) != self.of_module:
+            return False
+        for (cls, name), value in self.of_classes.items():
+            if frozen(getattr(cls, name, None)) != value:
+                return False
+        return True
 
 
 class Traced(NamedTuple):
@@ -394,7 +393,7 @@ def is_of_class(cls: type, name: str) -> bool:
 
 def frozen(value: Any) -> Any:
     """A value to compare with later ones, NotImplemented for one whose changes do not show."""
-    if isinstance(value, tuple | list | frozenset):
+    if isinstance(value, SEVERAL):
         items = tuple(map(frozen, value))
         return NotImplemented if any(i is NotImplemented for i in items) else (type(value), items)
     if isinstance(value, float):  # 0.0 and -0.0 are equal, and NaN is not even to itself.
