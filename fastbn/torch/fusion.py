@@ -231,9 +231,10 @@ class Program:
         )
 
 
-def what_it_does(module: Module) -> tuple[type, float | None]:
+def what_it_does(module: Module) -> tuple[type, Any]:
     """What tells what a batch normalization or an activation does, apart from its parameters."""
-    return type(module), module.__dict__.get("negative_slope")
+    slope = module.__dict__.get("negative_slope")
+    return type(module), None if slope is None else frozen(slope)
 
 
 def opened_containers(module: Module, called: set[Any], prefix: str = "") -> Iterator[Module]:

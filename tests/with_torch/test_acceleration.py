@@ -818,22 +818,35 @@ def test_a_zero_is_seen_beside_one_of_another_sign():
         assert torch.equal(model(x, scale=scale).signbit(), expected)
 
 
-SCALED = {
-    "number": (float, lambda self, x: F.relu(self.bn(x)) * self.scale),
-    "tuple": (lambda number: (number,), lambda self, x: F.relu(self.bn(x)) * self.scale[0]),
+def set_scale(model, number):
+    model.scale = number
+
+
+def set_scale_in_a_tuple(model, number):
+    model.scale = (number,)
+
+
+def set_slope(model, number):
+    model.leaky.negative_slope = number
+
+
+ZEROS = {
+    "number": (set_scale, lambda self, x: F.relu(self.bn(x)) * self.scale),
+    "tuple": (set_scale_in_a_tuple, lambda self, x: F.relu(self.bn(x)) * self.scale[0]),
+    "slope": (set_slope, lambda self, x: self.leaky(self.bn(x))),
 }
 
 
-@pytest.mark.parametrize(("scale", "forward"), SCALED.values(), ids=SCALED)
-def test_a_change_of_the_sign_of_a_zero_is_noticed(scale, forward):
+@pytest.mark.parametrize(("set_to", "forward"), ZEROS.values(), ids=ZEROS)
+def test_a_change_of_the_sign_of_a_zero_is_noticed(set_to, forward):
     original = model_with(forward).eval()
-    original.scale = scale(0.0)
+    set_to(original, 0.0)
     model = accelerate(copy.deepcopy(original))
     assert report(model).fused
     x = torch.randn(4, 3, 5, 5)
-    for number in (-0.0, 0.0):
-        model.scale = original.scale = scale(number)
-        assert torch.equal(model(x).signbit(), original(x).signbit())
+    for number in (0.0, -0.0, 0.0):
+        set_to(model, number), set_to(original, number)
+        assert torch.equal(model(x).signbit(), original(x).signbit()), number
 
 
 def test_calls_with_nan_have_one_program():
