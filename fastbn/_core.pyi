@@ -241,6 +241,19 @@ def try_backward(
     residual_out: object = None,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
+def try_frozen_backward(
+    dy: object,
+    x: object,
+    weight: object,
+    mean: object,
+    invstd: object,
+    out: object,
+    activation: object,
+    slope: object,
+    alive: Array | None,
+    residual_out: object,
+    /,
+) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_backward(
     dy: object,
     saved: SavedForBackward,

@@ -148,6 +148,12 @@ cdef void apply_normalize(Job *job, char *out) noexcept nogil:
     job.apply = normalize_block
 
 
+cdef void apply_scale(Job *job, char *out) noexcept nogil:
+    """Let the job write dy, times a weight, to out: the gradient of x by constants."""
+    job.out = out
+    job.apply = scale_block
+
+
 cdef void apply_gradient(Job *job, char *out) noexcept nogil:
     """Let the job write the gradient of x to out."""
     job.out = out

@@ -35,3 +35,11 @@ cdef void gradient_block(const Job *job, const Block *block) noexcept nogil:
         gradient_columns(job, block)
     else:
         gradient_runs(job, block)
+
+
+cdef void scale_block(const Job *job, const Block *block) noexcept nogil:
+    """Normalize the dy of a block by mean 0 and invstd 1."""
+    cdef Job results = job[0]
+    results.x, results.dy = job.dy, NULL
+    results.mean, results.invstd = constant(0.0), constant(1.0)
+    normalize_block(&results, block)

@@ -12,18 +12,11 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope,
     cdef GateOfJob gate
     cdef Job job
     cdef Py_ssize_t channels
-    if not is_plain_input(x, None, None):
+    if not is_plain_backward(dy, x, weight, mean, invstd, out, activation, slope, alive,
+                             residual_out):
         return None
     array = <cnp.ndarray>x
-    if (mean is None or invstd is None or not is_plain_beside(dy, array)
-            or not is_plain_output(out, array, <cnp.ndarray>dy)
-            or not is_plain_vector(weight, array, out)
-            or not is_plain_vector(mean, array, out)
-            or not is_plain_vector(invstd, array, out)
-            or not is_plain_activation(activation, slope, array)
-            or (activation is not None and not is_plain_vector(bias, array, out))
-            or not is_plain_residual_out(residual_out, array, <cnp.ndarray>dy, out)
-            or (alive is not None and out is not None and is_same(<cnp.ndarray>out, array))):
+    if activation is not None and not is_plain_vector(bias, array, out):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
@@ -40,6 +33,58 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope,
     differentiate(&job, <cnp.ndarray>dy, &weights, &means, &invstds, &gate, target, channels,
                   <double *>cnp.PyArray_BYTES(dbias), <double *>cnp.PyArray_BYTES(dweight))
     return target, dweight, dbias
+
+
+def try_frozen_backward(dy, x, weight, mean, invstd, out, activation, slope,
+                        cnp.ndarray alive, residual_out, /):
+    """The same where mean and invstd are constants; an activation has bits."""
+    cdef cnp.ndarray target, dweight, dbias
+    cdef Vector weights, means, invstds
+    cdef GateOfJob gate
+    cdef double *doubles
+    cdef Py_ssize_t channels
+    if not is_plain_backward(dy, x, weight, mean, invstd, out, activation, slope, alive,
+                             residual_out) or (activation is not None) != (alive is not None):
+        return None
+    channels = cnp.PyArray_DIMS(<cnp.ndarray>x)[1]
+    target = result_like(<cnp.ndarray>x, out)
+    dweight = new_vector(channels, cnp.NPY_FLOAT64)
+    dbias = new_vector(channels, cnp.NPY_FLOAT64)
+    weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
+    gate = gate_with(activation_of(activation, PyFloat_AS_DOUBLE(slope)), None, None, None)
+    if alive is not None:
+        gate = gate_with(gate.activation, <cnp.ndarray>dy, None, alive)
+        dy = target if residual_out is None else residual_out
+    doubles = new_doubles(VECTORS_OF_BACKWARD * channels)
+    try:
+        differentiate_frozen(dy, x, &weights, &invstds, &means, &invstds, &gate, target, NULL,
+                             doubles)
+        memcpy(cnp.PyArray_BYTES(dbias), doubles, channels * sizeof(double))
+        memcpy(cnp.PyArray_BYTES(dweight), doubles + channels, channels * sizeof(double))
+    finally:
+        free(doubles)
+    return target, dweight, dbias
+
+
+cdef bint is_plain_backward(object dy, object x, object weight, object mean, object invstd,
+                            object out, object activation, object slope, object alive,
+                            object residual_out) except -1:
+    """Tell whether what both backwards of functions take is plain.
+
+    What passes by bits must not be written over x, which is read after it.
+    """
+    cdef cnp.ndarray array
+    if not is_plain_input(x, None, None):
+        return False
+    array = <cnp.ndarray>x
+    return (mean is not None and invstd is not None and is_plain_beside(dy, array)
+            and is_plain_output(out, array, <cnp.ndarray>dy)
+            and is_plain_vector(weight, array, out)
+            and is_plain_vector(mean, array, out)
+            and is_plain_vector(invstd, array, out)
+            and is_plain_activation(activation, slope, array)
+            and is_plain_residual_out(residual_out, array, <cnp.ndarray>dy, out)
+            and (alive is None or not is_in_place(array, out)))
 
 
 def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, running_mean, running_var,
@@ -74,9 +119,11 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, runnin
         return None
     weights, channels = saved.weights(), cnp.PyArray_DIMS(array)[1]
     batches = batches_of(array, 1 if saved.num_groups > 0 else saved.batch_size)
-    # NumPy adds many batches of one channel in another order.
+    # NumPy adds many batches of one channel in another order. In a frozen layer, what passes the
+    # activation is written to the memory of dx before x is read.
     if (batches > 1 and channels == 1
-            or saved.frozen and (saved.activation is not None or saved.has_residual)
+            or saved.frozen and saved.alive is not None and saved.kept is None
+            and is_in_place(array, out)
             or saved.num_groups > 0 and not has_group_gates(array, &weights)):
         return None
     target = result_like(array, out)
@@ -113,7 +160,7 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
     cdef Vector weights = saved.weights(), biases = saved.biases()
     cdef Vector means = saved.means(), invstds = saved.invstds()
     cdef Vector sums[4]
-    cdef Vector of_groups
+    cdef Vector of_groups, of_forward
     cdef GateOfJob gate
     cdef GroupNormJob norm
     cdef Job job
@@ -133,11 +180,13 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
         means = vector_of_batches(doubles + 4 * size, channels)
         invstds = vector_of_batches(doubles + 5 * size, channels)
         weights = vector_of_batches(doubles + 6 * size, channels)
-    if derived is not None:  # without an activation the residual gets dy
+    if derived is not None or saved.alive is not None:  # without an activation the residual gets dy
         gate = gate_with(gate.activation, dy, dy if saved.alive is None else None, saved.alive)
-        dy = derived
+        dy = out if derived is None else derived
     if saved.frozen:
-        return differentiate_frozen(dy, x, saved, &means, &invstds, out, gradients, doubles)
+        weights, of_forward = saved.weights(), saved.invstds()
+        return differentiate_frozen(dy, x, &weights, &of_forward, &means, &invstds, &gate, out,
+                                    gradients, doubles)
     if saved.num_groups > 0:
         for i in range(4):
             sums[i] = vector_of_batches(doubles + i * size, channels)
@@ -189,28 +238,36 @@ cdef int differentiate(Job *job, cnp.ndarray dy, const Vector *weight, const Vec
     return execute(job)
 
 
-cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, SavedForBackward saved,
-                              const Vector *mean, const Vector *invstd, cnp.ndarray out,
+cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, const Vector *weights,
+                              const Vector *invstds, const Vector *mean, const Vector *invstd,
+                              const GateOfJob *gate, cnp.ndarray out,
                               const GradientSums *gradients, double *doubles) except -1:
-    """The gradient of x where the statistics are constants, and the sums before it."""
-    cdef Job sums, results
-    cdef Vector weights = saved.weights(), invstds = saved.invstds()
+    """The gradient of x where the statistics are constants, and the sums of the parameters'.
+
+    The first two vectors are those of the forward. Sums, of dy and of dy * xhat, begin `doubles`.
+    """
+    cdef Job job
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
     cdef double *scale = doubles + 2 * channels
     cdef double *weight = doubles + 3 * channels
-    init_job_on(&sums, x, None, 0)
-    sums.dy = cnp.PyArray_BYTES(dy)
-    sums.mean, sums.invstd = mean[0], invstd[0]
-    reduce_to_products(&sums, doubles, doubles + channels)
-    sums.gradients = gradients
-    execute(&sums)
-    read_all(&invstds, channels, scale)
-    read_all(&weights, channels, weight)
+    read_all(invstds, channels, scale)
+    read_all(weights, channels, weight)
     isa_in_use.common.multiply(weight, channels, scale)
-    init_job_on(&results, dy, None, 0)
-    results.mean, results.invstd = constant(0.0), vector_of_doubles(scale)
-    apply_normalize(&results, cnp.PyArray_BYTES(out))
-    return execute(&results)
+    init_job_on(&job, x, None, 0)
+    job.dy = cnp.PyArray_BYTES(dy)
+    job.mean, job.invstd, job.weight = mean[0], invstd[0], vector_of_doubles(scale)
+    reduce_to_products(&job, doubles, doubles + channels)
+    job.gradients = gradients
+    pass_gate(&job, gate)
+    if job.raw_dy != NULL or not job.cut.column_layout:
+        apply_scale(&job, cnp.PyArray_BYTES(out))
+        return execute(&job)
+    # By themselves, results have longer stretches than columns that are summed before.
+    execute(&job)
+    init_job_on(&job, dy, None, 0)
+    job.mean, job.invstd = constant(0.0), vector_of_doubles(scale)
+    apply_normalize(&job, cnp.PyArray_BYTES(out))
+    return execute(&job)
 
 
 cdef void add_batches(double *values, Py_ssize_t channels, Py_ssize_t batches) noexcept nogil:

@@ -278,6 +278,10 @@ def differentiate_by_bits(
 
 def differentiate_parts(dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs) -> Gradients:
     """The gradients that are asked for, where x's does not depend on the sums of the others."""
+    if not saved.training and needs.x and needs.affine:
+        gradients = differentiate_frozen(dy, gradient, saved, needs)
+        if gradients is not None:
+            return gradients
     x, mean, invstd = as_array(saved.x), saved.mean, saved.invstd
     dx = dweight = dbias = None
     dz = before_activation(dy, saved)
@@ -292,6 +296,24 @@ def differentiate_parts(dy: torch.Tensor, gradient: Array, saved: Saved, needs: 
         weight = as_array_or_none(saved.weight)
         F.batch_norm_elemt(gradient, np.zeros_like(mean), invstd, weight, out=out)
     return Gradients(dx, dweight, dbias, dz if needs.residual else None)
+
+
+def differentiate_frozen(
+    dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs
+) -> Gradients | None:
+    """All gradients in one pass, where statistics are constants; None if the call is not plain."""
+    x, alive = as_array(saved.x), as_array_or_none(saved.alive)
+    dx, out = new_like(saved.x, x)
+    dresidual, derived = dy if needs.residual else None, None
+    if needs.residual and alive is not None:
+        dresidual, derived = new_like(saved.x, x)
+    vectors = as_array_or_none(saved.weight), saved.mean, saved.invstd
+    options = saved.activation, saved.negative_slope
+    result = _core.try_frozen_backward(gradient, x, *vectors, out, *options, alive, derived)
+    if result is None:
+        return None
+    _, dweight, dbias = result
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
 def before_activation(dy: torch.Tensor, saved: Saved) -> torch.Tensor:

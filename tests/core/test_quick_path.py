@@ -427,11 +427,14 @@ def test_channels_that_cannot_be_recovered_are_kept(rng, both_paths, x_dtype, ra
 
 
 @each("where", ["none", "new", "x", "residual"])
+@each("gradient_where", ["none", "dy", "x"])
 @each("added", [False, True])
 @each("mode", ["train", "eval", "freeze"])
 @pytest.mark.parametrize("options", ACTIVATIONS, ids=str)
 @each("layout", [contiguous, channels_last])
-def test_a_step_of_a_layer_with_an_activation(rng, both_paths, layout, options, mode, added, where):
+def test_a_step_of_a_layer_with_an_activation(
+    rng, both_paths, layout, options, mode, added, gradient_where, where
+):
     x, dy, residual = (layout(some(rng, (4, 3, 5, 7))) for _ in range(3))
     if not added and where == "residual":
         return
@@ -441,7 +444,8 @@ def test_a_step_of_a_layer_with_an_activation(rng, both_paths, layout, options, 
             out = {"none": None, "new": np.empty_like(x), "x": x, "residual": residual}[where]
             yield bn(x, out=out, residual=residual if added else None)
             if mode != "eval":
-                gradients = bn.backward(dy)
+                out = {"none": None, "dy": dy, "x": x}[gradient_where]
+                gradients = bn.backward(dy, out=out)
                 yield from gradients if added else [gradients]
 
     both_paths(step, layer_of(3, mode, **options), x, dy, residual)
@@ -662,10 +666,11 @@ def test_a_plain_step_of_any_family_takes_the_quick_path(rng, monkeypatch, famil
 
     monkeypatch.setattr(f"{CHECKS}.as_array", checked)
     layer(x)
-    if not (layer.frozen and options):  # a backward of several passes
-        layer.backward(x)
-        layer(x, out=x)
-        layer.backward(x, out=x)
+    layer.backward(x.copy())
+    layer(x, residual=x)
+    layer.backward(x.copy(), residual_out=np.empty_like(x))
+    layer(x, out=x)
+    layer.backward(x, out=x)
     layer.eval()(x)
 
 

@@ -153,18 +153,19 @@ def test_gradients_through_an_activation_and_of_a_residual(activation, training)
 
 
 def fused_steps(training):
-    """Outputs, gradients and statistics behind a residual, of each activation."""
+    """Outputs, gradients and statistics of each activation, behind a residual and without."""
     dy = torch.randn(4, 3, 5, 6)
-    for activation in ACTIVATIONS:
+    for activation, added in itertools.product(ACTIVATIONS, (True, False)):
         bn = randomized(accelerated.BatchNormAct2d(3, activation)).train(training)
         x, residual = torch.randn(2, 4, 3, 5, 6)
-        y = bn(x.requires_grad_(), residual.requires_grad_())
+        y = bn(x.requires_grad_(), residual.requires_grad_() if added else None)
         y.backward(dy)
-        yield [y, x.grad, residual.grad, bn.weight.grad, bn.bias.grad, *bn.buffers()]
+        parameters = bn.weight.grad, bn.bias.grad, *bn.buffers()
+        yield [y, x.grad, *([residual.grad] if added else []), *parameters]
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_behind_a_residual_both_paths_give_the_same_bits(training):
+def test_both_paths_of_a_fused_step_give_the_same_bits(training):
     results = []
     was_on = core.set_quick_path(True)
     try:
@@ -178,13 +179,14 @@ def test_behind_a_residual_both_paths_give_the_same_bits(training):
         assert all(map(torch.equal, quick, checked))
 
 
-def test_a_step_behind_a_residual_takes_the_quick_path(monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_step_takes_the_quick_path(monkeypatch, training):
     def checked(*_, **__):
         raise AssertionError
 
     monkeypatch.setattr(f"{CHECKS}.as_input", checked)
     monkeypatch.setattr(core, "backward", checked)
-    assert all(torch.isfinite(part).all() for step in fused_steps(True) for part in step)
+    assert all(torch.isfinite(part).all() for step in fused_steps(training) for part in step)
 
 
 def assert_gradients(module, x, residual, activation):
