@@ -71,7 +71,8 @@ cdef bint is_plain_backward(object dy, object x, object weight, object mean, obj
                             object residual_out) except -1:
     """Tell whether what both backwards of functions take is plain.
 
-    What passes by bits must not be written over x, which is read after it.
+    What passes by bits must not be written over x, which is read after it; without bits, nothing is
+    written to a residual_out.
     """
     cdef cnp.ndarray array
     if not is_plain_input(x, None, None):
@@ -84,7 +85,8 @@ cdef bint is_plain_backward(object dy, object x, object weight, object mean, obj
             and is_plain_vector(invstd, array, out)
             and is_plain_activation(activation, slope, array)
             and is_plain_residual_out(residual_out, array, <cnp.ndarray>dy, out)
-            and (alive is None or not is_in_place(array, out)))
+            and (residual_out is None if alive is None
+                 else residual_out is not None or not is_in_place(array, out)))
 
 
 def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, running_mean, running_var,
@@ -119,11 +121,11 @@ def try_layer_backward(dy, SavedForBackward saved not None, weight, bias, runnin
         return None
     weights, channels = saved.weights(), cnp.PyArray_DIMS(array)[1]
     batches = batches_of(array, 1 if saved.num_groups > 0 else saved.batch_size)
-    # NumPy adds many batches of one channel in another order. In a frozen layer, what passes the
-    # activation is written to the memory of dx before x is read.
+    # NumPy adds many batches of one channel in another order. In a frozen layer without a residual,
+    # what passes the activation is written to the memory of dx before x is read.
     if (batches > 1 and channels == 1
-            or saved.frozen and saved.alive is not None and saved.kept is None
-            and is_in_place(array, out)
+            or saved.frozen and saved.alive is not None and not saved.has_residual
+            and saved.kept is None and is_in_place(array, out)
             or saved.num_groups > 0 and not has_group_gates(array, &weights)):
         return None
     target = result_like(array, out)

@@ -669,6 +669,8 @@ def test_a_plain_step_of_any_family_takes_the_quick_path(rng, monkeypatch, famil
     layer.backward(x.copy())
     layer(x, residual=x)
     layer.backward(x.copy(), residual_out=np.empty_like(x))
+    layer(x, residual=x)
+    layer.backward(x.copy(), out=x)
     layer(x, out=x)
     layer.backward(x, out=x)
     layer.eval()(x)
