@@ -302,7 +302,7 @@ def differentiate_frozen(
     dy: torch.Tensor, gradient: Array, saved: Saved, needs: Needs
 ) -> Gradients | None:
     """All gradients in one pass, where statistics are constants; None if the call is not plain."""
-    x, alive = as_array(saved.x), as_array_or_none(saved.alive)
+    x, alive = as_array(saved.x), None if saved.alive is None else bits_of(saved)
     dx, out = new_like(saved.x, x)
     dresidual, derived = dy if needs.residual else None, None
     if needs.residual and alive is not None:
@@ -328,6 +328,18 @@ def before_activation(dy: torch.Tensor, saved: Saved) -> torch.Tensor:
 
 def gate_of(saved: Saved, derived: Array | None) -> Gate:
     """What dy passes, where `alive` tells the derivatives; `derived` takes the result."""
-    assert saved.alive is not None
     options = saved.activation, saved.negative_slope
-    return Gate(*options, alive=as_array(saved.alive), derived=derived, derived_is_new=True)
+    return Gate(*options, alive=bits_of(saved), derived=derived, derived_is_new=True)
+
+
+def bits_of(saved: Saved) -> Array:
+    """The bits that the forward noted. Hooks of saved tensors must not have changed them."""
+    assert saved.alive is not None
+    bits, size = saved.alive, _core.alive_bytes(as_array(saved.x))
+    if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous():
+        raise RuntimeError(
+            f"a hook of saved tensors returned a {bits.dtype} tensor of shape {tuple(bits.shape)} "
+            f"for a torch.uint8 tensor of shape ({size},), the bits of an activation: hooks must "
+            "return what they were given, or an equal copy"
+        )
+    return as_array(bits)

@@ -18,6 +18,7 @@ from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.torch.tracing import (
     CONTAINERS,
     LISTS,
+    NUMBERS_AND_STRINGS,
     Attributes,
     CannotTrace,
     frozen,
@@ -35,7 +36,6 @@ ADDITIONS = {operator.add, torch.add, "add", "__add__"}
 ADDITIONS_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
 MOST_PROGRAMS = 8
 TOO_MANY = "its forward is called with too many constants; pass changing numbers as tensors"
-NUMBERS_AND_STRINGS = type(None), bool, int, float, str
 
 
 class Activation(NamedTuple):
@@ -258,7 +258,7 @@ def is_constant(value: Any) -> bool:
     """Tell whether an argument is one for which a forward may be traced, as it is."""
     if type(value) is tuple:
         return all(map(is_constant, value))
-    return isinstance(value, NUMBERS_AND_STRINGS)
+    return type(value) in NUMBERS_AND_STRINGS
 
 
 class FusedForward:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dis
+import enum
 import inspect
 import operator
 import sys
@@ -45,7 +46,10 @@ TOOLS = ("functools", "_functools", "itertools")
 LISTS = torch.nn.ModuleList, torch.nn.ModuleDict
 CONTAINERS = (*LISTS, torch.nn.Sequential)
 FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, type
-CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, *FUNCTIONS)
+# Of these types and of no others that derive from them: a program has its constants as their repr,
+# which may need a name that it does not know, as np.float64's does.
+NUMBERS_AND_STRINGS = {type(None), bool, int, float, str}
+CONSTANTS = (torch.dtype, torch.device, enum.Enum, *FUNCTIONS)
 SEVERAL = tuple, list, frozenset
 PLAIN_ATTRIBUTES = set(vars(torch.nn.Module())) | {"forward"}
 
@@ -396,6 +400,8 @@ def frozen(value: Any) -> Any:
     if isinstance(value, SEVERAL):
         items = tuple(map(frozen, value))
         return NotImplemented if any(i is NotImplemented for i in items) else (type(value), items)
-    if isinstance(value, float):  # 0.0 and -0.0 are equal, and NaN is not even to itself.
-        return type(value), value.hex()
-    return (type(value), value) if isinstance(value, CONSTANTS) else NotImplemented
+    if type(value) is float:  # 0.0 and -0.0 are equal, and NaN is not even to itself.
+        return float, value.hex()
+    has_name = isinstance(value, CONSTANTS) and not isinstance(value, enum.Flag)  # Not A | B.
+    is_constant = has_name or type(value) in NUMBERS_AND_STRINGS
+    return (type(value), value) if is_constant else NotImplemented

@@ -3,6 +3,7 @@
 import collections
 import copy
 import doctest
+import enum
 import functools
 import operator
 import pickle
@@ -12,6 +13,7 @@ import warnings
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 import fastbn
@@ -786,6 +788,33 @@ def test_a_default_of_several_numbers_is_a_constant():
     for args in ((), ((1, 2.0),), ((1, 3.0),)):
         torch.testing.assert_close(model(x, *args), original(x, *args))
     assert len(model.forward.programs) == 3  # in training with both tuples, and in evaluation
+
+
+class Axis(enum.IntFlag):
+    FIRST, SECOND = 1, 2
+
+
+class Metres(float):
+    def __repr__(self):
+        return f"{float(self)} m"
+
+
+OF_NUMBERS = [np.float64(2.5), Axis.FIRST | Axis.SECOND, Metres(2.5)]
+
+
+def scaled_by_an_attribute(self, x):
+    return self.relu(self.bn(self.conv(x))) * self.scale
+
+
+@pytest.mark.parametrize("number", OF_NUMBERS, ids=lambda n: type(n).__name__)
+def test_numbers_of_other_types_are_the_forwards_own(number):
+    calls = (optional, {"scale": number}), (with_a_tuple, {"size": (1, number)})
+    for forward, kwargs in (*calls, (scaled_by_an_attribute, {})):
+        original = model_with(forward)
+        original.scale = number
+        model, x = accelerate(copy.deepcopy(original)), torch.randn(4, 3, 5, 5)
+        torch.testing.assert_close(model(x, **kwargs), original(x, **kwargs))
+    assert not report(model).fused
 
 
 @pytest.mark.parametrize("forward", [with_a_list, with_a_dict, with_a_function])

@@ -783,6 +783,20 @@ def test_checkpointing_recomputes(reentrant):
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("unpack", [torch.Tensor.float, lambda t: t[:-1]], ids=["dtype", "shape"])
+def test_bits_that_a_hook_has_changed_are_refused(unpack, training):
+    bn, x = accelerated.BatchNormAct2d(5).train(training), torch.randn(4, 5, 3, 3)
+
+    def changed(tensor):
+        return unpack(tensor) if tensor.dtype == torch.uint8 else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, changed):
+        y = bn(x.requires_grad_(), torch.randn(x.shape))
+    with pytest.raises(RuntimeError, match=r"a hook of saved tensors returned .* equal copy"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 def test_saved_tensors_pass_through_autograds_hooks(residual, training):
     """The input alone and, where the backward could not tell otherwise, a bit for each element.
