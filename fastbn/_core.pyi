@@ -239,19 +239,7 @@ def try_backward(
     slope: object,
     alive: Array | None = None,
     residual_out: object = None,
-    /,
-) -> tuple[Array, Statistics, Statistics] | None: ...
-def try_frozen_backward(
-    dy: object,
-    x: object,
-    weight: object,
-    mean: object,
-    invstd: object,
-    out: object,
-    activation: object,
-    slope: object,
-    alive: Array | None,
-    residual_out: object,
+    frozen: bool = False,
     /,
 ) -> tuple[Array, Statistics, Statistics] | None: ...
 def try_layer_backward(

@@ -131,9 +131,14 @@ cdef const Gate *gate_of(const Job *job, const Block *block, Py_ssize_t at,
         gate.high = gate.low + job.cut.batches * job.cut.c
         return gate
     gate.first, gate.passed = number_of(job, at), job.passed + at
-    if job.activation.kind == RELU:
+    if passes_by_bits(job):
         gate.alive = job.alive
     return gate
+
+
+cdef bint passes_by_bits(const Job *job) noexcept nogil:
+    """Tell whether kernels of both walks derive by bits."""
+    return job.passed != NULL and job.activation.kind != LINEAR
 
 
 cdef void pass_in_second_walk(Job *job) noexcept nogil:
@@ -155,7 +160,7 @@ cdef void pass_in_second_walk(Job *job) noexcept nogil:
 
 cdef bint sums_need_derived(const Job *job, const Block *block, Py_ssize_t count) noexcept nogil:
     """Tell whether kernels cannot sum a block of so many positions by bits: where it is small."""
-    if job.passed == NULL or job.activation.kind == LINEAR:
+    if not passes_by_bits(job):
         return False
     if count < PRODUCTS_MIN:
         return True

@@ -1,22 +1,27 @@
 # The backwards of the quick path.
 
 def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope,
-                 cnp.ndarray alive=None, residual_out=None, /):
+                 cnp.ndarray alive=None, residual_out=None, bint frozen=False, /):
     """The gradients of `batch_norm_forward`; None if the call is not plain.
 
     Bits tell the derivatives, if there are any: then what passes is written to residual_out, or
-    first to the memory of the result.
+    first to the memory of the result. In a frozen one, mean and invstd are constants, and an
+    activation has bits.
     """
     cdef cnp.ndarray array, target, dweight, dbias
     cdef Vector weights, means, invstds
     cdef GateOfJob gate
     cdef Job job
+    cdef double *scale
+    cdef double *sum_dy
+    cdef double *sum_dy_xhat
     cdef Py_ssize_t channels
     if not is_plain_backward(dy, x, weight, mean, invstd, out, activation, slope, alive,
                              residual_out):
         return None
     array = <cnp.ndarray>x
-    if activation is not None and not is_plain_vector(bias, array, out):
+    if activation is not None and (
+            not is_plain_vector(bias, array, out) or frozen and alive is None):
         return None
     channels = cnp.PyArray_DIMS(array)[1]
     target = result_like(array, out)
@@ -29,47 +34,26 @@ def try_backward(dy, x, weight, mean, invstd, out, bias, activation, slope,
         dy = target if residual_out is None else residual_out
     elif activation is not None:
         gate.weight, gate.bias = weights, vector_of(bias, 0)
-    init_job_on(&job, array, None, 0)
-    differentiate(&job, <cnp.ndarray>dy, &weights, &means, &invstds, &gate, target, channels,
-                  <double *>cnp.PyArray_BYTES(dbias), <double *>cnp.PyArray_BYTES(dweight))
-    return target, dweight, dbias
-
-
-def try_frozen_backward(dy, x, weight, mean, invstd, out, activation, slope,
-                        cnp.ndarray alive, residual_out, /):
-    """The same where mean and invstd are constants; an activation has bits."""
-    cdef cnp.ndarray target, dweight, dbias
-    cdef Vector weights, means, invstds
-    cdef GateOfJob gate
-    cdef double *doubles
-    cdef Py_ssize_t channels
-    if not is_plain_backward(dy, x, weight, mean, invstd, out, activation, slope, alive,
-                             residual_out) or (activation is not None) != (alive is not None):
-        return None
-    channels = cnp.PyArray_DIMS(<cnp.ndarray>x)[1]
-    target = result_like(<cnp.ndarray>x, out)
-    dweight = new_vector(channels, cnp.NPY_FLOAT64)
-    dbias = new_vector(channels, cnp.NPY_FLOAT64)
-    weights, means, invstds = vector_of(weight, 1), vector_of(mean, 0), vector_of(invstd, 1)
-    gate = gate_with(activation_of(activation, PyFloat_AS_DOUBLE(slope)), None, None, None)
-    if alive is not None:
-        gate = gate_with(gate.activation, <cnp.ndarray>dy, None, alive)
-        dy = target if residual_out is None else residual_out
-    doubles = new_doubles(VECTORS_OF_BACKWARD * channels)
+    sum_dy = <double *>cnp.PyArray_BYTES(dbias)
+    sum_dy_xhat = <double *>cnp.PyArray_BYTES(dweight)
+    if not frozen:
+        init_job_on(&job, array, None, 0)
+        differentiate(&job, <cnp.ndarray>dy, &weights, &means, &invstds, &gate, target, channels,
+                      sum_dy, sum_dy_xhat)
+        return target, dweight, dbias
+    scale = new_doubles(2 * channels)
     try:
-        differentiate_frozen(dy, x, &weights, &invstds, &means, &invstds, &gate, target, NULL,
-                             doubles)
-        memcpy(cnp.PyArray_BYTES(dbias), doubles, channels * sizeof(double))
-        memcpy(cnp.PyArray_BYTES(dweight), doubles + channels, channels * sizeof(double))
+        differentiate_frozen(dy, array, &weights, &invstds, &means, &invstds, &gate, target, NULL,
+                             sum_dy, sum_dy_xhat, scale)
     finally:
-        free(doubles)
+        free(scale)
     return target, dweight, dbias
 
 
 cdef bint is_plain_backward(object dy, object x, object weight, object mean, object invstd,
                             object out, object activation, object slope, object alive,
                             object residual_out) except -1:
-    """Tell whether what both backwards of functions take is plain.
+    """Tell whether what every backward of a function takes is plain.
 
     What passes by bits must not be written over x, which is read after it; without bits, nothing is
     written to a residual_out.
@@ -188,7 +172,7 @@ cdef int layer_backward(cnp.ndarray dy, SavedForBackward saved, cnp.ndarray out,
     if saved.frozen:
         weights, of_forward = saved.weights(), saved.invstds()
         return differentiate_frozen(dy, x, &weights, &of_forward, &means, &invstds, &gate, out,
-                                    gradients, doubles)
+                                    gradients, doubles, doubles + size, doubles + 2 * size)
     if saved.num_groups > 0:
         for i in range(4):
             sums[i] = vector_of_batches(doubles + i * size, channels)
@@ -243,22 +227,22 @@ cdef int differentiate(Job *job, cnp.ndarray dy, const Vector *weight, const Vec
 cdef int differentiate_frozen(cnp.ndarray dy, cnp.ndarray x, const Vector *weights,
                               const Vector *invstds, const Vector *mean, const Vector *invstd,
                               const GateOfJob *gate, cnp.ndarray out,
-                              const GradientSums *gradients, double *doubles) except -1:
+                              const GradientSums *gradients, double *sum_dy, double *sum_dy_xhat,
+                              double *scale) except -1:
     """The gradient of x where the statistics are constants, and the sums of the parameters'.
 
-    The first two vectors are those of the forward. Sums, of dy and of dy * xhat, begin `doubles`.
+    The first two vectors are those of the forward; `scale` is memory for two more.
     """
     cdef Job job
     cdef Py_ssize_t channels = cnp.PyArray_DIMS(x)[1]
-    cdef double *scale = doubles + 2 * channels
-    cdef double *weight = doubles + 3 * channels
+    cdef double *weight = scale + channels
     read_all(invstds, channels, scale)
     read_all(weights, channels, weight)
     isa_in_use.common.multiply(weight, channels, scale)
     init_job_on(&job, x, None, 0)
     job.dy = cnp.PyArray_BYTES(dy)
     job.mean, job.invstd, job.weight = mean[0], invstd[0], vector_of_doubles(scale)
-    reduce_to_products(&job, doubles, doubles + channels)
+    reduce_to_products(&job, sum_dy, sum_dy_xhat)
     job.gradients = gradients
     pass_gate(&job, gate)
     if job.raw_dy != NULL or not job.cut.column_layout:

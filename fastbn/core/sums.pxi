@@ -328,7 +328,7 @@ cdef void float32_products(const Job *job, const Block *block, const BlockValid 
     sum_block(job, block, IN_FLOAT32, mean, first, second, beside)
     if not isa_in_use.common.float32_products(mean, first, <double>valid.count, channels, second):
         return
-    if job.passed != NULL and job.activation.kind != LINEAR:
+    if passes_by_bits(job):
         derived = with_derived(job, block)
         job = &derived
     sum_block(job, block, IN_FLOAT64, mean, exact_first, exact_second)

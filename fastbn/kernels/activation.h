@@ -120,7 +120,7 @@ typedef struct {
 /* dy through a gate of this kind, and the x that it belongs to, which is recovered from the output
  * of FASTBN_LEAKY_RELU. */
 ALWAYS_INLINE NAME(dy_and_x) NAME(pass)(int kind, VA dy, VA x, const NAME(activation) *activation,
-                                      VA low, VA high)
+                                        VA low, VA high)
 {
     const VA derived = NAME(derive)(kind == FASTBN_RELU, dy, x, activation, low, high);
     if (kind == FASTBN_LEAKY_RELU)

@@ -308,8 +308,8 @@ def differentiate_frozen(
     if needs.residual and alive is not None:
         dresidual, derived = new_like(saved.x, x)
     vectors = as_array_or_none(saved.weight), saved.mean, saved.invstd
-    options = saved.activation, saved.negative_slope
-    result = _core.try_frozen_backward(gradient, x, *vectors, out, *options, alive, derived)
+    options = None, saved.activation, saved.negative_slope
+    result = _core.try_backward(gradient, x, *vectors, out, *options, alive, derived, True)
     if result is None:
         return None
     _, dweight, dbias = result
