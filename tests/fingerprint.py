@@ -38,6 +38,7 @@ PATHS = {
     "strips of columns": ((40, 700, 6, 7), True),
     "wide strips of columns": ((24, 1024, 3, 3), True),
     "strips of runs": ((200, 40, 7, 7), False),
+    "columns of sums, runs of results": ((150, 24, 9, 9), False),
     "folded runs with a rest": ((1501, 2, 4, 5), False),
     "a narrow last strip": ((513, 200), False),
     "a narrow last strip of short runs": ((515, 40, 1, 5), False),

@@ -261,11 +261,26 @@ cdef void execute_round(const Job *job, Py_ssize_t g0, Py_ssize_t groups,
         for g in range(g0, g0 + groups):
             job.merge(job, g)
     if job.apply != NULL:
-        if job.cut.column_layout:
-            recut_columns(&results.cut, job.itemsize, groups, threads, tasks_for(job, threads))
+        groups = recut_for_results(&results, groups, threads)
         # Backwards after a walk that has left the ends of its ranges in the caches.
         parallel_for(&results, execute_apply, g0, groups, groups * results.cut.blocks, threads,
                      job.reduce != NULL)
+
+
+cdef Py_ssize_t recut_for_results(Job *job, Py_ssize_t groups, int threads) noexcept nogil:
+    """Cut columns anew for a job's results; return how many groups there are then.
+
+    Runs that are walked one by one have no strips: a thread that takes tasks of another's range
+    would write beside it in every row.
+    """
+    cdef Py_ssize_t tasks = tasks_for(job, threads)
+    if has_columns_of_results(job):
+        recut_columns(&job.cut, job.itemsize, groups, threads, tasks)
+    elif job.cut.column_layout:
+        cut_row_layout(&job.cut)
+        recut_runs(&job.cut, job.itemsize, tasks)
+        groups = groups_of(job)
+    return groups
 
 
 cdef void execute_rounds(const Job *job, int threads) noexcept nogil:

@@ -22,11 +22,12 @@ PAGE = 4096
 THREADS = [2, 3, 7, 16]  # beside a single one
 # They have something to lose by a schedule: pieces, rounds and strips that threads share.
 SHARED = ["channels of several blocks", "pieces of a channel", "rounds of channels, streamed"]
-SHARED += ["strips of columns", "strips of runs"]
+SHARED += ["strips of columns", "strips of runs", "columns of sums, runs of results"]
 # Whole lines, ends of lines, buffers, strips, folded rows and more columns than one kernel takes.
 STORED = ["tails of rows", "tails of a strip", "groups of short runs", "channels of several blocks"]
 STORED += ["streamed rows", "folded channels-last", "strips of columns", "a narrow last strip"]
 STORED += ["wide strips of columns", "strips of runs", "folded runs with a rest"]
+STORED += ["columns of sums, runs of results"]
 
 
 def at(address, a):
@@ -89,6 +90,7 @@ def test_a_channel_of_a_huge_mean_leaves_the_others_alone(
         "a narrow last strip",
         "a narrow last strip of short runs",
         "strips of runs",
+        "columns of sums, runs of results",
         "folded rows of many channels",
         "a few rows as several blocks",
     ],
