@@ -165,6 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "calls": [],
         "results": [],
         "left_out": [],
+        "round_trips_ns": [],
     }
     others = machine.Others()
     if wants_calls(options):

@@ -2,10 +2,11 @@
    of results (read dy and x, write dx and the gradient of a residual), and a change in place. Each
    by ordinary and by streaming stores where the machine has them; which is better depends on the
    size. Stores are of whole cache lines, wherever an array begins. Repeats happen here, so that no
-   caller's overhead is in the figures.
+   caller's overhead is in the figures. And how far the CPUs of two threads are from each other.
  */
 
 #include <omp.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -134,3 +135,25 @@ FLOOR(copy_stream)
 FLOOR(add_stream)
 FLOOR(pair_stream)
 #endif
+
+/* The nanoseconds in which a cache line goes from one thread to another and back: the mean of so
+   many round trips, or 0 where there is one thread. */
+double round_trip_ns(long count)
+{
+    static _Alignas(128) atomic_long trips;
+    double seconds = 0;
+    atomic_store(&trips, 0);
+#pragma omp parallel num_threads(2) reduction(+ : seconds)
+    if (omp_get_num_threads() == 2) {
+        const long me = omp_get_thread_num();
+#pragma omp barrier
+        const double start = omp_get_wtime();
+        for (long i = 0; i < count; i++) {
+            while (atomic_load(&trips) != 2 * i + me)
+                ;
+            atomic_store(&trips, 2 * i + me + 1);
+        }
+        seconds = me == 0 ? omp_get_wtime() - start : 0;
+    }
+    return 1e9 * seconds / (double)count;
+}

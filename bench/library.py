@@ -65,6 +65,10 @@ class Library(ABC):
         """Forget what was prepared."""
         return
 
+    def round_trip_ns(self) -> float:
+        """How long a cache line takes from one CPU to another and back; the floor measures it."""
+        raise Unsupported("round trips are not measured")
+
     def calls(self) -> Mapping[str, Mapping[str, Repeat]]:
         """Statements whose cost is asked for, by what is called and by operation (see calls.py)."""
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
@@ -53,6 +54,8 @@ COMPARED = ("eval", "train", "backward")
 BESIDE = over_without, over_unfused
 # README tells arrays that are larger from the others: caches hold those.
 LARGE = 8 * 2**20
+# CPUs whose round trips take so many times as long as the shortest have no cache in common.
+FAR = 2.0
 
 NOTES = """\
 - Every library runs in a process of its own. A round goes through all cases, with new arrays, and \
@@ -146,6 +149,7 @@ def _summary(result: dict[str, Any], figures: Figures, images: list[str]) -> str
     shown = "GB/s over the size" if grows(result) else "Time over the floor of memory"
     parts = [
         _machine(result, threads),
+        _distance(result.get("round_trips_ns", [])),
         _against_peers(figures),
         *(f"![{shown}]({image})" for image in images),
     ]
@@ -171,6 +175,21 @@ def _machine(result: dict[str, Any], threads: int) -> str:
         f"took {_number(result['others'])} CPUs meanwhile, and {disturbed} of "
         f"{len(result['results'])} figures suffered from it: threads waited for a CPU."
     )
+
+
+def _distance(round_trips_ns: list[float]) -> str:
+    """How far the CPUs were from each other, which a virtual machine may change meanwhile."""
+    if not round_trips_ns:
+        return ""
+    least = min(round_trips_ns)
+    far = [ns for ns in round_trips_ns if ns > FAR * least]
+    text = f"A cache line went from one CPU to another one and back in {_number(least)} ns"
+    if far:
+        text += (
+            f", and in {_number(statistics.median(far))} ns during {len(far)} of "
+            f"{len(round_trips_ns)} cases, whose CPUs were far from each other"
+        )
+    return f"{text}."
 
 
 def _rounds(settings: dict[str, Any]) -> str:

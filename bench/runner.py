@@ -20,6 +20,7 @@ from bench.libraries import (
     FASTBN,
     FASTBN_ONE_THREAD,
     FASTBN_UNFUSED,
+    FLOOR,
     LIBRARIES,
     TORCH,
     WAYS,
@@ -126,14 +127,28 @@ class Runner:
         # By case, and by the names of library and layout.
         self.samples: dict[tuple[Case, str, str], Samples] = {}
         self.left_out: dict[tuple[str, ...], list[str]] = {}
+        # How far the CPUs were from each other, once for each case and round.
+        self.round_trips_ns: list[float] = []
 
     def measure(self, cases: list[Case], show: Callable[[Case], object]) -> None:
         """Measure all cases; show what comes next."""
         for number in range(self.settings.rounds):
             for case, following in zip(cases, [*cases[1:], None], strict=True):
                 show(case)
+                self._ask_for_round_trip(case)
                 keep_data = following is not None and following.has_data_of(case)
                 self._ask_all(case, number, keep_data)
+
+    def _ask_for_round_trip(self, case: Case) -> None:
+        """Note how long a cache line takes from one CPU to another and back.
+
+        The CPUs of a virtual machine may be near each other at one moment, and far at the next.
+        """
+        for worker in self.workers:
+            if worker.name == FLOOR and self.settings.threads > 1:
+                answer = self._ask(worker, case, "round_trip")
+                if answer is not None and answer["ns"] > 0.0:
+                    self.round_trips_ns.append(rounded(answer["ns"], 3))
 
     def _ask_all(self, case: Case, number: int, keep_data: bool) -> None:
         """Take the samples of a case in a round."""
@@ -284,7 +299,12 @@ def measure(settings: Settings, cases: list[Case], progress: Any) -> dict[str, A
             progress.set_postfix_str(describe(case, settings.threads))
 
         runner.measure(cases, show)
-    return {"libraries": about, "results": runner.results(), "left_out": runner.notes()}
+    return {
+        "libraries": about,
+        "results": runner.results(),
+        "left_out": runner.notes(),
+        "round_trips_ns": runner.round_trips_ns,
+    }
 
 
 def measure_calls() -> dict[str, Any]:

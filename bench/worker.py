@@ -3,7 +3,8 @@
 - `prepare` a case in some layouts, or in every one that the library knows;
 - `time` a layout of it;
 - `release` what was prepared;
-- `time_calls`, which need nothing prepared.
+- `time_calls`, which need nothing prepared;
+- `round_trip`: how far the CPUs are from each other.
 """
 
 from __future__ import annotations
@@ -113,6 +114,10 @@ class Worker:
     def time_calls(self) -> dict[str, Any]:
         """The cost of the library's calls."""
         return calls.costs(self.library.calls())
+
+    def round_trip(self) -> dict[str, float]:
+        """How far the CPUs are from each other, which the floor's library tells."""
+        return {"ns": self.library.round_trip_ns()}
 
     def release(self, keep_data: bool) -> dict[str, Any]:
         """Forget what was prepared, and the data too unless it is kept."""

@@ -14,6 +14,7 @@ from bench.library import PreparedCall
 
 # Below this size of x, one thread may be faster than starting others.
 SMALL = 1 << 20
+ROUND_TRIPS = 1000
 
 
 class Library(library.Library):
@@ -27,6 +28,8 @@ class Library(library.Library):
         super().__init__(threads)
         # A compiler would make the plain copy a call of memcpy, which is a variant of its own.
         self.c = native.load("floor.c", "-fno-tree-loop-distribute-patterns")
+        self.c.round_trip_ns.argtypes = [ctypes.c_long]
+        self.c.round_trip_ns.restype = ctypes.c_double
         # All variants share their arrays, which are there until others are asked for.
         self.arrays: list[Array] = []
 
@@ -53,6 +56,10 @@ class Library(library.Library):
         loop.restype = None
         loop = partial(loop, *(array.ctypes.data for array in arrays), count, int(threads))
         return PreparedCall(partial(loop, 1), lambda _: check(kind, arrays), True, repeat=loop)
+
+    def round_trip_ns(self) -> float:
+        """How long a cache line takes from one CPU to another and back, the least of some means."""
+        return min(self.c.round_trip_ns(ROUND_TRIPS) for _ in range(3))
 
 
 def check(kind: str, arrays: list[Array]) -> dict[str, Array]:

@@ -436,6 +436,17 @@ def test_the_floor_reaches_every_element(bench):
                 assert len(answer["prepared"]) >= 2
 
 
+@pytest.mark.parametrize(("threads", "least"), [(2, 1.0), (1, 0.0)])
+def test_the_floor_tells_how_long_a_cache_line_takes_to_another_cpu_and_back(bench, threads, least):
+    runner, libraries = bench("runner"), bench("libraries")
+    if len(bench("machine").available_cpus()) < threads:
+        pytest.skip("there is one CPU")
+    with runner.Worker("floor", libraries.LIBRARIES["floor"], threads) as worker:
+        if "unavailable" in (about := worker.about()):
+            pytest.skip(about["unavailable"])
+        assert worker.request("round_trip")["ns"] >= least
+
+
 # The run.
 
 
@@ -522,6 +533,45 @@ def test_a_round_goes_through_all_cases_before_the_next(bench):
     assert all(of["samples"] == 3 * runner.TURNS for of in results)
     assert all(of["median_ms"] == 1.0 for of in results)
     assert [note["shapes"] for note in own.notes()] == [["1x2x3x4"]] * 4
+
+
+def test_the_floor_is_asked_for_a_round_trip_before_every_case(bench):
+    runner, cases = bench("runner"), bench("cases")
+    asked = []
+
+    class Worker:
+        def __init__(self, name):
+            self.name = name
+
+        def request(self, do, **message):
+            asked.append((do, self.name))
+            if do == "round_trip":
+                return {"ns": 98.76}
+            return {"prepared": {}, "failed": {}}
+
+    both = [cases.Case(operation, (1, 2, 3, 4), "float32") for operation in ("eval", "train")]
+    for threads, wanted in (2, [98.8] * 4), (1, []):
+        settings = runner.Settings(2, 1.0, threads, ["numpy", "floor"], ["nchw"])
+        own = runner.Runner(settings, [Worker("numpy"), Worker("floor")])
+        own.measure(both, lambda case: None)
+        assert own.round_trips_ns == wanted
+    assert ("round_trip", "numpy") not in asked
+
+
+@pytest.mark.parametrize(
+    ("round_trips", "text"),
+    [
+        ([], ""),
+        ([99.0, 101.0], "A cache line went from one CPU to another one and back in 99 ns."),
+        (
+            [99.0, 440.0, 430.0, 420.0],
+            "A cache line went from one CPU to another one and back in 99 ns, and in 430 ns during "
+            "3 of 4 cases, whose CPUs were far from each other.",
+        ),
+    ],
+)
+def test_the_report_tells_how_far_the_cpus_were_from_each_other(bench, round_trips, text):
+    assert bench("report")._distance(round_trips) == text
 
 
 def test_what_the_machine_says_of_itself_is_in_the_result(bench):
