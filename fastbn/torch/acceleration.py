@@ -10,8 +10,9 @@ import torch
 from fastbn._scalars import full_name
 from fastbn.layers.state import LayerState
 from fastbn.torch import modules
+from fastbn.torch.forwards import CannotTrace
 from fastbn.torch.fusion import TOO_MANY, FusedForward, Program
-from fastbn.torch.tracing import LISTS, CannotTrace
+from fastbn.torch.tracing import LISTS
 
 OURS = {
     torch.nn.BatchNorm1d: modules.BatchNorm1d,

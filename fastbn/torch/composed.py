@@ -18,7 +18,7 @@ def forward(call: Call, *vectors: Vector) -> torch.Tensor:
 def finished(y: torch.Tensor, call: Call) -> torch.Tensor:
     """Add the residual and activate."""
     if call.residual is not None:
-        y = y + call.residual
+        y = y.add_(call.residual) if call.in_place else y + call.residual
     if call.activation == "relu":
         return F.relu(y)
     if call.activation == "relu6":

@@ -105,6 +105,7 @@ class Call(NamedTuple):
     activation: str | None = None
     negative_slope: float = 0.01
     residual: torch.Tensor | None = None
+    in_place: bool = False  # the addition: the result keeps its shape and dtype
 
 
 class Result(NamedTuple):

@@ -14,17 +14,9 @@ from torch import fx
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from fastbn.torch.forwards import NUMBERS_AND_STRINGS, Attributes, CannotTrace, frozen
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from fastbn.torch.tracing import (
-    CONTAINERS,
-    LISTS,
-    NUMBERS_AND_STRINGS,
-    Attributes,
-    CannotTrace,
-    frozen,
-    parameters_of,
-    trace,
-)
+from fastbn.torch.tracing import CONTAINERS, LISTS, parameters_of, trace
 
 Module: TypeAlias = torch.nn.Module
 BATCH_NORMS = BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -99,6 +91,8 @@ def fuse(module: Module, bn: Module, node: fx.Node, fusion: Fusion) -> None:
         options["negative_slope"] = activation.negative_slope
     if addition is not None:
         options["residual"] = residual
+        if addition.target in ADDITIONS_IN_PLACE:
+            options["in_place"] = True
     with fusion.graph.inserting_before(last):
         fused = fusion.graph.call_module(node.target, node.args, options)
     last.replace_all_uses_with(fused)
@@ -139,7 +133,7 @@ def check_move(module: Module, node: fx.Node, past: list[fx.Node]) -> None:
         raise CannotTrace("its input may be changed until the activation")
     tensors = [n.target.rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr"]
     others = [n.target for n in past if n.op == "call_module"] + tensors
-    if any(module.get_submodule(path) is bn for path in others):
+    if any(bn in module.get_submodule(path).modules() for path in others):
         raise CannotTrace("it is used again until the activation")
 
 

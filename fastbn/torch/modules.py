@@ -37,6 +37,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None = None,
         negative_slope: float = 0.01,
         residual: torch.Tensor | None = None,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Normalize, add the residual and activate.
 
@@ -50,6 +51,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             That of "leaky_relu".
         residual : torch.Tensor, optional
             Added before the activation.
+        in_place : bool, default False
+            Whether it is added as by ``+=``, which keeps shape and dtype.
 
         Returns
         -------
@@ -57,8 +60,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             A new tensor of input's dtype and memory format.
         """
         if isinstance(input, fx.Proxy):
-            options = {"activation": activation, "negative_slope": negative_slope}
-            return recorded(self, input, residual, **(options if activation else {}))
+            options: dict[str, Any] = {"in_place": True} if in_place else {}
+            if activation:
+                options |= {"activation": activation, "negative_slope": negative_slope}
+            return recorded(self, input, residual, **options)
         if activation is not None:
             check_activation(activation)
         self._check_input_dim(input)
@@ -71,7 +76,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             training = tensors[0] is None and tensors[1] is None
         elif not self.track_running_stats:
             tensors, kept = (None, None, *tensors[2:]), None
-        call = Call(input, training, momentum, self.eps, activation, negative_slope, residual)
+        follows = activation, negative_slope, residual, in_place
+        call = Call(input, training, momentum, self.eps, *follows)
         if compiling:
             return run_compiled(call, tensors)
         return run(call, tensors, kept, self._fallbacks())

@@ -146,7 +146,7 @@ def run(
     call: Call, running_mean: Vector, running_var: Vector, weight: Vector, bias: Vector
 ) -> Tensor:
     """Normalize by the batch in a program that is compiled."""
-    x, _, *options, residual = call
+    x, _, *options, residual, _ = call
     y, _, _, moved_mean, moved_var, _ = batch_norm(
         x, weight, bias, residual, running_mean, running_var, *options
     )

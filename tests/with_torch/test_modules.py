@@ -1035,6 +1035,24 @@ def test_under_ddp_on_one_process(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_a_frozen_module_passes_gradients_alone(activation, residual):
+    ours = accelerated.BatchNormAct2d(5, activation=activation).requires_grad_(False).eval()
+    theirs = torch.nn.BatchNorm2d(5).requires_grad_(False).eval()
+    for buffer in ours.running_mean, ours.running_var:
+        buffer.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    x, r, dy = torch.randn(3, 4, 5, 3, 3)
+    found = []
+    for module, apply in (ours, lambda y: y), (theirs, getattr(torch.nn.functional, activation)):
+        inputs = [t.clone().requires_grad_() for t in ((x, r) if residual else (x,))]
+        y = module(*inputs) if module is ours else apply(sum(inputs[1:], module(inputs[0])))
+        found.append([y, *torch.autograd.grad(y, inputs, dy)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 class Normalized(torch.utils.data.Dataset):
     """Samples that are normalized where they are loaded."""
 
