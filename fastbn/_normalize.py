@@ -79,15 +79,15 @@ def by_instance(call: Forward) -> tuple[Array, Statistics, Statistics]:
     moved = [sample for sample, count in enumerate(call.counts) if count > 1]
     if not moved:
         return result
-    for values, mean_of_samples in zip((mean, var), means, strict=True):
-        if len(moved) == len(x):
-            values.mean(axis=0, out=mean_of_samples)
-        else:  # without a further array
-            mean_of_samples[...] = 0.0
-            for sample in moved:
-                mean_of_samples += values[sample]
-            np.divide(mean_of_samples, len(moved), out=mean_of_samples)
-    with np.errstate(all="ignore"):  # What their dtype cannot hold is inf there.
+    with np.errstate(all="ignore"):  # What a dtype cannot hold is inf there.
+        for values, mean_of_samples in zip((mean, var), means, strict=True):
+            if len(moved) == len(x):
+                values.mean(axis=0, out=mean_of_samples)
+            else:  # without a further array
+                mean_of_samples[...] = 0.0
+                for sample in moved:
+                    mean_of_samples += values[sample]
+                np.divide(mean_of_samples, len(moved), out=mean_of_samples)
         running_mean[...], running_var[...] = means
     return result
 
@@ -170,8 +170,9 @@ def _backward(call: Backward) -> tuple[Array, Statistics, Statistics]:
         dx, *sums = run(
             dy, x, weight, mean, invstd, out, mask=mask, batch_size=batch_size, gate=gate
         )
-    for of_batches, total in zip(sums, totals, strict=True):
-        of_batches.reshape(batches_of(x, batch_size), x.shape[1]).sum(axis=0, out=total)
+    with np.errstate(all="ignore"):  # Infinities of two batches may be of either sign.
+        for of_batches, total in zip(sums, totals, strict=True):
+            of_batches.reshape(batches_of(x, batch_size), x.shape[1]).sum(axis=0, out=total)
     return dx, totals[1], totals[0]
 
 
@@ -180,14 +181,15 @@ def group_backward(
 ) -> tuple[Array, Statistics, Statistics]:
     """The gradients of `by_group`; the weight of the call is the factor of dy."""
     asked, backend = call.gate, backend_of(call.x)
+    if not call.x.size:
+        zeros = np.zeros_like(call.mean, shape=call.x.shape[1])
+        dx = backend.empty_like(call.x) if call.out is None else call.out
+        return dx, zeros, zeros.copy()
     takes_gate = backend.group_gates(call.x, weight)
     call = _with_known_derivatives(call, computes=takes_gate and backend.gates(call.mask))
     if not takes_gate:
         call = through_activation(call)
     dy, x, factor, mean, invstd, out, mask, _, gate = call
-    if not x.size:
-        zeros = np.zeros_like(mean, shape=x.shape[1])
-        return backend.empty_like(x) if out is None else out, zeros, zeros.copy()
     dx, dbias, dweight = backend.group_backward(
         dy, x, num_groups, weight, factor, mean, invstd, out, mask=mask, gate=gate
     )

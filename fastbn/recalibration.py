@@ -193,8 +193,9 @@ class _Recorder:
         twins = [twin for twin in self.seen if recording.recorder_of(twin) is self]
         self.written = list(dict.fromkeys([*self.layers, *twins]))
         for layer in self.written:
-            for name in (*STATISTICS, COUNTER):
-                checks.check_ndarray(getattr(layer, name), name, writeable=True)
+            for name in STATISTICS:
+                check_statistics(getattr(layer, name), name, layer.num_features)
+            self.check_counter(layer)
             checks.check_running_apart(layer.running_mean, layer.running_var)
             twin = recording.twin_of(layer)
             if twin is not None and recording.recorders[twin] is not self:
@@ -202,6 +203,10 @@ class _Recorder:
                     f"{layer!r} has been given the running statistics of {twin!r} while both were "
                     f"recalibrated: do that before the block"
                 )
+
+    def check_counter(self, layer: Norm) -> None:
+        """Refuse a counter that cannot count the batches."""
+        checks.check_counter(getattr(layer, COUNTER), self.batches)
 
     def results(self) -> dict[str, Any]:
         """What the running statistics become."""
@@ -244,8 +249,21 @@ class _InstanceRecorder(_Recorder):
             self.batches += 1
         return result
 
+    def check_counter(self, layer: Norm) -> None:
+        """It is left alone, as by a forward."""
+
     def results(self) -> dict[str, Any]:
         return {"running_mean": self.total.mean, "running_var": self.variances.mean}
+
+
+def check_statistics(array: Any, name: str, num_features: int) -> None:
+    """Refuse what cannot take running statistics."""
+    checks.check_ndarray(array, name, writeable=True)
+    if array.shape != (num_features,):
+        raise ValueError(
+            f"{name} must have the shape ({num_features},), one value per channel, "
+            f"got {array.shape}"
+        )
 
 
 def _equal(count: int, values: Statistics) -> Moments:

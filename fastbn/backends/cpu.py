@@ -296,7 +296,8 @@ def group_backward(
     arguments = dy, source, packed_mask(mask), num_groups, weight, factor, mean, invstd, target
     _core.group_backward(*arguments, sums[0], sums[1], sums[2], sums[3], passed)
     unpack_derived(gate, dy)
-    sums[:2].sum(axis=1, out=totals)
+    with np.errstate(all="ignore"):
+        sums[:2].sum(axis=1, out=totals)
     return unpacked(target, out), totals[0], totals[1]
 
 

@@ -261,7 +261,7 @@ class LazyInstanceNorm2d(LazyInstanceNorm):
     InstanceNorm2d(5, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=False)
     """
 
-    _ranks = InstanceNorm2d._ranks
+    _ranks, _batch_ranks = InstanceNorm2d._ranks, InstanceNorm2d._batch_ranks
     _becomes = InstanceNorm2d
 
 
@@ -277,7 +277,7 @@ class LazyInstanceNorm1d(LazyInstanceNorm):
     ((5, 4), 5)
     """
 
-    _ranks = InstanceNorm1d._ranks
+    _ranks, _batch_ranks = InstanceNorm1d._ranks, InstanceNorm1d._batch_ranks
     _becomes = InstanceNorm1d
 
 
@@ -293,5 +293,5 @@ class LazyInstanceNorm3d(LazyInstanceNorm):
     ((1, 2, 3, 4, 5), 2)
     """
 
-    _ranks = InstanceNorm3d._ranks
+    _ranks, _batch_ranks = InstanceNorm3d._ranks, InstanceNorm3d._batch_ranks
     _becomes = InstanceNorm3d

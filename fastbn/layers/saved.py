@@ -250,7 +250,8 @@ def _operands(saved: SavedForBackward, weight: Array | None, bias: Array | None)
     if not saved.in_place and not saved.frozen:
         return Operands(x, mean, invstd, weight, None)
     weight = _as_float64(weight, 1.0, x)
-    scale = invstd * weight
+    with np.errstate(all="ignore"):
+        scale = invstd * weight
     if not saved.in_place:
         return Operands(x, mean, invstd, weight, scale)
     bias = _as_float64(bias, 0.0, x)
@@ -266,7 +267,8 @@ def _kept_operands(saved: SavedForBackward, x: Array, weight: Array | None) -> O
     channels = slice(None) if saved.kept_channels is None else saved.kept_channels
     mean, invstd = saved.mean[..., channels], saved.invstd[..., channels]
     factor = _as_float64(weight, 1.0, saved.x)[channels]
-    return Operands(x, mean, invstd, factor, invstd * factor)
+    with np.errstate(all="ignore"):
+        return Operands(x, mean, invstd, factor, invstd * factor)
 
 
 def _as_float64(vector: Array | None, default: float, x: Array) -> Statistics:

@@ -507,3 +507,32 @@ def test_an_entry_that_cannot_be_read_leaves_the_entries_before_it_unloaded(rng)
     bn = layer(rng)
     with refused(OSError, "gone", intact=[bn]):
         bn.load_state_dict(Broken(fastbn.BatchNorm2d(3).state_dict()))
+
+
+def has_opposite_infinities(dtype=np.float32):
+    """Two samples whose sums are not a number together."""
+    array = np.ones((2, 1, 4), dtype)
+    array[:, 0, 0] = np.inf, -np.inf
+    return array
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastbn.BatchNorm1d(1, ghost_batch_size=1),
+        lambda: fastbn.InstanceNorm1d(1, affine=True),
+        lambda: fastbn.InstanceNorm1d(1, track_running_stats=True),
+        lambda: fastbn.GroupNorm(1, 1),
+        lambda: fastbn.BatchNorm1d(1).freeze(),
+    ],
+    ids=["ghosts", "instance", "tracking", "group", "frozen"],
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_numbers_that_are_not_finite_raise_no_error_of_numpy(rng, make, in_place):
+    # It would come after x or dy has been overwritten.
+    layer, x = make(), has_opposite_infinities()
+    with np.errstate(all="raise"):
+        layer(x.copy(), out=x if in_place else None)
+        layer(given := some(rng, (2, 1, 4)), out=given if in_place else None)
+        dy = has_opposite_infinities()
+        layer.backward(dy, out=dy if in_place else None)

@@ -173,6 +173,26 @@ def test_an_empty_array_is_legal(rng, shape):
     assert fastbn.GroupNorm(2, 0)(np.empty((3, 0, 5))).shape == (3, 0, 5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_an_empty_array_is_legal_behind_an_activation_and_a_weight_of_zero(activation):
+    norm, x = fastbn.GroupNorm(1, 2, activation=activation), np.empty((0, 2, 3), np.float32)
+    norm.weight[0] = 0
+    assert same_bits(norm.backward(norm(x)), x)
+    assert same_bits(norm.weight_grad, np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "tiny"), [("float32", 1e-40), ("float64", 1e-250)])
+def test_a_tiny_weight_is_as_good_as_zero_beside_others(rng, dtype, tiny):
+    x, dy = some(rng, (3, 4, 20), dtype), some(rng, (3, 4, 20), dtype)
+    found = []
+    for weight in tiny, 0.0:
+        norm = fastbn.GroupNorm(1, 4, dtype="float64")
+        norm.weight[:] = 1, weight, -1, 2
+        norm(x)
+        found.append(norm.backward(dy))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_an_array_is_read_as_it_lies(rng, layout):
     x = layout(some(rng, (4, 4, 50, 20)))

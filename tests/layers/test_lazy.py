@@ -400,3 +400,15 @@ def test_an_initialized_layer_can_be_duplicated(rng, lazy, becomes, duplicate):
     assert type(twin) is becomes
     for name, array in bn.state_dict().items():
         assert same_bits(getattr(twin, name), array)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_the_first_input_may_be_a_sample_with_as_many_rows_as_channels(rng, rank, frozen):
+    x = some(rng, (3, 3, 5, 4)[: rank + 1])
+    lazy = getattr(fastbn, f"LazyInstanceNorm{rank}d")(track_running_stats=frozen)
+    norm = getattr(fastbn, f"InstanceNorm{rank}d")(3, affine=True, track_running_stats=frozen)
+    if frozen:
+        lazy.freeze(), norm.freeze()
+    assert same_bits(lazy(x), norm(x))
+    assert same_bits(lazy.backward(x), norm.backward(x))

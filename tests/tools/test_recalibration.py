@@ -390,3 +390,25 @@ def test_the_example_runs_and_recalibration_is_no_worse(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "recalibrated" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "words"),
+    [
+        ("running_var", np.ones(7, np.float32), r"running_var must have the shape \(2,\)"),
+        ("num_batches_tracked", np.zeros(3, int), "num_batches_tracked must be"),
+        ("num_batches_tracked", np.zeros((), np.int8), "num_batches_tracked must be"),
+    ],
+)
+def test_arrays_that_cannot_take_the_results_are_refused(rng, name, array, words):
+    bn = fastbn.BatchNorm1d(2)
+
+    def calibrate():
+        with fastbn.recalibrate(bn):
+            for _ in range(130):
+                bn(some(rng, (5, 2)))
+            setattr(bn, name, array)
+
+    with pytest.raises(ValueError, match=words):
+        calibrate()
+    assert same_bits(bn.running_mean, np.zeros(2, np.float32))
