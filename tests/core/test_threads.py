@@ -568,3 +568,11 @@ def test_show_config_tells_of_a_block():
 def test_a_block_refuses_what_set_num_threads_refuses(n, error):
     with pytest.raises(error, match="number of threads must be"):
         fastbn.threads(n)
+
+
+def test_of_a_block_that_is_entered_twice_the_inner_one_is_left_first():
+    block = fastbn.threads(2)
+    with block, fastbn.threads(3):
+        with block:
+            pass
+        assert fastbn.get_num_threads() == 3

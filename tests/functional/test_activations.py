@@ -335,3 +335,14 @@ def test_the_derivatives_computed_from_x_are_those_of_the_forward(
         computed = F.batch_norm_backward(*vectors, bias=bias, **options)[2]
         told = F.batch_norm_backward(*vectors, y=y, **options)[2]
         assert same_bits(computed, told)
+
+
+def test_residual_out_without_a_residual_gets_the_gradient_behind_the_activation():
+    x, dy = np.array([[1.0], [2.0], [6.0]]), np.array([[1.0], [2.0], [3.0]])
+    _, mean, invstd = F.batch_norm_forward(x, activation="relu")
+    residual_out = np.full_like(x, 7.0)
+    *_, found = F.batch_norm_backward(
+        dy, x, None, mean, invstd, bias=None, activation="relu", residual_out=residual_out
+    )
+    assert found is residual_out
+    assert found.tolist() == [[0.0], [0.0], [3.0]]

@@ -251,3 +251,20 @@ def test_the_size_travels_with_copies(rng):
     assert same_bits(bn(x), other(x))
     for name in LAYER_ARRAYS:
         assert same_bits(getattr(bn, name), getattr(other, name))
+
+
+def test_leftover_samples_may_have_more_blocks_than_a_batch(rng):
+    x = some(rng, (2 * 16384 + 4, 1, 64))
+    bn = fastbn.BatchNorm1d(1, ghost_batch_size=16388)
+    y = bn(x)
+    assert same_bits(y[16388:], F.batch_norm_forward(x[16388:], bn.weight, bn.bias)[0])
+
+
+def test_what_an_activation_in_place_keeps_of_leftover_samples_is_theirs(rng):
+    x, dy = some(rng, (7, 5, 6, 6)), some(rng, (7, 5, 6, 6))
+    found = []
+    for in_place in False, True:
+        bn, given = fastbn.BatchNorm2d(5, ghost_batch_size=3, activation="relu"), x.copy()
+        bn(given, out=given if in_place else None)
+        found.append(bn.backward(dy))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import fingerprint
 import numpy as np
 import pytest
 from internals import core
-from support import channels_last, contiguous, parameters, same_bits, some
+from support import channels_last, contiguous, parameters, same_bits, some, some_mask, spoilt
 
 import fastbn
 from fastbn import functional as F
@@ -372,7 +372,7 @@ def test_a_forward_beside_sums_has_the_same_bits(rng, shape, activation, set_num
 
 @pytest.mark.sanitize
 @pytest.mark.parametrize("shape", INTERLEAVED)
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
 def test_a_backward_beside_sums_has_the_same_bits(rng, shape, activation, set_num_threads):
     x, dy = some(rng, shape), some(rng, shape)
     dy[:, 1] *= np.float32(1e36)  # summed again
@@ -382,6 +382,30 @@ def test_a_backward_beside_sums_has_the_same_bits(rng, shape, activation, set_nu
     backward = partial(
         F.batch_norm_backward, dy, x, weight, mean, invstd, bias=bias, activation=activation
     )
+    assert same_bits_beside_sums(backward, x, set_num_threads)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", INTERLEAVED)
+def test_a_backward_of_huge_arrays_has_the_same_bits_by_all_stores(rng, shape, set_num_threads):
+    # It is in float64.
+    x, dy = some(rng, shape) * np.float32(1e34), some(rng, shape) * np.float32(1e36)
+    weight, _ = parameters(shape[1])
+    mean, invstd = F.batch_norm_forward(x)[1:]
+    backward = partial(F.batch_norm_backward, dy, x, weight, mean, invstd)
+    assert same_bits_beside_sums(backward, x, set_num_threads)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("shape", INTERLEAVED)
+def test_masked_steps_have_the_same_bits_by_all_stores(rng, shape, set_num_threads):
+    mask = some_mask(rng, shape)
+    x, dy = spoilt(some(rng, shape), mask), spoilt(some(rng, shape), mask)
+    weight, bias = parameters(shape[1])
+    mean, invstd = F.batch_norm_forward(x, mask=mask)[1:]
+    forward = partial(F.batch_norm_forward, x, weight, bias, mask=mask)
+    backward = partial(F.batch_norm_backward, dy, x, weight, mean, invstd, mask=mask)
+    assert same_bits_beside_sums(forward, x, set_num_threads)
     assert same_bits_beside_sums(backward, x, set_num_threads)
 
 

@@ -357,3 +357,10 @@ def test_training_and_eval_agree_with_torch(rng, name, affine, tracking, unbatch
     ours = layer(3, **kwargs, dtype=np.float64)
     of_dx = functools.partial(support.assert_close, relative=1e-12)
     support.assert_as_torch(ours, theirs, rng, shape, of_dx, steps=2)
+
+
+def test_a_sample_without_valid_positions_has_finite_gradients_without_eps(rng):
+    norm, x = fastbn.InstanceNorm1d(1, eps=0.0, affine=True), some(rng, (2, 1, 3))
+    norm(x, mask=np.array([[[True] * 3], [[False] * 3]]))
+    assert np.isfinite(norm.backward(np.ones_like(x))).all()
+    assert np.isfinite(norm.weight_grad).all()

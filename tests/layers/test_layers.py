@@ -670,3 +670,28 @@ def test_an_empty_batch_does_not_count(shape):
     layer = fastbn.BatchNorm2d(shape[1])
     assert layer(np.zeros(shape, np.float32)).shape == shape
     assert layer.num_batches_tracked == 0
+
+
+def test_freeze_needs_both_running_statistics():
+    bn = fastbn.BatchNorm1d(2)
+    bn.running_var = None
+    with pytest.raises(RuntimeError, match="needs running statistics"):
+        bn.freeze()
+
+
+@pytest.mark.parametrize("mask", [None, np.ones((2, 1), bool)], ids=["plain", "masked"])
+def test_a_frozen_layer_in_evaluation_is_not_told_to_freeze(mask):
+    bn = fastbn.BatchNorm1d(2).freeze().eval()
+    bn(np.eye(2), mask=mask)
+    with pytest.raises(RuntimeError, match=r"call train\(\) before it$"):
+        bn.backward(np.eye(2))
+
+
+def test_evaluation_without_statistics_has_no_ghost_batches():
+    x, mask = np.array([[1.0], [2.0], [5.0], [9.0]]), np.ones((4, 1), bool)
+    whole, ghosts = (
+        fastbn.BatchNorm1d(1, track_running_stats=False, ghost_batch_size=size).eval()
+        for size in (None, 2)
+    )
+    assert same_bits(whole(x), ghosts(x))
+    assert same_bits(whole(x, mask=mask), ghosts(x, mask=mask))

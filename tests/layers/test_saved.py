@@ -372,3 +372,42 @@ def test_a_backward_depends_on_the_forward_alone(rng, make, shape, in_place, opt
         assert same_bits(other.backward(dy), layer.backward(dy))
         assert same_bits(other.weight_grad, layer.weight_grad)
         assert same_bits(other.bias_grad, layer.bias_grad)
+
+
+def test_a_frozen_forward_in_place_of_16_bits_keeps_values_that_overflow():
+    x, found = np.array([[300.0], [-200.0], [1.0]], np.float16), []
+    for in_place in False, True:
+        bn, given = fastbn.BatchNorm1d(1).freeze(), x.copy()
+        bn.running_var[:] = 0.0
+        bn(given, out=given if in_place else None, mask=np.ones((3, 1), bool))
+        bn.backward(np.ones_like(x))
+        found.append(bn.weight_grad)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_change_is_noticed_with_a_mask_of_many_positions(rng):
+    x = some(rng, (3, 1, 700, 1000))
+    bn = fastbn.BatchNorm2d(1)
+    bn(x, mask=rng.random(x.shape) < 0.5)
+    assert not bn._saved.has_changed()
+    x[-1, :, -400:] += 1
+    with pytest.raises(RuntimeError, match="written to"):
+        bn.backward(x)
+
+
+def test_a_change_of_all_signs_is_noticed(rng, dtype):
+    bn, x = fastbn.BatchNorm1d(4), some(rng, (16, 4), dtype)
+    bn(x)
+    np.negative(x, out=x)
+    with pytest.raises(RuntimeError, match="written to"):
+        bn.backward(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_input_that_has_got_another_axis_is_noticed(rng):
+    bn, x = fastbn.BatchNorm1d(3), some(rng, (4, 3))
+    bn(x)
+    x.shape = 4, 3, 1
+    for dy in some(rng, (4, 3)), x:
+        with pytest.raises(RuntimeError, match="shape"):
+            bn.backward(dy)

@@ -531,3 +531,9 @@ def test_where_no_name_fits_the_error_says_which_names_would(trained):
         trained.load_state_dict({"bn.kernel": np.ones(3)}, prefix="bn.")
     assert "bn.weight, bn.bias, bn.running_mean" in str(e.value)
     assert "strict=False" not in str(e.value)
+
+
+def test_a_counter_of_two_axes_is_refused():
+    bn = fastbn.BatchNorm1d(2)
+    with pytest.raises(RuntimeError, match=r"must have the shape \(\)"):
+        bn.load_state_dict({**bn.state_dict(), "num_batches_tracked": np.ones((1, 1), int)})
