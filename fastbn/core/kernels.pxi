@@ -4,6 +4,7 @@
 cdef extern from "kernels.h" nogil:
     enum:
         LANES "FASTBN_LANES"
+        TREE "FASTBN_TREE"
         GROUP "FASTBN_GROUP"
         COLUMNS "FASTBN_COLUMNS"
         ADDITIONS "FASTBN_ADDITIONS"

@@ -49,20 +49,26 @@ cdef Matrix matrix_of(const Runs *runs) noexcept nogil:
     return matrix
 
 
-cdef Ahead ahead_of(const Job *job, const Runs *runs) noexcept nogil:
-    """Where memory is read next: this sample's runs go on, and then those of the next sample."""
+cdef Ahead ahead_of(const Job *job, const Runs *runs, Py_ssize_t at_once=1) noexcept nogil:
+    """Where memory is read next: the runs of the samples that are read at once go on, and then
+    those of the next ones."""
     cdef Ahead ahead
     cdef Py_ssize_t len_of_sample = runs.channels * runs.len
-    ahead.near = prefetch_bytes // (job.itemsize * inputs_of(job))
+    ahead.near = prefetch_bytes // (job.itemsize * inputs_of(job) * at_once)
     if runs.samples == 1:  # the next block follows in memory
         ahead.border, ahead.jump = len_of_sample, ahead.near
     elif len_of_sample > ahead.near:
         ahead.border = len_of_sample - ahead.near
-        ahead.jump = runs.stride - ahead.border
+        ahead.jump = at_once * runs.stride - ahead.border
     else:
         ahead.border = 0
-        ahead.jump = runs.stride * ceil_div(ahead.near, max(len_of_sample, 1))
+        ahead.jump = at_once * runs.stride * ceil_div(ahead.near, max(len_of_sample, 1))
     return ahead
+
+
+cdef Py_ssize_t samples_of_tree(const Runs *runs) noexcept nogil:
+    """How many samples sums in float32 read at once: short runs of several make up a tree."""
+    return max(min(TREE // max(ceil_div(runs.len, LANES), 1), runs.samples), 1)
 
 
 cdef bint prefetches_groups(const Job *job, int threads) noexcept nogil:
@@ -140,6 +146,7 @@ cdef void sum_group(const Job *job, const Block *block, int arithmetic, const do
         moments = job.kernels.raw_moments
     elif arithmetic == IN_FLOAT32:
         moments, products = job.kernels.tree_moments, job.kernels.tree_products
+        runs.ahead = ahead_of(job, &runs, samples_of_tree(&runs))
     if job.dy == NULL:
         moments(job.x + at, &runs, centre, first, second)
     else:
