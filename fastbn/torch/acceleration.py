@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -23,6 +24,15 @@ TORCHS = {ours: theirs for theirs, ours in OURS.items()}
 KEPT = "_vectors", "_left_to_torch"
 
 
+def look_for_timm() -> None:
+    """Know timm's batch normalization that activates, if the process has loaded timm."""
+    if hasattr(sys.modules.get("timm.layers"), "BatchNormAct2d"):
+        from fastbn.torch import timm
+
+        OURS[timm.THEIRS] = timm.BatchNormAct2d
+        TORCHS[timm.BatchNormAct2d] = timm.THEIRS
+
+
 @dataclass
 class Report:
     """What `accelerate` has done to a model, by the names of its batch normalizations.
@@ -33,7 +43,7 @@ class Report:
         Those that fastbn normalizes.
     fused : dict of str to str
         Those of them that do what follows as well, and what that is: "relu", "add, relu"; "its own
-        relu" of a `BatchNormAct2d`.
+        relu" of a `BatchNormAct2d`, fastbn's or timm's.
     unfused : dict of str to str
         The others of them, with the reason.
     left : dict of str to str
@@ -63,8 +73,9 @@ def accelerate(model: torch.nn.Module, fuse: bool = True) -> torch.nn.Module:
 
     Every ``torch.nn.BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d`` becomes fastbn's module of
     that name. It is the same object: parameters, buffers, hooks and names stay, and so optimizers
-    and state dicts go on working. Subclasses, ``SyncBatchNorm`` and modules on other devices are
-    left alone. Accelerate a model before ``torch.compile`` compiles it.
+    and state dicts go on working. So does ``timm.layers.BatchNormAct2d``. Other subclasses,
+    ``SyncBatchNorm`` and modules on other devices are left alone. Accelerate a model before
+    ``torch.compile`` compiles it.
 
     With `fuse`, a batch normalization also does the ReLU, ReLU6 or LeakyReLU that follows it, and
     an addition in between. They are found in ``Sequential`` and, by ``torch.fx``, in the forward of
@@ -103,6 +114,7 @@ def accelerate(model: torch.nn.Module, fuse: bool = True) -> torch.nn.Module:
     1: fused with relu
     """
     check_model(model)
+    look_for_timm()
     for module in model.modules():
         if type(module) in OURS and not why_left(module):
             module.__class__ = OURS[type(module)]
@@ -163,6 +175,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     True
     """
     check_model(model)
+    look_for_timm()
     for module in model.modules():
         remove_program(module)
         if type(module) in TORCHS:
@@ -199,6 +212,7 @@ def report(model: torch.nn.Module) -> Report:
     {'1': 'a SyncBatchNorm'}
     """
     check_model(model)
+    look_for_timm()
     result = Report()
     for name, module in model.named_modules():
         if isinstance(module, modules._BatchNorm):
@@ -211,17 +225,28 @@ def report(model: torch.nn.Module) -> Report:
     for name, module in owners(model):
         note_fusions(result, name, module)
     for name in result.replaced:
+        module = model.get_submodule(name)
+        own = own_activation(module)
+        if own:
+            result.fused[name] = f"its own {own}"
         if name in result.fused:
             result.unfused.pop(name, None)
-        elif type(module := model.get_submodule(name)) in TORCHS:
+        elif type(module) in TORCHS:
             result.unfused.setdefault(name, "no activation follows that can be fused")
         elif not isinstance(module, modules.BatchNormAct2d):
             result.unfused.setdefault(name, f"a {type(module).__name__}")
-        elif module.activation:
-            result.fused[name] = f"its own {module.activation}"
         else:
             result.unfused[name] = "it has no activation"
     return result
+
+
+def own_activation(module: torch.nn.Module) -> str | None:
+    """The activation that a module has in its pass whatever follows it."""
+    if isinstance(module, modules.BatchNormAct2d):
+        return module.activation
+    is_timms = type(module) in TORCHS and hasattr(module, "own_activation")
+    activation = module.own_activation() if is_timms else None
+    return None if activation is None else activation.name
 
 
 def note_fusions(result: Report, name: str, owner: torch.nn.Module) -> None:
