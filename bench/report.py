@@ -186,8 +186,8 @@ def _distance(round_trips_ns: list[float]) -> str:
     text = f"A cache line went from one CPU to another one and back in {_number(least)} ns"
     if far:
         text += (
-            f", and in {_number(statistics.median(far))} ns during {len(far)} of "
-            f"{len(round_trips_ns)} cases, whose CPUs were far from each other"
+            f", and in {_number(statistics.median(far))} ns before {len(far)} of "
+            f"{len(round_trips_ns)} rounds of a case, whose CPUs were far from each other"
         )
     return f"{text}."
 

@@ -206,7 +206,18 @@ class _Recorder:
 
     def check_counter(self, layer: Norm) -> None:
         """Refuse a counter that cannot count the batches."""
-        checks.check_counter(getattr(layer, COUNTER), self.batches)
+        counter = getattr(layer, COUNTER)
+        checks.check_ndarray(counter, COUNTER, writeable=True)
+        # It is set to their number, whatever it has been.
+        if (
+            counter.shape != ()
+            or counter.dtype.kind not in "iu"
+            or self.batches > np.iinfo(counter.dtype).max
+        ):
+            raise ValueError(
+                f"{COUNTER} must be an integer array of shape () whose dtype has {self.batches}, "
+                f"got {counter!r}"
+            )
 
     def results(self) -> dict[str, Any]:
         """What the running statistics become."""
@@ -259,6 +270,8 @@ class _InstanceRecorder(_Recorder):
 def check_statistics(array: Any, name: str, num_features: int) -> None:
     """Refuse what cannot take running statistics."""
     checks.check_ndarray(array, name, writeable=True)
+    if not checks.is_float(array.dtype):
+        raise TypeError(f"{name} must be of a floating dtype, got {array.dtype}")
     if array.shape != (num_features,):
         raise ValueError(
             f"{name} must have the shape ({num_features},), one value per channel, "

@@ -50,8 +50,7 @@ cdef Matrix matrix_of(const Runs *runs) noexcept nogil:
 
 
 cdef Ahead ahead_of(const Job *job, const Runs *runs, Py_ssize_t at_once=1) noexcept nogil:
-    """Where memory is read next: the runs of the samples that are read at once go on, and then
-    those of the next ones."""
+    """Where memory is read next: further on in the samples read at once, then in the next ones."""
     cdef Ahead ahead
     cdef Py_ssize_t len_of_sample = runs.channels * runs.len
     ahead.near = prefetch_bytes // (job.itemsize * inputs_of(job) * at_once)

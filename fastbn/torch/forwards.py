@@ -28,7 +28,7 @@ FORBIDDEN_NAMES = {
 FORBIDDEN_INSTRUCTIONS = {
     **dict.fromkeys(("BEFORE_WITH", "LOAD_SPECIAL", "BEFORE_ASYNC_WITH"), "has a with statement"),
     **dict.fromkeys(("STORE_ATTR", "DELETE_ATTR"), "sets attributes"),
-    **dict.fromkeys(("STORE_SUBSCR", "DELETE_SUBSCR"), "sets elements"),
+    **dict.fromkeys(("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR"), "sets elements"),
     **dict.fromkeys(("STORE_GLOBAL", "DELETE_GLOBAL"), "sets globals"),
     "IMPORT_NAME": "imports",
     "PUSH_EXC_INFO": "has a try statement",
@@ -41,6 +41,8 @@ OF_STATE = (
     *("seed", "initial_seed", "manual_seed", "typename", "barrier"),
 )
 STAYS = {"is_scripting"}
+# What `is` may be asked for: None and, before any(... for ...) from Python 3.14 on, builtins.
+ASKED = {"None", "tuple", "list", "set", "frozenset", repr(all), repr(any)}
 GLOBAL_INSTRUCTIONS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 KNOWN_MODULES = ("torch", "math", "operator")
 # Their functions and classes do the same each time; what these have made may not.
@@ -57,6 +59,7 @@ NOT_OPERATORS = {
     *("__init__", "__new__", "__init_subclass__", "__repr__", "__dir__", "__setattr__"),
     *("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__"),
     *("__del__", "__delattr__", "__hash__", "__str__", "__call__"),
+    *("__annotate__", "__annotate_func__"),  # from Python 3.14 on
 }
 
 
@@ -125,7 +128,7 @@ def refuse_instructions(code: types.CodeType) -> None:
     for instruction in dis.get_instructions(code):
         reason = FORBIDDEN_INSTRUCTIONS.get(instruction.opname)
         if instruction.opname == "IS_OP" and not (
-            before.opname == "LOAD_CONST" and before.argval is None
+            before.opname in ("LOAD_CONST", "LOAD_COMMON_CONSTANT") and before.argrepr in ASKED
         ):
             reason = "asks which object something is"
         if reason:
@@ -144,11 +147,16 @@ def refuse_state(function: types.FunctionType, code: types.CodeType) -> None:
             value = getattr(value, instruction.argval, None) if is_module else None
         elif instruction.opname not in ("CACHE", "EXTENDED_ARG"):
             value = None
-        name = getattr(value, "__name__", "") if isinstance(value, FUNCTIONS[:2]) else ""
-        known = is_known(getattr(value, "__module__", None) or "torch")
-        forbidden = name in FORBIDDEN_NAMES or (name.startswith(OF_STATE) and name not in STAYS)
-        if known and forbidden:
-            raise CannotTrace(f"its forward uses {name}")
+        refuse_function_of_state(value)
+
+
+def refuse_function_of_state(value: Any) -> None:
+    """Refuse one of these functions."""
+    name = getattr(value, "__name__", "") if isinstance(value, FUNCTIONS[:2]) else ""
+    known = is_known(getattr(value, "__module__", None) or "torch")
+    forbidden = name in FORBIDDEN_NAMES or (name.startswith(OF_STATE) and name not in STAYS)
+    if known and forbidden:
+        raise CannotTrace(f"its forward uses {name}")
 
 
 def operators_of(cls: type) -> Iterator[Any]:
@@ -168,6 +176,7 @@ def functions_called(
     module: torch.nn.Module, function: Any, seen: set[Any]
 ) -> Iterator[types.FunctionType]:
     """A function and those that it calls, apart from torch's."""
+    refuse_function_of_state(function)
     is_function = isinstance(function, types.FunctionType)
     if not is_function or is_known(function.__module__) or function in seen:
         return
@@ -291,13 +300,15 @@ def frozen(value: Any) -> Any:
 
 
 def does_the_same(value: Any) -> bool:
-    """Tell whether a value has no attributes and methods of its own, which may change or ask."""
+    """Tell whether a value has no attributes and methods of its own, whose results may change."""
     if isinstance(value, type):
         return is_known(value.__module__, "builtins", *TOOLS)
     if isinstance(value, enum.Enum):
-        own = [
-            m for m in vars(type(value)).values() if isinstance(m, types.FunctionType | property)
-        ]
-        prefix = f"{type(value).__qualname__}."
-        return not any(isinstance(m, property) or m.__qualname__.startswith(prefix) for m in own)
+        known = "builtins", "enum"
+        bases = (base for base in type(value).__mro__ if base.__module__ not in known)
+        own = (member for base in bases for member in vars(base).values())
+        methods: tuple[type, ...] = (types.FunctionType, staticmethod, classmethod, property)
+        return frozen(value.value) is not NotImplemented and not any(
+            isinstance(m, methods) and getattr(m, "__module__", None) != "enum" for m in own
+        )
     return True

@@ -131,9 +131,11 @@ def check_move(module: Module, node: fx.Node, past: list[fx.Node]) -> None:
         raise CannotTrace("its input is used until the activation")
     if x.op != "call_module" or not isinstance(module.get_submodule(x.target), MAKERS):
         raise CannotTrace("its input may be changed until the activation")
-    tensors = [n.target.rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr"]
-    others = [n.target for n in past if n.op == "call_module"] + tensors
-    if any(bn in module.get_submodule(path).modules() for path in others):
+    called = [module.get_submodule(n.target) for n in past if n.op == "call_module"]
+    read = [n.target.rpartition(".")[0] for n in node.graph.nodes if n.op == "get_attr"]
+    if any(bn in other.modules() for other in called) or any(
+        module.get_submodule(path) is bn for path in read
+    ):
         raise CannotTrace("it is used again until the activation")
 
 
@@ -205,8 +207,8 @@ class Program:
         self.fused, self.unfused = fusion.fused, fusion.unfused
         self._forward, self._attributes = type(module).forward, fusion.attributes
         self._fused_modules = [(m, what_it_does(m)) for m in fusion.modules]
-        called = {node.target for node in fusion.graph.nodes if node.op == "call_module"}
-        opened = [module, *opened_containers(module, called)]
+        reached = {n.target for n in fusion.graph.nodes if n.op in ("call_module", "get_attr")}
+        opened = [module, *opened_containers(module, reached)]
         self._opened = [(m, list(m._modules.items()), missing_tensors(m)) for m in opened]
 
     def holds_for(self, module: Module) -> bool:
@@ -231,13 +233,20 @@ def what_it_does(module: Module) -> tuple[type, Any]:
     return type(module), None if slope is None else frozen(slope)
 
 
-def opened_containers(module: Module, called: set[Any], prefix: str = "") -> Iterator[Module]:
-    """The containers whose children a forward takes one by one."""
+def opened_containers(module: Module, reached: set[Any], prefix: str = "") -> Iterator[Module]:
+    """The containers whose children a forward takes one by one.
+
+    It may call one as a whole, too: a child has one path, whichever of its names a forward uses.
+    """
     for name, child in module._modules.items():
         path = prefix + name
-        if isinstance(child, CONTAINERS) and (isinstance(child, LISTS) or path not in called):
+        if isinstance(child, CONTAINERS) and (
+            isinstance(child, LISTS)
+            or path not in reached
+            or any(target.startswith(f"{path}.") for target in reached)
+        ):
             yield child
-            yield from opened_containers(child, called, f"{path}.")
+            yield from opened_containers(child, reached, f"{path}.")
 
 
 def missing_tensors(module: Module) -> list[str]:

@@ -436,15 +436,14 @@ def test_the_floor_reaches_every_element(bench):
                 assert len(answer["prepared"]) >= 2
 
 
-@pytest.mark.parametrize(("threads", "least"), [(2, 1.0), (1, 0.0)])
-def test_the_floor_tells_how_long_a_cache_line_takes_to_another_cpu_and_back(bench, threads, least):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_floor_tells_how_long_a_cache_line_takes_to_another_cpu_and_back(bench, threads):
     runner, libraries = bench("runner"), bench("libraries")
-    if len(bench("machine").available_cpus()) < threads:
-        pytest.skip("there is one CPU")
+    cpus = len(bench("machine").available_cpus())
     with runner.Worker("floor", libraries.LIBRARIES["floor"], threads) as worker:
         if "unavailable" in (about := worker.about()):
             pytest.skip(about["unavailable"])
-        assert worker.request("round_trip")["ns"] >= least
+        assert (worker.request("round_trip")["ns"] > 0) == (min(threads, cpus) > 1)
 
 
 # The run.
@@ -565,12 +564,13 @@ def test_the_floor_is_asked_for_a_round_trip_before_every_case(bench):
         ([99.0, 101.0], "A cache line went from one CPU to another one and back in 99 ns."),
         (
             [99.0, 440.0, 430.0, 420.0],
-            "A cache line went from one CPU to another one and back in 99 ns, and in 430 ns during "
-            "3 of 4 cases, whose CPUs were far from each other.",
+            "A cache line went from one CPU to another one and back in 99 ns, and in 430 ns before "
+            "3 of 4 rounds of a case, whose CPUs were far from each other.",
         ),
     ],
 )
 def test_the_report_tells_how_far_the_cpus_were_from_each_other(bench, round_trips, text):
+    pytest.importorskip("matplotlib")
     assert bench("report")._distance(round_trips) == text
 
 

@@ -396,6 +396,7 @@ def test_the_example_runs_and_recalibration_is_no_worse(tmp_path):
     ("name", "array", "words"),
     [
         ("running_var", np.ones(7, np.float32), r"running_var must have the shape \(2,\)"),
+        ("running_var", np.ones(2, int), "running_var must be of a floating dtype"),
         ("num_batches_tracked", np.zeros(3, int), "num_batches_tracked must be"),
         ("num_batches_tracked", np.zeros((), np.int8), "num_batches_tracked must be"),
     ],
@@ -409,6 +410,15 @@ def test_arrays_that_cannot_take_the_results_are_refused(rng, name, array, words
                 bn(some(rng, (5, 2)))
             setattr(bn, name, array)
 
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         calibrate()
     assert same_bits(bn.running_mean, np.zeros(2, np.float32))
+
+
+def test_a_counter_is_set_to_the_batches_whatever_it_has_been(rng):
+    bn = fastbn.BatchNorm1d(2)
+    bn.num_batches_tracked = np.array(100, np.int8)
+    with fastbn.recalibrate(bn):
+        for _ in range(50):
+            bn(some(rng, (5, 2)))
+    assert bn.num_batches_tracked == 50

@@ -86,6 +86,11 @@ def test_what_a_stand_in_cannot_tell_is_not_traced(forward):
     torch.testing.assert_close(model(x), original(x))
 
 
+def test_what_the_module_itself_tells_is_traced():
+    model = accelerate(type("M", (Model,), {"forward": asked("self.training")})())
+    assert report(model).fused == {"bn": "relu"}
+
+
 class Shared(Model):
     def __init__(self):
         super().__init__()
@@ -113,6 +118,40 @@ def test_an_attribute_of_a_tensor_is_changed_in_place(change):
     y = x.clone()
     accelerate(model)(y)
     torch.testing.assert_close(y, x * 2)
+
+
+class SharedWithContainer(Model):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.first = self.features[0]
+
+    def forward(self, x):
+        return F.relu(self.bn(self.first(x))) + self.features(x)
+
+
+def test_a_container_that_has_a_child_of_another_name_may_change():
+    original, x = SharedWithContainer(), torch.randn(4, 3, 5, 5)
+    model = accelerate(copy.deepcopy(original))
+    assert report(model).fused == {"bn": "relu"}
+    for each in original, model:
+        torch.manual_seed(1)
+        each.features[0] = nn.Conv2d(3, 3, 1)
+    torch.testing.assert_close(model(x), original(x))
+
+
+class Scaled(Model):
+    def __init__(self):
+        super().__init__()
+        self.down, self.scale = nn.Conv2d(3, 3, 1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return F.relu(y + self.down(x)) * self.scale
+
+
+def test_a_parameter_of_the_module_is_no_use_of_the_batch_normalization():
+    assert report(accelerate(Scaled())).fused == {"bn": "add, relu"}
 
 
 class SharedBelow(Model):
@@ -178,11 +217,23 @@ class Options:
     factor = 1.0
 
 
-class Choice(enum.Enum):
+class WithFactor(enum.Enum):
+    @staticmethod
+    def factor():
+        return STATE["factor"]
+
+
+class Choice(WithFactor):
     ONE = 1
 
-    def factor(self):
-        return STATE["factor"]
+
+class FunctionOfTorch(Model):
+    def __init__(self):
+        super().__init__()
+        self.asks = torch.is_grad_enabled
+
+    def forward(self, x):
+        return F.relu(self.bn(x)) * (2 if self.asks() else 1)
 
 
 class FunctionsInList(Model):
@@ -256,7 +307,7 @@ def gradient_of(y, x):
     "model",
     [
         *(FunctionsInList, FunctionsOfClass, FunctionAsDefault, ClassAsAttribute, MethodOfEnum),
-        *(AttributeByMethod, OperatorOfModule, LengthOfModule),
+        *(AttributeByMethod, OperatorOfModule, LengthOfModule, FunctionOfTorch),
     ],
 )
 def test_what_a_forward_reaches_may_change(model, monkeypatch):
