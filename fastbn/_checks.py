@@ -546,11 +546,16 @@ def check_ndarray(value: Any, name: str, *, writeable: bool) -> None:
 def check_counter(counter: Any, batches: int = 1) -> None:
     """Refuse what cannot count more batches. A value on a GPU is not read: that would wait."""
     check_ndarray(counter, "num_batches_tracked", writeable=True)
-    if counter.shape != () or counter.dtype.kind not in "iu" or not _counts_on(counter, batches):
+    if not is_counter(counter) or not _counts_on(counter, batches):
         raise ValueError(
             f"num_batches_tracked must be a non-negative integer array of shape (), and less than "
             f"the largest of its dtype, got {counter!r}"
         )
+
+
+def is_counter(counter: Array) -> bool:
+    """Tell whether an array is a single integer."""
+    return counter.shape == () and counter.dtype.kind in "iu"
 
 
 def _counts_on(counter: Array, batches: int) -> bool:

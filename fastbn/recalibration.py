@@ -209,11 +209,7 @@ class _Recorder:
         counter = getattr(layer, COUNTER)
         checks.check_ndarray(counter, COUNTER, writeable=True)
         # It is set to their number, whatever it has been.
-        if (
-            counter.shape != ()
-            or counter.dtype.kind not in "iu"
-            or self.batches > np.iinfo(counter.dtype).max
-        ):
+        if not checks.is_counter(counter) or self.batches > np.iinfo(counter.dtype).max:
             raise ValueError(
                 f"{COUNTER} must be an integer array of shape () whose dtype has {self.batches}, "
                 f"got {counter!r}"

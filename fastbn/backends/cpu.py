@@ -296,7 +296,7 @@ def group_backward(
     arguments = dy, source, packed_mask(mask), num_groups, weight, factor, mean, invstd, target
     _core.group_backward(*arguments, sums[0], sums[1], sums[2], sums[3], passed)
     unpack_derived(gate, dy)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # Infinities of two samples may be of either sign.
         sums[:2].sum(axis=1, out=totals)
     return unpacked(target, out), totals[0], totals[1]
 

@@ -226,7 +226,7 @@ def report(model: torch.nn.Module) -> Report:
         note_fusions(result, name, module)
     for name in result.replaced:
         module = model.get_submodule(name)
-        own = own_activation(module)
+        own = module._own_activation()
         if own:
             result.fused[name] = f"its own {own}"
         if name in result.fused:
@@ -238,15 +238,6 @@ def report(model: torch.nn.Module) -> Report:
         else:
             result.unfused[name] = "it has no activation"
     return result
-
-
-def own_activation(module: torch.nn.Module) -> str | None:
-    """The activation that a module has in its pass whatever follows it."""
-    if isinstance(module, modules.BatchNormAct2d):
-        return module.activation
-    is_timms = type(module) in TORCHS and hasattr(module, "own_activation")
-    activation = module.own_activation() if is_timms else None
-    return None if activation is None else activation.name
 
 
 def note_fusions(result: Report, name: str, owner: torch.nn.Module) -> None:

@@ -105,8 +105,7 @@ def attributes_read(module: torch.nn.Module) -> Attributes:
     for function in functions:
         if vars(function).keys() & names:
             raise CannotTrace(f"its forward reads attributes of {function.__name__}")
-        defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
-        if frozen(defaults) is NotImplemented:
+        if frozen(defaults_of(function)) is NotImplemented:
             raise CannotTrace(f"{function.__name__} has a default that may change")
     names -= PLAIN_ATTRIBUTES
     of_module = attributes_of(module, names)
@@ -186,8 +185,7 @@ def functions_called(
     if function.__closure__ and function.__code__.co_freevars != ("__class__",):
         raise CannotTrace("its forward has variables of another function")
     yield function
-    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
-    for other in functions_in(defaults):
+    for other in functions_in(defaults_of(function)):
         yield from functions_called(module, other, seen)
     for code in nested(function.__code__):
         refuse_state(function, code)
@@ -200,6 +198,11 @@ def functions_called(
             called += attributes_named(module, name)
         for other in called:
             yield from functions_called(module, other, seen)
+
+
+def defaults_of(function: types.FunctionType) -> tuple[Any, ...]:
+    """The defaults of a function's arguments."""
+    return *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
 
 
 def nested(code: types.CodeType) -> Iterator[types.CodeType]:

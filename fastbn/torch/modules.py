@@ -120,6 +120,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return momentum or 0.0
         return 1.0 / float(count) if momentum is None else momentum
 
+    def _own_activation(self) -> str | None:
+        """The activation that is part of the pass whatever follows the module."""
+        return None
+
     def _fallbacks(self) -> Fallbacks:
         """The calls that torch has taken."""
         fallbacks: Fallbacks | None = self.__dict__.get("_left_to_torch")
@@ -214,6 +218,9 @@ class BatchNormAct2d(BatchNorm2d):
         check_activation(activation)
         super().__init__(num_features, **kwargs)
         self.activation, self.negative_slope = activation, negative_slope
+
+    def _own_activation(self) -> str | None:
+        return self.activation
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, residual: torch.Tensor | None = None

@@ -21,7 +21,7 @@ class BatchNormAct2d(modules.BatchNorm2d, THEIRS):  # type: ignore[misc, valid-t
     behind a dropout, run as they are.
     """
 
-    def own_activation(self) -> Activation | None:
+    def _activation_in_pass(self) -> Activation | None:
         """The activation that is part of the pass, if one is."""
         drop, act = self.drop, self.act
         is_plain = type(drop) is torch.nn.Identity and not is_tapped(drop) and not is_tapped(act)
@@ -29,8 +29,12 @@ class BatchNormAct2d(modules.BatchNorm2d, THEIRS):  # type: ignore[misc, valid-t
             return None
         return activation_of_module(act)
 
+    def _own_activation(self) -> str | None:
+        activation = self._activation_in_pass()
+        return None if activation is None else activation.name
+
     def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
-        activation = self.own_activation()
+        activation = self._activation_in_pass()
         if activation is None:
             return self.act(self.drop(super().forward(x)))
         return super().forward(

@@ -101,18 +101,8 @@ def in_place(operation: Any) -> Any:
 
 
 for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
 ):
     setattr(_Proxy, f"__{_name}__", in_place(getattr(operator, _name)))
 

@@ -500,24 +500,31 @@ def test_fastbn_with_numpys_passes_is_asked_about_activations_alone(bench, opera
     assert own._is_asked(Worker(), case) == case.activated
 
 
+class AskedWorker:
+    """Notes what it is asked, and by whose name, and gives an answer to what it is to do."""
+
+    def __init__(self, name, asked, answer):
+        self.name, self.asked, self.answer = name, asked, answer
+
+    def request(self, do, **message):
+        self.asked.append((do, self.name, message.get("operation")))
+        return self.answer(do)
+
+
 def test_a_round_goes_through_all_cases_before_the_next(bench):
     runner, cases = bench("runner"), bench("cases")
     asked = []
 
-    class Worker:
-        def __init__(self, name):
-            self.name = name
-
-        def request(self, do, **message):
-            asked.append((do, self.name, message.get("operation")))
-            if do == "prepare":
-                about = {"preallocated": True, "note": ""}
-                return {"prepared": {"nchw": about}, "failed": {"nhwc": "no"}}
-            ms = 9.0 if len(asked) < 10 else 1.0
-            return {"round": {"ms": [ms], "waited": 0.0}, "calls": 1}
+    def answer(do):
+        if do == "prepare":
+            about = {"preallocated": True, "note": ""}
+            return {"prepared": {"nchw": about}, "failed": {"nhwc": "no"}}
+        ms = 9.0 if len(asked) < 10 else 1.0
+        return {"round": {"ms": [ms], "waited": 0.0}, "calls": 1}
 
     settings = runner.Settings(3, 1.0, 1, ["numpy", "numba"], ["nchw"])
-    own = runner.Runner(settings, [Worker("numpy"), Worker("numba")])
+    workers = [AskedWorker(name, asked, answer) for name in settings.libraries]
+    own = runner.Runner(settings, workers)
     both = [cases.Case(operation, (1, 2, 3, 4), "float32") for operation in ("eval", "train")]
     own.measure(both, lambda case: None)
     prepared = [operation for do, name, operation in asked if do == "prepare" and name == "numpy"]
@@ -538,23 +545,17 @@ def test_the_floor_is_asked_for_a_round_trip_before_every_case(bench):
     runner, cases = bench("runner"), bench("cases")
     asked = []
 
-    class Worker:
-        def __init__(self, name):
-            self.name = name
-
-        def request(self, do, **message):
-            asked.append((do, self.name))
-            if do == "round_trip":
-                return {"ns": 98.76}
-            return {"prepared": {}, "failed": {}}
+    def answer(do):
+        return {"ns": 98.76} if do == "round_trip" else {"prepared": {}, "failed": {}}
 
     both = [cases.Case(operation, (1, 2, 3, 4), "float32") for operation in ("eval", "train")]
     for threads, wanted in (2, [98.8] * 4), (1, []):
         settings = runner.Settings(2, 1.0, threads, ["numpy", "floor"], ["nchw"])
-        own = runner.Runner(settings, [Worker("numpy"), Worker("floor")])
+        workers = [AskedWorker(name, asked, answer) for name in settings.libraries]
+        own = runner.Runner(settings, workers)
         own.measure(both, lambda case: None)
         assert own.round_trips_ns == wanted
-    assert ("round_trip", "numpy") not in asked
+    assert ("round_trip", "numpy") not in [request[:2] for request in asked]
 
 
 @pytest.mark.parametrize(
